@@ -1,0 +1,1 @@
+"""Encoders and labels to maps: UPerFuse, losses, metrics, prediction."""

@@ -1,0 +1,129 @@
+"""Recipes: YAML files, one for each run, and how one becomes a typed, checked configuration.
+
+A configuration is a dataclass. Its values come from the defaults of the dataclass, then the recipe's ``base`` recipe,
+then the recipe, then ``key=value`` arguments, each overriding the one before. Everything is checked here, before any
+work starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from bocage.shards.errors import InputError
+
+Config = TypeVar("Config")
+
+_MAX_BASES = 8
+
+
+def names() -> list[str]:
+    """Names of the recipes that come with bocage."""
+    return sorted(item.name[:-5] for item in resources.files(__name__).iterdir() if item.name.endswith(".yaml"))
+
+
+def _read(name: str) -> DictConfig:
+    """One recipe: a name that comes with bocage, or the path of a YAML file."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"recipe={name}: no such file")
+        text = path.read_text(encoding="utf-8")
+    else:
+        item = resources.files(__name__) / f"{name}.yaml"
+        if not item.is_file():
+            near = difflib.get_close_matches(name, names(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names())}"
+            raise InputError(f"recipe={name}: no such recipe; {hint}")
+        text = item.read_text(encoding="utf-8")
+    try:
+        config = OmegaConf.create(text)
+    except Exception as error:  # PyYAML's errors have no common public base that OmegaConf re-exports
+        raise InputError(f"recipe={name}: not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(config, ListConfig):
+        raise InputError(f"recipe={name}: a recipe is a mapping of keys to values, not a list")
+    return config
+
+
+def _chain(name: str) -> list[tuple[str, DictConfig]]:
+    """The recipe and its bases, the most basic first, each with the key ``base`` removed."""
+    chain: list[tuple[str, DictConfig]] = []
+    current: str | None = name
+    while current is not None:
+        if any(current == seen for seen, _ in chain) or len(chain) == _MAX_BASES:
+            raise InputError(f"recipe={name}: its `base` recipes form a circle at {current!r}")
+        config = _read(current)
+        chain.append((current, config))
+        current = cast("str | None", config.pop("base", None))
+    return chain[::-1]
+
+
+def _merge(config: Any, layer: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(config, layer)
+    except ConfigKeyError as error:
+        raise InputError(f"{source}: unknown key {_full_key(error)!r}; {_nearest(config, error)}") from error
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        raise InputError(f"{source}: {_full_key(error)}: {message}") from error
+
+
+def _full_key(error: OmegaConfBaseException) -> str:
+    return str(getattr(error, "full_key", "") or getattr(error, "key", ""))
+
+
+def _nearest(config: Any, error: OmegaConfBaseException) -> str:
+    """The valid keys beside an unknown one, the likeliest first."""
+    *parents, key = _full_key(error).split(".")
+    node = OmegaConf.select(config, ".".join(parents)) if parents else config
+    valid = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {'.'.join([*parents, near[0]])!r}?"
+    return f"valid keys here: {', '.join(valid)}"
+
+
+def resolve(schema: type[Config], arguments: list[str]) -> Config:
+    """The configuration that ``recipe=NAME key=value ...`` asks for.
+
+    Args:
+        schema: the dataclass of the configuration; its field ``recipe`` receives the recipe's name.
+        arguments: words of the command line. ``recipe=`` is required.
+
+    Raises:
+        InputError: no or unknown recipe, unknown key (named with the nearest valid one), value of the wrong type, or
+            a value that a dataclass refuses.
+    """
+    if not is_dataclass(schema):
+        raise TypeError(f"{schema} is not a dataclass")
+    for word in arguments:
+        if "=" not in word:
+            raise InputError(f"argument {word!r} is not of the form key=value")
+    chosen = [word.split("=", 1)[1] for word in arguments if word.startswith("recipe=")]
+    if len(chosen) != 1:
+        raise InputError(f"give one recipe as recipe=NAME; recipes: {', '.join(names())}")
+    config: Any = OmegaConf.structured(schema)
+    for name, layer in _chain(chosen[0]):
+        config = _merge(config, layer, f"recipe {name}")
+    try:
+        overrides = OmegaConf.from_dotlist(arguments)
+    except OmegaConfBaseException as error:
+        raise InputError(f"command line: {' '.join(str(error).split())}") from error
+    config = _merge(config, overrides, "command line")
+    try:
+        return cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise InputError(f"recipe {chosen[0]}: {_full_key(error)}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise InputError(f"recipe {chosen[0]}: {error}") from error
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,371 @@
+"""The modality registry: what each sensor and label raster is. The only place that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3, ClassScheme
+from bocage.shards.errors import InputError
+
+PATCH_SIZE = 102.4
+"""Side of a patch on the ground, metres."""
+
+Role = Literal["image", "series", "mask", "label"]
+Quantity = Literal[
+    "reflectance",
+    "backscatter_vv",
+    "backscatter_vh",
+    "surface_height",
+    "terrain_height",
+    "snow_probability",
+    "cloud_probability",
+    "class",
+]
+Representation = Literal["linear", "decibel", "relief"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """One band: its name, the physical quantity it measures and, for optical bands, its centre wavelength (nm).
+
+    Label bands carry the class scheme of their values instead.
+    """
+
+    name: str
+    quantity: Quantity
+    wavelength: float | None = None
+    scheme: ClassScheme | None = None
+
+    def __post_init__(self) -> None:
+        if (self.quantity == "reflectance") != (self.wavelength is not None):
+            raise ValueError(f"band {self.name}: reflectance bands, and only they, have a wavelength")
+        if (self.quantity == "class") != (self.scheme is not None):
+            raise ValueError(f"band {self.name}: class bands, and only they, have a class scheme")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensor:
+    """How the simulator turns a physical quantity q into the stored value: ``gain * q**gamma + offset``, plus noise.
+
+    ``noise`` is the standard deviation of additive noise in stored units; ``looks`` the number of looks of
+    multiplicative speckle (None: no speckle).
+    """
+
+    gain: float = 1.0
+    offset: float = 0.0
+    gamma: float = 1.0
+    noise: float = 0.0
+    looks: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """One raster of a patch.
+
+    Arrays are (C, H, W) for images and labels and (T, C, H, W) for series and masks, with H = W = ``size`` pixels of
+    ``gsd`` metres.
+
+    Attributes:
+        name: the dataset's own name, as it stands in file names.
+        role: ``image`` and ``series`` are encoder inputs; a ``mask`` gives the quality of the series ``mask_of``.
+        dtype: NumPy dtype of the stored values.
+        size: pixels along a side of a patch; ``size * gsd`` is the patch's 102.4 m.
+        representation: what an encoder sees before standardisation. ``linear``: the values; ``decibel``:
+            10 log10 of the value; ``relief``: (surface - mean surface of the window, surface - terrain), metres.
+        groups: names of correlated channels of the representation, normalised together in reconstruction targets
+            (MAESTRO, arXiv 2508.10894).
+        unit: side of a mask unit, pixels; for series, the side of a target cell.
+        dates_table: the NAME in ``GLOBAL_NAME_MTD_DATES.gpkg`` that holds acquisition dates.
+        historical: the file name carries ``195X`` instead of the image year, and the sensor saw an older landscape.
+        mean, std: official statistics of the stored values by band, where IGN publishes them.
+        codec: name of the lossless codec chain of its shard member (see ``codec.py``).
+        nodata_below: stored values under this are holes (None: every value is valid).
+        sensor: what the simulator needs to know.
+    """
+
+    name: str
+    role: Role
+    bands: tuple[Band, ...]
+    dtype: str
+    gsd: float
+    size: int
+    codec: str
+    representation: Representation = "linear"
+    groups: tuple[tuple[str, ...], ...] = ()
+    unit: int = 1
+    dates_table: str | None = None
+    historical: bool = False
+    mask_of: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    nodata_below: float | None = None
+    sensor: Sensor = field(default_factory=Sensor)
+
+    def __post_init__(self) -> None:
+        if "." in self.name or "/" in self.name:
+            raise ValueError(f"modality name {self.name!r} must not contain '.' or '/'")
+        if abs(self.size * self.gsd - PATCH_SIZE) > 1e-6:
+            raise ValueError(f"{self.name}: {self.size} px of {self.gsd} m is not a patch of {PATCH_SIZE} m")
+        if self.is_input:
+            named = [name for group in self.groups for name in group]
+            if sorted(named) != sorted(self.channels):
+                raise ValueError(f"{self.name}: groups {self.groups} must hold each of {self.channels} once")
+
+    @property
+    def is_input(self) -> bool:
+        """Whether an encoder reads it."""
+        return self.role in ("image", "series")
+
+    @property
+    def has_dates(self) -> bool:
+        """Whether arrays have a leading time axis."""
+        return self.role in ("series", "mask")
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels of the representation, in order."""
+        if self.representation == "relief":
+            return ("relief", "height")
+        return tuple(band.name for band in self.bands)
+
+    @property
+    def schemes(self) -> tuple[ClassScheme, ...]:
+        """Class schemes of a label raster, by band."""
+        return tuple(band.scheme for band in self.bands if band.scheme is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable description; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, description: Mapping[str, Any]) -> Modality:
+        """The modality described by ``to_json``; raises ``InputError`` on unknown or missing fields."""
+        values = dict(description)
+        try:
+            bands = []
+            for band in values.pop("bands"):
+                scheme = band["scheme"] and ClassScheme(**{key: _tuples(value) for key, value in band["scheme"].items()})
+                bands.append(Band(**{**band, "scheme": scheme}))
+            sensor = Sensor(**values.pop("sensor"))
+            return cls(bands=tuple(bands), sensor=sensor, **{key: _tuples(value) for key, value in values.items()})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"modality description {description.get('name', '?')!r} cannot be read: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON lists as the tuples they were."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+class Registry(Mapping[str, Modality]):
+    """An ordered, immutable collection of modalities by name. ``with_modality`` returns a larger copy."""
+
+    def __init__(self, modalities: tuple[Modality, ...]) -> None:
+        self._by_name = {modality.name: modality for modality in modalities}
+        if len(self._by_name) != len(modalities):
+            raise ValueError("a modality is listed twice")
+        for modality in modalities:
+            if modality.mask_of is not None and modality.mask_of not in self._by_name:
+                raise ValueError(f"{modality.name} masks {modality.mask_of}, which is not listed")
+
+    def __getitem__(self, name: str) -> Modality:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise InputError(f"unknown modality {name!r}; known ones: {', '.join(self._by_name)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def with_modality(self, modality: Modality) -> Registry:
+        """A copy with one more modality."""
+        return Registry((*self._by_name.values(), modality))
+
+    def subset(self, names: tuple[str, ...] | list[str]) -> Registry:
+        """Only the named modalities, in this registry's order; raises ``InputError`` on an unknown name."""
+        wanted = {self[name].name for name in names}
+        return Registry(tuple(modality for modality in self._by_name.values() if modality.name in wanted))
+
+    def by_role(self, *roles: Role) -> tuple[Modality, ...]:
+        """Modalities of these roles, in order."""
+        return tuple(modality for modality in self._by_name.values() if modality.role in roles)
+
+    @property
+    def inputs(self) -> tuple[Modality, ...]:
+        """What encoders read: images first, then series, in the order fusion uses."""
+        return (*self.by_role("image"), *self.by_role("series"))
+
+    @property
+    def labels(self) -> tuple[Modality, ...]:
+        """Label rasters."""
+        return self.by_role("label")
+
+
+def _reflectance(**wavelengths: float) -> tuple[Band, ...]:
+    return tuple(Band(name=name, quantity="reflectance", wavelength=value) for name, value in wavelengths.items())
+
+
+_RGBI = _reflectance(R=650.0, G=550.0, B=460.0, NIR=840.0)
+_VV_VH = (Band(name="VV", quantity="backscatter_vv"), Band(name="VH", quantity="backscatter_vh"))
+# Sigma0 in linear units holds zeros at the swath's edge: the logarithm is floored where it is taken (normalize.py).
+_SENTINEL1_SENSOR = Sensor(looks=4.4)
+
+FLAIR_HUB = Registry(
+    (
+        Modality(
+            name="AERIAL_RGBI",
+            role="image",
+            bands=_RGBI,
+            dtype="uint8",
+            gsd=0.2,
+            size=512,
+            codec="colour",
+            groups=(("NIR",), ("R", "G", "B")),
+            unit=32,
+            dates_table="AERIAL",
+            mean=(105.66, 111.35, 102.18, 106.59),
+            std=(52.23, 45.62, 44.30, 39.78),
+            sensor=Sensor(gain=330.0, offset=8.0, gamma=0.62, noise=3.0),
+        ),
+        Modality(
+            name="AERIAL-RLT_PAN",
+            role="image",
+            bands=_reflectance(PAN=580.0),
+            dtype="uint8",
+            gsd=0.4,
+            size=256,
+            codec="grey",
+            groups=(("PAN",),),
+            unit=16,
+            dates_table="AERIAL-RLT",
+            historical=True,
+            mean=(125.92,),
+            std=(38.45,),
+            sensor=Sensor(gain=360.0, offset=15.0, gamma=0.6, noise=9.0),
+        ),
+        Modality(
+            name="DEM_ELEV",
+            role="image",
+            bands=(Band(name="DSM", quantity="surface_height"), Band(name="DTM", quantity="terrain_height")),
+            dtype="float32",
+            gsd=0.2,
+            size=512,
+            codec="float",
+            representation="relief",
+            groups=(("height",), ("relief",)),
+            unit=32,
+            mean=(311.06, 307.06),
+            std=(537.55, 537.82),
+            nodata_below=-500.0,
+            sensor=Sensor(noise=0.04),
+        ),
+        Modality(
+            name="SPOT_RGBI",
+            role="image",
+            bands=_RGBI,
+            dtype="uint16",
+            gsd=1.6,
+            size=64,
+            codec="reflectance",
+            groups=(("NIR",), ("R", "G", "B")),
+            unit=8,
+            dates_table="SPOT",
+            mean=(433.26, 508.75, 467.77, 1137.03),
+            std=(312.76, 284.61, 226.02, 543.11),
+            sensor=Sensor(gain=10_000.0, noise=60.0),
+        ),
+        Modality(
+            name="SENTINEL2_TS",
+            role="series",
+            bands=_reflectance(
+                B2=490.0,
+                B3=560.0,
+                B4=665.0,
+                B5=705.0,
+                B6=740.0,
+                B7=783.0,
+                B8=842.0,
+                B8A=865.0,
+                B11=1610.0,
+                B12=2190.0,
+            ),
+            dtype="uint16",
+            gsd=10.24,
+            size=10,
+            codec="spectral",
+            groups=(("B2", "B3", "B4", "B8"), ("B5", "B6", "B7", "B8A"), ("B11", "B12")),
+            unit=2,
+            dates_table="SENTINEL2",
+            sensor=Sensor(gain=10_000.0, noise=60.0),
+        ),
+        Modality(
+            name="SENTINEL2_MSK-SC",
+            role="mask",
+            bands=(Band(name="snow", quantity="snow_probability"), Band(name="cloud", quantity="cloud_probability")),
+            dtype="uint16",
+            gsd=10.24,
+            size=10,
+            codec="plain",
+            mask_of="SENTINEL2_TS",
+            sensor=Sensor(gain=100.0),
+        ),
+        Modality(
+            name="SENTINEL1-ASC_TS",
+            role="series",
+            bands=_VV_VH,
+            dtype="float32",
+            gsd=10.24,
+            size=10,
+            codec="float",
+            representation="decibel",
+            groups=(("VV",), ("VH",)),
+            unit=2,
+            dates_table="SENTINEL1-ASC",
+            sensor=_SENTINEL1_SENSOR,
+        ),
+        Modality(
+            name="SENTINEL1-DESC_TS",
+            role="series",
+            bands=_VV_VH,
+            dtype="float32",
+            gsd=10.24,
+            size=10,
+            codec="float",
+            representation="decibel",
+            groups=(("VV",), ("VH",)),
+            unit=2,
+            dates_table="SENTINEL1-DESC",
+            sensor=_SENTINEL1_SENSOR,
+        ),
+        Modality(
+            name="AERIAL_LABEL-COSIA",
+            role="label",
+            bands=(Band(name="COSIA", quantity="class", scheme=COSIA),),
+            dtype="uint8",
+            gsd=0.2,
+            size=512,
+            codec="plain",
+        ),
+        Modality(
+            name="ALL_LABEL-LPIS",
+            role="label",
+            bands=tuple(
+                Band(name=f"level-{level}", quantity="class", scheme=scheme)
+                for level, scheme in enumerate((LPIS_1, LPIS_2, LPIS_3), start=1)
+            ),
+            dtype="uint8",
+            gsd=0.2,
+            size=512,
+            codec="plain",
+        ),
+    )
+)
+"""The ten rasters of FLAIR-HUB, in the order the official fusion uses (images, then series)."""

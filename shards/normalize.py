@@ -1,0 +1,109 @@
+"""Stored values to what an encoder sees: representation and standardisation, on the device where training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bocage.shards.errors import InputError
+from bocage.shards.modality import Modality, Representation
+
+_SIGMA0_FLOOR = 1e-4  # -40 dB: zeros at the swath's edge would give minus infinity
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """What an encoder needs to know of its input; part of a published encoder.
+
+    Attributes:
+        modality: the dataset's name of the sensor.
+        bands: stored bands in the order the arrays hold them.
+        channels: channels of the representation, in the order the encoder reads them.
+        representation: see ``modality.Modality``.
+        mean, std: by channel, in units of the representation.
+        gsd: ground sampling distance, metres.
+        series: whether arrays have a time axis; dates are days since 15 May of their own year.
+        nodata_below: stored values under this are holes.
+    """
+
+    modality: str
+    bands: tuple[str, ...]
+    channels: tuple[str, ...]
+    representation: Representation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    gsd: float
+    series: bool
+    nodata_below: float | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.channels) == len(self.mean) == len(self.std):
+            raise ValueError(
+                f"{self.modality}: {len(self.channels)} channels, {len(self.mean)} means, {len(self.std)} stds"
+            )
+
+    @classmethod
+    def of(cls, modality: Modality, mean: tuple[float, ...], std: tuple[float, ...]) -> InputSpec:
+        """The input of an encoder of ``modality`` with these channel statistics."""
+        return cls(
+            modality=modality.name,
+            bands=tuple(band.name for band in modality.bands),
+            channels=modality.channels,
+            representation=modality.representation,
+            mean=mean,
+            std=std,
+            gsd=modality.gsd,
+            series=modality.role == "series",
+            nodata_below=modality.nodata_below,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable description; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, description: Mapping[str, Any]) -> InputSpec:
+        """The spec described by ``to_json``; raises ``InputError`` on unknown or missing fields."""
+        try:
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in description.items()})
+        except TypeError as error:
+            raise InputError(f"input description of an encoder cannot be read: {error}") from error
+
+
+def represent(values: torch.Tensor, representation: Representation, nodata_below: float | None = None) -> torch.Tensor:
+    """The representation of stored values.
+
+    Args:
+        values: (..., C, H, W) in any dtype. ``relief`` expects the bands surface, terrain.
+        representation: see ``modality.Modality``.
+        nodata_below: stored values under this are holes.
+
+    Returns:
+        (..., C, H, W) float32; holes are NaN.
+    """
+    values = values.to(torch.float32)
+    if nodata_below is not None:
+        values = torch.where(values < nodata_below, torch.nan, values)
+    if representation == "decibel":
+        return 10.0 * torch.log10(values.clamp_min(_SIGMA0_FLOOR))
+    if representation == "relief":
+        surface, terrain = values.unbind(dim=-3)
+        level = surface.nanmean(dim=(-2, -1), keepdim=True)
+        return torch.stack((surface - level, surface - terrain), dim=-3)
+    return values
+
+
+def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """Represented and standardised values, (..., C, H, W) float32; holes are NaN (``fill_holes`` closes them)."""
+    values = represent(values, spec.representation, spec.nodata_below)
+    mean = torch.tensor(spec.mean, device=values.device).view(-1, 1, 1)
+    std = torch.tensor(spec.std, device=values.device).view(-1, 1, 1)
+    return (values - mean) / std.clamp_min(1e-6)
+
+
+def fill_holes(values: torch.Tensor) -> torch.Tensor:
+    """Standardised values with holes at the mean, so that no NaN reaches an encoder."""
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)

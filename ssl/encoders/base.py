@@ -1,0 +1,77 @@
+"""What every encoder is: one sensor in, a pyramid of feature maps out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bocage.shards.normalize import InputSpec
+
+Architecture = Literal["swin", "utae"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """How to build an encoder.
+
+    Attributes:
+        architecture: ``swin`` for images, ``utae`` for series.
+        name: the timm model name of a Swin; unused by U-TAE.
+        options: further constructor arguments: timm model arguments (``embed_dim``, ``depths``, ``num_heads``,
+            ``window_size``, ...) or U-TAE's (``encoder_widths``, ``n_head``, ...).
+    """
+
+    architecture: Architecture = "swin"
+    name: str = "swin_tiny_patch4_window7_224"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Encoder(nn.Module):
+    """Base of the encoders.
+
+    Attributes:
+        spec: the input it was built for, with the statistics that ``normalize.standardize`` needs.
+        config: how it was built.
+        widths: channels of each feature map, finest map first.
+        strides: input pixels per feature cell of each map, finest map first. U-TAE's maps all have stride 1 when it
+            is built without down-sampling, as FLAIR-HUB's 10 x 10 series need.
+    """
+
+    spec: InputSpec
+    config: EncoderConfig
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def features(
+        self,
+        values: torch.Tensor,
+        dates: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Feature maps, finest first.
+
+        Args:
+            values: standardised input without NaN, (B, C, H, W) or (B, T, C, H, W) float.
+            dates: for series, (B, T) days since 15 May.
+            padding: for series, (B, T) bool, True where there is no date to look at: padded or masked.
+            mask: for images, (B, H // p, W // p) bool over patch-embedding tokens (p = 4): True tokens are replaced
+                by the learned mask token before any attention (SimMIM, arXiv 2111.09886). Its parameter is not part
+                of a published encoder.
+
+        Returns:
+            (B, widths[i], H / strides[i], W / strides[i]) for each i; sizes round up.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        values: torch.Tensor,
+        dates: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Same as ``features`` without a mask."""
+        return self.features(values, dates, padding)

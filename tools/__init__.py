@@ -1,0 +1,1 @@
+"""Command lines: one thin module for each sub-command of ``bocage``."""

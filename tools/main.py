@@ -1,0 +1,59 @@
+"""The ``bocage`` console script: finds the sub-command's module and turns wrong user input into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+
+from bocage.shards.errors import InputError
+
+COMMANDS = {
+    "sample": "write simulated patches in FLAIR-HUB's own format",
+    "shard": "turn a FLAIR-HUB tree into WebDataset shards with a manifest",
+    "finetune": "train UPerFuse on labels, from pretrained encoders or from scratch",
+    "predict": "write label maps of a fine-tuned model as GeoTIFFs",
+    "demo": "run the whole path on a simulated sample and print pretrained against scratch",
+}
+"""Sub-commands: each is the module of the same name here, with ``add_arguments(parser)`` and ``run(arguments)``."""
+
+
+def guarded(action: Callable[[], int | None]) -> int:
+    """Run ``action``; wrong user input becomes one sentence on stderr and status 2, anything else keeps its traceback."""
+    try:
+        return action() or 0
+    except InputError as error:
+        print(f"bocage: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="bocage",
+        description="Self-supervised pretraining of Earth-observation encoders on FLAIR-HUB.",
+        epilog="Pretraining has its own launcher: accelerate launch pretrain.py recipe=mae_multimodal shards=PATH",
+    )
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("bocage"))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only the chosen command's module is imported: `bocage sample` need not wait for torch.
+    chosen = next((word for word in words if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
+            module = importlib.import_module(f"bocage.tools.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    parsed = parser.parse_args(words)
+    return guarded(lambda: parsed.run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
