@@ -76,7 +76,7 @@ class Modality:
             10 log10 of the value; ``relief``: (surface - mean surface of the window, surface - terrain), metres.
         groups: names of correlated channels of the representation, normalised together in reconstruction targets
             (MAESTRO, arXiv 2508.10894).
-        unit: side of a mask unit, pixels; for series, the side of a target cell.
+        unit: side of a mask unit, pixels; for series, side of the cells in which targets are normalised.
         dates_table: the NAME in ``GLOBAL_NAME_MTD_DATES.gpkg`` that holds acquisition dates.
         historical: the file name carries ``195X`` instead of the image year, and the sensor saw an older landscape.
         mean, std: official statistics of the stored values by band, where IGN publishes them.
@@ -302,7 +302,7 @@ FLAIR_HUB = Registry(
             size=10,
             codec="spectral",
             groups=(("B2", "B3", "B4", "B8"), ("B5", "B6", "B7", "B8A"), ("B11", "B12")),
-            unit=2,
+            unit=5,
             dates_table="SENTINEL2",
             sensor=Sensor(gain=10_000.0, noise=60.0),
         ),
@@ -327,7 +327,7 @@ FLAIR_HUB = Registry(
             codec="float",
             representation="decibel",
             groups=(("VV",), ("VH",)),
-            unit=2,
+            unit=5,
             dates_table="SENTINEL1-ASC",
             sensor=_SENTINEL1_SENSOR,
         ),
@@ -341,7 +341,7 @@ FLAIR_HUB = Registry(
             codec="float",
             representation="decibel",
             groups=(("VV",), ("VH",)),
-            unit=2,
+            unit=5,
             dates_table="SENTINEL1-DESC",
             sensor=_SENTINEL1_SENSOR,
         ),

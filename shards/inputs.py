@@ -1,0 +1,121 @@
+"""A batch in native dtypes to what encoders read: standardised, oriented, clouds left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bocage.shards.augment import orient
+from bocage.shards.batch import Batch
+from bocage.shards.modality import Modality, Registry
+from bocage.shards.normalize import InputSpec, fill_holes, standardize
+
+_CLEAR_PERCENT = 1  # a pixel is clear when snow and cloud probability are at most this
+_CLEAR_SHARE = 0.95  # a date is kept when this share of its pixels is clear
+
+
+@dataclass
+class EncoderInput:
+    """Input of one encoder for B samples.
+
+    Attributes:
+        values: (B, C, H, W) or (B, T, C, H, W) float32, standardised; holes are 0, the mean.
+        valid: bool, same shape as ``values``: False in holes, absent samples and padded dates.
+        present: (B,) bool. A series is present when it has at least one date to look at.
+        dates: (B, T) days since 15 May, for series.
+        padding: (B, T) bool, True where there is nothing to look at: padded or cloudy dates.
+    """
+
+    values: torch.Tensor
+    valid: torch.Tensor
+    present: torch.Tensor
+    dates: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
+
+
+def unclear_dates(probabilities: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """Dates of a Sentinel-2 series to leave out, as the official FLAIR-HUB code chooses them.
+
+    A date is kept when at least 95 % of its pixels have cloud and snow probability of at most 1 %. A sample with no
+    such date keeps the dates free of snow; with none of these either, all its dates.
+
+    Args:
+        probabilities: (B, T, 2, H, W), snow then cloud, percent.
+        padding: (B, T) bool.
+
+    Returns:
+        (B, T) bool, True for padded dates and dates to leave out.
+    """
+    clear = probabilities.to(torch.float32) <= _CLEAR_PERCENT
+    kept = clear.all(dim=2).float().mean(dim=(-2, -1)) >= _CLEAR_SHARE
+    kept &= ~padding
+    snow_free = (clear[:, :, 0].float().mean(dim=(-2, -1)) >= _CLEAR_SHARE) & ~padding
+    kept = torch.where(kept.any(dim=1, keepdim=True), kept, snow_free)
+    kept = torch.where(kept.any(dim=1, keepdim=True), kept, ~padding)
+    return ~kept
+
+
+def quality_masks(registry: Registry, inputs: list[str]) -> dict[str, str]:
+    """For each of the ``inputs`` that has one, the name of the mask that tells its quality."""
+    return {
+        modality.mask_of: modality.name
+        for modality in registry.by_role("mask")
+        if modality.mask_of is not None and modality.mask_of in inputs
+    }
+
+
+def wanted_modalities(registry: Registry, inputs: list[str], labels: list[str]) -> list[Modality]:
+    """All rasters that training on these inputs and labels reads, quality masks included, in registry order.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    names = [*inputs, *quality_masks(registry, inputs).values(), *labels]
+    return list(registry.subset(names).values())
+
+
+def encoder_inputs(
+    batch: Batch,
+    specs: Mapping[str, InputSpec],
+    masks: Mapping[str, str],
+    *,
+    oriented: bool,
+) -> dict[str, EncoderInput]:
+    """What each encoder reads, on the batch's device.
+
+    Args:
+        batch: native dtypes.
+        specs: the input of each encoder, by modality.
+        masks: the name of the quality mask of a series (``quality_masks``).
+        oriented: whether each sample is turned into its random orientation (training) or left as it is.
+    """
+    inputs: dict[str, EncoderInput] = {}
+    for name, spec in specs.items():
+        values = standardize(batch.values[name], spec)
+        if oriented:
+            values = orient(values, batch.seeds)
+        present = batch.present[name]
+        if not spec.series:
+            valid = torch.isfinite(values) & present.view(-1, 1, 1, 1)
+            inputs[name] = EncoderInput(fill_holes(values), valid, present)
+            continue
+        padding = batch.padding[name]
+        if name in masks:
+            # The mask may be missing for a sample that has the series: then every date is kept.
+            unclear = unclear_dates(_as_long(batch.values[masks[name]], padding), padding)
+            padding = torch.where(batch.present[masks[name]][:, None], unclear, padding)
+        valid = torch.isfinite(values) & ~padding[:, :, None, None, None]
+        seen = present & ~padding.all(dim=1)
+        inputs[name] = EncoderInput(fill_holes(values), valid, seen, batch.dates[name], padding)
+    return inputs
+
+
+def _as_long(probabilities: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """The mask with as many dates as its series: they differ when no sample of the batch has the mask."""
+    missing = padding.shape[1] - probabilities.shape[1]
+    if missing <= 0:
+        return probabilities[:, : padding.shape[1]]
+    blank = probabilities.new_zeros((len(probabilities), missing, *probabilities.shape[2:]))
+    return torch.cat([probabilities, blank], dim=1)

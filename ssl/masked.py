@@ -1,0 +1,197 @@
+"""The masked objective: reconstruct hidden units, hidden dates and hidden modalities from all that is visible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bocage.shards.draws import uniform
+from bocage.shards.inputs import EncoderInput
+from bocage.shards.modality import Modality
+from bocage.ssl.decoder import DecoderConfig, FusionDecoder, Neck, date_encoding, grid_centres
+from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.masking import Mask
+from bocage.ssl.objective import View
+from bocage.ssl.targets import group_statistics, to_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedConfig:
+    """The masked objective.
+
+    Attributes:
+        decoder: size of the fusion decoder.
+        normalize_targets: reconstruct values normalised in each unit by groups of bands (MAESTRO); otherwise the
+            standardised values themselves.
+        dates: hidden dates of a series reconstructed per sample and step.
+        weights: weight of a modality's loss by name; those not named weigh 1.
+    """
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    normalize_targets: bool = True
+    dates: int = 8
+    weights: dict[str, float] | None = None
+
+
+@dataclass
+class Reconstruction:
+    """Prediction and target of one modality, in units: (B, U, U, C, u, u), or (B, K, U, U, C, u, u) for K dates.
+
+    ``wanted`` has the same shape: what the loss counts. ``mean`` and ``std`` undo the target's normalisation:
+    standardised value = value * std + mean. ``chosen`` gives the indices (B, K) of the dates of a series.
+    """
+
+    prediction: torch.Tensor
+    target: torch.Tensor
+    wanted: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    chosen: torch.Tensor | None = None
+
+    def losses(self) -> torch.Tensor:
+        """Mean absolute error of each sample over what is wanted of it, (B,); 0 where nothing is."""
+        error = ((self.prediction.float() - self.target).abs() * self.wanted).flatten(1).sum(dim=1)
+        return error / self.wanted.flatten(1).sum(dim=1).clamp_min(1)
+
+
+class _DateHead(nn.Module):
+    """Values of a cell at a date, from what the decoder says of the cell and an encoding of the date."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.width = width
+        self.cell, self.date = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs))
+
+    def forward(self, cells: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) cells and (B, K) days to (B, K, N, outputs)."""
+        # The date gates the cell's channels: a season is a way of looking at a parcel, not a term added to it.
+        gain, shift = self.date(date_encoding(days, self.width).to(cells.dtype)).chunk(2, dim=-1)
+        mixed = self.norm(self.cell(cells)[:, None] * (1 + gain[:, :, None]) + shift[:, :, None])
+        return self.output(mixed)
+
+
+class Masked(nn.Module):
+    """Masked multimodal reconstruction with a joint fusion decoder (MultiMAE, arXiv 2204.01678, and MAESTRO).
+
+    The loss of a modality is the mean absolute error over a sample's hidden values; modalities weigh the same by
+    default, because weighing by tokens would let the aerial image rule.
+
+    Args:
+        encoders: by modality; only their widths and strides are used.
+        modalities: registry entries.
+        config: the objective.
+    """
+
+    def __init__(
+        self, encoders: Mapping[str, Encoder], modalities: Mapping[str, Modality], config: MaskedConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.modalities = {name: modalities[name] for name in encoders}
+        width = config.decoder.width
+        self.necks, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        for name, encoder in encoders.items():
+            modality = self.modalities[name]
+            channels = len(modality.channels)
+            series = modality.role == "series"
+            # A series has a token for each of its pixels, on which the date head predicts that pixel's values.
+            unit = 1 if series else modality.unit
+            self.necks[name] = Neck(encoder.widths, encoder.strides, unit, width)
+            self.heads[name] = _DateHead(width, channels) if series else nn.Linear(width, channels * unit * unit)
+        self.decoder = FusionDecoder(list(encoders), config.decoder)
+
+    def _tokens(self, view: View, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, N, width) of what an encoder saw, and their centres (B or 1, N, 2)."""
+        given, mask = view.inputs[name], view.masks[name]
+        pixels, device = given.values.shape[-1], given.values.device
+        if mask.units is None:
+            tokens = self.necks[name](view.maps[name], pixels)
+            return tokens.flatten(1, 2), grid_centres(pixels, view.side, device).flatten(0, 1)[None]
+        units = mask.units.shape[1]
+        centres = grid_centres(units, view.side, device)
+        if not view.packed:
+            return self.necks[name](view.maps[name], units).flatten(1, 2), centres.flatten(0, 1)[None]
+        blocks = units // 2
+        tokens = self.necks[name](view.maps[name], blocks)
+        visible = (~mask.units).view(-1, blocks, 2, blocks, 2).permute(0, 1, 3, 2, 4).reshape(-1, blocks, blocks, 4)
+        places = centres.view(blocks, 2, blocks, 2, 2).permute(0, 2, 1, 3, 4).reshape(blocks, blocks, 4, 2)
+        index = visible.long().argmax(dim=-1)[..., None, None].expand(-1, -1, -1, 1, 2)
+        chosen = places.expand(len(tokens), -1, -1, -1, -1).gather(3, index).squeeze(3)
+        return tokens.flatten(1, 2), chosen.flatten(1, 2)
+
+    def _normalized(
+        self, units: torch.Tensor, valid: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Target units with their mean and std."""
+        if not self.config.normalize_targets:
+            zero = units.new_zeros(()).expand(*units.shape[:-2], 1, 1)
+            return units, zero, torch.ones_like(zero)
+        mean, std = group_statistics(units, valid, self.modalities[name])
+        return (units - mean) / std, mean, std
+
+    def _image(self, name: str, answers: torch.Tensor, given: EncoderInput, mask: Mask) -> Reconstruction:
+        unit = self.modalities[name].unit
+        units, valid = to_units(given.values, unit), to_units(given.valid, unit)
+        target, mean, std = self._normalized(units, valid, name)
+        prediction = self.heads[name](answers).view(units.shape)
+        assert mask.units is not None
+        hidden = (mask.units | mask.whole[:, None, None])[..., None, None, None]
+        return Reconstruction(prediction, target, hidden & valid, mean, std)
+
+    def _series(
+        self, name: str, answers: torch.Tensor, given: EncoderInput, mask: Mask, seeds: torch.Tensor
+    ) -> Reconstruction:
+        assert given.dates is not None and given.padding is not None and mask.dates is not None
+        unit = self.modalities[name].unit
+        hidden = mask.dates | (mask.whole[:, None] & ~given.padding)
+        length = hidden.shape[1]
+        draws = uniform(seeds, f"target dates/{name}", length).masked_fill(~hidden, -1.0)
+        chosen = draws.argsort(dim=1, descending=True, stable=True)[:, : self.config.dates]
+        at = (torch.arange(len(chosen), device=chosen.device)[:, None], chosen)
+        units, valid = to_units(given.values[at], unit), to_units(given.valid[at], unit)
+        target, mean, std = self._normalized(units, valid, name)
+        pixels = given.values.shape[-1]
+        values = self.heads[name](answers, given.dates[at])
+        values = values.view(*values.shape[:2], pixels, pixels, -1).movedim(-1, 2)
+        wanted = hidden[at][:, :, None, None, None, None, None] & valid
+        return Reconstruction(to_units(values, unit), target, wanted, mean, std, chosen)
+
+    def reconstruct(self, view: View) -> dict[str, Reconstruction]:
+        """Prediction and target of every modality."""
+        tokens, centres = {}, {}
+        for name in view.maps:
+            tokens[name], centres[name] = self._tokens(view, name)
+        memory, left_out = self.decoder.fuse(tokens, centres, {name: view.masks[name].whole for name in tokens})
+        places = {}
+        for name, mask in view.masks.items():
+            count = view.inputs[name].values.shape[-1] if mask.units is None else mask.units.shape[1]
+            places[name] = grid_centres(count, view.side, memory.device).flatten(0, 1)
+        answers = self.decoder.read(places, memory, left_out)
+        return {
+            name: self._image(name, answers[name], view.inputs[name], mask)
+            if mask.units is not None
+            else self._series(name, answers[name], view.inputs[name], mask, view.seeds)
+            for name, mask in view.masks.items()
+        }
+
+    def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted mean over modalities and samples, and the mean of each modality where it is wanted.
+
+        Every sample weighs the same whatever it lacks, so that the loss of a batch is exactly the mean over its
+        parts: on several ranks, or accumulated over several steps, it is what one large batch would give.
+        """
+        weights = self.config.weights or {}
+        total, whole, figures = torch.zeros((), device=view.seeds.device), 0.0, {}
+        for name, item in self.reconstruct(view).items():
+            losses = item.losses()
+            weight = weights.get(name, 1.0)
+            total = total + weight * losses.mean()
+            whole += weight
+            figures[name] = losses.sum() / item.wanted.flatten(1).any(dim=1).sum().clamp_min(1)
+        return total / whole, figures

@@ -1,0 +1,167 @@
+"""Pretraining from a recipe: shards to one published encoder a modality."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bocage import recipes
+from bocage.shards.errors import InputError
+from bocage.shards.inputs import quality_masks, wanted_modalities
+from bocage.shards.manifest import Manifest
+from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.stream import TrainingStream, evaluation_batches
+from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.export import save_encoder
+from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.engine.loop import EngineConfig, Outcome, train
+from bocage.ssl.masked import Masked, MaskedConfig
+from bocage.ssl.masking import MaskingConfig
+from bocage.ssl.objective import Pretraining
+
+USAGE = """\
+usage: accelerate launch pretrain.py recipe=NAME shards=PATH [key=value ...] [--print-config]
+
+Pretrain one encoder a modality. Every key of the recipe can be overridden: engine.steps=1000, batch_size=8,
+masking.images=mask_token. --print-config prints the resolved configuration and stops.
+
+recipes: {recipes}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pretraining run.
+
+    Attributes:
+        recipe: the recipe it came from.
+        shards: folder written by ``bocage shard``.
+        output: folder of checkpoints, encoders, metrics and pictures.
+        modalities: sensors to pretrain; empty for all inputs the shards hold.
+        split: split column of the manifest; empty to pretrain on every sample.
+        subset: value of the split column to pretrain on. Validation and test images are left out by default.
+        window: side of the ground window of a sample, metres.
+        batch_size: samples per rank and step.
+        workers: reading processes per rank.
+        swin, utae: encoders of images and of series.
+        encoders: encoders of single modalities, by name, in place of these.
+        masking: what is hidden.
+        masked: the masked objective.
+        engine: the training loop.
+        pictures: samples whose reconstruction is drawn at the end.
+    """
+
+    recipe: str = ""
+    shards: str = ""
+    output: str = "runs/pretrain"
+    modalities: list[str] = field(default_factory=list)
+    split: str = "split_1"
+    subset: str = "train"
+    window: float = PATCH_SIZE
+    batch_size: int = 8
+    workers: int = 4
+    swin: EncoderConfig = field(default_factory=EncoderConfig)
+    utae: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="utae"))
+    encoders: dict[str, EncoderConfig] = field(default_factory=dict)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    pictures: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must not be negative")
+
+
+def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
+    """The encoders and the objective of a run, with the statistics of the shards."""
+    registry = manifest.registry
+    names = config.modalities or [modality.name for modality in registry.inputs]
+    unknown = sorted(set(config.encoders) - set(names))
+    if unknown:
+        raise InputError(f"encoders.{unknown[0]}: not one of the modalities of this run ({', '.join(names)})")
+    modalities = {name: _input(registry[name]) for name in names}
+    encoders: dict[str, Encoder] = {}
+    for name, modality in modalities.items():
+        chosen = config.encoders.get(name, config.swin if modality.role == "image" else config.utae)
+        encoders[name] = build_encoder(
+            manifest.input_spec(name), chosen, mask_token=config.masking.images == "mask_token"
+        )
+    terms: dict[str, nn.Module] = {"masked": Masked(encoders, modalities, config.masked)}
+    return Pretraining(
+        encoders, modalities, quality_masks(registry, names), config.masking, terms, dict.fromkeys(terms, 1.0)
+    )
+
+
+def _input(modality: Modality) -> Modality:
+    if not modality.is_input:
+        raise InputError(f"modalities: {modality.name} is a {modality.role}, not an input of an encoder")
+    return modality
+
+
+def export_encoders(task: nn.Module, folder: Path) -> None:
+    """Write each encoder of the task to ``folder/MODALITY``."""
+    assert isinstance(task, Pretraining)
+    for name in task.encoders:
+        save_encoder(task.encoder(name), folder / name)
+
+
+def open_shards(path: str) -> Manifest:
+    """The manifest of a run's shards; without a path, an ``InputError`` that tells how to make shards."""
+    if not path:
+        raise InputError(
+            "shards= is not set: write shards with `bocage shard SRC OUT` (SRC an unzipped FLAIR-HUB, or a sample "
+            "made by `bocage sample SRC`) and pass shards=OUT"
+        )
+    return Manifest.open(path)
+
+
+def pretrain(config: PretrainConfig) -> Outcome:
+    """Run a recipe to its last step, or resume it; encoders end up in ``output/encoders/MODALITY``."""
+    manifest = open_shards(config.shards)
+    rows = manifest.split(config.split, config.subset)
+    torch.manual_seed(config.engine.seed)  # before weights are drawn
+    task = build_task(config, manifest)
+    modalities = wanted_modalities(manifest.registry, list(task.encoders), [])
+    source = TrainingStream(
+        manifest,
+        rows,
+        modalities,
+        batch_size=config.batch_size,
+        window=config.window,
+        seed=config.engine.seed,
+        workers=config.workers,
+    )
+    outcome = train(
+        task,
+        source,
+        config.engine,
+        output=Path(config.output),
+        recipe=config.recipe,
+        resolved=asdict(config),
+        export=export_encoders,
+    )
+    return outcome
+
+
+def main(arguments: list[str]) -> int:
+    """``pretrain.py``: returns the exit status."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        names = [name for name in recipes.names() if not name.startswith("finetune")]
+        print(USAGE.format(recipes=", ".join(names)))
+        return 0 if arguments else 2
+    words = [word for word in arguments if word != "--print-config"]
+    try:
+        config = recipes.resolve(PretrainConfig, words)
+        if len(words) < len(arguments):
+            print(recipes.to_yaml(config), end="")
+            return 0
+        return pretrain(config).exit_code
+    except InputError as error:
+        print(f"pretrain: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+
+from bocage.shards.batch import GroundWindow
+from bocage.shards.crop import check_side, crop, draw_window, lattice
+from bocage.shards.draws import sample_seed
+from bocage.shards.errors import InputError
+from bocage.shards.modality import FLAIR_HUB
+
+ALL = list(FLAIR_HUB.values())
+IMAGES = list(FLAIR_HUB.by_role("image"))
+
+
+def test_the_lattice_is_the_smallest_step_of_whole_pixels() -> None:
+    assert lattice([FLAIR_HUB["AERIAL_RGBI"]]) == pytest.approx(0.2)
+    assert lattice(IMAGES) == pytest.approx(1.6)
+    assert lattice(ALL) == pytest.approx(51.2)
+
+
+def test_a_side_that_is_not_whole_pixels_is_refused_with_the_valid_ones() -> None:
+    check_side(51.2, ALL)
+    check_side(76.8, IMAGES)
+    with pytest.raises(InputError, match=r"window=76\.8.*51\.2, 102\.4"):
+        check_side(76.8, ALL)
+
+
+def test_windows_cover_the_same_ground_in_every_modality() -> None:
+    positions = set()
+    for index in range(64):
+        window = draw_window(sample_seed(0, 0, str(index)), 51.2, lattice(ALL))
+        positions.add((window.left, window.top))
+        for modality in ALL:
+            # Each pixel holds the position of its own centre on the ground.
+            centres = (np.arange(modality.size) + 0.5) * modality.gsd
+            ground = np.stack(np.meshgrid(centres, centres, indexing="xy"))
+            cut = crop(ground, modality, window)
+            assert cut.shape[1:] == (round(51.2 / modality.gsd),) * 2
+            assert cut[0].min() - modality.gsd / 2 == pytest.approx(window.left)
+            assert cut[1].max() + modality.gsd / 2 == pytest.approx(window.top + 51.2)
+    assert positions == {(left, top) for left in (0.0, 51.2) for top in (0.0, 51.2)}
+
+
+def test_the_whole_patch_is_one_window() -> None:
+    assert draw_window(1, 102.4, 51.2) == GroundWindow(0.0, 0.0, 102.4)

@@ -1,0 +1,110 @@
+import numpy as np
+import torch
+
+from bocage.shards.augment import orient
+from bocage.shards.batch import Batch, Sample
+from bocage.shards.collate import collate
+from bocage.shards.crop import WHOLE_PATCH
+from bocage.shards.inputs import encoder_inputs, quality_masks, unclear_dates, wanted_modalities
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.normalize import InputSpec, represent
+
+S2, CLOUDS = "SENTINEL2_TS", "SENTINEL2_MSK-SC"
+
+
+def sample(key: str, seed: int, **arrays: np.ndarray) -> Sample:
+    named = {name.replace("__", "-"): array for name, array in arrays.items()}
+    dates = {
+        name: np.arange(len(array), dtype=np.int32) * 5 - 20
+        for name, array in named.items()
+        if FLAIR_HUB[name].has_dates
+    }
+    return Sample(key, "D001-2020/AA", seed, WHOLE_PATCH, named, dates)
+
+
+def series(length: int, fill: int = 7) -> np.ndarray:
+    return np.full((length, 10, 10, 10), fill, np.uint16)
+
+
+def spec(name: str) -> InputSpec:
+    channels = len(FLAIR_HUB[name].channels)
+    return InputSpec.of(FLAIR_HUB[name], (0.0,) * channels, (1.0,) * channels)
+
+
+def test_collate_pads_series_and_marks_what_is_missing() -> None:
+    wanted = [FLAIR_HUB[name] for name in ("AERIAL_RGBI", S2, "SENTINEL1-ASC_TS")]
+    aerial = np.random.default_rng(0).integers(0, 255, (4, 512, 512), dtype=np.uint8)
+    batch = collate([sample("a", 1, AERIAL_RGBI=aerial, SENTINEL2_TS=series(3)), sample("b", 2, SENTINEL2_TS=series(5))], wanted)
+    assert batch.values[S2].dtype == torch.uint16
+    assert batch.values[S2].shape == (2, 5, 10, 10, 10)
+    assert batch.padding[S2].tolist() == [[False] * 3 + [True] * 2, [False] * 5]
+    assert batch.dates[S2][0].tolist() == [-20, -15, -10, 0, 0]
+    assert batch.present["AERIAL_RGBI"].tolist() == [True, False]
+    assert np.array_equal(batch.values["AERIAL_RGBI"][0].numpy(), aerial)
+    assert not batch.values["AERIAL_RGBI"][1].any()
+    # A modality that nobody has still stands in the batch, empty.
+    assert batch.values["SENTINEL1-ASC_TS"].shape == (2, 0, 2, 10, 10)
+    assert not batch.present["SENTINEL1-ASC_TS"].any()
+
+
+def test_cloudy_and_snowy_dates_are_left_out_with_the_official_fallbacks() -> None:
+    probabilities = torch.zeros(3, 3, 2, 10, 10)
+    probabilities[0, 0, 1, :2] = 60  # 20 % of the first date is cloudy
+    probabilities[0, 1, 1, 0, :4] = 60  # 4 % is tolerated
+    probabilities[1, :, 1] = 90  # all cloudy: the dates free of snow stay
+    probabilities[1, 2, 0] = 90
+    probabilities[2] = 90  # cloudy and snowy throughout: every date stays
+    padding = torch.tensor([[False, False, True]] + [[False] * 3] * 2)
+    assert unclear_dates(probabilities, padding).tolist() == [
+        [True, False, True],
+        [False, False, True],
+        [False, False, False],
+    ]
+
+
+def test_quality_masks_reach_the_series_they_belong_to() -> None:
+    assert quality_masks(FLAIR_HUB, [S2]) == {S2: CLOUDS}
+    names = [modality.name for modality in wanted_modalities(FLAIR_HUB, ["AERIAL_RGBI", S2], ["AERIAL_LABEL-COSIA"])]
+    assert names == ["AERIAL_RGBI", S2, CLOUDS, "AERIAL_LABEL-COSIA"]
+    cloudy = np.zeros((4, 2, 10, 10), np.uint16)
+    cloudy[1, 1] = 100
+    wanted = [FLAIR_HUB[S2], FLAIR_HUB[CLOUDS]]
+    batch = collate(
+        [sample("a", 1, SENTINEL2_TS=series(4), SENTINEL2_MSK__SC=cloudy), sample("b", 2, SENTINEL2_TS=series(6))], wanted
+    )
+    given = encoder_inputs(batch, {S2: spec(S2)}, quality_masks(FLAIR_HUB, [S2]), oriented=False)[S2]
+    assert given.padding is not None
+    assert given.padding.tolist() == [[False, True, False, False, True, True], [False] * 6]
+
+
+def test_holes_become_the_mean_and_are_marked() -> None:
+    heights = np.full((2, 512, 512), 120.0, np.float32)
+    heights[0, :10] = -9999.0
+    heights[1, 0, 0] = np.nan
+    batch = collate([sample("a", 1, DEM_ELEV=heights)], [FLAIR_HUB["DEM_ELEV"]])
+    given = encoder_inputs(batch, {"DEM_ELEV": spec("DEM_ELEV")}, {}, oriented=False)["DEM_ELEV"]
+    assert torch.isfinite(given.values).all()
+    assert not given.valid[0, 0, :10].any()
+    assert given.valid[0, 0, 10:].all()
+    assert (given.values[0, :, :10] == 0).all()
+
+
+def test_decibels_of_zero_are_finite() -> None:
+    values = represent(torch.tensor([0.0, 1.0, 0.1]).view(1, 3, 1), "decibel")
+    assert values.flatten().tolist() == [-40.0, 0.0, -10.0]
+
+
+def test_orientation_is_shared_by_modalities_and_covers_the_square() -> None:
+    seeds = torch.arange(200)
+    fine = torch.arange(16.0).view(1, 1, 4, 4).expand(200, -1, -1, -1)
+    coarse = fine.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2))
+    turned = orient(fine, seeds)
+    assert len({tuple(item.flatten().tolist()) for item in turned}) == 8
+    assert torch.equal(orient(coarse, seeds), turned.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2)))
+    assert torch.equal(orient(fine.to(torch.uint8), seeds).float(), turned)
+
+
+def test_a_batch_moves_as_one() -> None:
+    batch = collate([sample("a", 1, SENTINEL2_TS=series(2))], [FLAIR_HUB[S2]])
+    moved: Batch = batch.to("meta")
+    assert moved.values[S2].device.type == moved.padding[S2].device.type == moved.seeds.device.type == "meta"

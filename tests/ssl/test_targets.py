@@ -1,0 +1,55 @@
+import torch
+
+from bocage.shards.modality import FLAIR_HUB
+from bocage.ssl.targets import from_units, group_statistics, to_units
+
+
+def test_units_round_trip_for_images_and_series() -> None:
+    for shape in ((2, 4, 64, 32), (2, 3, 10, 10, 10)):
+        values = torch.rand(shape)
+        unit = 8 if len(shape) == 4 else 5
+        units = to_units(values, unit)
+        assert units.shape == (*shape[:-3], shape[-2] // unit, shape[-1] // unit, shape[-3], unit, unit)
+        assert torch.equal(from_units(units), values)
+    units = to_units(torch.arange(16.0).view(1, 1, 4, 4), 2)
+    assert units[0, 0, 1, 0].tolist() == [[2.0, 3.0], [6.0, 7.0]]
+
+
+def test_groups_are_normalised_together_and_alone() -> None:
+    modality = FLAIR_HUB["AERIAL_RGBI"]
+    units = to_units(torch.rand(3, 4, 64, 64, generator=torch.Generator().manual_seed(0)) * 4 + 2, 32)
+    everywhere = torch.ones_like(units, dtype=torch.bool)
+    mean, std = group_statistics(units, everywhere, modality)
+    normal = (units - mean) / std
+    colours, infrared = normal[:, :, :, :3], normal[:, :, :, 3]
+    for group in (colours.flatten(3), infrared.flatten(3)):
+        assert group.mean(dim=-1).abs().max() < 1e-4
+        assert (group.std(dim=-1) - 1).abs().max() < 1e-2
+    # Ratios inside a group survive: one band's own mean is not removed.
+    brighter = units.clone()
+    brighter[:, :, :, 0] += 3
+    mean, std = group_statistics(brighter, everywhere, modality)
+    shifted = (brighter - mean) / std
+    assert (shifted[:, :, :, 0].mean() - shifted[:, :, :, 1].mean()) > 0.5
+    assert torch.equal(shifted[:, :, :, 3], normal[:, :, :, 3])
+
+
+def test_constant_units_and_holes_stay_finite() -> None:
+    modality = FLAIR_HUB["DEM_ELEV"]
+    units = torch.full((1, 1, 1, 2, 32, 32), 5.0)
+    valid = torch.ones_like(units, dtype=torch.bool)
+    valid[..., 0, :, :] = False
+    mean, std = group_statistics(units, valid, modality)
+    normal = (units - mean) / std
+    assert torch.isfinite(normal).all()
+    assert normal[..., 1, :, :].abs().max() == 0
+
+
+def test_holes_do_not_move_the_statistics() -> None:
+    modality = FLAIR_HUB["AERIAL-RLT_PAN"]
+    units = torch.rand(1, 1, 1, 1, 16, 16)
+    valid = torch.ones_like(units, dtype=torch.bool)
+    valid[..., :8, :] = False
+    polluted = torch.where(valid, units, 1e6)
+    mean, _ = group_statistics(polluted, valid, modality)
+    assert torch.allclose(mean.squeeze(), units[..., 8:, :].mean())

@@ -1,0 +1,85 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from bocage import recipes
+from bocage.shards.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+    mode: Literal["fast", "exact"] = "fast"
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"inner.rate={self.rate} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    recipe: str = ""
+    steps: int = 10
+    names: list[str] = field(default_factory=list)
+    inner: Inner = field(default_factory=Inner)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return f"recipe={path}"
+
+
+def test_layers_override_each_other(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    write(base, "steps: 20\ninner: {rate: 0.5, mode: exact}\n")
+    recipe = write(tmp_path / "small.yaml", f"base: {base}\ninner: {{rate: 0.25}}\n")
+    config = recipes.resolve(Outer, [recipe, "names=[a,b]"])
+    assert config.steps == 20
+    assert config.inner == Inner(rate=0.25, mode="exact")
+    assert config.names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("stepps=3", "unknown key 'stepps'; did you mean 'steps'?"),
+        ("inner.ratte=3", "unknown key 'inner.ratte'; did you mean 'inner.rate'?"),
+        ("inner.zzz=3", "valid keys here: rate, mode"),
+        ("steps=many", "steps"),
+        ("inner.mode=slow", "inner.mode"),
+        ("inner.rate=-1", "inner.rate=-1.0 must not be negative"),
+        ("steps", "not of the form key=value"),
+    ],
+)
+def test_wrong_words_end_in_one_sentence(tmp_path: Path, word: str, message: str) -> None:
+    recipe = write(tmp_path / "r.yaml", "steps: 1\n")
+    with pytest.raises(InputError) as caught:
+        recipes.resolve(Outer, [recipe, word])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'quickstart'"):
+        recipes.resolve(Outer, ["recipe=quikstart"])
+    with pytest.raises(InputError, match="give one recipe"):
+        recipes.resolve(Outer, [])
+    with pytest.raises(InputError, match="no such file"):
+        recipes.resolve(Outer, [f"recipe={tmp_path}/none.yaml"])
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+    first = tmp_path / "first.yaml"
+    second = write(tmp_path / "second.yaml", f"base: {first}\n")
+    write(first, f"base: {tmp_path / 'second.yaml'}\n")
+    with pytest.raises(InputError, match="circle"):
+        recipes.resolve(Outer, [second])
+
+
+def test_broken_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not valid YAML"):
+        recipes.resolve(Outer, [write(tmp_path / "r.yaml", "steps: [1\n")])
+    with pytest.raises(InputError, match="unknown key 'stepps'"):
+        recipes.resolve(Outer, [write(tmp_path / "r.yaml", "stepps: 1\n")])
