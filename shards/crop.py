@@ -40,7 +40,7 @@ def draw_window(seed: int, side: float, step: float) -> GroundWindow:
     """The window of ``side`` metres that the sample with this seed sees, on the lattice of ``step`` metres."""
     if math.isclose(side, PATCH_SIZE):
         return WHOLE_PATCH
-    positions = int(round((PATCH_SIZE - side) / step)) + 1
+    positions = round((PATCH_SIZE - side) / step) + 1
     column, row = integers(torch.tensor([seed]), "window", positions, 2)[0].tolist()
     return GroundWindow(left=column * step, top=row * step, side=side)
 

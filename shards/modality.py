@@ -146,12 +146,16 @@ class Modality:
         try:
             bands = []
             for band in values.pop("bands"):
-                scheme = band["scheme"] and ClassScheme(**{key: _tuples(value) for key, value in band["scheme"].items()})
+                scheme = band["scheme"] and ClassScheme(
+                    **{key: _tuples(value) for key, value in band["scheme"].items()}
+                )
                 bands.append(Band(**{**band, "scheme": scheme}))
             sensor = Sensor(**values.pop("sensor"))
             return cls(bands=tuple(bands), sensor=sensor, **{key: _tuples(value) for key, value in values.items()})
         except (KeyError, TypeError) as error:
-            raise InputError(f"modality description {description.get('name', '?')!r} cannot be read: {error}") from error
+            raise InputError(
+                f"modality description {description.get('name', '?')!r} cannot be read: {error}"
+            ) from error
 
 
 def _tuples(value: Any) -> Any:

@@ -151,7 +151,10 @@ class FusionDecoder(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def fuse(
-        self, tokens: Mapping[str, torch.Tensor], centres: Mapping[str, torch.Tensor], hidden: Mapping[str, torch.Tensor]
+        self,
+        tokens: Mapping[str, torch.Tensor],
+        centres: Mapping[str, torch.Tensor],
+        hidden: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The fused memory.
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bocage.shards.draws import uniform
@@ -158,7 +157,7 @@ class Masked(nn.Module):
         target, mean, std = self._normalized(units, valid, name)
         pixels = given.values.shape[-1]
         values = self.heads[name](answers, given.dates[at])
-        values = values.view(*values.shape[:2], pixels, pixels, -1).movedim(-1, 2)
+        values = values.view(*values.shape[:2], pixels, pixels, units.shape[-3]).movedim(-1, 2)
         wanted = hidden[at][:, :, None, None, None, None, None] & valid
         return Reconstruction(to_units(values, unit), target, wanted, mean, std, chosen)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,10 +20,13 @@ from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.engine.loop import EngineConfig, Outcome, train
+from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.distributed import is_main
+from bocage.ssl.engine.loop import Outcome, train
 from bocage.ssl.masked import Masked, MaskedConfig
 from bocage.ssl.masking import MaskingConfig
 from bocage.ssl.objective import Pretraining
+from bocage.ssl.pictures import reconstruction_figure, save_figure
 
 USAGE = """\
 usage: accelerate launch pretrain.py recipe=NAME shards=PATH [key=value ...] [--print-config]
@@ -41,8 +46,8 @@ class PretrainConfig:
         shards: folder written by ``bocage shard``.
         output: folder of checkpoints, encoders, metrics and pictures.
         modalities: sensors to pretrain; empty for all inputs the shards hold.
-        split: split column of the manifest; empty to pretrain on every sample.
-        subset: value of the split column to pretrain on. Validation and test images are left out by default.
+        split: split column of the shards, or ``all`` to pretrain on every patch.
+        train: value of the split to pretrain on; validation and test images are left out.
         window: side of the ground window of a sample, metres.
         batch_size: samples per rank and step.
         workers: reading processes per rank.
@@ -59,7 +64,7 @@ class PretrainConfig:
     output: str = "runs/pretrain"
     modalities: list[str] = field(default_factory=list)
     split: str = "split_1"
-    subset: str = "train"
+    train: str = "train"
     window: float = PATCH_SIZE
     batch_size: int = 8
     workers: int = 4
@@ -124,7 +129,7 @@ def open_shards(path: str) -> Manifest:
 def pretrain(config: PretrainConfig) -> Outcome:
     """Run a recipe to its last step, or resume it; encoders end up in ``output/encoders/MODALITY``."""
     manifest = open_shards(config.shards)
-    rows = manifest.split(config.split, config.subset)
+    rows = manifest.split(config.split, config.train)
     torch.manual_seed(config.engine.seed)  # before weights are drawn
     task = build_task(config, manifest)
     modalities = wanted_modalities(manifest.registry, list(task.encoders), [])
@@ -146,7 +151,44 @@ def pretrain(config: PretrainConfig) -> Outcome:
         resolved=asdict(config),
         export=export_encoders,
     )
+    if outcome.exit_code == 0 and is_main():
+        output = Path(config.output)
+        replace_folder(outcome.last / "export", output / "encoders")
+        for path in draw_reconstructions(task, manifest, rows, modalities, config.pictures, output / "pictures"):
+            print(f"reconstruction: {path}")
+        print(f"encoders: {output / 'encoders'}")
     return outcome
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Copy a folder over another one; readers see the old or the new one, never a half-written one."""
+    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, fresh)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def draw_reconstructions(
+    task: Pretraining, manifest: Manifest, trained: np.ndarray, modalities: list[Modality], count: int, folder: Path
+) -> list[Path]:
+    """Draw what the decoder makes of patches it was not trained on, if there are such; returns the paths."""
+    objective = next((term for term in task.terms.values() if isinstance(term, Masked)), None)
+    if objective is None or count < 1:
+        return []
+    others = np.setdiff1d(np.arange(len(manifest)), trained)
+    rows = (others if len(others) else trained)[:count]
+    device = next(task.parameters()).device
+    task.eval()
+    paths = []
+    for batch in evaluation_batches(manifest, rows, modalities, batch_size=1):
+        path = folder / f"reconstruction_{batch.keys[0]}.png"
+        save_figure(reconstruction_figure(task, objective, batch.to(device), 0), path)
+        paths.append(path)
+    return paths
 
 
 def main(arguments: list[str]) -> int:

@@ -29,9 +29,7 @@ def from_units(units: torch.Tensor) -> torch.Tensor:
     return values.reshape(*lead, channels, rows * unit, columns * unit)
 
 
-def group_statistics(
-    units: torch.Tensor, valid: torch.Tensor, modality: Modality
-) -> tuple[torch.Tensor, torch.Tensor]:
+def group_statistics(units: torch.Tensor, valid: torch.Tensor, modality: Modality) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each unit and band group, holes left out.
 
     Args:

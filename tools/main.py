@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """Run ``action``; wrong user input becomes one sentence on stderr and status 2, anything else keeps its traceback."""
+    """Run ``action``; wrong user input becomes one sentence and status 2, anything else keeps its traceback."""
     try:
         return action() or 0
     except InputError as error:

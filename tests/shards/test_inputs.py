@@ -34,7 +34,9 @@ def spec(name: str) -> InputSpec:
 def test_collate_pads_series_and_marks_what_is_missing() -> None:
     wanted = [FLAIR_HUB[name] for name in ("AERIAL_RGBI", S2, "SENTINEL1-ASC_TS")]
     aerial = np.random.default_rng(0).integers(0, 255, (4, 512, 512), dtype=np.uint8)
-    batch = collate([sample("a", 1, AERIAL_RGBI=aerial, SENTINEL2_TS=series(3)), sample("b", 2, SENTINEL2_TS=series(5))], wanted)
+    batch = collate(
+        [sample("a", 1, AERIAL_RGBI=aerial, SENTINEL2_TS=series(3)), sample("b", 2, SENTINEL2_TS=series(5))], wanted
+    )
     assert batch.values[S2].dtype == torch.uint16
     assert batch.values[S2].shape == (2, 5, 10, 10, 10)
     assert batch.padding[S2].tolist() == [[False] * 3 + [True] * 2, [False] * 5]
@@ -70,7 +72,8 @@ def test_quality_masks_reach_the_series_they_belong_to() -> None:
     cloudy[1, 1] = 100
     wanted = [FLAIR_HUB[S2], FLAIR_HUB[CLOUDS]]
     batch = collate(
-        [sample("a", 1, SENTINEL2_TS=series(4), SENTINEL2_MSK__SC=cloudy), sample("b", 2, SENTINEL2_TS=series(6))], wanted
+        [sample("a", 1, SENTINEL2_TS=series(4), SENTINEL2_MSK__SC=cloudy), sample("b", 2, SENTINEL2_TS=series(6))],
+        wanted,
     )
     given = encoder_inputs(batch, {S2: spec(S2)}, quality_masks(FLAIR_HUB, [S2]), oriented=False)[S2]
     assert given.padding is not None

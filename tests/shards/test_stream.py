@@ -1,0 +1,159 @@
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bocage.shards.codec import decode
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.stream import Order, TrainingStream, days_since_may, evaluation_batches
+from bocage.shards.writer import write_shards
+
+REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The three genuine patches, one to a shard."""
+    return write_shards(Catalogue.open(REAL), tmp_path_factory.mktemp("shards") / "real", samples_per_shard=1)
+
+
+def make_order(count: int, shards: int, seed: int) -> Order:
+    rows = np.arange(count) * 3 + 1
+    return Order(rows, np.sort(np.random.default_rng(0).integers(0, shards, count)), seed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, 200), shards=st.integers(1, 20), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
+def test_an_epoch_holds_every_row_once(count: int, shards: int, seed: int, epoch: int) -> None:
+    order = make_order(count, shards, seed)
+    assert sorted(order.epoch(epoch)) == list(np.arange(count) * 3 + 1)
+    assert np.array_equal(order.epoch(epoch), make_order(count, shards, seed).epoch(epoch))
+
+
+def test_epochs_and_seeds_differ_and_mix_shards() -> None:
+    order = make_order(400, 20, seed=0)
+    assert not np.array_equal(order.epoch(0), order.epoch(1))
+    assert not np.array_equal(order.epoch(0), make_order(400, 20, seed=1).epoch(0))
+    first = order.epoch(0)[:80]
+    assert len(np.unique(np.searchsorted(np.arange(0, 1200, 60), first))) >= 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 7),
+    before=st.sampled_from([1, 2, 3]),
+    after=st.sampled_from([1, 2, 3, 4]),
+    cut=st.integers(0, 9),
+)
+def test_another_number_of_ranks_continues_the_same_order(batch: int, before: int, after: int, cut: int) -> None:
+    from bocage.shards.stream import _TrainingSampler
+
+    order = make_order(23, 5, seed=3)
+
+    def taken(position: int, world: int, rounds: int) -> list[tuple[int, int]]:
+        ranks = [iter(_TrainingSampler(order, batch, position, rank, world)) for rank in range(world)]
+        samples = []
+        for _ in range(rounds):
+            batches = [next(rank) for rank in ranks]
+            samples += [batches[rank][index] for index in range(batch) for rank in range(world)]
+        return samples
+
+    head = taken(0, before, cut)
+    tail = taken(len(head), after, 6)
+    assert head + tail == [order.at(position) for position in range(len(head) + len(tail))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_for_any_number_of_workers_and_resume(real: Manifest, workers: int) -> None:
+    modalities = list(real.registry.values())
+
+    def stream(count: int) -> TrainingStream:
+        return TrainingStream(real, np.arange(3), modalities, batch_size=2, window=51.2, seed=5, workers=count)
+
+    reference = stream(0).batches(0, 0, 1)
+    expected = [next(reference) for _ in range(5)]
+    resumed = stream(workers).batches(4, 0, 1)
+    for wanted in expected[2:]:
+        found = next(resumed)
+        assert found.keys == wanted.keys
+        assert np.array_equal(found.seeds, wanted.seeds)
+        assert np.array_equal(found.windows, wanted.windows)
+        for name in wanted.values:
+            assert np.array_equal(found.values[name], wanted.values[name])
+    resumed.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_evaluation_sees_every_patch_once_and_whole(real: Manifest, world: int) -> None:
+    name = "AERIAL_RGBI"
+    seen: Counter[str] = Counter()
+    for rank in range(world):
+        for batch in evaluation_batches(
+            real, np.arange(3), [real.registry[name]], batch_size=2, rank=rank, world=world
+        ):
+            assert batch.values[name].shape[1:] == (4, 512, 512)
+            assert set(batch.values) == {name}
+            seen.update(batch.keys)
+    assert seen == Counter(real.column("key").to_pylist())
+
+
+def test_pixels_survive_from_geotiff_to_batch(real: Manifest) -> None:
+    for batch in evaluation_batches(real, np.arange(3), list(real.registry.values()), batch_size=1):
+        domain, roi, tile = batch.keys[0].split("_")
+        for name, values in batch.values.items():
+            path = REAL / f"{domain}_{name}" / roi / f"{domain}_{name}_{roi}_{tile}.tif"
+            with rasterio.open(path) as source:
+                assert np.array_equal(source.read(), values[0].numpy())
+
+
+def test_stock_webdataset_reads_the_shards(real: Manifest) -> None:
+    keys = []
+    for index in range(real.shard_count):
+        for sample in webdataset.WebDataset(str(real.shard_path(index)), shardshuffle=False):
+            keys.append(sample["__key__"])
+            members = {field for field in sample if not field.startswith("__")}
+            # webdataset itself puts field names in lower case.
+            assert members == {"aerial_rgbi.bin", "aerial_label-cosia.bin", "json"}
+            assert decode(sample["aerial_rgbi.bin"]).shape == (4, 512, 512)
+            assert json.loads(sample["json"])["key"] == sample["__key__"]
+    assert sorted(keys) == sorted(real.column("key").to_pylist())
+
+
+def test_damage_is_named(real: Manifest, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(real.path, folder)
+    manifest = Manifest.open(folder)
+    offset = manifest.row(0)["offset.AERIAL_RGBI"]
+    shard = manifest.shard_path(manifest.row(0)["shard"])
+    content = bytearray(shard.read_bytes())
+    content[offset + 5000] ^= 0x10
+    shard.write_bytes(content)
+    modality = [manifest.registry["AERIAL_RGBI"]]
+    with pytest.raises(InputError, match=rf"{shard.name}.*AERIAL_RGBI of {manifest.row(0)['key']} is damaged"):
+        list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
+    shard.write_bytes(content[: offset + 100])
+    with pytest.raises(InputError, match=f"{shard.name}: truncated"):
+        list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name}: cannot be opened"):
+        list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
+    assert len(list(evaluation_batches(manifest, np.array([1, 2]), modality, batch_size=1))) == 2
+
+
+def test_nothing_to_train_on_is_said(real: Manifest) -> None:
+    with pytest.raises(InputError, match="no sample to train on"):
+        TrainingStream(real, np.zeros(0, np.int64), list(real.registry.values()), batch_size=1)
+
+
+def test_days_count_from_15_may_of_their_own_year() -> None:
+    dates = np.array(["2021-05-15", "2021-01-01", "2020-12-31", "1955-05-16"], "datetime64[D]")
+    assert days_since_may(dates.astype("int64")).tolist() == [0, -134, 230, 1]

@@ -1,0 +1,182 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bocage.shards.batch import Batch, GroundWindow, Sample
+from bocage.shards.collate import collate
+from bocage.shards.draws import sample_seed
+from bocage.shards.inputs import quality_masks
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.normalize import InputSpec
+from bocage.ssl.decoder import DecoderConfig
+from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.masked import Masked, MaskedConfig
+from bocage.ssl.masking import MaskingConfig, pack
+from bocage.ssl.objective import Pretraining
+
+SIDE = 51.2
+NAMES = [modality.name for modality in FLAIR_HUB.inputs]
+SWIN = EncoderConfig(
+    options={
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 2, 4],
+        "window_size": 4,
+        "drop_path_rate": 0.0,
+    }
+)
+UTAE = EncoderConfig(
+    architecture="utae",
+    options={"encoder_widths": [16, 16, 32], "decoder_widths": [16, 16, 32], "d_model": 32, "n_head": 4, "d_k": 4},
+)
+
+
+def make_batch(count: int, dates: int = 9, missing: tuple[str, ...] = ()) -> Batch:
+    random = np.random.default_rng(0)
+    modalities = [modality for modality in FLAIR_HUB.values() if modality.role != "label"]
+    samples = []
+    for index in range(count):
+        arrays, days = {}, {}
+        for modality in modalities:
+            if modality.name in missing:
+                continue
+            side = round(SIDE / modality.gsd)
+            shape: tuple[int, ...] = (len(modality.bands), side, side)
+            if modality.has_dates:
+                shape = (dates, *shape)
+                days[modality.name] = np.arange(dates, dtype=np.int32) * 30 - 130
+            values = random.random(shape) * (0 if modality.role == "mask" else 200)
+            arrays[modality.name] = values.astype(modality.dtype)
+        seed = sample_seed(0, 0, str(index))
+        samples.append(Sample(str(index), "D001-2020/AA", seed, GroundWindow(0, 0, SIDE), arrays, days))
+    return collate(samples, modalities)
+
+
+def make_task(masking: MaskingConfig | None = None, names: list[str] = NAMES) -> Pretraining:
+    torch.manual_seed(0)
+    masking = masking or MaskingConfig()
+    encoders: dict[str, Encoder] = {}
+    for name in names:
+        modality = FLAIR_HUB[name]
+        channels = len(modality.channels)
+        spec = InputSpec.of(modality, (100.0,) * channels, (50.0,) * channels)
+        config = SWIN if modality.role == "image" else UTAE
+        encoders[name] = build_encoder(spec, config, mask_token=masking.images == "mask_token")
+    config_masked = MaskedConfig(decoder=DecoderConfig(width=32, fusion_depth=1, heads=4), dates=4)
+    modalities = {name: FLAIR_HUB[name] for name in names}
+    masked = Masked(encoders, modalities, config_masked)
+    return Pretraining(
+        encoders, modalities, quality_masks(FLAIR_HUB, names), masking, {"masked": masked}, {"masked": 1.0}
+    )
+
+
+def masked_term(task: Pretraining) -> Masked:
+    term = task.terms["masked"]
+    assert isinstance(term, Masked)
+    return term
+
+
+@pytest.mark.parametrize("images", ["packed", "mask_token"])
+def test_every_encoder_learns_from_the_loss(images: str) -> None:
+    task = make_task(MaskingConfig(images=images))  # type: ignore[arg-type]  # parametrised literal
+    loss, logs = task(make_batch(4))
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name in NAMES:
+        assert torch.isfinite(logs[f"masked/{name}"])
+        for parameter_name, parameter in task.encoder(name).named_parameters():
+            assert parameter.grad is not None, f"{name}: {parameter_name}"
+        assert any(parameter.grad.abs().max() > 0 for parameter in task.encoder(name).parameters())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("images", ["packed", "mask_token"])
+def test_what_is_hidden_reaches_no_prediction(images: str) -> None:
+    """Replace everything hidden by noise, hidden modalities as a whole: predictions stay equal to the bit."""
+    task = make_task(MaskingConfig(images=images, modality_ratio=0.4)).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        view = task.view(make_batch(6), oriented=False)
+        before = masked_term(task).reconstruct(view)
+        maps = {}
+        inputs = {}
+        generator = torch.Generator().manual_seed(1)
+        for name, given in view.inputs.items():
+            mask = view.masks[name]
+            noise = torch.randn(given.values.shape, generator=generator) * 10
+            if mask.units is not None:
+                unit = FLAIR_HUB[name].unit
+                hidden = (mask.units | mask.whole[:, None, None]).repeat_interleave(unit, 1).repeat_interleave(unit, 2)
+                hidden = hidden[:, None]
+            else:
+                assert mask.dates is not None
+                hidden = (mask.dates | mask.whole[:, None])[:, :, None, None, None]
+            inputs[name] = replace(given, values=torch.where(hidden, noise, given.values))
+            maps[name] = task._encode(name, inputs[name], mask)
+        after = masked_term(task).reconstruct(replace(view, inputs=inputs, maps=maps))
+    for name in NAMES:
+        assert torch.equal(before[name].prediction, after[name].prediction), name
+        assert not torch.equal(before[name].target, after[name].target), name
+
+
+def test_the_loss_counts_hidden_places_only() -> None:
+    task = make_task().eval()
+    with torch.no_grad():
+        view = task.view(make_batch(6), oriented=False)
+        items = masked_term(task).reconstruct(view)
+    for name, item in items.items():
+        mask = view.masks[name]
+        share = item.wanted.flatten(1).float().mean(dim=1)
+        if mask.units is not None:
+            expected = torch.where(mask.whole, 1.0, 0.75)
+            assert torch.allclose(share, expected)
+        else:
+            assert mask.dates is not None
+            available = torch.where(mask.whole, 9, mask.dates.sum(dim=1)).clamp(max=4)
+            assert torch.allclose(share, available / 4)
+
+
+def test_tokens_stand_where_their_units_lie() -> None:
+    """A neck that averages units, fed an image of its own coordinates, must answer with the token's centre."""
+    task = make_task(names=["SPOT_RGBI"])
+    view = task.view(make_batch(3), oriented=False)
+    _, centres = masked_term(task)._tokens(view, "SPOT_RGBI")
+    modality, units = FLAIR_HUB["SPOT_RGBI"], view.masks["SPOT_RGBI"].units
+    assert units is not None
+    pixels = round(SIDE / modality.gsd)
+    ground = (torch.arange(pixels) + 0.5) * modality.gsd
+    rows, columns = torch.meshgrid(ground, ground, indexing="ij")
+    place = pack(torch.stack([columns, rows]).expand(3, -1, -1, -1), units, modality.unit)
+    averages = torch.nn.functional.avg_pool2d(place, modality.unit).flatten(2).transpose(1, 2)
+    assert torch.allclose(centres, averages, atol=1e-4)
+
+
+def test_a_batch_is_the_mean_of_its_parts() -> None:
+    """What makes several ranks and accumulated steps equal to one large batch."""
+    task = make_task().eval()
+    with torch.no_grad():
+        whole, _ = task(make_batch(4))
+        parts = [task(_one(make_batch(4), index))[0] for index in range(4)]
+    assert torch.allclose(whole, torch.stack(parts).mean(), atol=1e-6)
+
+
+def _one(batch: Batch, index: int) -> Batch:
+    part = batch._mapped(lambda tensor: tensor[index : index + 1])
+    return replace(part, keys=[batch.keys[index]], rois=[batch.rois[index]])
+
+
+@pytest.mark.parametrize("missing", [("SENTINEL2_TS", "SENTINEL2_MSK-SC"), ("AERIAL_RGBI",), tuple(NAMES[1:])])
+def test_missing_modalities_leave_the_rest_at_work(missing: tuple[str, ...]) -> None:
+    task = make_task()
+    loss, logs = task(make_batch(2, missing=missing))
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name in missing:
+        if name in NAMES:
+            assert logs[f"masked/{name}"] == 0
+
+
+def test_one_date_one_sample() -> None:
+    loss, _ = make_task()(make_batch(1, dates=1))
+    assert torch.isfinite(loss)
