@@ -64,7 +64,10 @@ COSIA = ClassScheme(
         "undefined",
     ),
     colours=tuple(
-        ["db0e9a", "9999ff", "3de6eb", "f80c00", "938e7b", "a97101", "1553ae", "ffffff", "55ff00", "fff30d", "e4df7c", "660082", "46e483", "194a26", "f3a60d", "8ab3a0", "c5dc42", "6b714f", "000000"]
+        (
+            "db0e9a 9999ff 3de6eb f80c00 938e7b a97101 1553ae ffffff 55ff00 fff30d "
+            "e4df7c 660082 46e483 194a26 f3a60d 8ab3a0 c5dc42 6b714f 000000"
+        ).split()
     ),
     unscored=(15, 16, 17, 18),
 )
@@ -72,10 +75,17 @@ COSIA = ClassScheme(
 LPIS_1 = ClassScheme(
     name="LPIS level 1",
     classes=tuple(
-        ["grasses", "wheat", "barley", "maize", "other-cereals", "rice", "flax/hemp/tobacco", "sunflower", "rapeseed", "other-oilseed", "soy", "other-protein", "fodder-legumes", "beetroots", "potatoes", "other-arable", "vineyard", "olive", "fruit-orchards", "nut-orchards", "other-permanent", "mixed", "background"]
+        (
+            "grasses wheat barley maize other-cereals rice flax/hemp/tobacco sunflower rapeseed other-oilseed soy "
+            "other-protein fodder-legumes beetroots potatoes other-arable vineyard olive fruit-orchards nut-orchards "
+            "other-permanent mixed background"
+        ).split()
     ),
     colours=tuple(
-        ["92d050", "d7e600", "e0e000", "fff100", "ffff00", "e8e8e8", "dceaf7", "d29ead", "d29ed0", "ffbe99", "ffc000", "ff9000", "009999", "808000", "a7a700", "89896d", "f2cfee", "6f6633", "ac8141", "996633", "80c1d7", "000000", "000000"]
+        (
+            "92d050 d7e600 e0e000 fff100 ffff00 e8e8e8 dceaf7 d29ead d29ed0 ffbe99 ffc000 ff9000 009999 808000 "
+            "a7a700 89896d f2cfee 6f6633 ac8141 996633 80c1d7 000000 000000"
+        ).split()
     ),
     background=22,
 )

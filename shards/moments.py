@@ -1,0 +1,93 @@
+"""Running statistics by channel: exact counts, mean and sum of squared deviations, merged in a fixed order.
+
+Merging follows Chan, Golub & LeVeque (1979), so that nothing is lost to cancellation at billions of values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean, sum of squared deviations, minimum and maximum of each channel, (C,) float64 each.
+
+    A channel without values has mean NaN, minimum NaN and maximum NaN.
+    """
+
+    count: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray
+    minimum: np.ndarray
+    maximum: np.ndarray
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Moments:
+        """Moments of ``values``, (..., C, H, W) float32; NaN are holes and do not count."""
+        channels = values.movedim(-3, 0).flatten(1)
+        columns = []
+        for channel in channels:
+            # A sum shows whether there are holes; without, the usual case, selecting would copy for nothing.
+            valid = channel[~channel.isnan()] if channel.sum().isnan() else channel
+            if len(valid) == 0:
+                columns.append((0.0, math.nan, 0.0, math.nan, math.nan))
+                continue
+            minimum, maximum = torch.aminmax(valid)
+            # Two passes in double precision are as exact as torch.var_mean and several times faster.
+            deviations = valid.double()
+            mean = float(deviations.mean())
+            deviations -= mean
+            squares = float(deviations.dot(deviations))
+            columns.append((float(len(valid)), mean, squares, float(minimum), float(maximum)))
+        return cls(*np.array(columns, np.float64).reshape(-1, 5).T)
+
+    def merged(self, other: Moments) -> Moments:
+        """Moments of both sets of values together."""
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1.0)
+        mean, apart = np.nan_to_num(self.mean), np.nan_to_num(other.mean) - np.nan_to_num(self.mean)
+        # A side without values has no mean: the other's stands as it is.
+        mean = np.where(self.count == 0, other.mean, np.where(other.count == 0, self.mean, mean + apart * share))
+        apart = np.where((self.count == 0) | (other.count == 0), 0.0, apart)
+        return Moments(
+            count=count,
+            mean=mean,
+            squares=self.squares + other.squares + apart**2 * self.count * share,
+            minimum=np.fmin(self.minimum, other.minimum),
+            maximum=np.fmax(self.maximum, other.maximum),
+        )
+
+    @property
+    def std(self) -> np.ndarray:
+        """Population standard deviation; NaN without values."""
+        return np.sqrt(np.divide(self.squares, self.count, out=np.full_like(self.mean, np.nan), where=self.count > 0))
+
+    def to_json(self) -> dict[str, list[float | None]]:
+        """JSON-serialisable; ``from_json`` reads it back, bit for bit. NaN becomes null."""
+        return {
+            name: [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
+            for name in ("count", "mean", "squares", "minimum", "maximum")
+        }
+
+    @classmethod
+    def from_json(cls, description: dict[str, list[float | None]]) -> Moments:
+        """What ``to_json`` wrote."""
+        return cls(
+            **{
+                name: np.array([math.nan if value is None else value for value in values], np.float64)
+                for name, values in description.items()
+            }
+        )
+
+
+def merge(parts: Iterable[Moments]) -> Moments | None:
+    """All parts together, merged from first to last; None when there is none."""
+    total: Moments | None = None
+    for part in parts:
+        total = part if total is None else total.merged(part)
+    return total

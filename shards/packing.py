@@ -1,0 +1,237 @@
+"""One shard: patches in, a tar and its part of the manifest out.
+
+Members of a sample are contiguous: inputs, masks, labels, then ``KEY.json`` with key, ROI, domain, CRS, corner, dates
+and the list of members. A raster's member is ``KEY.MODALITY.bin`` (see ``codec``). Keys hold no dot, so any WebDataset
+reader groups them; the webdataset library itself gives lower-case fields: ``aerial_rgbi.bin``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from bocage.shards import rasters
+from bocage.shards.archive import Archive
+from bocage.shards.codec import encode
+from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.shards.flairhub import Patch
+from bocage.shards.manifest import Shard, dated, schema
+from bocage.shards.modality import Modality, Registry
+from bocage.shards.moments import Moments
+from bocage.shards.normalize import represent
+from bocage.shards.rasters import Raster, RasterError
+
+MEMBER_EXTENSION = ".bin"
+PARTS_FOLDER = "parts"
+
+_METADATA_KEY = b"bocage"
+_EPOCH = datetime.date(1970, 1, 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one shard.
+
+    Attributes:
+        index: of the shard.
+        out: the folder of the shards.
+        registry: what to pack.
+        splits: names of the split columns.
+        patches: what the shard holds, in order.
+        tolerated: unreadable patches that may be skipped before the job gives up.
+    """
+
+    index: int
+    out: Path
+    registry: Registry
+    splits: list[str]
+    patches: list[Patch]
+    tolerated: int
+
+    @property
+    def shard(self) -> Path:
+        """The tar."""
+        return shard_path(self.out, self.index)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one finished shard adds to the dataset.
+
+    Attributes:
+        shard: the tar.
+        skipped: by key, why a patch was left out.
+        source_bytes: size of the GeoTIFFs that were packed.
+        moments: by input modality, statistics of the representation.
+    """
+
+    shard: Shard
+    skipped: dict[str, str]
+    source_bytes: int
+    moments: dict[str, Moments]
+
+
+@dataclass
+class Packed:
+    """One patch, encoded.
+
+    Attributes:
+        members: names and bytes, in the order of the tar.
+        row: its row of the manifest but for ``shard`` and ``offset.M``.
+        source_bytes: size of its GeoTIFFs.
+        moments: by input modality.
+    """
+
+    members: dict[str, bytes]
+    row: dict[str, Any]
+    source_bytes: int
+    moments: dict[str, Moments]
+
+
+def shard_path(out: Path, index: int) -> Path:
+    """The tar of shard ``index``."""
+    return out / f"shard-{index:06d}.tar"
+
+
+def part_path(out: Path, index: int) -> Path:
+    """The manifest rows of shard ``index``, kept until the whole manifest is written."""
+    return out / PARTS_FOLDER / f"shard-{index:06d}.parquet"
+
+
+def member_name(key: str, modality: str) -> str:
+    """Name of the member that holds the raster."""
+    return f"{key}.{modality}{MEMBER_EXTENSION}"
+
+
+def pack(patch: Patch, registry: Registry) -> Packed:
+    """The members and the manifest row of one patch; raises ``RasterError`` naming the file that is not usable."""
+    read: dict[str, Raster] = {}
+    source_bytes = 0
+    for modality in (*registry.inputs, *registry.by_role("mask"), *registry.labels):
+        path = patch.paths.get(modality.name)
+        if path is not None:
+            read[modality.name] = rasters.read(path, modality)
+            source_bytes += path.stat().st_size
+            _check_dates(path, modality, read[modality.name].array, patch.dates.get(modality.name))
+    # The aerial image where there is one: it comes first. Other sensors are resampled onto its grid.
+    reference = read[next(name for name in registry if name in read)]
+    ground = {"crs": reference.crs, "left": reference.left, "top": reference.top}
+    row: dict[str, Any] = {"key": patch.key, "roi": patch.roi, "domain": patch.domain, **ground, **patch.splits}
+    members, shapes = {}, {}
+    moments = {}
+    for name, raster in read.items():
+        modality = registry[name]
+        data = encode(raster.array, modality.codec)
+        member = member_name(patch.key, name)
+        members[member] = data
+        shapes[member] = {"modality": name, "dtype": str(raster.array.dtype), "shape": raster.array.shape}
+        row[f"length.{name}"] = len(data)
+        if dated(modality) and name in patch.dates:
+            row[f"dates.{name}"] = patch.dates[name]
+        if modality.role == "label":
+            for band, values in zip(modality.bands, raster.array):
+                assert band.scheme is not None
+                row[f"histogram.{name}.{band.name}"] = np.bincount(values.reshape(-1), minlength=len(band.scheme))
+        if modality.is_input:
+            values = torch.from_numpy(raster.array)
+            moments[name] = Moments.of(represent(values, modality.representation, modality.nodata_below))
+            for what in ("minimum", "maximum", "mean"):
+                row[f"{what}.{name}"] = getattr(moments[name], what)
+    description = {
+        **{key: row[key] for key in ("key", "roi", "domain")},
+        **ground,
+        "dates": {name: _iso(days) for name, days in patch.dates.items() if name in read},
+        "members": shapes,
+    }
+    members[f"{patch.key}.json"] = json.dumps(description).encode()
+    return Packed(members, row, source_bytes, moments)
+
+
+def write_shard(job: Job, tick: Callable[[int, int], None]) -> Part:
+    """Writes the tar of a job, then its part of the manifest; both appear whole or not at all.
+
+    Args:
+        job: what to write.
+        tick: called after each patch with 1 and the bytes written for it; may raise to stop.
+
+    Raises:
+        InputError: more patches were unreadable than the job tolerates.
+    """
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    moments: dict[str, Moments] = {}
+    source_bytes = 0
+    with written_atomically(job.shard) as temporary:
+        with temporary.open("wb") as file:
+            archive = Archive(file)
+            for patch in job.patches:
+                before = archive.size
+                try:
+                    packed = pack(patch, job.registry)
+                except RasterError as error:
+                    skipped[patch.key] = str(error)
+                    if len(skipped) > job.tolerated:
+                        raise too_many_skipped(skipped, job.tolerated) from error
+                else:
+                    offsets = {name: archive.add(name, data) for name, data in packed.members.items()}
+                    rows.append(_complete(packed.row, patch.key, job, offsets))
+                    source_bytes += packed.source_bytes
+                    for name, found in packed.moments.items():
+                        moments[name] = moments[name].merged(found) if name in moments else found
+                tick(1, archive.size - before)
+            digest = archive.finish()
+        size = archive.size
+    part = Part(Shard(job.shard.name, len(rows), size, digest), skipped, source_bytes, moments)
+    _write_part(part_path(job.out, job.index), rows, part, schema(job.registry, job.splits))
+    return part
+
+
+def read_part(path: Path) -> Part:
+    """What ``write_shard`` recorded beside the rows."""
+    description = json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
+    moments = {name: Moments.from_json(item) for name, item in description["moments"].items()}
+    return Part(Shard(**description["shard"]), description["skipped"], description["source_bytes"], moments)
+
+
+def too_many_skipped(skipped: dict[str, str], tolerated: int) -> InputError:
+    """The error that ends a run; names the first few files."""
+    reasons = "; ".join(list(skipped.values())[:3])
+    return InputError(
+        f"{len(skipped)} patches cannot be read where {tolerated} are tolerated: {reasons}; repair the files, or "
+        "raise the tolerated share (--max-bad)"
+    )
+
+
+def _complete(row: dict[str, Any], key: str, job: Job, offsets: dict[str, int]) -> dict[str, Any]:
+    """The manifest row with shard and offsets; absent modalities have offset and length 0."""
+    complete = {"shard": job.index, **row}
+    for name in job.registry:
+        complete[f"offset.{name}"] = offsets.get(member_name(key, name), 0)
+        complete.setdefault(f"length.{name}", 0)
+    return complete
+
+
+def _write_part(path: Path, rows: list[dict[str, Any]], part: Part, columns: pa.Schema) -> None:
+    description = {**asdict(part), "moments": {name: item.to_json() for name, item in part.moments.items()}}
+    table = pa.Table.from_pylist(rows, schema=columns.with_metadata({_METADATA_KEY: json.dumps(description)}))
+    with written_atomically(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _check_dates(path: Path, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
+    if modality.has_dates and days is not None and len(days) != len(array):
+        raise RasterError(f"{path}: {len(array)} dates in the file, {len(days)} in the metadata")
+
+
+def _iso(days: np.ndarray) -> list[str]:
+    return [(_EPOCH + datetime.timedelta(days=int(day))).isoformat() for day in days]

@@ -1,0 +1,138 @@
+"""Reading one GeoTIFF of a patch with the reader that is fastest for its layout, and checking it against the registry.
+
+Measured: GDAL's cost for a series grows with the square of its dates (35 ms at 91 dates of 10 bands), tifffile reads
+the same file in 2 to 7 ms; large images are faster through GDAL (5.4 ms against 7.8 for an aerial image).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import rasterio
+import tifffile
+
+from bocage.shards.errors import InputError
+from bocage.shards.modality import Modality
+
+_GSD_TOLERANCE = 0.01  # relative
+_SMALL = 400_000  # bytes of an array under which opening a file costs more than decoding it
+_PROJECTED_CRS, _USER_DEFINED = 3072, 32767  # GeoTIFF key and value (OGC 19-008r4)
+_RASTER_TYPE, _PIXEL_IS_POINT = 1025, 2
+
+
+class RasterError(InputError):
+    """A raster that is unreadable or is not what the registry says; the message names the file and the value."""
+
+
+class Raster(NamedTuple):
+    """One raster of a patch.
+
+    Attributes:
+        array: (C, H, W) for images and labels, (T, C, H, W) for series and masks, in the modality's dtype.
+        crs: ``EPSG:2154`` where the file says so, else WKT; empty when the file has none. Some FLAIR-HUB rasters carry
+            a local Lambert-93 without a code: compare coordinates, never these strings.
+        left, top: outer corner of the upper-left pixel, in the CRS.
+    """
+
+    array: np.ndarray
+    crs: str
+    left: float
+    top: float
+
+
+def read(path: str | Path, modality: Modality) -> Raster:
+    """The raster of ``modality`` in the file ``path``.
+
+    Raises:
+        RasterError: the file cannot be read, or its dtype, size, number of bands, pixel size or class values are not
+            those of ``modality``.
+    """
+    nbytes = len(modality.bands) * modality.size**2 * np.dtype(modality.dtype).itemsize
+    try:
+        if modality.has_dates or nbytes <= _SMALL:
+            bands, pixel, crs, left, top = _read_tifffile(path)
+        else:
+            bands, pixel, crs, left, top = _read_gdal(path)
+    # tifffile and its codecs raise whatever their parsing meets in a damaged file: ValueError, IndexError, KeyError,
+    # struct.error, ZeroDivisionError, codec errors; all of them mean the same here.
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise RasterError(f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+    _check(path, modality, bands, pixel)
+    if modality.has_dates:
+        bands = bands.reshape(-1, len(modality.bands), modality.size, modality.size)
+    return Raster(np.ascontiguousarray(bands), crs, left, top)
+
+
+_Read = tuple[np.ndarray, tuple[float, float], str, float, float]
+"""Bands (N, H, W), pixel width and height, CRS, left, top."""
+
+
+def _read_gdal(path: str | Path) -> _Read:
+    with rasterio.open(path) as source:
+        transform = source.transform
+        crs = source.crs.to_string() if source.crs else ""
+        bands = source.read()
+    if not bands.any(axis=2).all():  # GDAL reads blocks that a file lacks as zeros: such rows are suspect
+        with tifffile.TiffFile(path) as file:
+            _refuse_holes(file.pages.first)
+    return bands, (transform.a, -transform.e), crs, transform.c, transform.f
+
+
+def _refuse_holes(page: Any) -> None:
+    """A writer that was killed may leave blocks without data."""
+    if 0 in page.databytecounts:
+        raise ValueError("some of its blocks were never written")
+
+
+def _read_tifffile(path: str | Path) -> _Read:
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        _refuse_holes(page)
+        bands = page.asarray(maxworkers=1)
+        if page.axes == "YXS":
+            bands = bands.transpose(2, 0, 1)
+        elif page.axes == "YX":
+            bands = bands[None]
+        elif page.axes != "SYX":
+            raise ValueError(f"axes {page.axes} are not those of an image")
+        width, height, _ = page.tags["ModelPixelScaleTag"].value
+        column, row, _, easting, northing, _ = page.tags["ModelTiepointTag"].value[:6]
+        keys = page.tags["GeoKeyDirectoryTag"].value
+    # Entries of four numbers after a header of four: key, where its value is, count, value.
+    values = {key: value for key, place, _, value in zip(*[iter(keys[4:])] * 4) if place == 0}
+    centre = 0.5 if values.get(_RASTER_TYPE) == _PIXEL_IS_POINT else 0.0
+    left, top = easting - (column + centre) * width, northing + (row + centre) * height
+    code = values.get(_PROJECTED_CRS, _USER_DEFINED)
+    if code != _USER_DEFINED:
+        crs = f"EPSG:{code}"
+    else:
+        with rasterio.open(path) as source:
+            crs = source.crs.to_string() if source.crs else ""
+    return bands, (width, height), crs, left, top
+
+
+def _check(path: str | Path, modality: Modality, bands: np.ndarray, pixel: tuple[float, float]) -> None:
+    expected, size = len(modality.bands), modality.size
+    if bands.dtype != np.dtype(modality.dtype):
+        raise RasterError(f"{path}: dtype {bands.dtype}, but {modality.name} is {modality.dtype}")
+    if bands.shape[1:] != (size, size):
+        height, width = bands.shape[1:]
+        raise RasterError(f"{path}: {width} x {height} pixels, but {modality.name} has {size} x {size}")
+    count = len(bands)
+    if count % expected != 0 if modality.has_dates else count != expected:
+        multiple = "a multiple of " if modality.has_dates else ""
+        raise RasterError(f"{path}: {count} bands, but {modality.name} has {multiple}{expected}")
+    if any(abs(side - modality.gsd) > _GSD_TOLERANCE * modality.gsd for side in pixel):
+        raise RasterError(
+            f"{path}: pixels of {pixel[0]:g} x {pixel[1]:g} m, but {modality.name} has {modality.gsd:g} m"
+        )
+    for band, values in zip(modality.bands, bands):
+        if band.scheme is not None and values.max() >= len(band.scheme):
+            raise RasterError(
+                f"{path}: value {values.max()} in band {band.name}, but {band.scheme.name} has classes 0 to "
+                f"{len(band.scheme) - 1}"
+            )

@@ -1,0 +1,89 @@
+"""Ranks: the only file that knows how many processes train together and how they agree."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import warnings
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+
+from bocage.shards.errors import InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Value = TypeVar("Value")
+
+_MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def build_accelerator(precision: Precision, tracker: str, folder: Path) -> Accelerator:
+    """The Accelerator of this process: GPU when there is one, DDP when a launcher started several ranks.
+
+    On machines without a GPU several ranks are started by ``torchrun --nproc_per_node N`` and talk through gloo.
+    Weights stay float32; ``bf16`` and ``fp16`` are autocast (and loss scaling) around the forward pass.
+
+    Args:
+        precision: of the forward pass.
+        tracker: ``none`` or the name of an Accelerate tracker.
+        folder: where trackers write.
+
+    Raises:
+        InputError: fp16 without a GPU.
+    """
+    cpu = not torch.accelerator.is_available()
+    if cpu and precision == "fp16":
+        raise InputError("engine.precision=fp16 needs a GPU; use bf16 or fp32")
+    # Accelerate keeps its settings for the life of the process and refuses a second run with another precision, but
+    # one process may pretrain and then fine-tune. The process group (PartialState) stays.
+    AcceleratorState._reset_state()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_MIXED_PRECISION[precision],
+            log_with=None if tracker == "none" else tracker,
+            project_dir=folder,
+            # A sensor absent from a whole batch leaves its encoder without a gradient in that step.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    if torch.distributed.is_initialized():
+        atexit.register(_leave)
+    return accelerator
+
+
+def _leave() -> None:
+    # DDP's reference cycles hold on to the process group: a group destroyed before them now and then aborts the exit.
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def largest(accelerator: Accelerator, *flags: torch.Tensor) -> list[int]:
+    """The largest value over all ranks of each flag (small non-negative integers), the same answer on all of them.
+
+    One all-reduce of a few bytes and one device-to-host copy: what a decision before the optimiser step costs.
+    """
+    values = torch.stack([flag.to(accelerator.device, torch.int32) for flag in flags])
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return [int(value) for value in values.tolist()]
+
+
+def gathered(value: Value) -> list[Value]:
+    """``value`` of every rank, by rank, on all of them (pickled between our own processes only)."""
+    return list(gather_object([value]))
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's ``value`` on all ranks."""
+    return broadcast_object_list([value])[0]
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0; before training has started, whether the launcher says so."""
+    return bool(PartialState().is_main_process)

@@ -1,0 +1,311 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_tree import raster_path, series_date, write_raster, write_table, write_tree
+
+from bocage.shards import rasters
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue, read_csv_split
+from bocage.shards.modality import FLAIR_HUB, Modality
+from bocage.shards.rasters import RasterError
+
+REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
+SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]
+
+
+def touch(root: Path, keys: list[str], *names: str) -> Path:
+    """Empty files: the catalogue looks at names only."""
+    for key in keys:
+        for name in names:
+            path = raster_path(root, FLAIR_HUB[name], key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return root
+
+
+def days(year: int, month: int, day: int) -> int:
+    return (np.datetime64(f"{year}-{month:02}-{day:02}") - np.datetime64("1970-01-01")).astype(int).item()
+
+
+def test_real_patches_without_metadata() -> None:
+    catalogue = Catalogue.open(REAL)
+    assert catalogue.keys() == ["D051-2019_UN-S0-15_1-1", "D055-2018_UF-S0-2_1-1", "D074-2020_UN-S0-3_1-1"]
+    assert list(catalogue.registry) == ["AERIAL_RGBI", "AERIAL_LABEL-COSIA"]
+    patch = catalogue.patch(0)
+    assert (patch.domain, patch.roi) == ("D051-2019", "D051-2019/UN-S0-15")
+    assert (patch.dates, patch.splits) == ({}, {})
+    assert all(path.is_file() for path in patch.paths.values())
+    assert catalogue.report().missing["DEM_ELEV"] == 3
+
+
+def test_order_is_numeric_and_independent_of_the_modalities(tmp_path: Path) -> None:
+    keys = ["D012-2019_AF-S1-2_2-10", "D012-2019_AF-S1-2_2-9", "D012-2019_AF-S1-10_0-0", "D004-2021_AA-S1-V18_1-0"]
+    touch(tmp_path, keys[:3], "AERIAL_RGBI")
+    touch(tmp_path, [keys[1], keys[3]], "DEM_ELEV")
+    catalogue = Catalogue.open(tmp_path)
+    assert catalogue.keys() == [keys[3], keys[1], keys[0], keys[2]]
+    assert [list(catalogue.patch(index).paths) for index in range(4)] == [
+        ["DEM_ELEV"],
+        ["AERIAL_RGBI", "DEM_ELEV"],
+        ["AERIAL_RGBI"],
+        ["AERIAL_RGBI"],
+    ]
+    assert catalogue.report().present["DEM_ELEV"] == 2
+
+
+def test_historical_image_serves_every_year_of_its_place(tmp_path: Path) -> None:
+    keys = ["D017-2018_UU-S2-1_3-4", "D017-2021_UU-S2-1_3-4", "D017-2021_UU-S2-1_3-5"]
+    touch(tmp_path, keys, "AERIAL_RGBI")
+    touch(tmp_path, [keys[0], "D017-2018_UU-S2-1_9-9"], "AERIAL-RLT_PAN")
+    catalogue = Catalogue.open(tmp_path)
+    old = [catalogue.patch(index).paths.get("AERIAL-RLT_PAN") for index in range(3)]
+    assert catalogue.keys() == keys
+    assert old[0] == old[1] == raster_path(tmp_path, FLAIR_HUB["AERIAL-RLT_PAN"], keys[0])
+    assert old[2] is None
+    assert catalogue.report().orphans == 1
+
+
+def test_paired_domain_and_names_with_dashes(tmp_path: Path) -> None:
+    touch(tmp_path, ["D024047-2020_FF-S1-3_0-1"], "ALL_LABEL-LPIS", "SPOT_RGBI")
+    patch = Catalogue.open(tmp_path).patch(0)
+    assert patch.key == "D024047-2020_FF-S1-3_0-1"
+    assert patch.paths["ALL_LABEL-LPIS"].name == "D024047-2020_ALL_LABEL-LPIS_FF-S1-3_0-1.tif"
+
+
+def test_dates_and_splits(tmp_path: Path) -> None:
+    keys = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
+    catalogue = Catalogue.open(write_tree(tmp_path, keys, SMALL, dates=3))
+    patch = catalogue.patch(1)
+    expected = [days(date.year, date.month, date.day) for date in map(series_date, (1, 2, 3))]
+    assert patch.dates["SENTINEL2_TS"].tolist() == patch.dates["SENTINEL2_MSK-SC"].tolist() == expected
+    assert patch.dates["SENTINEL2_TS"].dtype == np.int32
+    assert patch.dates["AERIAL-RLT_PAN"].tolist() == [days(1955, 6, 1)]  # 19550600: day unknown
+    assert patch.dates["SPOT_RGBI"].tolist() == [days(2019, 7, 4)]
+    assert [catalogue.patch(index).splits["split_1"] for index in range(4)] == ["train", "valid", "test", "train"]
+    assert patch.splits["split_toy"] is None
+
+
+def test_odd_metadata_rows_are_counted(tmp_path: Path) -> None:
+    keys = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
+    touch(tmp_path, keys, "AERIAL_RGBI", "SENTINEL1-ASC_TS")
+    rows = [keys[0], keys[0], keys[1], keys[2], "D099-2019_XX-S1-1_0-0"]
+    write_table(
+        tmp_path / "GLOBAL_SENTINEL1-ASC_MTD_DATES.gpkg",
+        {
+            "patch_id": rows,
+            "acquisition_dates": ['{"2": "20210301", "1": "20210501", "10": "20210601"}', "{}", "{}", "{broken", "{}"],
+        },
+    )
+    catalogue = Catalogue.open(tmp_path)
+    report = catalogue.report()
+    assert (report.duplicate_rows, report.unreadable_dates) == (1, 1)
+    # In the order of the band numbers, not of the text and not of time.
+    assert catalogue.patch(0).dates["SENTINEL1-ASC_TS"].tolist() == [
+        days(2021, 5, 1),
+        days(2021, 3, 1),
+        days(2021, 6, 1),
+    ]
+    assert catalogue.patch(1).dates["SENTINEL1-ASC_TS"].tolist() == []
+    # Unreadable or no dates: the series is left out and counted.
+    assert report.undated == {"SENTINEL1-ASC_TS": 2}
+    assert list(catalogue.patch(2).paths) == ["AERIAL_RGBI"]
+    assert report.present["SENTINEL1-ASC_TS"] == 2
+
+
+def test_names_that_do_not_follow_the_pattern_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI")
+    roi = tmp_path / "D012-2019_AERIAL_RGBI" / "AF-S1-27"
+    for name in (
+        "notes.txt",
+        "D012-2019_AERIAL_RGBI_AF-S1-27_05-10.tif",
+        "D013-2019_AERIAL_RGBI_AF-S1-27_5-11.tif",
+        "5-12.tif",
+    ):
+        (roi / name).touch()
+    (tmp_path / "D012-2019_THERMAL" / "AF-S1-27").mkdir(parents=True)
+    (tmp_path / "D012-2019_AERIAL-RLT_PAN" / "AF-S1-27").mkdir(parents=True)
+    catalogue = Catalogue.open(tmp_path)
+    assert len(catalogue) == 1
+    assert catalogue.report().unparsable == 5
+    assert catalogue.report().unknown_folders == ["D012-2019_THERMAL"]
+
+
+def test_modalities_can_be_chosen(tmp_path: Path) -> None:
+    touch(tmp_path, ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI", "DEM_ELEV")
+    assert list(Catalogue.open(tmp_path, modalities=["DEM_ELEV"]).registry) == ["DEM_ELEV"]
+    with pytest.raises(InputError, match=r"'DEM'.*DEM_ELEV"):
+        Catalogue.open(tmp_path, modalities=["DEM"])
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_csv_split(tmp_path: Path, separator: str) -> None:
+    keys = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
+    touch(tmp_path, keys, "AERIAL_RGBI")
+    for value, chosen in (("train", keys[:2]), ("test", keys[3:])):
+        rows = [["AERIAL-RLT_PAN", "AERIAL_RGBI", "DEM_ELEV"]]
+        for key in chosen:
+            paths = [raster_path(Path(".."), FLAIR_HUB[name], key).as_posix() for name in rows[0][:2]]
+            rows.append([*paths, ""])
+        (tmp_path / f"{value}.csv").write_text("\n".join(separator.join(row) for row in rows) + "\n")
+    assert read_csv_split(tmp_path / "train.csv") == keys[:2]
+    files = {"train": tmp_path / "train.csv", "test": tmp_path / "test.csv"}
+    catalogue = Catalogue.open(tmp_path).with_csv_split("split_mine", files)
+    assert [catalogue.patch(index).splits["split_mine"] for index in range(4)] == ["train", "train", None, "test"]
+    with pytest.raises(InputError, match="listed as train and as test"):
+        catalogue.with_csv_split("split_other", {"train": tmp_path / "train.csv", "test": tmp_path / "train.csv"})
+    with pytest.raises(InputError, match="split_mine"):
+        catalogue.with_csv_split("split_mine", files)
+
+
+def test_unusable_csv_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "split.csv"
+    path.write_text("AERIAL_RGBI\nhello\n")
+    with pytest.raises(InputError, match=r"split\.csv, line 2"):
+        read_csv_split(path)
+    path.write_text("SPOT_RGBI\n../D001-2019_SPOT_RGBI/AA-S1-1/D001-2019_SPOT_RGBI_AA-S1-1_0-0.tif\n")
+    catalogue = Catalogue.open(REAL)
+    with pytest.raises(InputError, match="none of its patches"):
+        catalogue.with_csv_split("split_x", {"train": path})
+
+
+def test_wrong_roots_get_a_hint(tmp_path: Path) -> None:
+    tree = touch(tmp_path / "data", ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI")
+    for root, hint in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, f"{tree} looks like a FLAIR-HUB tree"),
+        (tree / "D012-2019_AERIAL_RGBI", f"give the one above, {tree}"),
+        (tree / "D012-2019_AERIAL_RGBI" / "AF-S1-27", f"give {tree}"),
+    ):
+        with pytest.raises(InputError) as error:
+            Catalogue.open(root)
+        assert hint in str(error.value)
+    zips = tmp_path / "zips"
+    zips.mkdir()
+    with pytest.raises(InputError, match="expected folders like"):
+        Catalogue.open(zips)
+    (zips / "D012-2019_AERIAL_RGBI.zip").touch()
+    with pytest.raises(InputError, match="unzip"):
+        Catalogue.open(zips)
+
+
+def test_only_what_cannot_stand_alone(tmp_path: Path) -> None:
+    touch(tmp_path / "old", ["D012-2019_AF-S1-27_5-10"], "AERIAL-RLT_PAN")
+    with pytest.raises(InputError, match="historical"):
+        Catalogue.open(tmp_path / "old")
+    touch(tmp_path / "series", ["D012-2019_AF-S1-27_5-10"], "SENTINEL2_TS")
+    with pytest.raises(InputError, match="series without dates"):
+        Catalogue.open(tmp_path / "series")
+
+
+def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
+    first = Catalogue.open(touch(tmp_path / "a", ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI"))
+    second = Catalogue.open(touch(tmp_path / "b", ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI"))
+    third = Catalogue.open(touch(tmp_path / "c", ["D012-2019_AF-S1-27_5-11"], "AERIAL_RGBI"))
+    assert first.fingerprint() == second.fingerprint() != third.fingerprint()
+
+
+def layouts() -> list[tuple[str, dict[str, object]]]:
+    return [
+        ("AERIAL_RGBI", {"interleave": "pixel"}),
+        ("AERIAL_RGBI", {"interleave": "band", "compress": "none"}),
+        ("DEM_ELEV", {"tiled": True, "blockxsize": 256, "blockysize": 256}),
+        ("SPOT_RGBI", {"interleave": "pixel"}),
+        ("SENTINEL2_TS", {"interleave": "pixel"}),
+        ("SENTINEL2_TS", {"interleave": "band", "compress": "deflate"}),
+        ("SENTINEL1-ASC_TS", {"interleave": "band"}),
+        ("AERIAL_LABEL-COSIA", {}),
+        ("ALL_LABEL-LPIS", {"interleave": "pixel"}),
+    ]
+
+
+@pytest.mark.parametrize(("name", "options"), layouts())
+def test_every_layout_reads_the_same(tmp_path: Path, name: str, options: dict[str, object]) -> None:
+    modality = FLAIR_HUB[name]
+    count = len(modality.bands) * (3 if modality.has_dates else 1)
+    bands = np.random.default_rng(0).integers(0, 18, (count, modality.size, modality.size)).astype(modality.dtype)
+    path = tmp_path / "raster.tif"
+    write_raster(path, bands, modality.gsd, **options)
+    raster = rasters.read(path, modality)
+    shape = (3, -1, modality.size, modality.size) if modality.has_dates else bands.shape
+    assert np.array_equal(raster.array, bands.reshape(shape))
+    assert raster.array.flags.c_contiguous
+    assert raster[1:] == ("EPSG:2154", 650_000.0, 6_860_000.0)
+
+
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
+def test_lambert_without_a_code_is_accepted(tmp_path: Path, name: str) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "local.tif"
+    bands = np.zeros((len(modality.bands), modality.size, modality.size), modality.dtype)
+    write_raster(path, bands, modality.gsd, crs='LOCAL_CS["RGF93 / Lambert-93",UNIT["metre",1]]')
+    raster = rasters.read(path, modality)
+    assert "Lambert-93" in raster.crs
+    assert (raster.left, raster.top) == (650_000.0, 6_860_000.0)
+
+
+def wrong(modality: Modality, path: Path, what: str) -> None:
+    size, bands, gsd = modality.size, len(modality.bands), modality.gsd
+    dtype = np.dtype(modality.dtype)
+    match what:
+        case "bands":
+            bands += 1
+        case "size":
+            size -= 1
+        case "dtype":
+            dtype = np.dtype("int16")
+        case "pixel":
+            gsd *= 2
+    write_raster(path, np.zeros((bands, size, size), dtype), gsd)
+
+
+@pytest.mark.parametrize("name", ["AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS", "AERIAL_LABEL-COSIA"])
+@pytest.mark.parametrize(
+    ("what", "said"), [("bands", "bands, but"), ("size", "pixels, but"), ("dtype", "int16"), ("pixel", "pixels of")]
+)
+def test_rasters_that_are_not_what_the_registry_says_are_named(tmp_path: Path, name: str, what: str, said: str) -> None:
+    path = tmp_path / "wrong.tif"
+    wrong(FLAIR_HUB[name], path, what)
+    with pytest.raises(RasterError, match=said) as error:
+        rasters.read(path, FLAIR_HUB[name])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["AERIAL_RGBI", "SPOT_RGBI"])
+def test_blocks_that_were_never_written_are_not_zeros(tmp_path: Path, name: str) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "sparse.tif"
+    bands = np.ones((4, modality.size, modality.size), modality.dtype)
+    bands[:, modality.size // 2 :] = 0
+    write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=False)
+    assert np.array_equal(rasters.read(path, modality).array, bands)
+    write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=True)
+    with pytest.raises(RasterError, match="never written"):
+        rasters.read(path, modality)
+
+
+def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
+    modality = FLAIR_HUB["ALL_LABEL-LPIS"]
+    bands = np.zeros((3, 512, 512), np.uint8)
+    bands[1, 3, 4] = 31
+    path = tmp_path / "label.tif"
+    write_raster(path, bands, 0.2)
+    with pytest.raises(RasterError, match=r"value 31 in band level-2.*0 to 30"):
+        rasters.read(path, modality)
+
+
+@pytest.mark.parametrize("name", ["AERIAL_RGBI", "SENTINEL2_TS", "SPOT_RGBI"])
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.95])
+def test_truncated_files_are_named(tmp_path: Path, name: str, keep: float) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "cut.tif"
+    count = len(modality.bands) * (2 if modality.has_dates else 1)
+    bands = np.random.default_rng(1).integers(0, 200, (count, modality.size, modality.size)).astype(modality.dtype)
+    write_raster(path, bands, modality.gsd, interleave="pixel")
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(RasterError, match=r"cut\.tif: cannot be read"):
+        rasters.read(path, modality)
+    path.unlink()
+    with pytest.raises(RasterError, match="cannot be read"):
+        rasters.read(path, modality)
