@@ -237,7 +237,7 @@ FLAIR_HUB = Registry(
             dates_table="AERIAL",
             mean=(105.66, 111.35, 102.18, 106.59),
             std=(52.23, 45.62, 44.30, 39.78),
-            sensor=Sensor(gain=330.0, offset=8.0, gamma=0.62, noise=3.0),
+            sensor=Sensor(gain=430.0, offset=10.0, gamma=0.62, noise=3.0),
         ),
         Modality(
             name="AERIAL-RLT_PAN",
@@ -253,7 +253,7 @@ FLAIR_HUB = Registry(
             historical=True,
             mean=(125.92,),
             std=(38.45,),
-            sensor=Sensor(gain=360.0, offset=15.0, gamma=0.6, noise=9.0),
+            sensor=Sensor(gain=500.0, offset=15.0, gamma=0.6, noise=9.0),
         ),
         Modality(
             name="DEM_ELEV",
@@ -284,7 +284,7 @@ FLAIR_HUB = Registry(
             dates_table="SPOT",
             mean=(433.26, 508.75, 467.77, 1137.03),
             std=(312.76, 284.61, 226.02, 543.11),
-            sensor=Sensor(gain=10_000.0, noise=60.0),
+            sensor=Sensor(gain=4500.0, noise=25.0),
         ),
         Modality(
             name="SENTINEL2_TS",

@@ -196,9 +196,10 @@ class _Collate:
         return collate(samples, self.modalities)
 
 
-def _ignore_interrupt(_: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Ctrl-C and SLURM's signals reach every process of a job; the training process decides when its readers end."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _loader(dataset: ShardDataset, batches: object, workers: int) -> DataLoader[Sample]:
@@ -207,7 +208,7 @@ def _loader(dataset: ShardDataset, batches: object, workers: int) -> DataLoader[
         batch_sampler=batches,  # type: ignore[arg-type]  # torch types it as Sampler; any iterable of batches works
         num_workers=workers,
         collate_fn=_Collate(dataset.modalities),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # its own, so that starting a loader leaves the global state as it was
     )
 

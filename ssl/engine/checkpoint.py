@@ -1,0 +1,263 @@
+"""Checkpoints: folders that are either complete and proven by hashes, or not there.
+
+``checkpoints/step-00000120/`` holds ``model.safetensors`` (every parameter and buffer), ``optimizer.pt`` (and the loss
+scaler), ``ranks.pt`` (random generators and metric window of every rank), ``state.json`` (where the run stands and
+what it is), ``export/`` (what the caller exports, such as encoders) and, written last, ``complete.json``: size and
+SHA-256 of every other file. A folder is written under a temporary name, flushed and renamed, by rank 0 alone; every
+rank reads it, so several machines need a shared file system. The ``.pt`` files hold tensors and plain containers
+only and are read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from bocage.shards.errors import InputError
+
+_NAME = re.compile(r"step-(\d{8,})")
+_MARKER = "complete.json"
+_REQUIRED = {"model.safetensors", "optimizer.pt", "ranks.pt", "state.json"}
+_FORMAT = 1
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands.
+
+    Attributes:
+        run: identifier of the run, the same after every resume; trackers use it.
+        step: optimiser steps done, skipped ones included.
+        position: samples of the global order consumed.
+        reported_step: last step whose metrics were recorded and, where due, evaluated. Less than ``step`` when a
+            signal stopped the run in between: the resumed run makes up for it.
+        skipped: steps skipped because a loss or gradient was not finite.
+        skipped_in_a_row: how many of them came last, without a good one between.
+        best_step, best_value: where the monitored metric was highest.
+        metrics: latest value of everything recorded.
+    """
+
+    run: str
+    step: int = 0
+    position: int = 0
+    reported_step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The checkpoint of ``step``."""
+    return root / f"step-{step:08d}"
+
+
+def _steps(root: Path) -> dict[int, Path]:
+    """Checkpoint folders by step, complete or not."""
+    found = {}
+    for item in root.iterdir() if root.is_dir() else ():
+        if match := _NAME.fullmatch(item.name):
+            found[int(match[1])] = item
+    return found
+
+
+def has_checkpoints(root: Path) -> bool:
+    """Whether any checkpoint, complete or not, is in ``root``."""
+    return bool(_steps(root))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None when every file has the size and hash it was given."""
+    try:
+        files = json.loads((folder / _MARKER).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{_MARKER} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MARKER} cannot be read: {error!r}"
+    if unlisted := sorted(_REQUIRED - expected.keys()):
+        return f"{_MARKER} does not list {', '.join(unlisted)}"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != digest:
+            return f"the SHA-256 of {name} is not the one it was written with"
+    return None
+
+
+def newest_intact(root: Path) -> Path | None:
+    """The newest complete checkpoint of ``root`` whose hashes match, or None. Rank 0 only.
+
+    Newer ones that are damaged are named on stderr and renamed to ``*.damaged``, never deleted. What an interrupted
+    save left behind is removed.
+    """
+    _clear_leftovers(root)
+    for _, folder in sorted(_steps(root).items(), reverse=True):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        aside = folder.with_name(f"{folder.name}.damaged")
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
+        print(f"bocage: checkpoint {folder} is damaged ({problem}); kept as {aside.name}, skipped", file=sys.stderr)
+    return None
+
+
+def _clear_leftovers(root: Path) -> None:
+    for item in root.glob(".step-*") if root.is_dir() else ():
+        original = root / item.stem[1:]
+        if item.suffix == ".replaced" and not original.exists():
+            item.rename(original)  # killed between the two renames of a replacement
+        elif item.suffix in (".partial", ".replaced"):
+            shutil.rmtree(item)
+
+
+def save_checkpoint(
+    root: Path,
+    state: TrainingState,
+    *,
+    task: nn.Module,
+    optimizer: Mapping[str, Any],
+    ranks: list[dict[str, Any]],
+    description: Mapping[str, Any],
+    export: Callable[[nn.Module, Path], None] | None = None,
+) -> Path:
+    """Write the checkpoint of ``state.step``. Rank 0 only.
+
+    Args:
+        root: the folder of checkpoints.
+        state: where the run stands.
+        task: the bare module, without wrappers.
+        optimizer: tensors and plain containers, for ``optimizer.pt``.
+        ranks: one such mapping a rank, for ``ranks.pt``.
+        description: JSON-serialisable facts about the run, stored beside the state.
+        export: called with ``task`` and an empty folder ``export/``.
+
+    Raises:
+        InputError: the disk is full or cannot be written; earlier checkpoints are intact.
+    """
+    final = step_folder(root, state.step)
+    partial = root / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_model(task, str(partial / "model.safetensors"))
+        _save_tensors(dict(optimizer), partial / "optimizer.pt")
+        _save_tensors(ranks, partial / "ranks.pt")
+        _write_json({"format": _FORMAT, **description, "state": asdict(state)}, partial / "state.json")
+        if export is not None:
+            (partial / "export").mkdir()
+            export(task, partial / "export")
+        _write_json({"files": _inventory(partial)}, partial / _MARKER)
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        _move_into_place(partial, final)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError raised while it handled the OSError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        message = f"cannot write checkpoint {final}: {cause}; free or change the disk, then run the same command again"
+        raise InputError(f"{message}: it resumes from the checkpoint before") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def prune(root: Path, keep: int, best_step: int | None) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best one. Rank 0 only."""
+    folders = _steps(root)
+    for step in sorted(folders)[:-keep]:
+        if step != best_step:
+            shutil.rmtree(folders[step])
+
+
+def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """The state of a checkpoint and the description it was saved with.
+
+    Raises:
+        InputError: another version of bocage wrote it in a format this one does not know.
+    """
+    description = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if description.pop("format", None) != _FORMAT:
+        raise InputError(f"{folder}/state.json is not of format {_FORMAT}: resume with the version that wrote it")
+    return TrainingState(**description.pop("state")), description
+
+
+def load_task(folder: Path, task: nn.Module) -> None:
+    """Load the weights of a checkpoint into the bare module, every key.
+
+    Raises:
+        InputError: names or shapes do not fit; the message lists them.
+    """
+    try:
+        load_model(task, folder / "model.safetensors")
+    except RuntimeError as error:
+        raise InputError(
+            f"{folder}/model.safetensors does not fit this model: {' '.join(str(error).split())}"
+        ) from error
+
+
+def load_tensors(path: Path) -> Any:
+    """What ``_save_tensors`` wrote, on the CPU; nothing but tensors and plain containers can come out."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _save_tensors(content: Any, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(partial: Path, final: Path) -> None:
+    """Rename, setting an older checkpoint of the same step aside first; ``_clear_leftovers`` heals a kill between."""
+    replaced = partial.with_suffix(".replaced")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    _flush(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)

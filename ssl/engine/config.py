@@ -1,0 +1,69 @@
+"""Configuration of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bocage.ssl.engine.distributed import Precision
+from bocage.ssl.engine.optim import OptimizerConfig
+from bocage.ssl.engine.tracking import TrackerName
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How to train. The batch size belongs to the source of batches.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        accumulation: micro-batches a rank averages the gradient over in each step. It multiplies the batch of losses
+            that are means over samples; it adds no negatives to contrastive ones.
+        precision: of the forward pass; weights and optimiser stay float32.
+        clip_norm: largest norm of the whole gradient; 0 does not clip.
+        seed: of the global random generators; rank r uses ``seed + r``.
+        optimizer: see ``OptimizerConfig``.
+        resume: ``auto`` continues from the newest intact checkpoint of the output folder; ``never`` starts anew and
+            refuses a folder that has checkpoints.
+        save_every: steps between checkpoints; 0 saves only the last, the best and what a signal stops.
+        keep: newest checkpoints to keep, beside the best one.
+        log_every: steps between records of the metrics.
+        evaluate_every: steps between evaluations; 0 evaluates only at the end.
+        max_bad_steps: abort after so many steps in a row whose loss or gradient is not finite.
+        tracker: ``metrics.jsonl`` is always written; ``wandb`` (offline when there is no API key) and ``tensorboard``
+            come in addition.
+        project: name of the tracker's project.
+    """
+
+    steps: int = 10_000
+    accumulation: int = 1
+    precision: Precision = "fp32"
+    clip_norm: float = 1.0
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    resume: Literal["auto", "never"] = "auto"
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 20
+    evaluate_every: int = 0
+    max_bad_steps: int = 10
+    tracker: TrackerName = "none"
+    project: str = "bocage"
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "accumulation", "keep", "log_every", "max_bad_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"engine.{key} must be at least 1, not {getattr(self, key)}")
+        for key in ("clip_norm", "seed", "save_every", "evaluate_every"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"engine.{key} must not be negative, not {getattr(self, key)}")
+        for key, allowed in (
+            ("precision", ("fp32", "bf16", "fp16")),
+            ("resume", ("auto", "never")),
+            ("tracker", ("none", "wandb", "tensorboard")),
+        ):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"engine.{key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"engine.optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds engine.steps ({self.steps})"
+            )

@@ -1,0 +1,429 @@
+"""The one training loop: pretraining objectives and fine-tuning tasks differ only in ``loss, logs = task(batch)``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from bocage.shards.batch import Batch
+from bocage.shards.errors import InputError
+from bocage.ssl.engine import checkpoint
+from bocage.ssl.engine.checkpoint import TrainingState
+from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.distributed import build_accelerator, from_main, gathered, largest
+from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
+from bocage.ssl.engine.provenance import differences, git_revision, library_versions, plain
+from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
+from bocage.ssl.engine.signals import StopSignals, exit_code
+from bocage.ssl.engine.tracking import Journal, MetricWindow, check_tracker, finite_or_none
+
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
+Export = Callable[[nn.Module, Path], None]
+
+
+class BatchSource(Protocol):
+    """Where training batches come from: one global order of samples without end.
+
+    Attributes:
+        batch_size: samples of each batch, that is per rank and micro-batch.
+    """
+
+    batch_size: int
+
+    def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
+        """Endless batches of rank ``rank`` of ``world``, from sample ``position`` of the global order on.
+
+        Of the global order, each round of ``batch_size * world`` samples makes one batch for every rank.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What ``train`` leaves.
+
+    Attributes:
+        step: optimiser steps done.
+        stopped: a signal ended the run before it was complete; the same call resumes it.
+        exit_code: status the process should end with: 0, or 130 (SIGINT), 143 (SIGTERM), 138 (SIGUSR1).
+        last: the newest checkpoint.
+        best: the checkpoint with the highest monitored metric, None when nothing is monitored.
+        metrics: latest value of everything recorded; the names of evaluated metrics start with ``evaluation/``,
+            values that are not finite are None.
+    """
+
+    step: int
+    stopped: bool
+    exit_code: int
+    last: Path
+    best: Path | None
+    metrics: dict[str, float | None]
+
+
+class DivergenceError(InputError):
+    """Too many steps in a row whose loss or gradient is not finite."""
+
+
+def train(
+    task: nn.Module,
+    source: BatchSource,
+    config: EngineConfig,
+    *,
+    output: Path,
+    recipe: str,
+    resolved: dict[str, Any],
+    evaluate: Evaluate | None = None,
+    monitor: str | None = None,
+    export: Export | None = None,
+    parameter_groups: ParameterGroups | None = None,
+) -> Outcome:
+    """Train ``task``, or finish training it, and leave checkpoints and ``metrics.jsonl`` in ``output``.
+
+    The call is the same for a new run, a resumed one and a finished one (which returns at once). On the CPU in fp32
+    an interrupted and resumed run ends with the same bits as an undisturbed one.
+
+    Args:
+        task: ``loss, logs = task(batch)``: a scalar to minimise, and one-element tensors to record by name. Some
+            parameters may receive no gradient in some steps. Every rank must build it with the same weights.
+        source: see ``BatchSource``.
+        config: how to train.
+        output: folder of the run, on a file system all ranks see.
+        recipe: its name, kept with the checkpoints.
+        resolved: the resolved configuration, without keys that have no bearing on training. A resumed run must find
+            it unchanged, but for ``provenance.CHANGEABLE_KEYS``. Secrets in it are replaced before it is written.
+        evaluate: called on all ranks with the bare task in evaluation mode, without gradients, in ``precision``, and
+            the step; rank 0's answer counts. Its random draws leave no trace in training.
+        monitor: the name of an evaluated metric, the higher the better, that selects the best checkpoint.
+        export: called on rank 0 at every save with the bare task and an empty folder of the checkpoint, ``export/``.
+        parameter_groups: replaces the default groups of ``optim.decay_groups``.
+
+    Raises:
+        InputError: the output holds a run of another configuration, or cannot be written.
+        DivergenceError: see ``EngineConfig.max_bad_steps``.
+    """
+    if monitor is not None and evaluate is None:
+        raise ValueError(f"monitor={monitor!r} needs evaluate")
+    check_tracker(config.tracker)
+    accelerator = build_accelerator(config.precision, config.tracker, output)
+    set_seed(config.seed, device_specific=True)
+    # What a run may change when resumed includes engine.*, wherever the caller keeps the engine's configuration.
+    description = {
+        "recipe": recipe,
+        "config": plain({**resolved, "engine": asdict(config)}),
+        "versions": library_versions(),
+        "git": git_revision(),
+        "ranks": accelerator.num_processes,
+    }
+    folder = _checkpoint_to_resume(output / "checkpoints", config, description, accelerator)
+    optimizer = build_optimizer(task, config.optimizer, parameter_groups)
+    if folder is not None:
+        checkpoint.load_task(folder, task)
+    model, prepared = accelerator.prepare(task, optimizer)
+    try:
+        with StopSignals() as signals:
+            run = _Run(
+                accelerator=accelerator,
+                task=task,
+                model=model,
+                optimizer=prepared,
+                config=config,
+                output=output,
+                description=description,
+                evaluate=evaluate,
+                monitor=monitor,
+                export=export,
+                signals=signals,
+                state=TrainingState(run=from_main(uuid.uuid4().hex[:12])),
+                window=MetricWindow(),
+            )
+            if folder is not None:
+                run.restore(folder)
+            outcome = run.go(source)
+        accelerator.wait_for_everyone()  # ranks leave together: gloo aborts when a peer goes first
+        return outcome
+    finally:
+        # The task leaves as it came: Accelerate replaces its `forward` by one that runs under autocast.
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+def _checkpoint_to_resume(
+    root: Path, config: EngineConfig, description: dict[str, Any], accelerator: Accelerator
+) -> Path | None:
+    """The checkpoint to continue from, agreed by all ranks, or None for a new run; refuses what must not go on."""
+    found: Path | None = None
+    problem: str | None = None
+    if accelerator.is_main_process:
+        if config.resume == "never" and checkpoint.has_checkpoints(root):
+            problem = (
+                f"engine.resume=never, but {root} has checkpoints: choose another output, delete them, "
+                "or use engine.resume=auto"
+            )
+        elif config.resume == "auto" and (found := checkpoint.newest_intact(root)) is not None:
+            _, saved = checkpoint.read_state(found)
+            if changed := differences(saved["config"], description["config"]):
+                problem = (
+                    f"{found} was made with another configuration ({'; '.join(changed)}): restore these keys, "
+                    "or choose another output"
+                )
+    found, problem = from_main((found, problem))
+    if problem is not None:
+        raise InputError(problem)
+    return found
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One run in progress: what its steps, reports and saves share."""
+
+    accelerator: Accelerator
+    task: nn.Module
+    model: nn.Module
+    optimizer: Any
+    config: EngineConfig
+    output: Path
+    description: dict[str, Any]
+    evaluate: Evaluate | None
+    monitor: str | None
+    export: Export | None
+    signals: StopSignals
+    state: TrainingState
+    window: MetricWindow
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.output / "checkpoints"
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint whose weights are loaded already. A new rank keeps its fresh generators."""
+        self.state, _ = checkpoint.read_state(folder)
+        best = self.state.best_step
+        if best is not None and not checkpoint.step_folder(self.checkpoints, best).is_dir():
+            self.state.best_step = self.state.best_value = None
+        saved = checkpoint.load_tensors(folder / "optimizer.pt")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        ranks = checkpoint.load_tensors(folder / "ranks.pt")
+        if self.accelerator.process_index < len(ranks):
+            rank = ranks[self.accelerator.process_index]
+            restore_random_state(rank["random"])
+            self.window = MetricWindow.from_state(rank["window"], self.accelerator.device)
+
+    def go(self, source: BatchSource) -> Outcome:
+        """Train to the end or to a signal."""
+        config, state, main = self.config, self.state, self.accelerator.is_main_process
+        if state.step >= config.steps and state.reported_step == state.step:
+            if main:
+                print(f"bocage: {self.output} is complete: all {state.step} steps are done", file=sys.stderr)
+            return self._outcome(received=0)
+        received = 0
+        with ExitStack() as stack:
+            journal = Journal(
+                self.accelerator,
+                self.output,
+                steps=config.steps,
+                step=state.step,
+                reported_step=state.reported_step,
+                tracker=config.tracker,
+                project=config.project,
+                run=state.run,
+                config=self.description["config"],
+            )
+            stack.callback(journal.close)
+            batches = source.batches(state.position, self.accelerator.process_index, self.accelerator.num_processes)
+            if hasattr(batches, "close"):
+                stack.callback(batches.close)
+            if state.step:
+                journal.message(f"resuming at step {state.step} of {config.steps}")
+            self.task.train()
+            buffers = _Buffers(self.task)
+            # A signal saved the run before its last step was recorded and evaluated.
+            if state.reported_step < state.step and (self._report(journal) or state.step >= config.steps):
+                self._save(journal)
+            while state.step < config.steps:
+                received = self._step(batches, source.batch_size, buffers, journal)
+                if received:
+                    self._save(journal)
+                    journal.message(f"stopped at step {state.step} of {config.steps}, saved; the same command resumes")
+                    break
+                improved = self._report(journal)
+                due = config.save_every > 0 and state.step % config.save_every == 0
+                if improved or due or state.step == config.steps:
+                    self._save(journal)
+        return self._outcome(received)
+
+    def _step(self, batches: Iterator[Batch], batch_size: int, buffers: _Buffers, journal: Journal) -> int:
+        """One optimiser step; returns the signal on which all ranks agreed to stop, or 0."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        began, waited = time.perf_counter(), 0.0
+        set_learning_rate(self.optimizer, learning_rate_factor(state.step, config.steps, config.optimizer))
+        buffers.remember()
+        losses, logs = [], []
+        for micro_batch in range(1, config.accumulation + 1):
+            asked = time.perf_counter()
+            # A DataLoader draws a seed from the global generator whenever it starts: a resumed run starts it at
+            # another step than an undisturbed one, and its dropout must not notice.
+            with preserved_random_state():
+                batch = next(batches).to(accelerator.device)
+            waited += time.perf_counter() - asked
+            if len(batch) != batch_size:
+                raise RuntimeError(f"the source gave a batch of {len(batch)} samples; it promised {batch_size}")
+            with nullcontext() if micro_batch == config.accumulation else accelerator.no_sync(self.model):
+                loss, terms = self.model(batch)
+                accelerator.backward(loss / config.accumulation)
+            losses.append(loss.detach().float())
+            logs.append(terms)
+        norm = accelerator.clip_grad_norm_(self.task.parameters(), config.clip_norm or math.inf)
+        loss = torch.stack(losses).mean()
+        # The one wait of the host for the device in a step: whether to update is decided by all ranks, before it.
+        bad, received = largest(
+            accelerator, ~(torch.isfinite(loss) & torch.isfinite(norm)), torch.tensor(self.signals.received)
+        )
+        if bad:
+            buffers.restore()
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()
+        else:
+            self.optimizer.step()
+            self.window.add({"loss": loss, "gradient_norm": norm})
+            for terms in logs:
+                self.window.add({name: value for name, value in terms.items() if name != "loss"})
+        self.optimizer.zero_grad()
+        samples = batch_size * config.accumulation
+        state.step += 1
+        state.position += samples * accelerator.num_processes
+        self.window.add_step(samples, time.perf_counter() - began, waited)
+        self._count_bad(bool(bad), journal)
+        return received
+
+    def _count_bad(self, bad: bool, journal: Journal) -> None:
+        state, limit = self.state, self.config.max_bad_steps
+        state.skipped += bad
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if bad else 0
+        if not bad:
+            return
+        journal.message(
+            f"step {state.step}: loss or gradient is not finite; no update ({state.skipped_in_a_row} in a row)"
+        )
+        if state.skipped_in_a_row >= limit:
+            raise DivergenceError(
+                f"loss or gradient was not finite in {limit} steps in a row, up to step {state.step} of {self.output}: "
+                "lower engine.optimizer.learning_rate or look for broken samples; the weights before them are in the "
+                "newest checkpoint"
+            )
+
+    def _report(self, journal: Journal) -> bool:
+        """Record and evaluate what is due after a step; returns whether the monitored metric is the best so far."""
+        config, state = self.config, self.state
+        final = state.step >= config.steps
+        values: dict[str, float] = {}
+        improved = False
+        if final or state.step % config.log_every == 0:
+            values.update(self.window.averages())
+            values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            values["skipped_steps"] = state.skipped
+            self.window = MetricWindow()
+        if self.evaluate is not None and (
+            final or (config.evaluate_every > 0 and state.step % config.evaluate_every == 0)
+        ):
+            result = self._evaluated(self.evaluate)
+            values.update({f"evaluation/{name}": value for name, value in result.items()})
+            improved = self._is_best(result)
+        if values:
+            recorded = finite_or_none(values)
+            journal.record(state.step, recorded)
+            state.metrics.update(recorded)
+        else:
+            journal.step(state.step)
+        state.reported_step = state.step
+        return improved
+
+    def _evaluated(self, evaluate: Evaluate) -> dict[str, float]:
+        self.task.eval()
+        with preserved_random_state(), torch.no_grad(), self.accelerator.autocast():
+            result = evaluate(self.task, self.state.step)
+        self.task.train()
+        answer: dict[str, float] = from_main({name: float(value) for name, value in result.items()})
+        return answer
+
+    def _is_best(self, result: dict[str, float]) -> bool:
+        if self.monitor is None:
+            return False
+        if self.monitor not in result:
+            raise ValueError(f"monitor={self.monitor!r} is not among the evaluated metrics: {', '.join(result)}")
+        value, best = result[self.monitor], self.state.best_value
+        if not math.isfinite(value) or (best is not None and value <= best):
+            return False
+        self.state.best_step, self.state.best_value = self.state.step, value
+        return True
+
+    def _save(self, journal: Journal) -> None:
+        """Write a checkpoint on rank 0 with what every rank needs to continue; all ranks raise when it fails."""
+        scaler = self.accelerator.scaler
+        ranks = gathered({"random": random_state(), "window": self.window.state()})
+        problem = None
+        if self.accelerator.is_main_process:
+            journal.flush()
+            try:
+                checkpoint.save_checkpoint(
+                    self.checkpoints,
+                    self.state,
+                    task=self.task,
+                    optimizer={
+                        "optimizer": self.optimizer.state_dict(),
+                        "scaler": scaler.state_dict() if scaler is not None else None,
+                    },
+                    ranks=ranks,
+                    description=self.description,
+                    export=self.export,
+                )
+                checkpoint.prune(self.checkpoints, self.config.keep, self.state.best_step)
+            except InputError as error:
+                problem = str(error)
+        if problem := from_main(problem):
+            raise InputError(problem)
+
+    def _outcome(self, received: int) -> Outcome:
+        best = self.state.best_step
+        return Outcome(
+            step=self.state.step,
+            stopped=bool(received),
+            exit_code=exit_code(received),
+            last=checkpoint.step_folder(self.checkpoints, self.state.step),
+            best=checkpoint.step_folder(self.checkpoints, best) if best is not None else None,
+            metrics=dict(self.state.metrics),
+        )
+
+
+class _Buffers:
+    """Persistent buffers as they were before a step: a bad batch spoils running statistics in the forward pass."""
+
+    def __init__(self, task: nn.Module) -> None:
+        kept = task.state_dict().keys()
+        self._places = [
+            (module, name)
+            for prefix, module in task.named_modules()
+            for name, _ in module.named_buffers(recurse=False)
+            if (f"{prefix}.{name}" if prefix else name) in kept
+        ]
+        self._values: list[torch.Tensor] = []
+
+    def remember(self) -> None:
+        self._values = [getattr(module, name).clone() for module, name in self._places]
+
+    def restore(self) -> None:
+        for (module, name), value in zip(self._places, self._values, strict=True):
+            getattr(module, name).copy_(value)

@@ -1,0 +1,277 @@
+"""What a run tells: a metrics file always, a progress bar or plain lines, and W&B or TensorBoard on request."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import netrc
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO
+from urllib.parse import urlsplit
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.ssl.engine.distributed import gathered
+from bocage.ssl.engine.provenance import flat, plain
+
+_EVALUATIONS_SHOWN = 3
+
+TrackerName = Literal["none", "wandb", "tensorboard"]
+
+
+class MetricWindow:
+    """Sums of what a task logged since the last record, kept on the device so that adding never waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._seconds = self._waited = 0.0
+        self._samples = self._steps = 0
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Add one-element tensors; a name may be missing from some steps or ranks and is averaged over the rest."""
+        for name, value in values.items():
+            value = value.detach().float().reshape(())
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def add_step(self, samples: int, seconds: float, waited: float) -> None:
+        """Count one step of this rank: samples seen, wall time, and how much of it was spent waiting for data."""
+        self._steps += 1
+        self._samples += samples
+        self._seconds += seconds
+        self._waited += waited
+
+    def state(self) -> dict[str, Any]:
+        """The window for a checkpoint; ``from_state`` reads it back."""
+        return {
+            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "counts": dict(self._counts),
+            "times": [self._seconds, self._waited],
+            "steps": [self._samples, self._steps],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> MetricWindow:
+        """The window that ``state`` described, on ``device``."""
+        window = cls()
+        window._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        window._counts = dict(state["counts"])
+        window._seconds, window._waited = state["times"]
+        window._samples, window._steps = state["steps"]
+        return window
+
+    def averages(self) -> dict[str, float]:
+        """Means over the window and all ranks (a collective call), with throughput; empty without any step."""
+        names = list(self._sums)
+        values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        sums = dict(zip(names, values, strict=True))
+        ranks = gathered((sums, self._counts, self._samples, self._seconds, self._waited))
+        averages = {}
+        for name in sorted({name for rank_sums, *_ in ranks for name in rank_sums}):
+            total = sum(rank_sums.get(name, 0.0) for rank_sums, *_ in ranks)
+            averages[name] = total / sum(counts.get(name, 0) for _, counts, *_ in ranks)
+        if self._steps:
+            seconds = max(1e-9, *(rank_seconds for *_, rank_seconds, _ in ranks))
+            averages["samples_per_second"] = sum(samples for _, _, samples, *_ in ranks) / seconds
+            averages["step_seconds"] = seconds / self._steps
+            averages["data_wait"] = max(waited for *_, waited in ranks) / seconds
+        return averages
+
+
+class Journal:
+    """Everything rank 0 writes about a run; on other ranks every method does nothing.
+
+    ``metrics.jsonl`` in the output folder has one line a recorded step, ``{"step": 20, "loss": 0.61, ...}``; values
+    that are not finite are null. The progress bar is drawn when stderr is a terminal; otherwise each record is one
+    plain line.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output: Path,
+        *,
+        steps: int,
+        step: int,
+        reported_step: int,
+        tracker: TrackerName,
+        project: str,
+        run: str,
+        config: Mapping[str, Any],
+    ) -> None:
+        """Open the journal of a run that continues after ``step``: records later than ``reported_step`` are dropped.
+
+        Raises:
+            InputError: the output folder cannot be written.
+        """
+        self._active = accelerator.is_main_process
+        self._accelerator = accelerator
+        self._steps = steps
+        self._bar: Progress | None = None
+        self._file: TextIO | None = None
+        if not self._active:
+            return
+        path = output / "metrics.jsonl"
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            _drop_records_after(path, reported_step)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise InputError(f"output folder {output} cannot be written: {error}") from error
+        if tracker != "none":
+            _start_tracker(accelerator, tracker, output, project, run, config, reported_step)
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
+                BarColumn(bar_width=12),
+                TimeRemainingColumn(table_column=Column(min_width=7)),
+                TextColumn("{task.fields[summary]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("train", total=steps, completed=step, summary="")
+            self._bar.start()
+
+    def step(self, step: int) -> None:
+        """Show that ``step`` optimiser steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def record(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Write the metrics of ``step`` everywhere."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, summary=_summary(values))
+        else:
+            left = (self._steps - step) * (values.get("step_seconds") or 0.0)
+            print(f"step {step}/{self._steps}  {_summary(values)}  left {_duration(left)}", file=sys.stderr, flush=True)
+
+    def message(self, text: str) -> None:
+        """One line for the user on stderr."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.console.print(f"bocage: {text}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(f"bocage: {text}", file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Put the metrics file on disk: a checkpoint must not be ahead of it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """End the bar, the file and the tracker."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+
+
+def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity: such values become None."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Keep the whole lines of a metrics file that belong to steps up to ``step``; replaced atomically."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # the half line of a killed process
+            continue
+    with written_atomically(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
+
+
+def _summary(values: Mapping[str, float | None]) -> str:
+    """The few numbers worth a glance."""
+    formats = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "lr {:.2e}",
+        "gradient_norm": "grad {:.3g}",
+        "samples_per_second": "{:.1f} samples/s",
+        "data_wait": "wait {:.0%}",
+    }
+    shown = [text.format(value) for name, text in formats.items() if (value := values.get(name)) is not None]
+    evaluated = [
+        (name, value) for name, value in values.items() if name.startswith("evaluation/") and value is not None
+    ]
+    shown += [f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in evaluated[:_EVALUATIONS_SHOWN]]
+    return "  ".join(shown)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _start_tracker(
+    accelerator: Accelerator,
+    tracker: TrackerName,
+    output: Path,
+    project: str,
+    run: str,
+    config: Mapping[str, Any],
+    reported_step: int,
+) -> None:
+    if tracker == "wandb":
+        import wandb
+
+        # W&B notes the command line with its metadata; it may not when that holds a secret.
+        secret = plain({"words": sys.argv})["words"] != sys.argv
+        options: dict[str, Any] = {
+            "id": run,
+            "resume": "allow",
+            "name": output.name,
+            "dir": str(output),
+            "mode": os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"),
+            "settings": wandb.Settings(console="off", silent=True, x_disable_meta=secret),
+        }
+        accelerator.init_trackers(project, config=plain(config), init_kwargs={"wandb": options})
+    else:
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flat(plain(config)).items()
+        }
+        options = {"purge_step": reported_step + 1}
+        accelerator.init_trackers(project, config=settings, init_kwargs={"tensorboard": options})
+
+
+def check_tracker(tracker: TrackerName) -> None:
+    """Raise ``InputError`` when the package of a tracker is missing."""
+    packages = {"none": (), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}[tracker]
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise InputError(f"engine.tracker={tracker} needs a package that is missing: pip install {packages[0]}")
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B would find credentials (their presence only), so that nobody without an account is asked for one."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,297 @@
+"""The training loop: what it computes, records and refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from tiny_run import TinySource, TinyTask, records, run
+from torch import nn
+
+from bocage.shards.batch import Batch
+from bocage.shards.errors import InputError
+from bocage.ssl.engine.loop import DivergenceError, EngineConfig
+from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, learning_rate_factor, undecayed_names
+from bocage.ssl.engine.provenance import differences, plain
+
+SCRIPT = Path(__file__).with_name("tiny_run.py")
+CONSTANT = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1.0)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_loss_falls_and_every_record_has_its_own_step(tmp_path: Path) -> None:
+    outcome, _ = run(tmp_path, steps=60, save_every=0)
+    lines = records(tmp_path)
+    assert [line["step"] for line in lines] == list(range(2, 61, 2))
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert {"error", "gradient_norm", "samples_per_second", "data_wait", "learning_rate"} <= lines[-1].keys()
+    assert (outcome.step, outcome.stopped, outcome.exit_code, outcome.best) == (60, False, 0, None)
+    assert outcome.last == tmp_path / "checkpoints" / "step-00000060"
+    assert outcome.metrics["loss"] == lines[-1]["loss"]
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
+    _, whole = run(tmp_path / "whole", TinySource(8), plain=True)
+    _, parts = run(tmp_path / "parts", TinySource(4), plain=True, accumulation=2)
+    for (name, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+    for one, other in zip(records(tmp_path / "whole"), records(tmp_path / "parts"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+
+
+def test_a_bad_step_changes_no_weight_and_no_running_statistic(tmp_path: Path) -> None:
+    _, clean = run(tmp_path / "clean", steps=5, optimizer=CONSTANT)
+    source = TinySource(broken=frozenset({21}))  # in the batch of step 6
+    outcome, spoiled = run(tmp_path / "spoiled", source, steps=6, optimizer=CONSTANT)
+    assert same_weights(clean, spoiled)
+    assert outcome.metrics["skipped_steps"] == 1
+    assert records(tmp_path / "spoiled")[-1]["loss"] == pytest.approx(records(tmp_path / "clean")[-1]["loss"])
+
+
+def test_training_goes_on_after_a_bad_step(tmp_path: Path) -> None:
+    outcome, task = run(tmp_path, TinySource(broken=frozenset({5})))
+    assert outcome.step == 12
+    assert all(torch.isfinite(value).all() for value in task.state_dict().values())
+
+
+def test_too_many_bad_steps_in_a_row_abort(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match=r"3 steps in a row, up to step 6"):
+        run(tmp_path, TinySource(broken=frozenset({12, 16, 20})), max_bad_steps=3)
+
+
+def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
+    scores = {3: 0.2, 6: 0.9, 9: 0.4, 12: float("nan")}
+    seen: list[tuple[int, bool, bool]] = []
+
+    def evaluate(task: nn.Module, step: int) -> dict[str, float]:
+        seen.append((step, task.training, torch.is_grad_enabled()))
+        return {"mIoU": scores[step]}
+
+    def export(task: nn.Module, folder: Path) -> None:
+        (folder / "encoder.txt").write_text("encoder")
+
+    options: dict[str, Any] = {"evaluate": evaluate, "monitor": "mIoU", "export": export}
+    outcome, task = run(tmp_path, options=options, evaluate_every=3, save_every=5, keep=1)
+    assert seen == [(step, False, False) for step in scores]
+    assert task.training
+    assert outcome.best == tmp_path / "checkpoints" / "step-00000006"
+    assert sorted(item.name for item in (tmp_path / "checkpoints").iterdir()) == ["step-00000006", "step-00000012"]
+    assert (outcome.best / "export" / "encoder.txt").read_text() == "encoder"
+    assert "export/encoder.txt" in json.loads((outcome.best / "complete.json").read_text())["files"]
+    assert outcome.metrics["evaluation/mIoU"] is None  # JSON has no NaN
+
+
+def test_evaluating_leaves_no_trace_in_training(tmp_path: Path) -> None:
+    def evaluate(task: nn.Module, step: int) -> dict[str, float]:
+        return {"draw": torch.rand(7).sum().item()}
+
+    _, without = run(tmp_path / "without")
+    _, often = run(tmp_path / "often", options={"evaluate": evaluate}, evaluate_every=1)
+    assert same_weights(without, often)
+
+
+def test_a_monitor_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"monitor='mIoU' is not among the evaluated metrics: OA"):
+        run(tmp_path, options={"evaluate": lambda task, step: {"OA": 1.0}, "monitor": "mIoU"})
+
+
+def test_one_process_can_train_in_another_precision_next(tmp_path: Path) -> None:
+    task = TinyTask()
+    run(tmp_path / "half", task=task, precision="bf16")
+    assert all(parameter.dtype == torch.float32 for parameter in task.parameters())
+    run(tmp_path / "full", task=task, precision="fp32")
+    hidden = task.first(torch.zeros(1, 2, 8, 8))
+    assert hidden.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU can")
+def test_fp16_on_the_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"engine\.precision=fp16 needs a GPU"):
+        run(tmp_path, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"steps": 0}, "engine.steps"),
+        ({"accumulation": 0}, "engine.accumulation"),
+        ({"clip_norm": -1.0}, "engine.clip_norm"),
+        ({"precision": "fp8"}, "engine.precision"),
+        ({"steps": 5, "optimizer": OptimizerConfig(warmup_steps=6)}, "engine.optimizer.warmup_steps"),
+    ],
+)
+def test_wrong_values_name_their_key(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**keys)
+
+
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    config = OptimizerConfig(warmup_steps=4, final_learning_rate=0.1)
+    factors = [learning_rate_factor(step, 104, config) for step in range(104)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert factors[54] == pytest.approx(0.55)
+    assert factors[103] == pytest.approx(0.1, abs=1e-3)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_weight_decay_leaves_vectors_tables_tokens_and_embeddings_alone(features_only: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = timm.create_model(
+                "swin_tiny_patch4_window7_224",
+                features_only=features_only,
+                embed_dim=16,
+                depths=(1, 1, 1, 1),
+                num_heads=(1, 1, 1, 1),
+            )
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, 16))
+            self.modalities = nn.Embedding(3, 16)
+            self.last = nn.Linear(16, 1)
+            self.last.bias.requires_grad_(False)
+
+    model = Model()
+    undecayed = undecayed_names(model)
+    assert {"mask_token", "modalities.weight"} < undecayed
+    assert not {"last.weight", "last.bias"} & undecayed
+    tables = [name for name, _ in model.named_parameters() if "relative_position_bias_table" in name]
+    assert tables
+    assert set(tables) < undecayed
+    decay, rest = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert all(parameter.ndim >= 2 for parameter in decay["params"])
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters())) - 1
+
+
+def test_own_parameter_groups_keep_their_peak_rates(tmp_path: Path) -> None:
+    def groups(task: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": list(task.head.parameters()), "lr": 1e-3}, {"params": list(task.first.parameters())}]
+
+    outcome, task = run(tmp_path, options={"parameter_groups": groups}, optimizer=CONSTANT)
+    start = (torch.manual_seed(1), TinyTask())[1]
+    assert torch.equal(task.branch.weight, start.branch.weight)
+    assert not torch.equal(task.first.weight, start.first.weight)
+    assert outcome.metrics["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_plain_lines_have_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path)
+    text = capsys.readouterr().err
+    assert len(text.splitlines()) == 6
+    assert text.replace("\n", "").isprintable()
+
+
+def test_a_source_must_keep_its_promised_batch_size(tmp_path: Path) -> None:
+    class Careless(TinySource):
+        def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
+            return TinySource(3).batches(position, rank, world)
+
+    with pytest.raises(RuntimeError, match="batch of 3 samples; it promised 4"):
+        run(tmp_path, Careless(4))
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")), reason="it is installed"
+)
+def test_a_missing_tracker_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"engine\.tracker=tensorboard needs a package"):
+        run(tmp_path, tracker="tensorboard")
+
+
+def test_secrets_are_replaced_by_name_value_argument_and_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "value-of-the-environment")
+    config = {
+        "hub_token": "abc",
+        "masking": {"images": "mask_token", "mask_token": "learned", "tokens": 1880},
+        "note": "uses value-of-the-environment here",
+        "endpoint": "https://user:word@host/path",
+        "words": ["hub_token=abc", "steps=3"],
+    }
+    assert plain(config) == {
+        "hub_token": "<redacted>",
+        "masking": {"images": "mask_token", "mask_token": "learned", "tokens": 1880},
+        "note": "uses <redacted> here",
+        "endpoint": "https://<redacted>@host/path",
+        "words": ["hub_token=<redacted>", "steps=3"],
+    }
+
+
+def test_differences_name_keys_and_ignore_what_may_change() -> None:
+    saved = {"batch_size": 4, "engine": {"steps": 10, "clip_norm": 1.0}, "data": {"workers": 1}}
+    current = {"batch_size": 8, "engine": {"steps": 20, "clip_norm": 1.0}, "data": {"workers": 3}, "new": 1}
+    assert differences(saved, current) == ["batch_size: 4 -> 8", "new: (not set) -> 1"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return kept | {"OMP_NUM_THREADS": "1"} | more
+
+
+# About 6 s: two interpreters import torch.
+def test_wandb_writes_an_offline_run_without_any_secret(tmp_path: Path) -> None:
+    secret = "f4ke" * 10
+    output = tmp_path / "run"
+    words = [sys.executable, str(SCRIPT), str(output), "--tracker", "wandb"]
+    home = tmp_path / "home"
+    home.mkdir()
+    settings = environment(HOME=str(home), TINY_TOKEN=secret, HF_TOKEN=secret)
+    settings.pop("NETRC", None)
+    first = subprocess.run(words, env=settings, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    (offline,) = output.glob("wandb/offline-run-*/run-*.wandb")
+    again = [*words, "--steps", "16"]
+    settings |= {"WANDB_API_KEY": secret, "WANDB_MODE": "offline"}
+    second = subprocess.run(again, env=settings, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 0, second.stderr
+    names = {path.name for path in output.glob("wandb/offline-run-*/run-*.wandb")}
+    assert names == {offline.name}  # the same run id
+    assert b"gradient_norm" in offline.read_bytes()
+    for path in output.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes(), path
+
+
+# About 8 s: torchrun starts two interpreters that import torch.
+def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    run(tmp_path / "one", TinySource(4), plain=True, steps=20, log_every=1)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path / "two")]
+    words += ["--plain", "--batch-size", "2", "--steps", "20"]
+    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-5)
+    # The run of two ranks goes on with one, in the same global order.
+    run(tmp_path / "one", TinySource(4), plain=True, steps=24, log_every=1)
+    source = TinySource(4)
+    run(tmp_path / "two", source, plain=True, steps=24, log_every=1, options={"resolved": {"hub_token": ""}})
+    assert source.started_at == [80]
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-5)
+
+
+# About 8 s, as above. One rank's NaN: both skip, and end with the weights of a run that never saw that step.
+def test_both_ranks_skip_a_step_that_is_bad_on_one(tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path)]
+    words += ["--plain", "--batch-size", "2", "--steps", "6", "--broken", "21"]
+    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "step 6: loss or gradient is not finite" in result.stderr
+    line = records(tmp_path)[-1]
+    assert (line["step"], line["skipped_steps"]) == (6, 1)
+    assert "loss" not in line

@@ -1,0 +1,50 @@
+"""``bocage sample``: simulated patches in FLAIR-HUB's own format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from bocage.shards.scene import write_tree
+
+
+class _Rate(ProgressColumn):
+    """Patches per second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, or nothing before the first patch."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} patches/s")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder; a stopped run continues in its own")
+    parser.add_argument("--patches", type=int, default=64, metavar="N", help="how many patches (default 64)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed gives the same patches (default 0)"
+    )
+    parser.add_argument(
+        "--gaps", type=float, default=0.0, metavar="F", help="probability that an input is missing (default 0)"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="W", help="processes (default 1)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the sample; returns the exit status."""
+    columns = (TextColumn("sample"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("sample", total=max(arguments.patches, 1))
+        write_tree(
+            arguments.out,
+            patches=arguments.patches,
+            seed=arguments.seed,
+            gaps=arguments.gaps,
+            workers=arguments.workers,
+            progress=lambda count: bar.advance(task, count),
+        )
+    print(f"{arguments.patches} patches in {arguments.out}")
+    return 0
