@@ -27,6 +27,9 @@ SCHEMA_VERSION = 1
 TABLE_FILE = "manifest.parquet"
 DATASET_FILE = "dataset.json"
 
+EVERY_SAMPLE = "all"
+"""Name of the split that every sample belongs to, whatever its value; the only one of a tree without split files."""
+
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -185,14 +188,16 @@ class Manifest:
         return self.table[name] if self._table is not None else self._file.read(columns=[name])[name]
 
     def split(self, column: str, value: str) -> np.ndarray:
-        """Rows whose split ``column`` has ``value``, (N,) int64 ascending.
+        """Rows whose split ``column`` has ``value``, (N,) int64 ascending; all rows for the column ``all``.
 
         Raises:
             InputError: no such split column, or no sample has the value; the message names those there are.
         """
+        if column == EVERY_SAMPLE:
+            return np.arange(len(self), dtype=np.int64)
         if column not in self.splits:
             available = ", ".join(self.splits) or "none (the tree had no split file)"
-            raise InputError(f"{self.path}: no split {column!r}; splits: {available}")
+            raise InputError(f"{self.path}: no split {column!r}; splits: {available}; split=all takes every sample")
         labels = self.column(column)
         rows = np.flatnonzero(pc.fill_null(pc.equal(labels, value), False).to_numpy())
         if len(rows) == 0:

@@ -148,7 +148,8 @@ def pretrain(config: PretrainConfig) -> Outcome:
         config.engine,
         output=Path(config.output),
         recipe=config.recipe,
-        resolved=asdict(config),
+        # How many pictures are drawn at the end has no bearing on training: a resumed run may change it.
+        resolved={key: value for key, value in asdict(config).items() if key != "pictures"},
         export=export_encoders,
     )
     if outcome.exit_code == 0 and is_main():

@@ -1,0 +1,79 @@
+"""The launcher's own command, interrupted by Ctrl-C, goes on at the step where it stopped and ends with the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from small_recipes import PRETRAIN  # noqa: E402
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    write_tree(folder / "tree", patches=4, seed=3, dates=(8, 10))
+    return write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+
+
+def launch(shards: Path, output: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "pretrain.py", *PRETRAIN]
+    command += [f"shards={shards}", f"output={output}", f"engine.steps={STEPS}", "split=all", "workers=1", *words]
+    # A session of its own, so that the signal goes to the whole process group, as a terminal's Ctrl-C does.
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=-1, text=True, start_new_session=True)
+
+
+def recorded(output: Path) -> list[int]:
+    path = output / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# About 40 s: three real launches, each of which imports torch and timm twice (launcher and training process).
+def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path: Path) -> None:
+    whole = launch(shards, tmp_path / "whole")
+    _, errors = whole.communicate(timeout=120)
+    assert whole.returncode == 0, errors
+
+    output = tmp_path / "interrupted"
+    process = launch(shards, output)
+    while len(recorded(output)) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    saved = output / "checkpoints"
+    deadline = time.monotonic() + 60
+    # The launcher may leave before its child has saved.
+    while not list(saved.glob("step-*/complete.json")):
+        assert time.monotonic() < deadline, "nothing was saved"
+        time.sleep(0.1)
+    stopped = int(next(saved.glob("step-*")).name.removeprefix("step-"))
+    assert 3 <= stopped < STEPS
+
+    resumed = launch(shards, output)
+    _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert f"resuming at step {stopped} of {STEPS}" in errors
+    assert recorded(output) == list(range(1, STEPS + 1))
+    for path in sorted((tmp_path / "whole" / "encoders").glob("*/model.safetensors")):
+        expected, found = load_file(path), load_file(output / path.relative_to(tmp_path / "whole"))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected), path.parent.name
+    last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    expected, found = load_file(tmp_path / "whole" / last), load_file(output / last)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

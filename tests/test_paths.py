@@ -1,0 +1,180 @@
+"""The main job end to end: real patches, real series, and a sensor that only a copy of the registry knows."""
+
+import json
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyogrio
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+
+from bocage import recipes
+from bocage.finetune.train import FinetuneConfig, finetune
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.modality import FLAIR_HUB, Band, Modality, Sensor
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.encoders.export import load_encoder
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_recipes import PRETRAIN  # noqa: E402
+
+DATA = Path(__file__).parent / "data"
+
+
+def losses(output: Path, name: str = "loss") -> list[float]:
+    return [json.loads(line)[name] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_pretraining(shards: Path, output: Path, *words: str) -> None:
+    config = recipes.resolve(PretrainConfig, [*PRETRAIN, f"shards={shards}", f"output={output}", "split=all", *words])
+    assert pretrain(config).exit_code == 0
+
+
+# About a minute: it trains until three patches of 512 px are fitted.
+def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
+    manifest = write_shards(Catalogue.open(DATA / "flairhub_real"), tmp_path / "shards")
+    assert list(manifest.registry) == ["AERIAL_RGBI", "AERIAL_LABEL-COSIA"]
+    run = tmp_path / "pretrain"
+    run_pretraining(manifest.path, run, "engine.steps=40", "engine.optimizer.learning_rate=2e-3")
+    values = losses(run)
+    assert np.mean(values[-5:]) < 0.97 * np.mean(values[:5])
+    assert list((run / "pictures").glob("reconstruction_*.png"))
+
+    words = [
+        "recipe=finetune_quickstart",
+        f"shards={manifest.path}",
+        f"output={tmp_path / 'finetune'}",
+        f"encoders.AERIAL_RGBI={run / 'encoders' / 'AERIAL_RGBI'}",
+        "split=all",
+        "batch_size=3",
+        "workers=0",
+        "predictions=3",
+        "engine.steps=240",
+        "engine.optimizer.learning_rate=2e-3",
+    ]
+    result = finetune(recipes.resolve(FinetuneConfig, words))
+    assert result["valid"]["strict"]["miou"] > 80
+    for key in manifest.column("key").to_pylist():
+        domain, roi, tile = key.split("_")
+        source = DATA / "flairhub_real" / f"{domain}_AERIAL_RGBI" / roi / f"{domain}_AERIAL_RGBI_{roi}_{tile}.tif"
+        (path,) = (tmp_path / "finetune" / "predictions").rglob(f"*{key}*.tif")
+        with rasterio.open(source) as image, rasterio.open(path) as prediction:
+            assert prediction.transform.almost_equals(image.transform, precision=1e-6)
+            assert prediction.crs == image.crs
+            assert prediction.shape == image.shape
+
+
+def treesat_tree(root: Path) -> None:
+    """The TreeSatAI sample as a FLAIR-HUB tree of one patch: 6 x 6 pixels mirrored to 10 x 10, dates from product names."""
+    key, tile = "D900-2019_AA-S1-1_0-0", "AA-S1-1_0-0"
+    members = {
+        "SENTINEL2_TS": ("sen-2-data", "sen-2-products", "uint16"),
+        "SENTINEL2_MSK-SC": ("sen-2-masks", None, "uint16"),
+        "SENTINEL1-ASC_TS": ("sen-1-asc-data", "sen-1-asc-products", "float32"),
+        "SENTINEL1-DESC_TS": ("sen-1-des-data", "sen-1-des-products", "float32"),
+    }
+    (root / "GLOBAL_ALL_MTD").mkdir(parents=True)
+    with h5py.File(DATA / "treesatai_ts" / "Betula_spec._1_15679_WEFL_NLF_2019.h5") as source:
+        for name, (values, products, dtype) in members.items():
+            series = np.pad(source[values][:], ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect").astype(dtype)
+            path = root / f"D900-2019_{name}" / "AA-S1-1" / f"D900-2019_{name}_{tile}.tif"
+            path.parent.mkdir(parents=True)
+            bands = series.reshape(-1, 10, 10)
+            profile = {"driver": "GTiff", "width": 10, "height": 10, "count": len(bands), "dtype": dtype}
+            with rasterio.open(
+                path, "w", crs="EPSG:2154", transform=from_origin(9e5, 6.8e6, 10.24, 10.24), **profile
+            ) as target:
+                target.write(bands)
+            if products is None:
+                continue
+            days = [re.search(r"_(\d{8})T", product.decode())[1] for product in source[products][:]]  # type: ignore[index]
+            dates = json.dumps({str(index): day for index, day in enumerate(days, start=1)})
+            table = root / "GLOBAL_ALL_MTD" / f"GLOBAL_{FLAIR_HUB[name].dates_table}_MTD_DATES.gpkg"
+            pyogrio.raw.write(
+                table,
+                geometry=None,
+                field_data=[np.array([key], object), np.array([dates], object)],
+                fields=["patch_id", "acquisition_dates"],
+            )
+
+
+# About 15 s: U-TAE on 146, 115 and 235 real dates.
+def test_real_series_drive_the_temporal_encoders(tmp_path: Path) -> None:
+    treesat_tree(tmp_path / "tree")
+    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    row = manifest.row(0)
+    assert [len(row[f"dates.{name}"]) for name in ("SENTINEL2_TS", "SENTINEL1-ASC_TS", "SENTINEL1-DESC_TS")] == [
+        146,
+        115,
+        235,
+    ]
+    assert datetime.fromtimestamp(row["dates.SENTINEL2_TS"][0] * 86400, UTC).strftime("%Y%m%d") == "20190103"
+    output = tmp_path / "pretrain"
+    run_pretraining(manifest.path, output, "window=102.4", "engine.steps=30", "engine.optimizer.learning_rate=3e-3")
+    values = losses(output)
+    assert np.mean(values[-5:]) < 0.97 * np.mean(values[:5])
+    for name in ("SENTINEL2_TS", "SENTINEL1-ASC_TS", "SENTINEL1-DESC_TS"):
+        encoder = load_encoder(output / "encoders" / name)
+        assert encoder.spec.series
+        assert len(encoder.spec.mean) == len(FLAIR_HUB[name].channels)
+
+
+def test_an_eighth_sensor_needs_a_registry_entry_and_nothing_else(tmp_path: Path) -> None:
+    sensor = Modality(
+        name="PLANET_RE",
+        role="image",
+        bands=(
+            Band(name="red", quantity="reflectance", wavelength=665.0),
+            Band(name="edge", quantity="reflectance", wavelength=720.0),
+        ),
+        dtype="uint16",
+        gsd=3.2,
+        size=32,
+        codec="reflectance",
+        groups=(("red", "edge"),),
+        unit=4,
+        dates_table="PLANET",
+        sensor=Sensor(gain=10_000.0, noise=20.0),
+    )
+    registry = FLAIR_HUB.with_modality(sensor)
+    write_tree(tmp_path / "tree", patches=3, seed=0, registry=registry, dates=(6, 8))
+    manifest = write_shards(Catalogue.open(tmp_path / "tree", registry), tmp_path / "shards")
+    assert manifest.counts["present"]["PLANET_RE"] == 3
+    run_pretraining(Manifest.open(manifest.path).path, tmp_path / "run", "engine.steps=3")
+    assert all(np.isfinite(losses(tmp_path / "run", "masked/PLANET_RE")))
+    assert load_encoder(tmp_path / "run" / "encoders" / "PLANET_RE").spec.bands == ("red", "edge")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recipe=mae_multimodal"], "write shards with `bocage shard SRC OUT`"),
+        (["recipe=quickstart", "shards=/nowhere"], "bocage shard SRC /nowhere"),
+        (["recipe=quickstart", "engine.stepps=3"], "did you mean 'engine.steps'?"),
+        (["recipe=quickstart", "masking.images=packedd"], "masking.images"),
+    ],
+)
+def test_wrong_input_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from bocage.ssl.pretrain import main
+
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_print_config_shows_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    from bocage.ssl.pretrain import main
+
+    assert main(["recipe=quickstart", "engine.steps=70", "--print-config"]) == 0
+    config = capsys.readouterr().out
+    assert "steps: 70" in config
+    assert "window: 51.2" in config
