@@ -1,0 +1,145 @@
+"""UPerNet: a pyramid of feature maps to class logits (Xiao et al. 2018, arXiv 1807.10221).
+
+The parameters carry the names and shapes of segmentation-models-pytorch 0.4.0, which the official FLAIR-HUB weights
+use, so that those weights can be read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate, pad
+
+Norm = Literal["batch", "group"]
+
+_POOL_SIZES = (1, 2, 3, 6)
+_GROUPS = (8, 4, 2)
+_GROUP_WIDTH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """How to build a decoder.
+
+    Attributes:
+        pyramid_width: channels of every level of the feature pyramid.
+        width: channels of the map that the last, linear layer reads.
+        norm: ``batch`` as the official models have it (needs two samples a rank), or ``group``, which trains with one.
+    """
+
+    pyramid_width: int = 256
+    width: int = 64
+    norm: Norm = "batch"
+
+    def __post_init__(self) -> None:
+        if self.pyramid_width < 1 or self.width < 1:
+            raise ValueError("decoder.pyramid_width and decoder.width must be positive")
+
+
+def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps (B, C, h, w) resampled bilinearly onto the grid ``size`` of the same ground window."""
+    if values.shape[-2:] == size:
+        return values
+    return interpolate(values, size=size, mode="bilinear", align_corners=False)
+
+
+def _groups(channels: int) -> int:
+    """Groups of GroupNorm, of several channels each: one value of a 1 x 1 pooled map alone would become nothing."""
+    fitting = (count for count in _GROUPS if channels % count == 0 and channels // count >= _GROUP_WIDTH)
+    return next(fitting, 1)
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, norm: Norm) -> nn.Sequential:
+    layer = nn.BatchNorm2d(outputs) if norm == "batch" else nn.GroupNorm(_groups(outputs), outputs)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), layer, nn.ReLU(inplace=True)
+    )
+
+
+class PyramidPooling(nn.Module):
+    """The coarsest map with its averages over 1, 2 x 2, 3 x 3 and 6 x 6 regions (Zhao et al. 2017, PSPNet)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: Norm) -> None:
+        super().__init__()
+        branch = inputs // len(_POOL_SIZES)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), _convolution(inputs, branch, 1, norm)) for size in _POOL_SIZES
+        )
+        self.out_conv = _convolution(inputs + branch * len(_POOL_SIZES), outputs, 1, norm)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, inputs, H, W) to (B, outputs, H, W)."""
+        size = (values.shape[-2], values.shape[-1])
+        return self.out_conv(torch.cat([values, *(resize(block(values), size) for block in self.blocks)], dim=1))
+
+
+class PyramidStage(nn.Module):
+    """One step down the feature pyramid: the coarser level resized, plus this level's map."""
+
+    def __init__(self, inputs: int, width: int, norm: Norm) -> None:
+        super().__init__()
+        self.skip_conv = _convolution(inputs, width, 1, norm)
+
+    def forward(self, coarser: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """(B, width, h, w) and (B, inputs, H, W) to (B, width, H, W)."""
+        return resize(coarser, (values.shape[-2], values.shape[-1])) + self.skip_conv(values)
+
+
+def _smoothed(values: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) weighted (1, 6, 1) / 8 with its neighbours along both axes.
+
+    The official decoder's last level has no channels of its own: it enlarges the finest level twofold, bilinearly,
+    and reduces it again. These are the weights that leaves, without the map of four times the size.
+    """
+    padded = pad(values, (1, 1, 1, 1), mode="replicate")
+    rows = 0.125 * (padded[:, :, :-2] + padded[:, :, 2:]) + 0.75 * padded[:, :, 1:-1]
+    return 0.125 * (rows[..., :-2] + rows[..., 2:]) + 0.75 * rows[..., 1:-1]
+
+
+class PyramidDecoder(nn.Module):
+    """Everything of UPerNet but its last layer."""
+
+    def __init__(self, widths: Sequence[int], config: DecoderConfig) -> None:
+        super().__init__()
+        *finer, coarsest = widths
+        width, norm = config.pyramid_width, config.norm
+        self.psp = PyramidPooling(coarsest, width, norm)
+        # The two levels finer than the finest map exist in the official weights alone: one without parameters, and
+        # one for the image itself that no forward pass ever reads. It is kept so that files round-trip.
+        unread = PyramidStage(1, width, norm).requires_grad_(False)
+        stages = [PyramidStage(inputs, width, norm) for inputs in reversed(finer)]
+        self.fpn_stages = nn.ModuleList([*stages, nn.Identity(), unread])
+        self.fpn_bottleneck = _convolution((len(widths) + 1) * width, config.width, 3, norm)
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Maps, finest first, to one map (B, config.width, H, W) on the grid of the finest."""
+        *finer, coarsest = maps
+        levels = [self.psp(coarsest)]
+        for stage, values in zip(self.fpn_stages, reversed(finer), strict=False):
+            levels.append(stage(levels[-1], values))
+        size = (maps[0].shape[-2], maps[0].shape[-1])
+        levels.append(_smoothed(levels[-1]))
+        return self.fpn_bottleneck(torch.cat([resize(level, size) for level in levels], dim=1))
+
+
+class UPerNet(nn.Module):
+    """Class logits from a pyramid of maps.
+
+    Args:
+        widths: channels of each map, finest first.
+        classes: logits a pixel.
+        config: widths and norm of the decoder.
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int, config: DecoderConfig) -> None:
+        super().__init__()
+        self.decoder = PyramidDecoder(widths, config)
+        self.segmentation_head = nn.Sequential(nn.Conv2d(config.width, classes, 1))
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Maps (B, widths[i], H_i, W_i), finest first, to logits (B, classes, H_0, W_0)."""
+        return self.segmentation_head(self.decoder(maps))

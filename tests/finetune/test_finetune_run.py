@@ -1,0 +1,201 @@
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from tiny_task import AERIAL, COSIA, DECODER, SWIN, UTAE
+
+from bocage import recipes
+from bocage.finetune.train import FinetuneConfig, build_task, confusion, finetune, labelled_rows, nested_subset
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.encoders.export import save_encoder
+from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.engine.loop import EngineConfig
+from bocage.ssl.engine.optim import OptimizerConfig
+from bocage.tools.main import main
+
+REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three genuine patches: aerial image and CoSIA label, no metadata."""
+    out = tmp_path_factory.mktemp("real") / "shards"
+    write_shards(Catalogue.open(REAL), out)
+    return out
+
+
+def config(shards: Path, output: Path, **changes: object) -> FinetuneConfig:
+    settings: dict[str, object] = {
+        "recipe": "test",
+        "shards": str(shards),
+        "output": str(output),
+        "swin": SWIN,
+        "utae": UTAE,
+        "decoder": DECODER,
+        "split": "all",
+        "window": 51.2,
+        "batch_size": 2,
+        "predictions": 3,
+        "engine": EngineConfig(steps=4, save_every=2, log_every=1, optimizer=OptimizerConfig(learning_rate=3e-3)),
+    }
+    return FinetuneConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Some seconds: training, evaluation and prediction of three whole patches of 512 px.
+    torch.set_num_threads(1)
+    run = tmp_path / "run"
+    result = finetune(config(shards, run))
+    assert result["exit_code"] == 0
+    assert result["patches"] == {"train": 3, "valid": 3}
+    stored = json.loads((run / "metrics.json").read_text())
+    assert stored["valid"] == result["valid"]
+    assert np.sum(stored["valid"]["confusion"]) == 3 * 512 * 512
+    assert stored["fit_only"] == ["valid"]
+    assert (run / "predictions" / "panels.png").is_file()
+
+    manifest = Manifest.open(shards)
+    assert main(["predict", str(run), str(shards), str(tmp_path / "maps")]) == 0
+    assert "3 maps in" in capsys.readouterr().out
+    counted = np.zeros((19, 19), np.int64)
+    for index in range(len(manifest)):
+        row = manifest.row(index)
+        domain, roi, cell = row["key"].split("_")
+        source = REAL / f"{domain}_{AERIAL}" / roi / f"{domain}_{AERIAL}_{roi}_{cell}.tif"
+        label = REAL / f"{domain}_{COSIA}" / roi / f"{domain}_{COSIA}_{roi}_{cell}.tif"
+        with rasterio.open(tmp_path / "maps" / f"{row['key']}.tif") as file, rasterio.open(source) as image:
+            assert file.transform.almost_equals(image.transform)
+            assert file.bounds == pytest.approx(image.bounds)
+            assert "Lambert" in file.crs.to_wkt()
+            predicted = file.read(1)
+        # The same model on the same patches: the files say what the run measured.
+        assert (run / "predictions" / f"{row['key']}.tif").read_bytes() == (
+            tmp_path / "maps" / f"{row['key']}.tif"
+        ).read_bytes()
+        with rasterio.open(label) as file:
+            np.add.at(counted, (file.read(1).ravel(), predicted.ravel()), 1)
+    assert counted.tolist() == stored["valid"]["confusion"]
+
+    # A finished run that is started again trains nothing and says the same.
+    again = finetune(config(shards, run))
+    assert again["valid"] == result["valid"]
+    assert "complete" in capsys.readouterr().err
+
+
+def test_crops_from_series_with_gaps(tmp_path: Path) -> None:
+    # Some seconds: it simulates and shards patches first. Clouds, missing series and an LPIS level, without any image.
+    torch.set_num_threads(1)
+    write_tree(tmp_path / "tree", patches=6, seed=3, gaps=0.3)
+    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    series = ["SENTINEL2_TS", "SENTINEL1-ASC_TS", "SENTINEL1-DESC_TS"]
+    chosen = config(
+        tmp_path / "shards", tmp_path / "run", label="ALL_LABEL-LPIS", level=2, modalities=series, predictions=1
+    )
+    result = finetune(chosen)
+    held = [any(manifest.row(index)[f"length.{name}"] for name in series) for index in range(len(manifest))]
+    assert result["patches"]["train"] == sum(held)
+    assert len(result["classes"]) == 31
+    assert np.shape(result["valid"]["confusion"]) == (31, 31)
+    assert result["valid"]["strict"]["miou_without_background"] is not None
+    assert len(list((tmp_path / "run" / "predictions").glob("*.tif"))) == 1
+
+
+def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path) -> None:
+    manifest = Manifest.open(shards)
+    encoder = build_encoder(manifest.input_spec(AERIAL), SWIN)
+    save_encoder(encoder, tmp_path / "encoder")
+    start = config(shards, tmp_path / "run", encoders={AERIAL: str(tmp_path / "encoder")}, freeze=[AERIAL])
+    task = build_task(start, manifest)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(task.model.encoder(AERIAL).state_dict()[name], value)
+    assert not any(parameter.requires_grad for parameter in task.model.encoder(AERIAL).parameters())
+
+    other = replace(FLAIR_HUB[AERIAL], name="AERIAL-2_RGBI")
+    spec = replace(manifest.input_spec(AERIAL), modality=other.name)
+    save_encoder(build_encoder(spec, SWIN), tmp_path / "other")
+    with pytest.raises(InputError, match=r"is an encoder of AERIAL-2_RGBI"):
+        build_task(config(shards, tmp_path, encoders={AERIAL: str(tmp_path / "other")}), manifest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"shards": ""}, r"shards=PATH is missing.*`bocage shard SRC OUT`"),
+        ({"output": ""}, r"output=PATH is missing"),
+        ({"modalities": ["DEM_ELEV"]}, r"DEM_ELEV is not an input that .* holds; inputs there: AERIAL_RGBI"),
+        ({"modalities": [COSIA]}, r"is not an input"),
+        ({"encoders": {"SPOT_RGBI": "x"}}, r"encoders: SPOT_RGBI not among the modalities AERIAL_RGBI"),
+        ({"label": "ALL_LABEL-LPIS"}, r"unknown modality 'ALL_LABEL-LPIS'"),
+        ({"label": AERIAL}, r"label=AERIAL_RGBI is not a label; labels: AERIAL_LABEL-COSIA"),
+        ({"level": 2}, r"has levels 1 to 1, not 2"),
+        ({"split": "split_1"}, r"no split 'split_1'"),
+        ({"freeze": ["SPOT_RGBI"]}, r"freeze: SPOT_RGBI"),
+        ({"window": 33.3}, r"window=33.3"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_work(
+    shards: Path, tmp_path: Path, changes: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        finetune(replace(config(shards, tmp_path / "run"), **changes))  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"train_fraction": 0.0}, "train_fraction"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"workers": -1}, "workers"),
+        ({"batch_size": 1, "decoder": replace(DECODER, norm="batch")}, "decoder.norm=group"),
+    ],
+)
+def test_impossible_values_are_named(changes: dict[str, object], key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        config(Path("s"), Path("o"), **changes)
+
+
+def test_subsets_are_nested_and_depend_on_keys_alone() -> None:
+    rows = np.arange(100) * 3
+    keys = [f"D001-2020_AA_{row}-0" for row in rows]
+    chosen = {fraction: set(nested_subset(rows, keys, fraction)) for fraction in (0.001, 0.05, 0.29, 0.5, 1.0)}
+    assert [len(subset) for subset in chosen.values()] == [1, 5, 29, 50, 100]
+    ordered = list(chosen.values())
+    assert all(small < large for small, large in pairwise(ordered))
+    backwards = nested_subset(rows[::-1], keys[::-1], 0.29)
+    assert set(backwards) == chosen[0.29]
+
+
+def test_evaluation_counts_every_patch_once_whatever_the_batch(shards: Path, tmp_path: Path) -> None:
+    manifest = Manifest.open(shards)
+    settings = config(shards, tmp_path)
+    torch.manual_seed(0)
+    task = build_task(settings, manifest).eval()
+    rows = labelled_rows(manifest, settings, task, "train")
+    matrices = [confusion(task, manifest, rows, batch_size=size, workers=0) for size in (1, 2)]
+    assert matrices[0].total.sum() == 3 * 512 * 512
+    assert np.array_equal(matrices[0].total, matrices[1].total)
+    assert set(matrices[0].by_roi) == {manifest.row(index)["roi"] for index in range(3)}
+
+
+def test_recipes_resolve_and_print(capsys: pytest.CaptureFixture[str]) -> None:
+    full = recipes.resolve(FinetuneConfig, ["recipe=finetune_cosia"])
+    small = recipes.resolve(FinetuneConfig, ["recipe=finetune_quickstart", "engine.steps=30"])
+    assert full.modalities == small.modalities == [modality.name for modality in FLAIR_HUB.inputs]
+    assert (full.swin.name, small.engine.steps, small.engine.tracker) == ("swin_base_patch4_window12_384", 30, "none")
+    assert main(["finetune", "recipe=finetune_quickstart", "--print-config"]) == 0
+    assert "recipe: finetune_quickstart" in capsys.readouterr().out
+    assert main(["finetune", "recipe=finetune_cosia"]) == 2
+    assert "`bocage shard SRC OUT`" in capsys.readouterr().err
+    assert main(["finetune", "recipe=finetune_cosia", "batchsize=3"]) == 2
+    assert "did you mean 'batch_size'?" in capsys.readouterr().err

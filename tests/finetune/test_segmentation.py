@@ -1,0 +1,144 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_task import AERIAL, COSIA, DECODER, LPIS, S2, batch, task, trained
+
+from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
+from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
+from bocage.shards import classes
+from bocage.shards.augment import orient
+from bocage.shards.errors import InputError
+
+BOTH = (AERIAL, S2)
+MIXED = (BOTH, (AERIAL,), (S2,), BOTH)
+
+
+def test_targets_leave_out_unscored_classes_and_unlabelled_samples() -> None:
+    labels = torch.tensor([[[0, 14, 15, 18]], [[1, 2, 3, 4]]], dtype=torch.uint8)
+    targets = scored_targets(labels, torch.tensor([True, False]), classes.COSIA)
+    assert targets.tolist() == [[[0, 14, IGNORED, IGNORED]], [[IGNORED] * 4]]
+    with pytest.raises(IndexError):
+        scored_targets(torch.full((1, 1, 1), 19, dtype=torch.uint8), torch.tensor([True]), classes.COSIA)
+
+
+def test_cross_entropy_is_the_mean_over_scored_pixels() -> None:
+    logits = torch.randn(2, 5, 3, 3, requires_grad=True)
+    targets = torch.randint(0, 5, (2, 3, 3))
+    targets[0, 0] = IGNORED
+    chosen = targets != IGNORED
+    expected = -logits.log_softmax(dim=1).permute(0, 2, 3, 1)[chosen].gather(1, targets[chosen][:, None]).mean()
+    torch.testing.assert_close(cross_entropy(logits, targets), expected)
+    nothing = cross_entropy(logits, torch.full_like(targets, IGNORED))
+    nothing.backward()
+    assert nothing == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_learns_a_batch_whose_samples_lack_different_sensors() -> None:
+    # About ten seconds: a real training run.
+    data = batch(BOTH, (AERIAL,), (S2,), inputs=BOTH)
+    assert trained(task(*BOTH), data, steps=30) > 0.7
+
+
+def test_learns_with_one_image() -> None:
+    # Some seconds: a real training run.
+    data = batch((AERIAL,), (AERIAL,), inputs=(AERIAL,))
+    assert trained(task(AERIAL), data, steps=25) > 0.85
+
+
+def test_learns_with_series_alone() -> None:
+    # Some seconds: a real training run. Maps of 10 m cells cannot draw the sharp borders of 0.2 m labels.
+    data = batch((S2,), (S2,), (S2,), (S2,), inputs=(S2,))
+    assert trained(task(S2, decoder=replace(DECODER, norm="batch")), data, steps=100) > 0.65
+
+
+@pytest.mark.parametrize(("label", "band", "expected"), [(COSIA, 0, 19), (LPIS, 0, 23), (LPIS, 2, 46)])
+def test_labels_and_levels(label: str, band: int, expected: int) -> None:
+    model = task(S2, label=label, band=band).eval()
+    data = batch((S2,), (S2,), inputs=(S2,), label=label)
+    assert model.logits(data).shape == (2, expected, 256, 256)
+    assert torch.equal(model.truth(data), data.values[label][:, band])
+    with pytest.raises(InputError, match="levels 1 to"):
+        task(S2, label=label, band=3)
+
+
+def test_training_turns_inputs_and_labels_together_and_evaluation_does_not() -> None:
+    model = task(AERIAL).eval()
+    data = batch((AERIAL,), (AERIAL,), (AERIAL,), inputs=(AERIAL,))
+    straight, turned = model.logits(data), model.logits(data, oriented=True)
+    assert not torch.equal(straight, turned)
+    by_hand = batch((AERIAL,), (AERIAL,), (AERIAL,), inputs=(AERIAL,))
+    by_hand.values[AERIAL] = orient(data.values[AERIAL], data.seeds)
+    torch.testing.assert_close(model.logits(by_hand), turned)
+    targets = scored_targets(orient(model.truth(data), data.seeds), data.present[COSIA], model.scheme)
+    expected = cross_entropy(turned, targets)
+    for module in model.model.decoders.modules():
+        module.training = False
+    model.training = True  # only the task itself: dropout paths stay off, so that the loss is comparable
+    torch.testing.assert_close(model(data)[0], expected)
+
+
+def test_a_frozen_encoder_does_not_change() -> None:
+    model = task(*BOTH, frozen=(S2,))
+    before = {name: value.clone() for name, value in model.model.encoder(S2).state_dict().items()}
+    trained(model, batch(*MIXED, inputs=BOTH), steps=2)
+    after = model.model.encoder(S2).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with pytest.raises(InputError, match="freeze: DEM_ELEV"):
+        task(*BOTH, frozen=("DEM_ELEV",))
+
+
+def test_same_seed_gives_the_same_bits() -> None:
+    data = batch(*MIXED, inputs=BOTH)
+    first, second = task(*BOTH), task(*BOTH)
+    trained(first, data, steps=2)
+    trained(second, data, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Segmentation, Path]:
+    model = task(*BOTH).eval()
+    save_segmentation(model, tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def test_a_saved_model_predicts_the_same(saved: tuple[Segmentation, Path]) -> None:
+    model, folder = saved
+    loaded = load_segmentation(folder)
+    data = batch(*MIXED, inputs=BOTH)
+    assert torch.equal(loaded.logits(data), model.logits(data))
+    assert loaded.scheme == model.scheme
+    assert loaded.quality_masks == {S2: "SENTINEL2_MSK-SC"}
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_damaged_models_are_refused_in_one_sentence(saved: tuple[Segmentation, Path], tmp_path: Path) -> None:
+    folder = saved[1]
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(match: str) -> None:
+        with pytest.raises(InputError, match=match):
+            load_segmentation(folder)
+
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    refused("model.safetensors: cannot be read")
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(json.dumps({**config, "decoder": {**config["decoder"], "width": 8}}))
+    refused("does not fit config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "decoder": {"colour": "red"}}))
+    refused("cannot be read as a segmentation model")
+    (folder / "config.json").write_text(json.dumps({**config, "decoder": {"width": 0}}))
+    refused("must be positive")
+    (folder / "config.json").write_text(json.dumps({**config, "schema": 99}))
+    refused("not a segmentation model of this version")
+    (folder / "config.json").write_text("{")
+    refused("cannot be read as a segmentation model")
+    shutil.rmtree(folder)
+    refused("no fine-tuned model here")

@@ -1,0 +1,159 @@
+import pytest
+import torch
+from tiny_task import AERIAL, DECODER, DEM, S1, S2, batch, encoders, task
+from torch.nn.functional import conv2d, interpolate
+
+from bocage.finetune.uperfuse import Fusion, UPerFuse
+from bocage.shards.batch import Batch
+from bocage.shards.errors import InputError
+from bocage.shards.inputs import EncoderInput, encoder_inputs
+
+SIDE = 51.2
+
+
+def model(*names: str, classes: int = 4) -> UPerFuse:
+    torch.manual_seed(0)
+    return UPerFuse(encoders(*names), {"land": classes}, DECODER).eval()
+
+
+def inputs_of(net: UPerFuse, data: Batch) -> dict[str, EncoderInput]:
+    specs = {name: net.encoder(name).spec for name in net.encoders if name in data.values}
+    return encoder_inputs(data, specs, {}, oriented=False)
+
+
+def with_random_tokens(net: UPerFuse) -> UPerFuse:
+    for parameter in net.absent.parameters():
+        torch.nn.init.normal_(parameter)
+    return net
+
+
+def test_fusion_equals_one_convolution_over_the_resized_concatenation() -> None:
+    names = (AERIAL, DEM, S2, S1)
+    net = model(*names).double()
+    assert net.fusion is not None
+    given = inputs_of(net, batch(names, names, inputs=names))
+    given = {name: EncoderInput(**{**vars(item), "values": item.values.double()}) for name, item in given.items()}
+    pyramid = net.pyramid(given, SIDE)
+    for stage, fused in enumerate(pyramid):
+        maps = []
+        for name in names:
+            item, encoder = given[name], net.encoder(name)
+            own = encoder.features(item.values, item.dates, item.padding)
+            # Three U-TAE maps on four stages, deepest first; images one to one.
+            values = own[stage] if not encoder.spec.series else own[[2, 1, 1, 0][stage]]
+            maps.append(interpolate(values, size=fused.shape[-2:], mode="bilinear", align_corners=False))
+        convolution = net.fusion.conv_f[stage]
+        assert isinstance(convolution, torch.nn.Conv2d)
+        expected = conv2d(torch.cat(maps, dim=1), convolution.weight, convolution.bias)
+        torch.testing.assert_close(fused, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_fusion_weights_have_the_official_layout() -> None:
+    fusion = Fusion({"a": (4, 8), "b": (2, 3)}, (4, 8))
+    shapes = {name: tuple(tensor.shape) for name, tensor in fusion.state_dict().items()}
+    assert shapes == {
+        "conv_f.0.weight": (4, 6, 1, 1),
+        "conv_f.0.bias": (4,),
+        "conv_f.1.weight": (8, 11, 1, 1),
+        "conv_f.1.bias": (8,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "grids"),
+    [
+        ((AERIAL,), [64, 32, 16, 8]),
+        ((AERIAL, S2), [64, 32, 16, 8]),
+        ((S2,), [5, 5, 5]),
+        ((S2, S1), [5, 5, 5]),
+        (("SPOT_RGBI", S1), [8, 4, 2, 1]),
+    ],
+)
+def test_any_subset_gives_logits_at_label_size(names: tuple[str, ...], grids: list[int]) -> None:
+    net = model(*names)
+    assert net.grids(SIDE) == [(cells, cells) for cells in grids]
+    given = inputs_of(net, batch(names, names, inputs=names))
+    assert [tuple(values.shape[-2:]) for values in net.pyramid(given, SIDE)] == net.grids(SIDE)
+    logits = net(given, SIDE, 256)["land"]
+    assert logits.shape == (2, 4, 256, 256)
+    assert logits.min() < 0, "logits must not end in a ReLU"
+    assert (net.fusion is None) == (len(names) == 1)
+
+
+def test_each_sample_is_predicted_as_if_it_were_alone() -> None:
+    names = (AERIAL, S2)
+    net = with_random_tokens(model(*names))
+    held: list[tuple[str, ...]] = [names, (AERIAL,), (S2,), ()]
+    together = net(inputs_of(net, batch(*held, inputs=names)), SIDE, 256)["land"]
+    whole = batch(*held, inputs=names)
+    for index in range(len(held)):
+        one = Batch(
+            keys=whole.keys[index : index + 1],
+            rois=whole.rois[index : index + 1],
+            **{
+                field: {name: values[index : index + 1] for name, values in getattr(whole, field).items()}
+                for field in ("values", "present", "dates", "padding")
+            },
+            seeds=whole.seeds[index : index + 1],
+            windows=whole.windows[index : index + 1],
+        )
+        alone = net(inputs_of(net, one), SIDE, 256)["land"]
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_modality_that_is_not_in_the_batch_is_absent_for_all() -> None:
+    names = (AERIAL, S2)
+    net = with_random_tokens(model(*names))
+    given = inputs_of(net, batch((S2,), (S2,), inputs=names))
+    only = {S2: given[S2]}
+    torch.testing.assert_close(net(given, SIDE, 256)["land"], net(only, SIDE, 256)["land"])
+    with pytest.raises(InputError, match="none of the model's modalities"):
+        net({}, SIDE, 256)
+
+
+def test_absent_samples_do_not_reach_batch_statistics() -> None:
+    net = model(AERIAL, S2).train()
+    before = [buffer.clone() for name, buffer in net.encoder(S2).named_buffers() if "running" in name]
+    net(inputs_of(net, batch((AERIAL,), (AERIAL,), inputs=(AERIAL, S2))), SIDE, 256)
+    after = [buffer for name, buffer in net.encoder(S2).named_buffers() if "running" in name]
+    assert before
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_tokens_always_have_a_gradient_and_stand_in_for_what_is_absent() -> None:
+    names = (AERIAL, S2)
+    net = model(*names)
+    net(inputs_of(net, batch(names, names, inputs=names)), SIDE, 64)["land"].square().mean().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in net.absent.parameters())
+    net.zero_grad()
+    net(inputs_of(net, batch((AERIAL,), names, inputs=names)), SIDE, 64)["land"].square().mean().backward()
+    assert all(parameter.grad.any() for parameter in net.absent[S2].parameters())
+    assert not any(parameter.grad.any() for parameter in net.absent[AERIAL].parameters())
+
+
+def test_maps_lie_on_the_ground() -> None:
+    """Turning the ground by half a circle turns the fused series maps by half a circle, wherever grids differ."""
+    net = model("SPOT_RGBI", S2)
+    assert net.fusion is not None
+    given = inputs_of(net, batch((S2,), inputs=("SPOT_RGBI", S2)))
+    series = {S2: given[S2]}
+    values = net.encoder(S2).features(given[S2].values, given[S2].dates, given[S2].padding)
+    for stage, fused in enumerate(net.pyramid(series, SIDE)):
+        chosen = values[[2, 1, 1, 0][stage]].flip(-1, -2)
+        part = net.fusion.part(stage, S2, chosen)
+        turned = interpolate(part, size=fused.shape[-2:], mode="bilinear", align_corners=False)
+        expected = turned + net.fusion.bias(stage).view(1, -1, 1, 1)
+        torch.testing.assert_close(fused.flip(-1, -2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_series_before_an_image_and_no_modality_are_refused() -> None:
+    with pytest.raises(InputError, match="images come before series"):
+        UPerFuse(encoders(S2, AERIAL), {"land": 3}, DECODER)
+    with pytest.raises(InputError, match="at least one"):
+        UPerFuse({}, {"land": 3}, DECODER)
+
+
+def test_unread_official_parameters_do_not_train() -> None:
+    names = [name for name, parameter in task(AERIAL).named_parameters() if not parameter.requires_grad]
+    assert names
+    assert all(".fpn_stages.4." in name for name in names)

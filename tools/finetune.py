@@ -1,0 +1,55 @@
+"""``bocage finetune recipe=NAME key=value ...``: train UPerFuse on labels and measure it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from bocage import recipes
+from bocage.finetune.train import FinetuneConfig, finetune
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="recipe=finetune_cosia shards=PATH output=PATH, and any key of the recipe",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; the status is 0, or that of the signal that stopped the run."""
+    config = recipes.resolve(FinetuneConfig, arguments.words)
+    if arguments.print_config:
+        print(recipes.to_yaml(config), end="")
+        return 0
+    result = finetune(config)
+    if not result["stopped"] and PartialState().is_main_process:
+        report(result)
+    return int(result["exit_code"])
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the scores of a finished run and where its files are."""
+    console = Console()
+    table = Table(title=f"{result['label']} from {', '.join(result['modalities'])}")
+    for name in ("patches of", "count", "mIoU strict", "mIoU official", "OA strict", "OA official"):
+        table.add_column(name, justify="left" if name == "patches of" else "right")
+    for part in ("valid", "test"):
+        if part not in result:
+            continue
+        strict, official = result[part]["strict"], result[part]["official"]
+        figures = (strict["miou"], official["miou"], strict["oa"], official["oa"])
+        name = f"{part} (trained on)" if part in result["fit_only"] else part
+        table.add_row(name, str(result["patches"][part]), *(f"{figure:.2f}" for figure in figures))
+    console.print(table)
+    for name in ("model", "scores", "picture"):
+        if result[name] is not None:
+            console.print(f"{name}: {result[name]}", soft_wrap=True, highlight=False)

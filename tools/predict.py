@@ -1,0 +1,51 @@
+"""``bocage predict RUN SHARDS OUT``: label maps of a fine-tuned model as GeoTIFFs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from bocage.finetune.predict import predict_patches
+from bocage.finetune.task import load_segmentation
+from bocage.shards.manifest import Manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
+    parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder that `bocage shard` wrote")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the GeoTIFFs")
+    parser.add_argument(
+        "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
+    )
+    parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="patches at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="reading processes (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Predict and say where the files are."""
+    task = load_segmentation(arguments.run_folder / "model")
+    manifest = Manifest.open(arguments.shards)
+    rows = np.arange(len(manifest))
+    if arguments.split is not None:
+        rows = manifest.split(arguments.split, arguments.value)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    with Progress() as progress:
+        bar = progress.add_task("predicting", total=len(rows))
+        picture = predict_patches(
+            task,
+            manifest,
+            rows,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            device=device or "cpu",
+            progress=lambda done: progress.update(bar, completed=done),
+        )
+    print(f"{len(rows)} maps in {arguments.out}, picture: {picture}")
+    return 0
