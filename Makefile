@@ -14,8 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Threads that wait without spinning: on a machine that does something else too, spinning costs several times the run.
 demo: $(STAMP)
-	$(BIN)/bocage demo demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/bocage demo demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

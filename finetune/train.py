@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from bocage.finetune.metrics import ConfusionMatrix, official_scores, strict_scores
@@ -22,17 +21,15 @@ from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.inputs import quality_masks
-from bocage.shards.manifest import Manifest
+from bocage.shards.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.engine.distributed import is_main, rank_and_world
 from bocage.ssl.engine.loop import EngineConfig, train
 from bocage.ssl.engine.optim import decay_groups
-
-EVERY_PATCH = "all"
-"""Value of ``FinetuneConfig.split`` for shards without splits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +140,11 @@ def labelled_rows(manifest: Manifest, config: FinetuneConfig, task: Segmentation
     Raises:
         InputError: there is none.
     """
-    rows = np.arange(len(manifest)) if config.split == EVERY_PATCH else manifest.split(config.split, value)
+    rows = manifest.split(config.split, value)
     inputs = np.stack([_held(manifest, name)[rows] for name in task.modalities])
     rows = rows[_held(manifest, task.label.name)[rows] & inputs.any(axis=0)]
     if len(rows) == 0:
-        where = "the shards" if config.split == EVERY_PATCH else f"{config.split}={value}"
+        where = "the shards" if config.split == EVERY_SAMPLE else f"{config.split}={value}"
         raise InputError(f"{manifest.path}: no patch of {where} has {task.label.name} and one of the modalities")
     return rows
 
@@ -173,7 +170,7 @@ def confusion(
     task: Segmentation, manifest: Manifest, rows: np.ndarray, *, batch_size: int, workers: int
 ) -> ConfusionMatrix:
     """The confusion matrix of whole patches, shared out over the ranks; the same on all of them. A collective call."""
-    state = PartialState()
+    rank, world = rank_and_world()
     device = next(task.parameters()).device
     matrix = ConfusionMatrix(task.scheme)
     batches = evaluation_batches(
@@ -182,8 +179,8 @@ def confusion(
         readable_modalities(task, manifest, labels=True),
         batch_size=batch_size,
         workers=workers,
-        rank=state.process_index,
-        world=state.num_processes,
+        rank=rank,
+        world=world,
     )
     for batch in batches:
         moved = batch.to(device)
@@ -207,20 +204,18 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     Raises:
         InputError: see ``build_task``; nothing has been trained then.
     """
-    if not config.shards:
-        raise InputError("shards=PATH is missing: give the folder of shards; `bocage shard SRC OUT` makes one")
     if not config.output:
         raise InputError("output=PATH is missing: give a folder for the run")
-    manifest, output = Manifest.open(Path(config.shards)), Path(config.output)
+    manifest, output = Manifest.open(config.shards), Path(config.output)
     torch.manual_seed(config.engine.seed)
     task = build_task(config, manifest)
     rows = {"train": labelled_rows(manifest, config, task, config.train)}
     keys = manifest.column("key").take(rows["train"]).to_pylist()
     rows["train"] = nested_subset(rows["train"], keys, config.train_fraction)
     rows["valid"] = (
-        labelled_rows(manifest, config, task, config.valid) if config.split != EVERY_PATCH else rows["train"]
+        labelled_rows(manifest, config, task, config.valid) if config.split != EVERY_SAMPLE else rows["train"]
     )
-    if config.split != EVERY_PATCH and config.test in manifest.column(config.split).unique().to_pylist():
+    if config.split != EVERY_SAMPLE and config.test in manifest.column(config.split).unique().to_pylist():
         rows["test"] = labelled_rows(manifest, config, task, config.test)
     source = TrainingStream(
         manifest,
@@ -269,7 +264,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "patches": {part: len(indices) for part, indices in rows.items()},
         "classes": list(best.scheme.classes),
         # Which parts were measured on patches that were trained on.
-        "fit_only": ["valid"] if config.split == EVERY_PATCH else [],
+        "fit_only": ["valid"] if config.split == EVERY_SAMPLE else [],
     }
     for part in [name for name in ("valid", "test") if name in rows]:
         matrix = measure(best, part).total
@@ -279,7 +274,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             "confusion": matrix.tolist(),
         }
     picture: Path | None = None
-    if PartialState().is_main_process:
+    if is_main():
         save_segmentation(best, output / "model")
         with written_atomically(output / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")

@@ -117,11 +117,16 @@ class Manifest:
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
-        """The manifest in the folder ``path``.
+        """The manifest in the folder ``path``, what the key ``shards`` of a recipe names.
 
         Raises:
-            InputError: there is none, it is of another version, or it contradicts itself.
+            InputError: the path is empty, there is no manifest, it is of another version, or it contradicts itself.
         """
+        if not str(path):
+            raise InputError(
+                "shards= is not set: write shards with `bocage shard SRC OUT` (SRC: an unzipped FLAIR-HUB, or a sample "
+                "made by `bocage sample SRC`) and pass shards=OUT"
+            )
         path = Path(path)
         if not (path / DATASET_FILE).is_file():
             raise InputError(_why_none(path))

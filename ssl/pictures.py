@@ -33,8 +33,8 @@ def _display(spec: InputSpec) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """A function (standardised values, reference) -> picture in 0..1; the reference sets the contrast for both."""
     channels = spec.channels
     if spec.representation == "relief":
-        index = channels.index("relief")
-        return lambda values, _: hillshade(values[index] * spec.std[index], spec.gsd)
+        relief = channels.index("relief")
+        return lambda values, _: hillshade(values[relief] * spec.std[relief], spec.gsd)
     colours = next(
         (names for names in (("R", "G", "B"), ("B4", "B3", "B2")) if set(names) <= set(channels)), (channels[0],)
     )

@@ -116,19 +116,9 @@ def export_encoders(task: nn.Module, folder: Path) -> None:
         save_encoder(task.encoder(name), folder / name)
 
 
-def open_shards(path: str) -> Manifest:
-    """The manifest of a run's shards; without a path, an ``InputError`` that tells how to make shards."""
-    if not path:
-        raise InputError(
-            "shards= is not set: write shards with `bocage shard SRC OUT` (SRC an unzipped FLAIR-HUB, or a sample "
-            "made by `bocage sample SRC`) and pass shards=OUT"
-        )
-    return Manifest.open(path)
-
-
 def pretrain(config: PretrainConfig) -> Outcome:
     """Run a recipe to its last step, or resume it; encoders end up in ``output/encoders/MODALITY``."""
-    manifest = open_shards(config.shards)
+    manifest = Manifest.open(config.shards)
     rows = manifest.split(config.split, config.train)
     torch.manual_seed(config.engine.seed)  # before weights are drawn
     task = build_task(config, manifest)

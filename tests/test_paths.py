@@ -24,7 +24,7 @@ from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_recipes import PRETRAIN  # noqa: E402
+from small_recipes import PRETRAIN
 
 DATA = Path(__file__).parent / "data"
 
@@ -53,12 +53,15 @@ def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
         f"shards={manifest.path}",
         f"output={tmp_path / 'finetune'}",
         f"encoders.AERIAL_RGBI={run / 'encoders' / 'AERIAL_RGBI'}",
+        "modalities=[AERIAL_RGBI]",
         "split=all",
+        "window=102.4",
         "batch_size=3",
         "workers=0",
         "predictions=3",
-        "engine.steps=240",
-        "engine.optimizer.learning_rate=2e-3",
+        "decoder.norm=batch",
+        "engine.steps=280",
+        "engine.optimizer.learning_rate=3e-3",
     ]
     result = finetune(recipes.resolve(FinetuneConfig, words))
     assert result["valid"]["strict"]["miou"] > 80
@@ -73,7 +76,7 @@ def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
 
 
 def treesat_tree(root: Path) -> None:
-    """The TreeSatAI sample as a FLAIR-HUB tree of one patch: 6 x 6 pixels mirrored to 10 x 10, dates from product names."""
+    """The TreeSatAI sample as a FLAIR-HUB tree of one patch: 6 x 6 pixels mirrored to 10 x 10, real dates."""
     key, tile = "D900-2019_AA-S1-1_0-0", "AA-S1-1_0-0"
     members = {
         "SENTINEL2_TS": ("sen-2-data", "sen-2-products", "uint16"),

@@ -15,6 +15,7 @@ from rich.table import Table
 SEEDS = (0, 1, 2)
 PATCHES = 120
 SAMPLE_SEED = 7
+LABEL_SHARE = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Sample, shard, pretrain, fine-tune from both initialisations with several seeds, and compare."""
     from bocage import recipes
     from bocage.finetune.train import FinetuneConfig, finetune
+    from bocage.shards.manifest import Manifest
     from bocage.ssl.pretrain import PretrainConfig, pretrain
     from bocage.tools.main import main
 
@@ -37,8 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     tree, shards, run_folder = out / "tree", out / "shards", out / "pretrain"
     workers = str(os.cpu_count() or 1)
 
+    def elapsed() -> str:
+        return f"{time.monotonic() - began:.0f} s"
+
     def announce(title: str, command: str) -> None:
-        console.rule(f"[bold]{title}[/bold]  ({time.monotonic() - began:.0f} s)", align="left")
+        console.rule(f"[bold]{title}[/bold]  ({elapsed()})", align="left")
         console.print(f"$ {command}", style="dim", soft_wrap=True)
 
     for title, words in (
@@ -66,23 +71,26 @@ def run(arguments: argparse.Namespace) -> int:
     if status := pretrain(recipes.resolve(PretrainConfig, words)).exit_code:
         return status
 
+    registry = Manifest.open(shards).registry
+    modalities = [registry.by_role(role)[0].name for role in ("image", "series")]
     scores: dict[str, list[dict[str, Any]]] = {"pretrained": [], "scratch": []}
-    announce("4. Fine-tune on few labels, from the encoders and from scratch", "")
+    console.rule(
+        f"[bold]4. Fine-tune on few labels, from the encoders and from scratch[/bold]  ({elapsed()})", align="left"
+    )
     for seed in SEEDS:
         for start in scores:
             output = out / "finetune" / f"{start}-{seed}"
             words = ["recipe=finetune_quickstart", f"shards={shards}", f"output={output}", f"engine.seed={seed}"]
-            config = recipes.resolve(FinetuneConfig, words)
+            words += [f"modalities=[{','.join(modalities)}]", f"train_fraction={LABEL_SHARE}"]
             if start == "pretrained":
-                words += [f"encoders.{name}={run_folder / 'encoders' / name}" for name in config.modalities]
-                config = recipes.resolve(FinetuneConfig, words)
+                words += [f"encoders.{name}={run_folder / 'encoders' / name}" for name in modalities]
             console.print(" ".join(["$ bocage finetune", *words]), style="dim", soft_wrap=True)
-            result = finetune(config)
+            result = finetune(recipes.resolve(FinetuneConfig, words))
             if result["exit_code"]:
                 return int(result["exit_code"])
             scores[start].append(result)
 
-    console.rule(f"[bold]Done[/bold]  ({time.monotonic() - began:.0f} s)", align="left")
+    console.rule(f"[bold]Done[/bold]  ({elapsed()})", align="left")
     console.print(_comparison(scores))
     one = scores["pretrained"][0]
     paths = {

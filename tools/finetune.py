@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
 from bocage import recipes
 from bocage.finetune.train import FinetuneConfig, finetune
+from bocage.ssl.engine.distributed import is_main
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(recipes.to_yaml(config), end="")
         return 0
     result = finetune(config)
-    if not result["stopped"] and PartialState().is_main_process:
+    if not result["stopped"] and is_main():
         report(result)
     return int(result["exit_code"])
 

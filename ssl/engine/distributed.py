@@ -84,6 +84,12 @@ def from_main(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
 def is_main() -> bool:
-    """Whether this process is rank 0; before training has started, whether the launcher says so."""
-    return bool(PartialState().is_main_process)
+    """Whether this process is rank 0."""
+    return rank_and_world()[0] == 0
