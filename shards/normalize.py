@@ -68,10 +68,10 @@ class InputSpec:
     def from_json(cls, description: Mapping[str, Any]) -> InputSpec:
         """The spec described by ``to_json``; raises ``InputError`` on unknown or missing fields."""
         try:
-            return cls(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in description.items()}
-            )
-        except TypeError as error:
+            values = dict(description)
+            values.update({key: tuple(values[key]) for key in ("bands", "channels", "mean", "std")})
+            return cls(**values)
+        except (KeyError, TypeError) as error:
             raise InputError(f"input description of an encoder cannot be read: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyogrio
 import pytest
 import rasterio
 from rasterio.transform import from_origin
+from small_recipes import PRETRAIN
 
 from bocage import recipes
 from bocage.finetune.train import FinetuneConfig, finetune
@@ -22,9 +22,6 @@ from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import PretrainConfig, pretrain
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_recipes import PRETRAIN
 
 DATA = Path(__file__).parent / "data"
 

@@ -1,4 +1,4 @@
-"""The launcher's own command, interrupted by Ctrl-C, goes on at the step where it stopped and ends with the same bits."""
+"""The launcher's command, interrupted by Ctrl-C, goes on where it stopped and ends with the same bits."""
 
 import json
 import os
@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_recipes import PRETRAIN
 
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from small_recipes import PRETRAIN  # noqa: E402
-
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 STEPS = 8
 
