@@ -10,13 +10,12 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bocage needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Threads that wait without spinning: on a machine that does something else too, spinning costs several times the run.
 demo: $(STAMP)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/bocage demo demo
+	$(BIN)/bocage demo demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -198,3 +198,7 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         print(f"pretrain: error: {error}", file=sys.stderr)
         return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
