@@ -124,9 +124,11 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
 
 def _encoder(config: FinetuneConfig, manifest: Manifest, modality: Modality) -> Encoder:
     name = modality.name
+    own = config.utae if modality.role == "series" else config.swin
+    # Drawn even when it is replaced: with one seed, what is not pretrained starts the same from either initialisation.
+    scratch = build_encoder(manifest.input_spec(name), own)
     if name not in config.encoders:
-        own = config.utae if modality.role == "series" else config.swin
-        return build_encoder(manifest.input_spec(name), own)
+        return scratch
     encoder = load_encoder(Path(config.encoders[name]))
     if encoder.spec.modality != name:
         raise InputError(f"encoders.{name}: {config.encoders[name]} is an encoder of {encoder.spec.modality}")
@@ -242,7 +244,11 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         config.engine,
         output=output,
         recipe=config.recipe,
-        resolved=asdict(config),
+        # What the shards hold matters, not where they lie; what is measured or drawn at the end does not matter.
+        resolved={
+            **{key: value for key, value in asdict(config).items() if key not in ("predictions", "test")},
+            "shards": manifest.digest,
+        },
         evaluate=evaluate,
         monitor="miou",
         export=_export,

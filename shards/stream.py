@@ -209,6 +209,7 @@ def _loader(dataset: ShardDataset, batches: object, workers: int) -> DataLoader[
         num_workers=workers,
         collate_fn=_Collate(dataset.modalities),
         worker_init_fn=_leave_signals_to_the_trainer,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that starting a loader leaves the global state as it was
     )
 

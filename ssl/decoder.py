@@ -37,6 +37,9 @@ class DecoderConfig:
     heads: int = 8
 
     def __post_init__(self) -> None:
+        for key, least in (("width", 4), ("heads", 1), ("fusion_depth", 0), ("query_depth", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"decoder.{key}={getattr(self, key)} must be at least {least}")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"decoder.width={self.width} must be a multiple of 4 and of decoder.heads={self.heads}")
 

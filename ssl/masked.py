@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bocage.shards.draws import uniform
+from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import Modality
 from bocage.ssl.decoder import DecoderConfig, FusionDecoder, Neck, date_encoding, grid_centres
@@ -33,7 +34,14 @@ class MaskedConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     normalize_targets: bool = True
     dates: int = 8
-    weights: dict[str, float] | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dates < 1:
+            raise ValueError(f"masked.dates={self.dates} must be at least 1")
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"masked.weights.{name}={weight} must not be negative")
 
 
 @dataclass
@@ -93,6 +101,10 @@ class Masked(nn.Module):
         super().__init__()
         self.config = config
         self.modalities = {name: modalities[name] for name in encoders}
+        if unknown := sorted(set(config.weights) - set(encoders)):
+            raise InputError(f"masked.weights.{unknown[0]}: not a modality of this run ({', '.join(encoders)})")
+        if not any(self._weight(name) for name in encoders):
+            raise InputError("masked.weights: at least one modality must weigh more than 0")
         width = config.decoder.width
         self.necks, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name, encoder in encoders.items():
@@ -104,6 +116,9 @@ class Masked(nn.Module):
             self.necks[name] = Neck(encoder.widths, encoder.strides, unit, width)
             self.heads[name] = _DateHead(width, channels) if series else nn.Linear(width, channels * unit * unit)
         self.decoder = FusionDecoder(list(encoders), config.decoder)
+
+    def _weight(self, name: str) -> float:
+        return self.config.weights.get(name, 1.0)
 
     def _tokens(self, view: View, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, N, width) of what an encoder saw, and their centres (B or 1, N, 2)."""
@@ -182,14 +197,14 @@ class Masked(nn.Module):
     def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted mean over modalities and samples, and the mean of each modality where it is wanted.
 
-        Every sample weighs the same whatever it lacks, so that the loss of a batch is exactly the mean over its
-        parts: on several ranks, or accumulated over several steps, it is what one large batch would give.
+        Every sample weighs the same whatever it lacks: given the encoders' features, the loss of a batch is exactly
+        the mean over its parts, be they ranks or accumulated steps. (U-TAE's batch normalisation, as ever, takes its
+        statistics from each part.)
         """
-        weights = self.config.weights or {}
         total, whole, figures = torch.zeros((), device=view.seeds.device), 0.0, {}
         for name, item in self.reconstruct(view).items():
             losses = item.losses()
-            weight = weights.get(name, 1.0)
+            weight = self._weight(name)
             total = total + weight * losses.mean()
             whole += weight
             figures[name] = losses.sum() / item.wanted.flatten(1).any(dim=1).sum().clamp_min(1)

@@ -104,10 +104,9 @@ def _hidden_dates(seeds: torch.Tensor, name: str, padding: torch.Tensor, config:
     scattered = uniform(seeds, f"dates/{name}", length).masked_fill(padding, 2.0)
     scattered_rank = scattered.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     place = (~padding).cumsum(dim=1) - 1
-    start = (uniform(seeds, f"gap start/{name}") * count).long()[:, None]
-    gap_rank = (place - start) % count.clamp(min=1)[:, None]
+    start = (uniform(seeds, f"gap start/{name}")[:, None] * (count[:, None] - target + 1)).long()
     gap = uniform(seeds, f"gap/{name}")[:, None] < config.gap_share
-    return (torch.where(gap, gap_rank, scattered_rank) < target) & ~padding
+    return torch.where(gap, (place >= start) & (place < start + target), scattered_rank < target) & ~padding
 
 
 def draw_masks(
@@ -146,6 +145,31 @@ def draw_masks(
         )
         masks[name] = Mask(whole, units=units)
     return masks
+
+
+def recentred(values: torch.Tensor, channel: int, centre: float, valid: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """An image whose ``channel`` has the mean ``centre`` over what is visible of it.
+
+    Relief is a height above the mean of the whole window, which tells of hidden units: an encoder may only see
+    heights above the mean of its visible ones.
+
+    Args:
+        values: (B, C, H, W).
+        channel: which channel.
+        centre: its mean over a whole window.
+        valid: (B, C, H, W) bool; holes do not count, and stay as they are.
+        mask: hides units.
+    """
+    assert mask.units is not None
+    unit = values.shape[-1] // mask.units.shape[-1]
+    seen = ~mask.units.repeat_interleave(unit, 1).repeat_interleave(unit, 2) & valid[:, channel]
+    count = seen.sum(dim=(1, 2)).clamp_min(1)
+    # Hidden values are cut out, not multiplied by zero: they must not reach the sum even as rounding.
+    level = torch.where(seen, values[:, channel], 0.0).sum(dim=(1, 2)) / count
+    moved = values.clone()
+    shifted = values[:, channel] - level[:, None, None] + centre
+    moved[:, channel] = torch.where(valid[:, channel], shifted, values[:, channel])
+    return moved
 
 
 def pack(values: torch.Tensor, hidden: torch.Tensor, unit: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,9 +14,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.inputs import EncoderInput, encoder_inputs
 from bocage.shards.modality import Modality
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.masking import Mask, MaskingConfig, draw_masks, pack
-
-_TOKEN = 4  # side of a Swin patch-embedding token, pixels
+from bocage.ssl.masking import Mask, MaskingConfig, draw_masks, pack, recentred
 
 
 @dataclass
@@ -26,7 +25,9 @@ class View:
         inputs: standardised, oriented inputs by modality.
         masks: what was hidden from the encoders.
         maps: feature maps of the visible parts, finest first, by modality. Under ``packed`` an image's maps cover
-            the packed canvas, whose mask units lie in the order of the 2 x 2 blocks they come from.
+            the packed canvas, whose mask units lie in the order of the 2 x 2 blocks they come from. Zeros for samples
+            whose modality is hidden as a whole or absent.
+        rows: indices of the samples that were encoded, by modality.
         seeds: (B,) int64.
         side: side of the ground window, metres.
         packed: whether images were packed.
@@ -35,6 +36,7 @@ class View:
     inputs: dict[str, EncoderInput]
     masks: dict[str, Mask]
     maps: dict[str, list[torch.Tensor]]
+    rows: dict[str, torch.Tensor]
     seeds: torch.Tensor
     side: float
     packed: bool
@@ -83,27 +85,57 @@ class Pretraining(nn.Module):
         assert isinstance(encoder, Encoder)
         return encoder
 
-    def _encode(self, name: str, given: EncoderInput, mask: Mask) -> list[torch.Tensor]:
+    def _encode(self, name: str, given: EncoderInput, mask: Mask, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Maps of the samples ``rows`` (indices), zeros elsewhere: what nobody may see is not encoded.
+
+        Absent and hidden samples would otherwise enter the batch statistics of U-TAE's decoder, and cost as much.
+        """
         encoder = self.encoder(name)
-        if mask.dates is not None:
+        if mask.units is None:
             assert given.padding is not None
-            return encoder.features(given.values, given.dates, given.padding | mask.dates)
-        assert mask.units is not None
-        unit = self.modalities[name].unit
-        if self.masking.images == "packed":
-            return encoder.features(pack(given.values, mask.units, unit))
-        tokens = mask.units.repeat_interleave(unit // _TOKEN, 1).repeat_interleave(unit // _TOKEN, 2)
-        return encoder.features(given.values, mask=tokens)
+            assert given.dates is not None
+            assert mask.dates is not None
+            side = given.values.shape[-1]
+            padding = given.padding | mask.dates
+            found = encoder.features(given.values[rows], given.dates[rows], padding[rows]) if len(rows) else None
+        else:
+            values = given.values
+            if encoder.spec.representation == "relief":
+                channel = encoder.spec.channels.index("relief")
+                centre = -encoder.spec.mean[channel] / encoder.spec.std[channel]
+                values = recentred(values, channel, centre, given.valid, mask)
+            unit = self.modalities[name].unit
+            if self.masking.images == "packed":
+                side = values.shape[-1] // 2
+                found = encoder.features(pack(values[rows], mask.units[rows], unit)) if len(rows) else None
+            else:
+                side = values.shape[-1]
+                repeats = unit // encoder.strides[0]
+                tokens = mask.units.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
+                found = encoder.features(values[rows], mask=tokens[rows]) if len(rows) else None
+        maps = []
+        for index, (width, stride) in enumerate(zip(encoder.widths, encoder.strides, strict=True)):
+            cells = math.ceil(side / stride)
+            blank = given.values.new_zeros((len(given.values), width, cells, cells))
+            maps.append(blank if found is None else blank.to(found[index].dtype).index_copy(0, rows, found[index]))
+        return maps
 
     def view(self, batch: Batch, *, oriented: bool) -> View:
         """Masked encodings of a batch; ``oriented`` turns samples at random (training)."""
         specs = {name: self.encoder(name).spec for name in self.encoders}
         inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented)
         masks = draw_masks(inputs, self.modalities, batch.seeds, self.masking)
-        maps = {name: self._encode(name, inputs[name], masks[name]) for name in inputs}
+        return self.encoded(inputs, masks, batch.seeds)
+
+    def encoded(self, inputs: dict[str, EncoderInput], masks: dict[str, Mask], seeds: torch.Tensor) -> View:
+        """The view of inputs under given masks."""
+        # One transfer a step tells which samples each encoder has to look at.
+        seen = ~torch.stack([masks[name].whole for name in inputs]).cpu()
+        rows = {name: here.nonzero()[:, 0].to(seeds.device) for name, here in zip(inputs, seen, strict=True)}
+        maps = {name: self._encode(name, inputs[name], masks[name], rows[name]) for name in inputs}
         first = next(iter(inputs))
         side = inputs[first].values.shape[-1] * self.modalities[first].gsd
-        return View(inputs, masks, maps, batch.seeds, side, self.masking.images == "packed")
+        return View(inputs, masks, maps, rows, seeds, side, self.masking.images == "packed")
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted sum of the terms, and what to log: each term's loss and figures, each encoder's feature spread."""
@@ -115,7 +147,8 @@ class Pretraining(nn.Module):
             logs[name] = loss.detach()
             logs.update({f"{name}/{key}": value.detach() for key, value in figures.items()})
         for name, maps in view.maps.items():
-            logs[f"feature_std/{name}"] = feature_std(maps[-1].detach())
+            if len(view.rows[name]):
+                logs[f"feature_std/{name}"] = feature_std(maps[-1].detach()[view.rows[name]])
         return torch.stack(losses).sum(), logs
 
 

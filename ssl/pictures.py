@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bocage.shards.batch import Batch
+from bocage.shards.files import written_atomically
 from bocage.shards.modality import Modality
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.masked import Masked, Reconstruction
@@ -128,6 +129,5 @@ def reconstruction_figure(task: Pretraining, objective: Masked, batch: Batch, sa
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,8 +78,9 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers} must not be negative")
+        for key in ("workers", "pictures"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} must not be negative")
 
 
 def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
@@ -138,29 +138,20 @@ def pretrain(config: PretrainConfig) -> Outcome:
         config.engine,
         output=Path(config.output),
         recipe=config.recipe,
-        # How many pictures are drawn at the end has no bearing on training: a resumed run may change it.
-        resolved={key: value for key, value in asdict(config).items() if key != "pictures"},
+        # What the shards hold matters, not where they lie; how many pictures are drawn at the end does not matter.
+        resolved={
+            **{key: value for key, value in asdict(config).items() if key != "pictures"},
+            "shards": manifest.digest,
+        },
         export=export_encoders,
     )
     if outcome.exit_code == 0 and is_main():
         output = Path(config.output)
-        replace_folder(outcome.last / "export", output / "encoders")
+        export_encoders(task, output / "encoders")
         for path in draw_reconstructions(task, manifest, rows, modalities, config.pictures, output / "pictures"):
             print(f"reconstruction: {path}")
         print(f"encoders: {output / 'encoders'}")
     return outcome
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Copy a folder over another one; readers see the old or the new one, never a half-written one."""
-    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(source, fresh)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def draw_reconstructions(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bocage.shards.errors import InputError
+from bocage.shards.files import flush
 from bocage.shards.modality import Representation
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Architecture, Encoder, EncoderConfig
@@ -89,14 +89,6 @@ def _description(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_encoder(encoder: Encoder, folder: str | Path) -> None:
     """Write ``encoder`` to ``folder``, which appears whole or stays as it was.
 
@@ -119,7 +111,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
         text = json.dumps(_description(encoder), indent=2, ensure_ascii=False)
         (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         for path in (new / WEIGHTS_FILE, new / CONFIG_FILE, new):
-            _flush(path)
+            flush(path)
         if folder.exists():
             folder.rename(old)
         try:
@@ -128,7 +120,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
             if old.exists():
                 old.rename(folder)
             raise
-        _flush(folder.parent)
+        flush(folder.parent)
 
 
 def load_encoder(folder: str | Path) -> Encoder:

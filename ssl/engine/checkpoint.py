@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -27,6 +26,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from bocage.shards.errors import InputError
+from bocage.shards.files import flush
 
 _NAME = re.compile(r"step-(\d{8,})")
 _MARKER = "complete.json"
@@ -168,7 +168,7 @@ def save_checkpoint(
             export(task, partial / "export")
         _write_json({"files": _inventory(partial)}, partial / _MARKER)
         for path in (*partial.rglob("*"), partial):
-            _flush(path)
+            flush(path)
         _move_into_place(partial, final)
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError raised while it handled the OSError.
@@ -243,21 +243,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _move_into_place(partial: Path, final: Path) -> None:
     """Rename, setting an older checkpoint of the same step aside first; ``_clear_leftovers`` heals a kill between."""
     replaced = partial.with_suffix(".replaced")
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.collate import collate
 from bocage.shards.draws import sample_seed
+from bocage.shards.errors import InputError
 from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import InputSpec
@@ -99,7 +101,6 @@ def test_what_is_hidden_reaches_no_prediction(images: str) -> None:
     with torch.no_grad():
         view = task.view(make_batch(6), oriented=False)
         before = masked_term(task).reconstruct(view)
-        maps = {}
         inputs = {}
         generator = torch.Generator().manual_seed(1)
         for name, given in view.inputs.items():
@@ -113,8 +114,7 @@ def test_what_is_hidden_reaches_no_prediction(images: str) -> None:
                 assert mask.dates is not None
                 hidden = (mask.dates | mask.whole[:, None])[:, :, None, None, None]
             inputs[name] = replace(given, values=torch.where(hidden, noise, given.values))
-            maps[name] = task._encode(name, inputs[name], mask)
-        after = masked_term(task).reconstruct(replace(view, inputs=inputs, maps=maps))
+        after = masked_term(task).reconstruct(task.encoded(inputs, view.masks, view.seeds))
     for name in NAMES:
         assert torch.equal(before[name].prediction, after[name].prediction), name
         assert not torch.equal(before[name].target, after[name].target), name
@@ -180,3 +180,58 @@ def test_missing_modalities_leave_the_rest_at_work(missing: tuple[str, ...]) -> 
 def test_one_date_one_sample() -> None:
     loss, _ = make_task()(make_batch(1, dates=1))
     assert torch.isfinite(loss)
+
+
+def test_heights_of_hidden_units_do_not_move_visible_ones() -> None:
+    """Relief is a height above the window's mean: hidden units may not speak through it."""
+    name = next(item.name for item in FLAIR_HUB.inputs if item.representation == "relief")
+    task = make_task(MaskingConfig(modality_ratio=0.0), names=[name]).eval()
+    with torch.no_grad():
+        batch = make_batch(3)
+        view = task.view(batch, oriented=False)
+        units = view.masks[name].units
+        assert units is not None
+        unit = FLAIR_HUB[name].unit
+        hidden = units.repeat_interleave(unit, 1).repeat_interleave(unit, 2)
+        raised = batch.values[name].clone()
+        raised[:, 0] += 50.0 * hidden
+        again = task.view(replace(batch, values={**batch.values, name: raised}), oriented=False)
+    for one, other in zip(view.maps[name], again.maps[name], strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_samples_that_nobody_may_see_reach_no_batch_statistics() -> None:
+    name = next(item.name for item in FLAIR_HUB.inputs if item.role == "series")
+    task = make_task(MaskingConfig(modality_ratio=0.0), names=[name])
+    full = make_batch(4)
+    present = {**full.present, name: torch.tensor([True, False, True, False])}
+    both = replace(full, present=present)
+    torch.manual_seed(0)
+    view = task.view(both, oriented=False)
+    assert view.rows[name].tolist() == [0, 2]
+    assert not view.maps[name][0][[1, 3]].any()
+    changed = full.values[name][[0, 0, 2, 2]]
+    torch.manual_seed(0)
+    again = task.view(replace(both, values={**full.values, name: changed}), oriented=False)
+    assert torch.equal(view.maps[name][0], again.maps[name][0])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: MaskedConfig(dates=0), r"masked\.dates"),
+        (lambda: MaskedConfig(weights={"SPOT_RGBI": -1.0}), r"masked\.weights\.SPOT_RGBI"),
+        (lambda: DecoderConfig(heads=0), r"decoder\.heads"),
+        (lambda: DecoderConfig(fusion_depth=-1), r"decoder\.fusion_depth"),
+    ],
+)
+def test_impossible_sizes_are_refused(config: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config()
+
+
+@pytest.mark.parametrize("weights", [{"SPOT_RGB": 2.0}, {"SPOT_RGBI": 0.0}])
+def test_weights_must_name_modalities_of_the_run(weights: dict[str, float]) -> None:
+    task = make_task(names=["SPOT_RGBI"])
+    with pytest.raises(InputError, match=r"masked\.weights"):
+        Masked({"SPOT_RGBI": task.encoder("SPOT_RGBI")}, FLAIR_HUB, MaskedConfig(weights=weights))

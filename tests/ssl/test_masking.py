@@ -64,9 +64,23 @@ def test_dates_keep_one_and_hide_one() -> None:
     assert hidden[:3].tolist() == [0, 0, 1]
     assert (hidden[3:100] == round(0.6 * 9)).all()
     assert (hidden[100:] == round(0.6 * 12)).all()
-    # Some gaps are contiguous (around the year), most are not.
-    steps = (mask.dates[100:].int() - mask.dates[100:].roll(1, dims=1).int()).abs().sum(dim=1)
-    assert 0.15 < (steps == 2).float().mean() < 0.5
+    assert 0.15 < (runs(mask.dates[100:]) == 1).float().mean() < 0.5
+
+
+def runs(hidden: torch.Tensor) -> torch.Tensor:
+    """How many contiguous runs of hidden dates each sample has."""
+    starts = hidden & ~torch.nn.functional.pad(hidden, (1, 0))[:, :-1]
+    return starts.sum(dim=1)
+
+
+def test_a_gap_is_one_run_of_dates() -> None:
+    padding = torch.zeros(256, 20, dtype=torch.bool)
+    config = MaskingConfig(gap_share=1.0)
+    mask = draw_masks({"SENTINEL2_TS": series("SENTINEL2_TS", padding)}, FLAIR_HUB, SEEDS, config)["SENTINEL2_TS"]
+    assert mask.dates is not None
+    assert (runs(mask.dates) == 1).all()
+    assert (mask.dates.sum(dim=1) == 12).all()
+    assert mask.dates.float().mean(dim=0).min() > 0.05
 
 
 def test_whole_modalities_are_hidden_but_never_all() -> None:
