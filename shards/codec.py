@@ -31,6 +31,7 @@ _PREFIX = struct.Struct("<4sIH")
 _CHECKED_FROM = 8  # the checksum covers what follows it
 _MAX_DIMENSIONS = 8
 _KINDS = "biufc"
+_BLOSC_HEADER = 16  # bytes
 _PCODEC_DTYPES = frozenset(
     ("float16", "float32", "float64", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
 )
@@ -79,7 +80,8 @@ def encode(array: np.ndarray, codec: str) -> bytes:
     """
     if codec not in CHAINS:
         raise CodecError(f"unknown codec {codec!r}; known ones: {', '.join(CHAINS)}")
-    if array.dtype.kind not in _KINDS or array.ndim > _MAX_DIMENSIONS or array.nbytes > MAX_BYTES:
+    too_large = max(array.nbytes, *array.shape, 0) > MAX_BYTES
+    if array.dtype.kind not in _KINDS or array.ndim > _MAX_DIMENSIONS or too_large:
         raise CodecError(f"cannot encode {array.dtype} of shape {array.shape} ({array.nbytes} bytes)")
     # Not ascontiguousarray: it turns a scalar into an array of one dimension.
     values = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
@@ -112,23 +114,19 @@ def decode(data: bytes) -> np.ndarray:
     # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
     values = np.zeros(shape, dtype)
     if coder is not None:
+        if not _coder_fits(coder, values):
+            raise CodecError(f"coder {coder['id']} does not fit {dtype}")
         try:
             _decompress(coder, payload, values)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             raise CodecError(f"payload cannot be decompressed: {error}") from error
     elif values.size or payload:
         raise CodecError("header names no coder for a payload that needs one")
     for transform in reversed(transforms):
-        if not _transform_fits(transform, values):
+        if not values.size or not _transform_fits(transform, values):
             raise CodecError(f"step {transform} does not fit {dtype} of shape {shape}")
         values = _restored(transform, values)
     return values
-
-
-def describe(data: bytes) -> dict[str, Any]:
-    """The header of an intact member: ``dtype``, ``shape``, ``transforms``, ``coder``; raises ``CodecError``."""
-    shape, dtype, transforms, coder, _ = _parsed(data)
-    return {"dtype": dtype.str, "shape": shape, "transforms": transforms, "coder": coder}
 
 
 def _parsed(
@@ -150,11 +148,12 @@ def _parsed(
         transforms, coder = list(header["transforms"]), header["coder"]
         known = all(transform["id"] in ("colour", "delta") for transform in transforms)
         known &= coder is None or coder["id"] in ("zstd", "bitshuffle-zstd", "pcodec")
-    except (ValueError, KeyError, TypeError) as error:
+    # NumPy parses the dtype as Python where it does not know it: hence SyntaxError.
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SyntaxError) as error:
         raise CodecError(f"header cannot be read: {error!r}") from error
     if not known:
         raise CodecError(f"header names unknown steps: {transforms}, {coder}")
-    if dtype.kind not in _KINDS or len(shape) > _MAX_DIMENSIONS or any(size < 0 for size in shape):
+    if dtype.kind not in _KINDS or len(shape) > _MAX_DIMENSIONS or any(not 0 <= size <= MAX_BYTES for size in shape):
         raise CodecError(f"header declares an impossible array: {dtype} of shape {shape}")
     if math.prod(shape) * dtype.itemsize > MAX_BYTES:
         raise CodecError(f"header declares an array above {MAX_BYTES} bytes: {dtype} of shape {shape}")
@@ -221,7 +220,13 @@ def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray) 
 
 
 def _blosc_size(payload: memoryview) -> int:
-    """Decompressed bytes that a Blosc 1 buffer declares."""
+    """Decompressed bytes that a Blosc 1 buffer declares; raises ``ValueError`` unless the buffer is whole.
+
+    Blosc believes the compressed size in its header and reads that far, whatever it was given.
+    """
+    declared = int.from_bytes(payload[12:16], "little")
+    if len(payload) < _BLOSC_HEADER or declared != len(payload):
+        raise ValueError(f"its {len(payload)} bytes are not the {declared} that they declare")
     return int.from_bytes(payload[4:8], "little")
 
 
