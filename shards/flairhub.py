@@ -64,6 +64,7 @@ class Report:
         patches: number of patches.
         present: by modality, patches that have it.
         undated: by series and mask, files left out because the metadata give no dates for them.
+        lone: by mask, files left out because their patch lacks the series.
         orphans: historical files whose place has no patch of any year.
         unparsable: files and folders inside modality folders whose names do not follow the pattern.
         examples: a few of these, relative to the root.
@@ -75,6 +76,7 @@ class Report:
     patches: int = 0
     present: dict[str, int] = field(default_factory=dict)
     undated: dict[str, int] = field(default_factory=dict)
+    lone: dict[str, int] = field(default_factory=dict)
     orphans: int = 0
     unparsable: int = 0
     examples: list[str] = field(default_factory=list)
@@ -140,6 +142,14 @@ class Catalogue:
                 presence[undated] &= ~np.uint64(1 << bit)
                 if undated.any():
                     report.undated[modality.name] = int(undated.sum())
+        # A mask tells the quality of its series: without it, it has neither dates nor use.
+        bits = {name: np.uint64(1 << bit) for bit, name in enumerate(registry)}
+        for mask in registry.by_role("mask"):
+            assert mask.mask_of is not None
+            lone = ((presence & bits[mask.name]) != 0) & ((presence & bits[mask.mask_of]) == 0)
+            presence[lone] &= ~bits[mask.name]
+            if lone.any():
+                report.lone[mask.name] = int(lone.sum())
         split_file = metadata.find(root, metadata.SPLIT_FILE)
         splits = metadata.read_splits(split_file, keys) if split_file else {}
         catalogue = cls(root, registry, splits, domains, rois, codes, presence, dates, report)
@@ -152,11 +162,7 @@ class Catalogue:
             raise InputError(_why_empty(self.root, self._report))
         bits = {name: np.uint64(1 << bit) for bit, name in enumerate(self.registry)}
         present = {name: int(np.count_nonzero(self._presence & bit)) for name, bit in bits.items()}
-        occurring = [
-            modality.name
-            for modality in self.registry.values()
-            if present[modality.name] and (modality.mask_of is None or present.get(modality.mask_of))
-        ]
+        occurring = [name for name in self.registry if present[name]]
         presence = np.zeros(len(kept), np.uint64)
         for position, name in enumerate(occurring):
             presence |= ((self._presence[kept] & bits[name]) != 0).astype(np.uint64) << np.uint64(position)
@@ -352,7 +358,8 @@ def _joined(
                 if domain.split("-")[0] == tile.place:
                     wanted = codes_of(tile, domain)
                     rows = np.searchsorted(codes, wanted)
-                    found = (rows < len(codes)) & (codes[np.minimum(rows, len(codes) - 1)] == wanted)
+                    found = rows < len(codes)
+                    found[found] = codes[rows[found]] == wanted[found]
                     presence[rows[found]] |= np.uint64(1 << modalities.index(tile.modality))
                     attached |= found
             report.orphans += int((~attached).sum())
@@ -395,6 +402,8 @@ def _why_empty(root: Path, report: Report) -> str:
     expected = "expected folders like D012-2019_AERIAL_RGBI/AF-S1-27/D012-2019_AERIAL_RGBI_AF-S1-27_5-10.tif"
     if report.undated:
         return f"{root}: only series without dates ({', '.join(report.undated)}); {metadata.FOLDER} is missing"
+    if report.lone:
+        return f"{root}: only {', '.join(report.lone)} without its series"
     if report.orphans:
         return f"{root}: only historical images; they need a modality with an image year beside them"
     if _FOLDER.fullmatch(root.resolve().name):

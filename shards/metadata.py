@@ -90,7 +90,10 @@ def read_splits(path: Path, keys: pa.Array) -> dict[str, pa.DictionaryArray]:
     names = [name for name in _columns(path) if name.startswith("split_")]
     if not names:
         raise InputError(f"{path}: no column is named split_...; columns: {', '.join(_columns(path))}")
-    table = pa.Table.from_batches(_batches(path, ["patch_id", *names]))
+    batches = list(_batches(path, ["patch_id", *names]))
+    if not batches:  # a table without rows: the splits exist and no patch is in them
+        return {name: pa.nulls(len(keys), pa.string()).dictionary_encode() for name in names}
+    table = pa.Table.from_batches(batches)
     rows = pc.index_in(keys, value_set=table["patch_id"].combine_chunks())
     splits = {}
     for name in names:

@@ -141,7 +141,7 @@ class Modality:
 
     @classmethod
     def from_json(cls, description: Mapping[str, Any]) -> Modality:
-        """The modality described by ``to_json``; raises ``InputError`` on unknown or missing fields."""
+        """The modality described by ``to_json``; raises ``InputError`` on unknown, missing or wrong fields."""
         values = dict(description)
         try:
             bands = []
@@ -152,7 +152,7 @@ class Modality:
                 bands.append(Band(**{**band, "scheme": scheme}))
             sensor = Sensor(**values.pop("sensor"))
             return cls(bands=tuple(bands), sensor=sensor, **{key: _tuples(value) for key, value in values.items()})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"modality description {description.get('name', '?')!r} cannot be read: {error}"
             ) from error
@@ -194,8 +194,16 @@ class Registry(Mapping[str, Modality]):
         return Registry((*self._by_name.values(), modality))
 
     def subset(self, names: tuple[str, ...] | list[str]) -> Registry:
-        """Only the named modalities, in this registry's order; raises ``InputError`` on an unknown name."""
+        """Only the named modalities, in this registry's order.
+
+        Raises:
+            InputError: an unknown name, or a mask without the series that it belongs to.
+        """
         wanted = {self[name].name for name in names}
+        for name in wanted:
+            series = self[name].mask_of
+            if series is not None and series not in wanted:
+                raise InputError(f"{name} tells the quality of {series} and is of no use without it: name both")
         return Registry(tuple(modality for modality in self._by_name.values() if modality.name in wanted))
 
     def by_role(self, *roles: Role) -> tuple[Modality, ...]:

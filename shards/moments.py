@@ -28,22 +28,22 @@ class Moments:
 
     @classmethod
     def of(cls, values: torch.Tensor) -> Moments:
-        """Moments of ``values``, (..., C, H, W) float32; NaN are holes and do not count."""
+        """Moments of ``values``, (..., C, H, W) float32 on the CPU; NaN are holes and do not count.
+
+        The same bits whatever the number of threads.
+        """
         channels = values.movedim(-3, 0).flatten(1)
         columns = []
-        for channel in channels:
-            # A sum shows whether there are holes; without, the usual case, selecting would copy for nothing.
-            valid = channel[~channel.isnan()] if channel.sum().isnan() else channel
+        # NumPy, not torch: its pairwise sums do not depend on the number of threads.
+        for channel in channels.numpy().astype(np.float64):
+            # A minimum shows whether there are holes; without, the usual case, selecting would copy for nothing.
+            valid = channel[~np.isnan(channel)] if channel.size and np.isnan(channel.min()) else channel
             if len(valid) == 0:
                 columns.append((0.0, math.nan, 0.0, math.nan, math.nan))
                 continue
-            minimum, maximum = torch.aminmax(valid)
-            # Two passes in double precision are as exact as torch.var_mean and several times faster.
-            deviations = valid.double()
-            mean = float(deviations.mean())
-            deviations -= mean
-            squares = float(deviations.dot(deviations))
-            columns.append((float(len(valid)), mean, squares, float(minimum), float(maximum)))
+            mean = float(valid.mean())
+            squares = float(np.square(valid - mean).sum())
+            columns.append((float(len(valid)), mean, squares, float(valid.min()), float(valid.max())))
         return cls(*np.array(columns, np.float64).reshape(-1, 5).T)
 
     def merged(self, other: Moments) -> Moments:

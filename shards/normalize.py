@@ -66,12 +66,12 @@ class InputSpec:
 
     @classmethod
     def from_json(cls, description: Mapping[str, Any]) -> InputSpec:
-        """The spec described by ``to_json``; raises ``InputError`` on unknown or missing fields."""
+        """The spec described by ``to_json``; raises ``InputError`` on unknown, missing or wrong fields."""
         try:
             values = dict(description)
             values.update({key: tuple(values[key]) for key in ("bands", "channels", "mean", "std")})
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"input description of an encoder cannot be read: {error}") from error
 
 
@@ -81,12 +81,15 @@ def represent(values: torch.Tensor, representation: Representation, nodata_below
     Args:
         values: (..., C, H, W) in any dtype. ``relief`` expects the bands surface, terrain.
         representation: see ``modality.Modality``.
-        nodata_below: stored values under this are holes.
+        nodata_below: stored values under this are holes, as are infinities and NaN.
 
     Returns:
-        (..., C, H, W) float32; holes are NaN.
+        (..., C, H, W) float32; every value is finite, or NaN for a hole.
     """
+    may_have_holes = values.is_floating_point()
     values = values.to(torch.float32)
+    if may_have_holes:
+        values = _finite_or_nan(values)
     if nodata_below is not None:
         values = torch.where(values < nodata_below, torch.nan, values)
     if representation == "decibel":
@@ -94,8 +97,12 @@ def represent(values: torch.Tensor, representation: Representation, nodata_below
     if representation == "relief":
         surface, terrain = values.unbind(dim=-3)
         level = surface.nanmean(dim=(-2, -1), keepdim=True)
-        return torch.stack((surface - level, surface - terrain), dim=-3)
+        return _finite_or_nan(torch.stack((surface - level, surface - terrain), dim=-3))
     return values
+
+
+def _finite_or_nan(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values.isfinite(), values, torch.nan)
 
 
 def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:

@@ -30,7 +30,8 @@ class Raster(NamedTuple):
     """One raster of a patch.
 
     Attributes:
-        array: (C, H, W) for images and labels, (T, C, H, W) for series and masks, in the modality's dtype.
+        array: (C, H, W) for images and labels, (T, C, H, W) for series and masks, in the modality's dtype. Pixels of a
+            float raster that have its declared nodata value are NaN; integer rasters are as they are stored.
         crs: ``EPSG:2154`` where the file says so, else WKT; empty when the file has none. Some FLAIR-HUB rasters carry
             a local Lambert-93 without a code: compare coordinates, never these strings.
         left, top: outer corner of the upper-left pixel, in the CRS.
@@ -52,9 +53,9 @@ def read(path: str | Path, modality: Modality) -> Raster:
     nbytes = len(modality.bands) * modality.size**2 * np.dtype(modality.dtype).itemsize
     try:
         if modality.has_dates or nbytes <= _SMALL:
-            bands, pixel, crs, left, top = _read_tifffile(path)
+            bands, pixel, crs, left, top, nodata = _read_tifffile(path)
         else:
-            bands, pixel, crs, left, top = _read_gdal(path)
+            bands, pixel, crs, left, top, nodata = _read_gdal(path)
     # tifffile and its codecs raise whatever their parsing meets in a damaged file: ValueError, IndexError, KeyError,
     # struct.error, ZeroDivisionError, codec errors; all of them mean the same here.
     except Exception as error:
@@ -62,13 +63,16 @@ def read(path: str | Path, modality: Modality) -> Raster:
             raise
         raise RasterError(f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
     _check(path, modality, bands, pixel)
+    if nodata is not None and bands.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # a value beyond the dtype is infinity there
+            bands = np.where(bands == bands.dtype.type(nodata), bands.dtype.type(np.nan), bands)
     if modality.has_dates:
         bands = bands.reshape(-1, len(modality.bands), modality.size, modality.size)
     return Raster(np.ascontiguousarray(bands), crs, left, top)
 
 
-_Read = tuple[np.ndarray, tuple[float, float], str, float, float]
-"""Bands (N, H, W), pixel width and height, CRS, left, top."""
+_Read = tuple[np.ndarray, tuple[float, float], str, float, float, float | None]
+"""Bands (N, H, W), pixel width and height, CRS, left, top, declared nodata value (GeoTIFF has one for all bands)."""
 
 
 def _read_gdal(path: str | Path) -> _Read:
@@ -76,10 +80,11 @@ def _read_gdal(path: str | Path) -> _Read:
         transform = source.transform
         crs = source.crs.to_string() if source.crs else ""
         bands = source.read()
+        nodata = source.nodata
     if not bands.any(axis=2).all():  # GDAL reads blocks that a file lacks as zeros: such rows are suspect
         with tifffile.TiffFile(path) as file:
             _refuse_holes(file.pages.first)
-    return bands, (transform.a, -transform.e), crs, transform.c, transform.f
+    return bands, (transform.a, -transform.e), crs, transform.c, transform.f, nodata
 
 
 def _refuse_holes(page: Any) -> None:
@@ -102,6 +107,8 @@ def _read_tifffile(path: str | Path) -> _Read:
         width, height, _ = page.tags["ModelPixelScaleTag"].value
         column, row, _, easting, northing, _ = page.tags["ModelTiepointTag"].value[:6]
         keys = page.tags["GeoKeyDirectoryTag"].value
+        declared = page.tags.get("GDAL_NODATA")
+        nodata = None if declared is None else float(declared.value)
     # Entries of four numbers after a header of four: key, where its value is, count, value.
     values = {key: value for key, place, _, value in zip(*[iter(keys[4:])] * 4) if place == 0}
     centre = 0.5 if values.get(_RASTER_TYPE) == _PIXEL_IS_POINT else 0.0
@@ -112,7 +119,7 @@ def _read_tifffile(path: str | Path) -> _Read:
     else:
         with rasterio.open(path) as source:
             crs = source.crs.to_string() if source.crs else ""
-    return bands, (width, height), crs, left, top
+    return bands, (width, height), crs, left, top, nodata
 
 
 def _check(path: str | Path, modality: Modality, bands: np.ndarray, pixel: tuple[float, float]) -> None:

@@ -309,3 +309,61 @@ def test_truncated_files_are_named(tmp_path: Path, name: str, keep: float) -> No
     path.unlink()
     with pytest.raises(RasterError, match="cannot be read"):
         rasters.read(path, modality)
+
+
+def test_a_mask_without_its_series_is_left_out_and_counted(tmp_path: Path) -> None:
+    keys = [f"D012-2019_AF-S1-27_5-{column}" for column in range(3)]
+    write_tree(tmp_path, keys, ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"])
+    raster_path(tmp_path, FLAIR_HUB["SENTINEL2_TS"], keys[1]).unlink()
+    catalogue = Catalogue.open(tmp_path)
+    assert list(catalogue.patch(1).paths) == ["SPOT_RGBI"]
+    assert list(catalogue.patch(2).paths) == ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]
+    assert catalogue.report().lone == {"SENTINEL2_MSK-SC": 1}
+    assert catalogue.report().present["SENTINEL2_MSK-SC"] == 2
+    with pytest.raises(InputError, match="name both"):
+        Catalogue.open(tmp_path, modalities=["SPOT_RGBI", "SENTINEL2_MSK-SC"])
+    for key in keys:
+        raster_path(tmp_path, FLAIR_HUB["SENTINEL2_TS"], key).unlink(missing_ok=True)
+    assert list(Catalogue.open(tmp_path).registry) == ["SPOT_RGBI"]
+    for key in keys:
+        raster_path(tmp_path, FLAIR_HUB["SPOT_RGBI"], key).unlink()
+    with pytest.raises(InputError, match="only SENTINEL2_MSK-SC without its series"):
+        Catalogue.open(tmp_path)
+
+
+def test_an_empty_roi_beside_a_historical_image_holds_no_patch(tmp_path: Path) -> None:
+    key = "D017-2018_UU-S2-1_3-4"
+    touch(tmp_path, [key], "AERIAL_RGBI", "AERIAL-RLT_PAN")
+    raster_path(tmp_path, FLAIR_HUB["AERIAL_RGBI"], key).unlink()
+    with pytest.raises(InputError, match="only historical images"):
+        Catalogue.open(tmp_path)
+
+
+def test_a_split_file_without_rows_puts_no_patch_in_a_split(tmp_path: Path) -> None:
+    keys = ["D012-2019_AF-S1-27_5-0"]
+    touch(tmp_path, keys, "AERIAL_RGBI")
+    path = tmp_path / "GLOBAL_ALL_MTD" / "GLOBAL_ALL_MTD_SPLIT.gpkg"
+    write_table(path, {"patch_id": [], "split_1": []})
+    assert Catalogue.open(tmp_path).patch(0).splits == {"split_1": None}
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="SPLIT"):
+        Catalogue.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["DEM_ELEV", "SENTINEL1-ASC_TS"])
+@pytest.mark.parametrize("nodata", [-9999.0, -3.4028234663852886e38, float("nan"), 77.5])
+def test_declared_nodata_of_a_float_raster_is_nan(tmp_path: Path, name: str, nodata: float) -> None:
+    modality = FLAIR_HUB[name]
+    bands = np.full((2, modality.size, modality.size), 77.0, np.float32)
+    bands[1, 3, 4] = nodata
+    write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=nodata)
+    array = rasters.read(tmp_path / "x.tif", modality).array
+    assert array.dtype == np.float32
+    assert np.argwhere(np.isnan(array.reshape(bands.shape))).tolist() == [[1, 3, 4]]
+
+
+def test_declared_nodata_of_an_integer_raster_is_kept(tmp_path: Path) -> None:
+    modality = FLAIR_HUB["SPOT_RGBI"]
+    bands = np.zeros((4, modality.size, modality.size), np.uint16)
+    write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=0)
+    assert np.array_equal(rasters.read(tmp_path / "x.tif", modality).array, bands)

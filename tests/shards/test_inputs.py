@@ -1,12 +1,15 @@
 import numpy as np
+import pytest
 import torch
 
 from bocage.shards.augment import orient
 from bocage.shards.batch import Batch, Sample
 from bocage.shards.collate import collate
 from bocage.shards.crop import WHOLE_PATCH
+from bocage.shards.errors import InputError
 from bocage.shards.inputs import encoder_inputs, quality_masks, unclear_dates, wanted_modalities
-from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.modality import FLAIR_HUB, Modality
+from bocage.shards.moments import Moments
 from bocage.shards.normalize import InputSpec, represent
 
 S2, CLOUDS = "SENTINEL2_TS", "SENTINEL2_MSK-SC"
@@ -97,6 +100,35 @@ def test_decibels_of_zero_are_finite() -> None:
     assert values.flatten().tolist() == [-40.0, 0.0, -10.0]
 
 
+@pytest.mark.parametrize("name", ["DEM_ELEV", "SENTINEL1-ASC_TS"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
+def test_one_value_that_is_no_number_costs_no_more_than_its_place(name: str, value: float) -> None:
+    modality = FLAIR_HUB[name]
+    stored = torch.rand(1, 2, 8, 8)
+    stored[0, 0, 2, 3] = value
+    represented = represent(stored, modality.representation, modality.nodata_below)
+    assert not represented.isinf().any()
+    moments = Moments.of(represented)
+    assert np.isfinite([moments.mean[1], moments.squares[1]]).all()
+    if abs(value) != 3e38:
+        assert moments.count[0] == 63
+        assert np.isfinite([moments.mean, moments.squares, moments.minimum, moments.maximum]).all()
+        assert represented.isnan().sum() == (2 if name == "DEM_ELEV" else 1)
+
+
+def test_moments_do_not_depend_on_the_number_of_threads() -> None:
+    values = torch.randn(1, 1, 512, 512, generator=torch.Generator().manual_seed(3)) * 7 + 1e3
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(Moments.of(values).to_json())
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_orientation_is_shared_by_modalities_and_covers_the_square() -> None:
     seeds = torch.arange(200)
     fine = torch.arange(16.0).view(1, 1, 4, 4).expand(200, -1, -1, -1)
@@ -105,6 +137,22 @@ def test_orientation_is_shared_by_modalities_and_covers_the_square() -> None:
     assert len({tuple(item.flatten().tolist()) for item in turned}) == 8
     assert torch.equal(orient(coarse, seeds), turned.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2)))
     assert torch.equal(orient(fine.to(torch.uint8), seeds).float(), turned)
+
+
+def test_a_mask_is_of_no_use_without_its_series() -> None:
+    with pytest.raises(InputError, match=r"SENTINEL2_MSK-SC.*SENTINEL2_TS.*name both"):
+        wanted_modalities(FLAIR_HUB, ["AERIAL_RGBI"], [CLOUDS])
+    assert list(FLAIR_HUB.subset([CLOUDS, S2])) == [S2, CLOUDS]
+
+
+def test_descriptions_of_inputs_are_checked() -> None:
+    good = spec("DEM_ELEV").to_json()
+    assert InputSpec.from_json(good) == spec("DEM_ELEV")
+    for change in ({"mean": [0.0]}, {"std": None}, {"extra": 1}):
+        with pytest.raises(InputError, match="cannot be read"):
+            InputSpec.from_json({**good, **change})
+    with pytest.raises(InputError, match="'DEM_ELEV' cannot be read"):
+        Modality.from_json({**FLAIR_HUB["DEM_ELEV"].to_json(), "size": 3})
 
 
 def test_a_batch_moves_as_one() -> None:
