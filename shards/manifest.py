@@ -7,7 +7,9 @@ their hashes; it is written last, so a folder that has it is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,10 +107,13 @@ class Manifest:
             self.shards = [Shard(**item) for item in description["shards"]]
             self.counts: dict[str, Any] = dict(description["counts"])
             self.skipped: dict[str, str] = dict(description["skipped"])
-            self._statistics: dict[str, Any] = dict(description["statistics"])
+            self._statistics = {
+                item.name: _channel_statistics(description["statistics"][item.name], len(item.channels))
+                for item in self.registry.inputs
+            }
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{source}: not a description of shards: {error!r}; shard the tree again") from error
         self.path = path
         self._file = file
@@ -133,7 +138,7 @@ class Manifest:
         try:
             description = json.loads((path / DATASET_FILE).read_text(encoding="utf-8"))
             file = pq.ParquetFile(path / TABLE_FILE, memory_map=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: its manifest cannot be read: {error}") from error
         if not isinstance(description, dict):
             raise InputError(f"{path / DATASET_FILE}: not a description of shards; shard the tree again")
@@ -145,7 +150,8 @@ class Manifest:
         for shard in self.shards:
             if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
                 raise InputError(f"{self.path / DATASET_FILE}: shard name {shard.name!r} is not a plain name of a tar")
-            if not _SHA256.fullmatch(str(shard.sha256)) or min(int(shard.bytes), int(shard.samples)) < 0:
+            sizes_valid = all(type(size) is int and 0 <= size < 1 << 63 for size in (shard.bytes, shard.samples))
+            if not _SHA256.fullmatch(str(shard.sha256)) or not sizes_valid:
                 raise InputError(f"{self.path / DATASET_FILE}: the entry of {shard.name} is not valid")
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise InputError(f"{self.path / DATASET_FILE}: a shard is listed twice")
@@ -157,6 +163,9 @@ class Manifest:
             raise InputError(
                 f"{table}: columns {', '.join(names)} are not as {DATASET_FILE} says; shard the tree again"
             )
+        needed = ("shard", *(f"{what}.{name}" for name in self.registry for what in ("offset", "length")))
+        if any(self.column(name).null_count for name in needed):
+            raise InputError(f"{table}: a sample has no place in a shard; shard the tree again")
         shard = self.column("shard").to_numpy()
         counts = np.array([item.samples for item in self.shards], np.int64)
         within = len(shard) == counts.sum() and (len(shard) == 0 or 0 <= shard.min() <= shard.max() < len(counts))
@@ -173,6 +182,11 @@ class Manifest:
         return self._file.metadata.num_rows
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the dataset's description, which holds the hash of every shard: the same wherever it lies."""
+        return hashlib.sha256((self.path / DATASET_FILE).read_bytes()).hexdigest()
+
+    @property
     def shard_count(self) -> int:
         """Number of shards."""
         return len(self.shards)
@@ -181,8 +195,14 @@ class Manifest:
     def table(self) -> pa.Table:
         """All columns; prefer ``column`` for a few of them."""
         if self._table is None:
-            self._table = self._file.read()
+            self._table = self._read(None)
         return self._table
+
+    def _read(self, columns: list[str] | None) -> pa.Table:
+        try:
+            return self._file.read(columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column; raises ``InputError`` naming the columns there are."""
@@ -190,7 +210,7 @@ class Manifest:
             raise InputError(
                 f"{self.path}: no column {name!r} in the manifest; columns: {', '.join(self._file.schema_arrow.names)}"
             )
-        return self.table[name] if self._table is not None else self._file.read(columns=[name])[name]
+        return self.table[name] if self._table is not None else self._read([name])[name]
 
     def split(self, column: str, value: str) -> np.ndarray:
         """Rows whose split ``column`` has ``value``, (N,) int64 ascending; all rows for the column ``all``.
@@ -213,7 +233,7 @@ class Manifest:
     @property
     def statistics(self) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
         """By input modality, mean and standard deviation of each channel of the representation, holes left out."""
-        return {name: (tuple(item["mean"]), tuple(item["std"])) for name, item in self._statistics.items()}
+        return dict(self._statistics)
 
     def input_spec(self, modality: str) -> InputSpec:
         """What an encoder of ``modality`` needs to know, with the statistics of these shards.
@@ -239,6 +259,20 @@ class Manifest:
     def shard_path(self, shard: int) -> Path:
         """The tar of a shard index."""
         return self.path / self.shards[shard].name
+
+
+def _channel_statistics(description: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by channel, None where a channel has no value; raises ``ValueError``."""
+    mean, std = description["mean"], description["std"]
+    for values in (mean, std):
+        numbers = isinstance(values, list) and all(value is None or _is_number(value) for value in values)
+        if not numbers or len(values) != channels:
+            raise ValueError(f"statistics {values!r} are not {channels} numbers")
+    return tuple(mean), tuple(std)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _why_none(path: Path) -> str:

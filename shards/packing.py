@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,9 @@ def pack(patch: Patch, registry: Registry) -> Packed:
                 row[f"histogram.{name}.{band.name}"] = np.bincount(values.reshape(-1), minlength=len(band.scheme))
         if modality.is_input:
             values = torch.from_numpy(raster.array)
-            moments[name] = Moments.of(represent(values, modality.representation, modality.nodata_below))
+            with _one_thread():
+                represented = represent(values, modality.representation, modality.nodata_below)
+            moments[name] = Moments.of(represented)
             for what in ("minimum", "maximum", "mean"):
                 row[f"{what}.{name}"] = getattr(moments[name], what)
     description = {
@@ -226,6 +229,17 @@ def _write_part(path: Path, rows: list[dict[str, Any]], part: Part, columns: pa.
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata({_METADATA_KEY: json.dumps(description)}))
     with written_atomically(path) as temporary:
         pq.write_table(table, temporary)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch splits a sum among its threads, and the split decides the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_dates(path: Path, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:

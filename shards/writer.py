@@ -72,8 +72,8 @@ def write_shards(
 ) -> Manifest:
     """Writes the patches of ``catalogue`` as WebDataset shards with a manifest into the folder ``out``.
 
-    When ``out`` holds an unfinished run of the same plan, only its missing shards are written; when it holds a finished
-    one, nothing is.
+    When ``out`` holds an unfinished run of the same plan, only its missing shards are written, and those that had to
+    leave out patches; when it holds a finished one, nothing is.
 
     Args:
         catalogue: what to write.
@@ -222,22 +222,18 @@ def _write_missing(jobs: _Jobs, workers: int, progress: Progress | None) -> None
     done = 0
     for index in range(len(jobs)):
         part = jobs.finished(index)
-        if part is None:
+        # A shard that lacks patches is written again: they may have been repaired since.
+        if part is None or part.skipped:
             jobs.discard(index)
             missing.append(index)
         else:
             done += jobs.patches(index)
-            skipped |= part.skipped
     report = _Report(progress, done, len(jobs.rows))
     parts = _run_here(jobs, missing, report) if workers == 1 else _run_pool(jobs, missing, workers, report)
     for part in parts:
         skipped |= part.skipped
         if len(skipped) > jobs.tolerated:
             parts.close()
-            for index in range(len(jobs)):  # once repaired, their patches belong into them
-                finished = jobs.finished(index)
-                if finished is not None and finished.skipped:
-                    jobs.discard(index)
             raise too_many_skipped(skipped, jobs.tolerated)
 
 

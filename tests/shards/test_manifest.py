@@ -118,6 +118,18 @@ def test_shard_names_cannot_leave_the_folder(shards: Path, name: object) -> None
         lambda description: description["shards"][0].update(samples=4),
         lambda description: description["shards"][0].update(sha256="abc"),
         lambda description: description["shards"][0].update(bytes=10),
+        lambda description: description["shards"][0].update(bytes="x"),
+        lambda description: description["shards"][0].update(bytes=1.5),
+        lambda description: description["shards"][0].update(bytes=1 << 70),
+        lambda description: description["shards"][0].update(samples=None),
+        lambda description: description["shards"][0].update(samples=True),
+        lambda description: description["registry"][0].update(bands=[{"scheme": "x"}]),
+        lambda description: description.update(statistics=[]),
+        lambda description: description.update(statistics={}),
+        lambda description: description["statistics"]["SPOT_RGBI"].update(mean="1234"),
+        lambda description: description["statistics"]["SPOT_RGBI"].update(mean=[]),
+        lambda description: description["statistics"]["SPOT_RGBI"].update(std=None),
+        lambda description: description["statistics"]["SPOT_RGBI"].update(std=[1.0, 1.0, 1.0, float("inf")]),
         lambda description: description["shards"][0].update(extra=1),
         lambda description: description["splits"].append("split_x"),
         lambda description: description["registry"].pop(0),
@@ -144,6 +156,15 @@ def test_contradictions_are_refused(shards: Path, change: Callable[[dict[str, An
 def test_members_cannot_lie_outside_their_shard(shards: Path, column: str, values: list[int]) -> None:
     with_column(shards, column, values)
     with pytest.raises(InputError, match=r"manifest\.parquet"):
+        Manifest.open(shards)
+
+
+def test_damaged_pages_are_named(shards: Path) -> None:
+    path = shards / "manifest.parquet"
+    data = path.read_bytes()
+    metadata = 8 + int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(b"PAR1" + b"\xa5" * (len(data) - metadata - 4) + data[-metadata:])
+    with pytest.raises(InputError, match=r"manifest\.parquet: damaged"):
         Manifest.open(shards)
 
 

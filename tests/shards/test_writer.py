@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from small_tree import raster_path, series_date, write_tree
+from small_tree import raster_path, series_date, write_raster, write_tree
 
 from bocage.shards import rasters
 from bocage.shards.codec import decode
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
+from bocage.shards.inputs import wanted_modalities
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.moments import Moments, merge
 from bocage.shards.normalize import represent
+from bocage.shards.stream import evaluation_batches
 from bocage.shards.writer import write_shards
 from bocage.tools.main import main
 
@@ -274,6 +276,77 @@ def test_too_many_unreadable_patches_end_the_run_until_they_are_repaired(tmp_pat
         path.write_bytes(data)
     write_shards(catalogue, tmp_path / "out", samples_per_shard=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# The patch that is broken stands in a shard that is finished when the run is broken off.
+def test_repaired_patches_enter_when_an_unfinished_run_goes_on(tmp_path: Path) -> None:
+    catalogue = small(tmp_path)
+    write_shards(catalogue, tmp_path / "whole", samples_per_shard=2, order="roi")
+    path = raster_path(tmp_path / "tree", FLAIR_HUB["SPOT_RGBI"], KEYS[0])
+    data = path.read_bytes()
+    path.write_bytes(b"")
+
+    def stop(done: int, total: int, written: int) -> None:
+        if done == 5:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi", progress=stop)
+    path.write_bytes(data)
+    manifest = write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi")
+    assert (len(manifest), manifest.skipped) == (6, {})
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_second_broken_shard_ends_the_run_and_the_first_may_be_repaired(tmp_path: Path) -> None:
+    catalogue = small(tmp_path)
+    broken = {raster_path(tmp_path / "tree", FLAIR_HUB["SPOT_RGBI"], KEYS[index]): b"" for index in (0, 2, 3)}
+    for path in broken:
+        broken[path] = path.read_bytes()
+        path.write_bytes(b"")
+    # Two in one shard: the tolerance ends the run inside it, after the first shard was finished with a gap.
+    with pytest.raises(InputError, match="2 patches cannot be read where 1 are tolerated"):
+        write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi")
+    for path, data in broken.items():
+        path.write_bytes(data)
+    manifest = write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi")
+    assert (len(manifest), manifest.skipped) == (6, {})
+
+
+# Statistics come from large rasters: torch splits only these among its threads. Two processes start.
+def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", KEYS[:2], ["AERIAL_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"], dates=40)
+    catalogue = Catalogue.open(tree)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            write_shards(catalogue, tmp_path / f"threads{threads}", samples_per_shard=1)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    write_shards(catalogue, tmp_path / "workers", samples_per_shard=1, workers=2)
+    assert contents(tmp_path / "threads1") == contents(tmp_path / "threads2") == contents(tmp_path / "workers")
+
+
+def test_an_infinite_pixel_does_not_disable_its_sensor(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", KEYS[:1], ["DEM_ELEV"])
+    bands = np.full((2, 512, 512), 100.0, np.float32)
+    bands[0, 5, 5] = np.inf
+    write_raster(raster_path(root, FLAIR_HUB["DEM_ELEV"], KEYS[0]), bands, 0.2)
+    manifest = write_shards(Catalogue.open(root), tmp_path / "out")
+    assert manifest.input_spec("DEM_ELEV").mean == (0.0, 0.0)
+    assert manifest.row(0)["maximum.DEM_ELEV"] == [0.0, 0.0]
+
+
+def test_a_patch_with_a_mask_and_no_series_can_be_read(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", KEYS[:2], SMALL)
+    raster_path(root, FLAIR_HUB["SENTINEL2_TS"], KEYS[0]).unlink()
+    manifest = write_shards(Catalogue.open(root), tmp_path / "out")
+    modalities = wanted_modalities(manifest.registry, ["SPOT_RGBI", "SENTINEL2_TS"], [])
+    (batch,) = evaluation_batches(manifest, np.arange(2), modalities, batch_size=2)
+    for name in ("SENTINEL2_TS", "SENTINEL2_MSK-SC"):
+        assert dict(zip(batch.keys, batch.present[name].tolist())) == {KEYS[0]: False, KEYS[1]: True}
 
 
 def test_dates_must_be_as_many_as_the_raster_holds(tmp_path: Path) -> None:
