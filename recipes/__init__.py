@@ -1,8 +1,9 @@
 """Recipes: YAML files, one for each run, and how one becomes a typed, checked configuration.
 
 A configuration is a dataclass. Its values come from the defaults of the dataclass, then the recipe's ``base`` recipe,
-then the recipe, then ``key=value`` arguments, each overriding the one before. Everything is checked here, before any
-work starts.
+then the recipe, then ``key=value`` arguments, each overriding the one before. A ``base`` is the name of a recipe that
+comes with bocage, or the path of a YAML file, relative to the folder of the recipe that names it. Everything is checked
+here, before any work starts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bocage.shards.errors import InputError
 Config = TypeVar("Config")
 
 _MAX_BASES = 8
+_FILE_ENDINGS = (".yaml", ".yml")
 
 
 def names() -> list[str]:
@@ -30,11 +32,16 @@ def names() -> list[str]:
 
 def _read(name: str) -> DictConfig:
     """One recipe: a name that comes with bocage, or the path of a YAML file."""
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(_FILE_ENDINGS):
         path = Path(name)
         if not path.is_file():
             raise InputError(f"recipe={name}: no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe={name}: not a text in UTF-8: {error}") from error
+        except OSError as error:
+            raise InputError(f"recipe={name}: cannot be read: {error.strerror}") from error
     else:
         item = resources.files(__name__) / f"{name}.yaml"
         if not item.is_file():
@@ -60,8 +67,21 @@ def _chain(name: str) -> list[tuple[str, DictConfig]]:
             raise InputError(f"recipe={name}: its `base` recipes form a circle at {current!r}")
         config = _read(current)
         chain.append((current, config))
-        current = cast("str | None", config.pop("base", None))
+        current = _base(current, config)
     return chain[::-1]
+
+
+def _base(name: str, config: DictConfig) -> str | None:
+    """Takes the key ``base`` out of a recipe; a file is looked for beside the recipe that names it."""
+    try:
+        base = config.pop("base", None)
+    except OmegaConfBaseException as error:
+        raise InputError(f"recipe={name}: base: {str(error).splitlines()[0]}") from error
+    if base is not None and not isinstance(base, str):
+        raise InputError(f"recipe={name}: base: {base!r} is not the name of a recipe or the path of a YAML file")
+    if base is not None and base.endswith(_FILE_ENDINGS) and name.endswith(_FILE_ENDINGS):
+        return str(Path(name).parent / base)
+    return base
 
 
 def _merge(config: Any, layer: Any, source: str) -> Any:

@@ -83,3 +83,26 @@ def test_broken_yaml_is_named(tmp_path: Path) -> None:
         recipes.resolve(Outer, [write(tmp_path / "r.yaml", "steps: [1\n")])
     with pytest.raises(InputError, match="unknown key 'stepps'"):
         recipes.resolve(Outer, [write(tmp_path / "r.yaml", "stepps: 1\n")])
+
+
+def test_a_base_file_lies_beside_the_recipe_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "common.yaml", "steps: 20\n")
+    write(tmp_path / "mine" / "first.yaml", "base: ../common.yaml\ninner: {rate: 0.5}\n")
+    recipe = write(tmp_path / "mine" / "second.yaml", "base: first.yaml\nnames: [a]\n")
+    monkeypatch.chdir("/")
+    config = recipes.resolve(Outer, [recipe])
+    assert (config.steps, config.inner.rate, config.names) == (20, 0.5, ["a"])
+
+
+@pytest.mark.parametrize("base", ["3", "[a]", "{a: 1}", "true", "${nothing}"])
+def test_a_base_that_is_no_name_is_refused(tmp_path: Path, base: str) -> None:
+    with pytest.raises(InputError, match="base: "):
+        recipes.resolve(Outer, [write(tmp_path / "r.yaml", f"base: {base}\n")])
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes("steps: 3  # \u00e9".encode("latin-1"))
+    with pytest.raises(InputError, match=r"r\.yaml: not a text in UTF-8"):
+        recipes.resolve(Outer, [f"recipe={path}"])
