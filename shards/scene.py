@@ -118,10 +118,10 @@ class Patch:
         """Lambert-93 coordinates of the upper-left corner, metres: ROIs stand apart on the grid of patches."""
         random = generator(*self.names, "corner")
         row, column = self.position
-        # Places on a coarse grid by number, jittered: two ROIs of a domain never overlap.
+        # Places on a coarse grid by number, jittered, row after row: two ROIs of a domain never overlap.
         place = self.number // len(DOMAINS)
         x = self.domain.x + 3000 * (place % 20 - 10) + float(random.integers(0, 2000))
-        y = self.domain.y + 3000 * (place // 20 % 20 - 10) + float(random.integers(0, 2000))
+        y = self.domain.y + 3000 * (place // 20 - 10) + float(random.integers(0, 2000))
         return round(x + column * PATCH_SIZE, 1), round(y - row * PATCH_SIZE, 1)
 
     def path(self, root: Path, modality: Modality) -> Path:
@@ -302,7 +302,10 @@ def _claim(out: Path, parameters: dict[str, object]) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a sample made by bocage: give an empty or a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made: {error.strerror}; give another folder") from error
     with written_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -51,7 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
             module = importlib.import_module(f"bocage.tools.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    parsed = parser.parse_args(words)
+    # argparse takes a list of words in one piece only; those after an option, `recipe=X --print-config key=value`,
+    # come back as unknown.
+    parsed, rest = parser.parse_known_args(words)
+    unknown = [word for word in rest if word.startswith("-") or "words" not in parsed]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        parsed.words += rest
     return guarded(lambda: parsed.run(parsed))
 
 

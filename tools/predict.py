@@ -12,6 +12,7 @@ from rich.progress import Progress
 from bocage.finetune.predict import predict_patches
 from bocage.finetune.task import load_segmentation
 from bocage.shards.manifest import Manifest
+from bocage.tools.arguments import not_negative, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
     )
     parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="patches at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="reading processes (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=4, help="patches at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

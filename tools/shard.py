@@ -16,6 +16,7 @@ from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.writer import write_shards
+from bocage.tools.arguments import positive, share
 
 _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
@@ -36,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CSV files of the official code that list patches, e.g. train=TRAIN.csv valid=VALID.csv test=TEST.csv",
     )
     parser.add_argument("--split-name", default="split_csv", help="column for --split-csv (default: %(default)s)")
-    parser.add_argument("--workers", type=_positive, default=1, help="processes (default: %(default)s)")
-    parser.add_argument("--shard-mb", type=_positive, default=512, help="size of a shard, MB (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--shard-mb", type=positive, default=512, help="size of a shard, MB (default: %(default)s)")
     parser.add_argument(
         "--order",
         choices=("shuffled", "roi"),
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled order (default: %(default)s)")
     parser.add_argument(
         "--max-bad",
-        type=_share,
+        type=share,
         default=0.001,
         metavar="SHARE",
         help="share of unreadable patches to leave out before giving up (default: %(default)s; one at least unless 0)",
@@ -114,6 +115,7 @@ def _print_report(console: Console, catalogue: Catalogue) -> None:
     """What the catalogue did not understand or had to leave out; nothing when all is well."""
     report = catalogue.report()
     remarks = [f"{count} files of {name} left out: no dates known" for name, count in report.undated.items()]
+    remarks += [f"{count} files of {name} left out: no series beside them" for name, count in report.lone.items()]
     if report.unparsable:
         remarks.append(f"{report.unparsable} names not understood, e.g. {', '.join(report.examples)}")
     if report.unknown_folders:
@@ -161,17 +163,3 @@ def _split_files(words: list[str]) -> dict[str, str]:
             raise InputError(f"--split-csv {word}: expected VALUE=FILE, each value once, e.g. train=TRAIN.csv")
         files[value] = path
     return files
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
-    return value

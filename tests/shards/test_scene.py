@@ -14,7 +14,7 @@ import rasterio
 
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3
 from bocage.shards.errors import InputError
-from bocage.shards.modality import FLAIR_HUB, Band, Modality, Sensor
+from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Band, Modality, Sensor
 from bocage.shards.scene import SPLITS, image_date, plan_patches, render, series_dates, write_tree
 from bocage.shards.scene_noise import generator
 from bocage.shards.scene_surfaces import Palette, cultivated
@@ -372,3 +372,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_does_not_wait_for_torch() -> None:
     code = "import sys, bocage.tools.main, bocage.tools.sample; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_regions_of_interest_of_a_domain_never_overlap() -> None:
+    # 500 to a domain: more than stand in one square of its grid.
+    patches = [patch for patch in plan_patches(16_000, SEED) if patch.cell == 0]
+    side = 2 * PATCH_SIZE
+    for domain in {patch.domain.name for patch in patches}:
+        corners = np.array([patch.corner for patch in patches if patch.domain.name == domain])
+        apart = np.abs(corners[:, None] - corners[None]).max(axis=2)
+        assert len(corners) == 500
+        assert apart[~np.eye(500, dtype=bool)].min() >= side
