@@ -27,6 +27,7 @@ from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.engine.checkpoint import step_folder
 from bocage.ssl.engine.distributed import is_main, rank_and_world
 from bocage.ssl.engine.loop import EngineConfig, train
 from bocage.ssl.engine.optim import decay_groups
@@ -232,9 +233,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     def measure(module: Segmentation, part: str) -> ConfusionMatrix:
         return confusion(module, manifest, rows[part], batch_size=config.batch_size, workers=config.workers)
 
+    measured: dict[str, ConfusionMatrix] = {}  # by checkpoint, what need not be measured twice
+
     def evaluate(module: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(module, Segmentation)
-        matrix = measure(module, "valid").total
+        found = measured[step_folder(output, step).name] = measure(module, "valid")
+        matrix = found.total
         strict, official = strict_scores(matrix, module.scheme), official_scores(matrix, module.scheme)
         return {"miou": strict.miou, "oa": strict.oa, "official_miou": official.miou, "official_oa": official.oa}
 
@@ -273,7 +277,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "fit_only": ["valid"] if config.split == EVERY_SAMPLE else [],
     }
     for part in [name for name in ("valid", "test") if name in rows]:
-        matrix = measure(best, part).total
+        # The loop evaluates in the precision of training; what is reported is float32, as predictions are.
+        known = part == "valid" and config.engine.precision == "fp32" and metrics["checkpoint"] in measured
+        matrix = (measured[metrics["checkpoint"]] if known else measure(best, part)).total
         metrics[part] = {
             "strict": strict_scores(matrix, best.scheme).to_json(),
             "official": official_scores(matrix, best.scheme).to_json(),

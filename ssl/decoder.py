@@ -17,6 +17,7 @@ from torch import nn
 
 _LONGEST = 400.0  # metres: longest wavelength of the position encoding, four patches
 _SHORTEST = 4.0  # metres: shortest wavelength, about the smallest mask unit
+_NEAREST, _FARTHEST = 4.0, 100.0  # metres: reach of the most local and of the widest attention head at the start
 _LONGEST_DAYS, _SHORTEST_DAYS = 730.0, 8.0
 
 
@@ -113,6 +114,36 @@ class Neck(nn.Module):
         return total.permute(0, 2, 3, 1)
 
 
+class _Attention(nn.Module):
+    """Multi-head attention in which what lies far on the ground weighs less.
+
+    Each head subtracts its own multiple of the distance in metres from the attention scores (ALiBi, arXiv 2108.12409,
+    on the ground instead of along a text; the multiples are learned). Tokens of all sensors are thus neighbours from
+    the first step on, whatever their pixel size.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        # Reach of the heads: from one mask unit to about the whole patch.
+        reach = torch.logspace(math.log10(_NEAREST), math.log10(_FARTHEST), heads)
+        self.log_slope = nn.Parameter(-reach.log())
+
+    def forward(
+        self, queries: torch.Tensor, keys: torch.Tensor, distances: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        batch, count, width = queries.shape
+        shape = (batch, -1, self.heads, width // self.heads)
+        query = self.query(queries).view(shape).transpose(1, 2)
+        key, value = (part.view(shape).transpose(1, 2) for part in self.key_value(keys).chunk(2, dim=-1))
+        bias = -self.log_slope.exp()[None, :, None, None] * distances[:, None]
+        bias = bias.masked_fill(hidden[:, None, None], -torch.inf).to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.output(attended.transpose(1, 2).reshape(batch, count, width))
+
+
 class _Block(nn.Module):
     """Pre-norm attention and MLP; attends to itself, or to a memory when one is given."""
 
@@ -120,16 +151,30 @@ class _Block(nn.Module):
         super().__init__()
         self.norm_queries = nn.LayerNorm(width)
         self.norm_memory = nn.LayerNorm(width) if cross else None
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = _Attention(width, heads)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, tokens: torch.Tensor, hidden: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        distances: torch.Tensor,
+        hidden: torch.Tensor,
+        memory: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         queries = self.norm_queries(tokens)
         keys = queries if memory is None or self.norm_memory is None else self.norm_memory(memory)
-        attended, _ = self.attention(queries, keys, keys, key_padding_mask=hidden, need_weights=False)
-        tokens = tokens + attended
+        tokens = tokens + self.attention(queries, keys, distances, hidden)
         return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+@dataclass
+class Memory:
+    """Fused visible tokens: (B, N, width), their centres (B, N, 2) in metres, and which of them (B, N) to leave out."""
+
+    tokens: torch.Tensor
+    centres: torch.Tensor
+    hidden: torch.Tensor
 
 
 class FusionDecoder(nn.Module):
@@ -158,41 +203,40 @@ class FusionDecoder(nn.Module):
         tokens: Mapping[str, torch.Tensor],
         centres: Mapping[str, torch.Tensor],
         hidden: Mapping[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        side: float,
+    ) -> Memory:
         """The fused memory.
 
         Args:
             tokens: by modality, (B, N, width).
             centres: by modality, (B or 1, N, 2) metres.
             hidden: by modality, (B,) bool: no token of this sample's modality may be seen.
-
-        Returns:
-            Memory (B, 1 + sum N, width) and the mask (B, 1 + sum N) of what attention must leave out.
+            side: side of the ground window, metres.
         """
-        parts, masks = [], []
+        batch = len(next(iter(tokens.values())))
+        first = next(iter(centres.values()))
+        parts = [self.register.expand(batch, 1, -1)]
+        places = [torch.full_like(first[:, :1], side / 2).expand(batch, -1, -1)]
+        masks = [next(iter(hidden.values())).new_zeros((batch, 1))]
         for name, values in tokens.items():
             place = ground_encoding(centres[name], self.width).to(values.dtype)
             parts.append(values + place + self.embeddings[name])
+            places.append(centres[name].expand(batch, -1, -1))
             masks.append(hidden[name][:, None].expand(-1, values.shape[1]))
-        batch = parts[0].shape[0]
-        parts.insert(0, self.register.expand(batch, 1, -1).to(parts[0].dtype))
-        masks.insert(0, masks[0].new_zeros((batch, 1)))
-        memory, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+        memory = Memory(torch.cat(parts, dim=1), torch.cat(places, dim=1), torch.cat(masks, dim=1))
+        distances = torch.cdist(memory.centres, memory.centres)
         for block in self.fusion:
-            memory = block(memory, mask)
-        return memory, mask
+            memory.tokens = block(memory.tokens, distances, memory.hidden)
+        return memory
 
-    def read(
-        self, centres: Mapping[str, torch.Tensor], memory: torch.Tensor, mask: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def read(self, centres: Mapping[str, torch.Tensor], memory: Memory) -> dict[str, torch.Tensor]:
         """What the memory says about places: by modality (B, N, width) for centres (N, 2)."""
-        queries = [
-            (ground_encoding(places, self.width) + self.queries[name]).expand(len(memory), -1, -1)
-            for name, places in centres.items()
-        ]
-        answers = torch.cat(queries, dim=1).to(memory.dtype)
+        batch = len(memory.tokens)
+        queries = [ground_encoding(places, self.width) + self.queries[name] for name, places in centres.items()]
+        answers = torch.cat(queries).expand(batch, -1, -1).to(memory.tokens.dtype)
+        distances = torch.cdist(torch.cat(list(centres.values())).expand(batch, -1, -1), memory.centres)
         for block in self.reading:
-            answers = block(answers, mask, memory)
+            answers = block(answers, distances, memory.hidden, memory.tokens)
         answers = self.norm(answers)
         counts = [len(places) for places in centres.values()]
         return dict(zip(centres, answers.split(counts, dim=1), strict=True))

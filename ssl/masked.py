@@ -181,12 +181,13 @@ class Masked(nn.Module):
         tokens, centres = {}, {}
         for name in view.maps:
             tokens[name], centres[name] = self._tokens(view, name)
-        memory, left_out = self.decoder.fuse(tokens, centres, {name: view.masks[name].whole for name in tokens})
+        hidden = {name: view.masks[name].whole for name in tokens}
+        memory = self.decoder.fuse(tokens, centres, hidden, view.side)
         places = {}
         for name, mask in view.masks.items():
             count = view.inputs[name].values.shape[-1] if mask.units is None else mask.units.shape[1]
-            places[name] = grid_centres(count, view.side, memory.device).flatten(0, 1)
-        answers = self.decoder.read(places, memory, left_out)
+            places[name] = grid_centres(count, view.side, memory.tokens.device).flatten(0, 1)
+        answers = self.decoder.read(places, memory)
         return {
             name: self._image(name, answers[name], view.inputs[name], mask)
             if mask.units is not None
