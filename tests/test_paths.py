@@ -35,41 +35,48 @@ def run_pretraining(shards: Path, output: Path, *words: str) -> None:
     assert pretrain(config).exit_code == 0
 
 
-# About a minute: it trains until three patches of 512 px are fitted.
-def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
-    manifest = write_shards(Catalogue.open(DATA / "flairhub_real"), tmp_path / "shards")
+def take_real_patches_to_maps(folder: Path, *words: str) -> float:
+    """GeoTIFF, shards, encoder, model, GeoTIFF; the fit (strict mIoU) on the three patches."""
+    manifest = write_shards(Catalogue.open(DATA / "flairhub_real"), folder / "shards")
     assert list(manifest.registry) == ["AERIAL_RGBI", "AERIAL_LABEL-COSIA"]
-    run = tmp_path / "pretrain"
+    run = folder / "pretrain"
     run_pretraining(manifest.path, run, "engine.steps=40", "engine.optimizer.learning_rate=2e-3")
     values = losses(run)
     assert np.mean(values[-5:]) < 0.97 * np.mean(values[:5])
     assert list((run / "pictures").glob("reconstruction_*.png"))
 
-    words = [
+    settings = [
         "recipe=finetune_quickstart",
         f"shards={manifest.path}",
-        f"output={tmp_path / 'finetune'}",
+        f"output={folder / 'finetune'}",
         f"encoders.AERIAL_RGBI={run / 'encoders' / 'AERIAL_RGBI'}",
         "modalities=[AERIAL_RGBI]",
         "split=all",
-        "window=102.4",
-        "batch_size=3",
         "workers=0",
         "predictions=3",
-        "decoder.norm=batch",
-        "engine.steps=280",
-        "engine.optimizer.learning_rate=3e-3",
+        *words,
     ]
-    result = finetune(recipes.resolve(FinetuneConfig, words))
-    assert result["valid"]["strict"]["miou"] > 80
+    result = finetune(recipes.resolve(FinetuneConfig, settings))
     for key in manifest.column("key").to_pylist():
         domain, roi, tile = key.split("_")
         source = DATA / "flairhub_real" / f"{domain}_AERIAL_RGBI" / roi / f"{domain}_AERIAL_RGBI_{roi}_{tile}.tif"
-        (path,) = (tmp_path / "finetune" / "predictions").rglob(f"*{key}*.tif")
+        (path,) = (folder / "finetune" / "predictions").rglob(f"*{key}*.tif")
         with rasterio.open(source) as image, rasterio.open(path) as prediction:
             assert prediction.transform.almost_equals(image.transform, precision=1e-6)
             assert prediction.crs == image.crs
             assert prediction.shape == image.shape
+    return float(result["valid"]["strict"]["miou"])
+
+
+# About 20 s: two trainings of some dozen steps.
+def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
+    assert take_real_patches_to_maps(tmp_path, "engine.steps=30") > 5
+
+
+@pytest.mark.slow  # About six minutes: it trains until three patches of 512 px are fitted.
+def test_real_patches_are_fitted(tmp_path: Path) -> None:
+    words = ("window=102.4", "batch_size=3", "decoder.norm=batch", "engine.steps=280")
+    assert take_real_patches_to_maps(tmp_path, *words, "engine.optimizer.learning_rate=3e-3") > 80
 
 
 def treesat_tree(root: Path) -> None:
