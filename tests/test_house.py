@@ -89,7 +89,7 @@ def test_every_folder_with_modules_is_a_listed_package() -> None:
 
 
 def test_the_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
-    # Built from a copy, because setuptools leaves a build folder behind; without isolation, so that no network is needed.
+    # From a copy, because setuptools leaves a build folder behind; without isolation, because that needs a network.
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
