@@ -113,6 +113,9 @@ def predict_patches(
 
     Returns:
         The path of the picture.
+
+    Raises:
+        InputError: no rows, shards that hold none of the modalities, or an ``out`` that cannot be a folder.
     """
     if len(rows) == 0:
         raise InputError(f"{manifest.path}: no patch to predict")
@@ -121,7 +124,10 @@ def predict_patches(
     missing = [name for name in task.modalities if name not in manifest.registry]
     if missing:
         print(f"bocage: {manifest.path} has no {', '.join(missing)}: predicting without", file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a folder for the maps: {error.strerror}") from error
     task = task.to(device).eval()
     panels: list[Panel] = []
     done = 0

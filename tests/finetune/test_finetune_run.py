@@ -86,6 +86,10 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
             np.add.at(counted, (file.read(1).ravel(), predicted.ravel()), 1)
     assert counted.tolist() == stored["valid"]["confusion"]
 
+    (tmp_path / "file").touch()
+    assert main(["predict", str(run), str(shards), str(tmp_path / "file")]) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
+
     # A finished run that is started again trains nothing and says the same.
     again = finetune(config(shards, run))
     assert again["valid"] == result["valid"]
