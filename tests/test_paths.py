@@ -15,6 +15,7 @@ from small_recipes import PRETRAIN
 
 from bocage import recipes
 from bocage.finetune.train import FinetuneConfig, finetune
+from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB, Band, Modality, Sensor
@@ -158,6 +159,22 @@ def test_an_eighth_sensor_needs_a_registry_entry_and_nothing_else(tmp_path: Path
     run_pretraining(Manifest.open(manifest.path).path, tmp_path / "run", "engine.steps=3")
     assert all(np.isfinite(losses(tmp_path / "run", "masked/PLANET_RE")))
     assert load_encoder(tmp_path / "run" / "encoders" / "PLANET_RE").spec.bands == ("red", "edge")
+
+
+# Some seconds: three short trainings on the real patches.
+def test_a_resumed_run_follows_its_shards_but_not_other_ones(tmp_path: Path) -> None:
+    manifest = write_shards(Catalogue.open(DATA / "flairhub_real"), tmp_path / "shards")
+    run = tmp_path / "run"
+    run_pretraining(manifest.path, run, "engine.steps=2")
+    moved = manifest.path.rename(tmp_path / "moved")
+    run_pretraining(moved, run, "engine.steps=3")
+    assert len(losses(run)) == 3
+    text = (moved / "dataset.json").read_text()
+    description = json.loads(text)
+    description["statistics"]["AERIAL_RGBI"]["mean"][0] += 5
+    (moved / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=r"another configuration.*shards"):
+        run_pretraining(moved, run, "engine.steps=4")
 
 
 @pytest.mark.parametrize(
