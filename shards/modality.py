@@ -23,7 +23,7 @@ Quantity = Literal[
     "cloud_probability",
     "class",
 ]
-Representation = Literal["linear", "decibel", "relief"]
+Representation = Literal["linear", "decibel", "relief", "elevation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,33 @@ class Sensor:
     looks: float | None = None
 
 
+def channels_of(representation: Representation, bands: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of all channels of a representation of these bands, in order."""
+    if representation in ("relief", "elevation"):
+        return (representation, "height")
+    return bands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """How the published FLAIR-HUB baselines read a modality (configurations of IGN's own code).
+
+    Attributes:
+        channels: in the order their models read them.
+        representation: see ``Modality``.
+        mean, std: what they normalise each of these channels with; 0 and 1 where they read raw values.
+    """
+
+    channels: tuple[str, ...]
+    representation: Representation = "linear"
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.channels) == len(self.mean) == len(self.std):
+            raise ValueError(f"baseline of {self.channels}: one mean and one std a channel")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Modality:
     """One raster of a patch.
@@ -73,13 +100,15 @@ class Modality:
         dtype: NumPy dtype of the stored values.
         size: pixels along a side of a patch; ``size * gsd`` is the patch's 102.4 m.
         representation: what an encoder sees before standardisation. ``linear``: the values; ``decibel``:
-            10 log10 of the value; ``relief``: (surface - mean surface of the window, surface - terrain), metres.
+            10 log10 of the value; ``relief``: (surface - mean surface of the window, surface - terrain), metres;
+            ``elevation``: (surface, surface - terrain), metres, as the published baselines read it.
         groups: names of correlated channels of the representation, normalised together in reconstruction targets
             (MAESTRO, arXiv 2508.10894).
         unit: side of a mask unit, pixels; for series, side of the cells in which targets are normalised.
         dates_table: the NAME in ``GLOBAL_NAME_MTD_DATES.gpkg`` that holds acquisition dates.
         historical: the file name carries ``195X`` instead of the image year, and the sensor saw an older landscape.
         mean, std: official statistics of the stored values by band, where IGN publishes them.
+        baseline: how the published baselines read it, if they do.
         codec: name of the lossless codec chain of its shard member (see ``codec.py``).
         nodata_below: stored values under this are holes (None: every value is valid).
         sensor: what the simulator needs to know.
@@ -100,6 +129,7 @@ class Modality:
     mask_of: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    baseline: Baseline | None = None
     nodata_below: float | None = None
     sensor: Sensor = field(default_factory=Sensor)
 
@@ -126,9 +156,7 @@ class Modality:
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the channels of the representation, in order."""
-        if self.representation == "relief":
-            return ("relief", "height")
-        return tuple(band.name for band in self.bands)
+        return channels_of(self.representation, tuple(band.name for band in self.bands))
 
     @property
     def schemes(self) -> tuple[ClassScheme, ...]:
@@ -151,7 +179,11 @@ class Modality:
                 )
                 bands.append(Band(**{**band, "scheme": scheme}))
             sensor = Sensor(**values.pop("sensor"))
-            return cls(bands=tuple(bands), sensor=sensor, **{key: _tuples(value) for key, value in values.items()})
+            baseline = values.pop("baseline", None)
+            if baseline is not None:
+                baseline = Baseline(**{key: _tuples(value) for key, value in baseline.items()})
+            rest = {key: _tuples(value) for key, value in values.items()}
+            return cls(bands=tuple(bands), sensor=sensor, baseline=baseline, **rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"modality description {description.get('name', '?')!r} cannot be read: {error}"
@@ -225,6 +257,10 @@ def _reflectance(**wavelengths: float) -> tuple[Band, ...]:
     return tuple(Band(name=name, quantity="reflectance", wavelength=value) for name, value in wavelengths.items())
 
 
+def _raw(*channels: str) -> Baseline:
+    return Baseline(channels=channels, mean=(0.0,) * len(channels), std=(1.0,) * len(channels))
+
+
 _RGBI = _reflectance(R=650.0, G=550.0, B=460.0, NIR=840.0)
 _VV_VH = (Band(name="VV", quantity="backscatter_vv"), Band(name="VH", quantity="backscatter_vh"))
 # Sigma0 in linear units holds zeros at the swath's edge: the logarithm is floored where it is taken (normalize.py).
@@ -245,6 +281,7 @@ FLAIR_HUB = Registry(
             dates_table="AERIAL",
             mean=(105.66, 111.35, 102.18, 106.59),
             std=(52.23, 45.62, 44.30, 39.78),
+            baseline=Baseline(channels=("NIR", "R", "G"), mean=(106.59, 105.66, 111.35), std=(39.78, 52.23, 45.62)),
             sensor=Sensor(gain=430.0, offset=10.0, gamma=0.62, noise=3.0),
         ),
         Modality(
@@ -261,6 +298,7 @@ FLAIR_HUB = Registry(
             historical=True,
             mean=(125.92,),
             std=(38.45,),
+            baseline=Baseline(channels=("PAN",), mean=(125.92,), std=(38.45,)),
             sensor=Sensor(gain=500.0, offset=15.0, gamma=0.6, noise=9.0),
         ),
         Modality(
@@ -276,6 +314,13 @@ FLAIR_HUB = Registry(
             unit=32,
             mean=(311.06, 307.06),
             std=(537.55, 537.82),
+            # The surface's statistics for both: differences of height keep their scale.
+            baseline=Baseline(
+                channels=("elevation", "height"),
+                representation="elevation",
+                mean=(311.06, 311.06),
+                std=(537.55, 537.55),
+            ),
             nodata_below=-500.0,
             sensor=Sensor(noise=0.04),
         ),
@@ -292,6 +337,9 @@ FLAIR_HUB = Registry(
             dates_table="SPOT",
             mean=(433.26, 508.75, 467.77, 1137.03),
             std=(312.76, 284.61, 226.02, 543.11),
+            # The published configuration gives these channels the statistics of R, G and B in that order, near
+            # infrared those of red. The weights were trained so, and read their input so.
+            baseline=Baseline(channels=("NIR", "R", "G"), mean=(433.26, 508.75, 467.77), std=(312.76, 284.61, 226.02)),
             sensor=Sensor(gain=4500.0, noise=25.0),
         ),
         Modality(
@@ -316,6 +364,7 @@ FLAIR_HUB = Registry(
             groups=(("B2", "B3", "B4", "B8"), ("B5", "B6", "B7", "B8A"), ("B11", "B12")),
             unit=5,
             dates_table="SENTINEL2",
+            baseline=_raw("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12"),
             sensor=Sensor(gain=10_000.0, noise=60.0),
         ),
         Modality(
@@ -341,6 +390,7 @@ FLAIR_HUB = Registry(
             groups=(("VV",), ("VH",)),
             unit=5,
             dates_table="SENTINEL1-ASC",
+            baseline=_raw("VV", "VH"),
             sensor=_SENTINEL1_SENSOR,
         ),
         Modality(
@@ -355,6 +405,7 @@ FLAIR_HUB = Registry(
             groups=(("VV",), ("VH",)),
             unit=5,
             dates_table="SENTINEL1-DESC",
+            baseline=_raw("VV", "VH"),
             sensor=_SENTINEL1_SENSOR,
         ),
         Modality(

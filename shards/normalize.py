@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from bocage.shards.errors import InputError
-from bocage.shards.modality import Modality, Representation
+from bocage.shards.modality import Modality, Representation, channels_of
 
+_TUPLES = ("bands", "quantities", "wavelengths", "channels", "mean", "std")
 _SIGMA0_FLOOR = 1e-4  # -40 dB: zeros at the swath's edge would give minus infinity
 
 
@@ -21,7 +22,9 @@ class InputSpec:
     Attributes:
         modality: the dataset's name of the sensor.
         bands: stored bands in the order the arrays hold them.
-        channels: channels of the representation, in the order the encoder reads them.
+        quantities: by band, what it measures (``modality.Quantity``).
+        wavelengths: by band, its centre wavelength in nm; None for bands that are not optical.
+        channels: channels of the representation, in the order the encoder reads them; not necessarily all of them.
         representation: see ``modality.Modality``.
         mean, std: by channel, in units of the representation.
         gsd: ground sampling distance, metres.
@@ -31,6 +34,8 @@ class InputSpec:
 
     modality: str
     bands: tuple[str, ...]
+    quantities: tuple[str, ...]
+    wavelengths: tuple[float | None, ...]
     channels: tuple[str, ...]
     representation: Representation
     mean: tuple[float, ...]
@@ -44,6 +49,14 @@ class InputSpec:
             raise ValueError(
                 f"{self.modality}: {len(self.channels)} channels, {len(self.mean)} means, {len(self.std)} stds"
             )
+        known = channels_of(self.representation, self.bands)
+        if unknown := set(self.channels) - set(known):
+            raise ValueError(f"{self.modality}: channels {', '.join(sorted(unknown))} are not among {', '.join(known)}")
+        if not len(self.bands) == len(self.quantities) == len(self.wavelengths):
+            raise ValueError(
+                f"{self.modality}: {len(self.bands)} bands, {len(self.quantities)} quantities, "
+                f"{len(self.wavelengths)} wavelengths"
+            )
 
     @classmethod
     def of(cls, modality: Modality, mean: tuple[float, ...], std: tuple[float, ...]) -> InputSpec:
@@ -51,6 +64,8 @@ class InputSpec:
         return cls(
             modality=modality.name,
             bands=tuple(band.name for band in modality.bands),
+            quantities=tuple(band.quantity for band in modality.bands),
+            wavelengths=tuple(band.wavelength for band in modality.bands),
             channels=modality.channels,
             representation=modality.representation,
             mean=mean,
@@ -69,7 +84,7 @@ class InputSpec:
         """The spec described by ``to_json``; raises ``InputError`` on unknown, missing or wrong fields."""
         try:
             values = dict(description)
-            values.update({key: tuple(values[key]) for key in ("bands", "channels", "mean", "std")})
+            values.update({key: tuple(values[key]) for key in _TUPLES})
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"input description of an encoder cannot be read: {error}") from error
@@ -79,7 +94,7 @@ def represent(values: torch.Tensor, representation: Representation, nodata_below
     """The representation of stored values.
 
     Args:
-        values: (..., C, H, W) in any dtype. ``relief`` expects the bands surface, terrain.
+        values: (..., C, H, W) in any dtype. ``relief`` and ``elevation`` expect the bands surface, terrain.
         representation: see ``modality.Modality``.
         nodata_below: stored values under this are holes, as are infinities and NaN.
 
@@ -94,10 +109,12 @@ def represent(values: torch.Tensor, representation: Representation, nodata_below
         values = torch.where(values < nodata_below, torch.nan, values)
     if representation == "decibel":
         return 10.0 * torch.log10(values.clamp_min(_SIGMA0_FLOOR))
-    if representation == "relief":
+    if representation in ("relief", "elevation"):
         surface, terrain = values.unbind(dim=-3)
-        level = surface.nanmean(dim=(-2, -1), keepdim=True)
-        return _finite_or_nan(torch.stack((surface - level, surface - terrain), dim=-3))
+        height = surface - terrain
+        if representation == "relief":
+            surface = surface - surface.nanmean(dim=(-2, -1), keepdim=True)
+        return _finite_or_nan(torch.stack((surface, height), dim=-3))
     return values
 
 
@@ -106,8 +123,11 @@ def _finite_or_nan(values: torch.Tensor) -> torch.Tensor:
 
 
 def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    """Represented and standardised values, (..., C, H, W) float32; holes are NaN (``fill_holes`` closes them)."""
+    """The spec's channels, standardised: (..., C, H, W) float32; holes are NaN (``fill_holes`` closes them)."""
     values = represent(values, spec.representation, spec.nodata_below)
+    known = channels_of(spec.representation, spec.bands)
+    if spec.channels != known:
+        values = values[..., [known.index(channel) for channel in spec.channels], :, :]
     mean = torch.tensor(spec.mean, device=values.device).view(-1, 1, 1)
     std = torch.tensor(spec.std, device=values.device).view(-1, 1, 1)
     return (values - mean) / std.clamp_min(1e-6)

@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.inputs import encoder_inputs, quality_masks, unclear_dates, wanted_modalities
 from bocage.shards.modality import FLAIR_HUB, Modality
 from bocage.shards.moments import Moments
-from bocage.shards.normalize import InputSpec, represent
+from bocage.shards.normalize import InputSpec, represent, standardize
 
 S2, CLOUDS = "SENTINEL2_TS", "SENTINEL2_MSK-SC"
 
@@ -159,3 +162,34 @@ def test_a_batch_moves_as_one() -> None:
     batch = collate([sample("a", 1, SENTINEL2_TS=series(2))], [FLAIR_HUB[S2]])
     moved: Batch = batch.to("meta")
     assert moved.values[S2].device.type == moved.padding[S2].device.type == moved.seeds.device.type == "meta"
+
+
+def test_an_encoder_may_read_some_channels_in_its_own_order() -> None:
+    """The published baselines read near infrared, red and green of the aerial images, in that order."""
+    modality = FLAIR_HUB["AERIAL_RGBI"]
+    baseline = modality.baseline
+    assert baseline is not None
+    spec = replace(
+        InputSpec.of(modality, (0.0,) * 4, (1.0,) * 4),
+        channels=baseline.channels,
+        mean=(1.0, 2.0, 3.0),
+        std=(1.0, 2.0, 4.0),
+    )
+    values = torch.arange(4, dtype=torch.uint8).mul(10).view(1, 4, 1, 1)
+    assert standardize(values, spec).flatten().tolist() == [29.0, -1.0, 1.75]
+    with pytest.raises(ValueError, match="channels SWIR are not among R, G, B, NIR"):
+        replace(spec, channels=("NIR", "R", "SWIR"))
+
+
+def test_elevation_keeps_the_height_above_sea_and_relief_does_not() -> None:
+    values = torch.tensor([[[100.0, 104.0]], [[100.0, 101.0]]]).unsqueeze(0)
+    assert represent(values, "elevation").flatten().tolist() == [100.0, 104.0, 0.0, 3.0]
+    assert represent(values, "relief").flatten().tolist() == [-2.0, 2.0, 0.0, 3.0]
+    baseline = FLAIR_HUB["DEM_ELEV"].baseline
+    assert baseline is not None
+    assert baseline.mean == (311.06, 311.06)
+
+
+def test_a_registry_keeps_its_baselines_in_a_file() -> None:
+    for modality in FLAIR_HUB.values():
+        assert Modality.from_json(json.loads(json.dumps(modality.to_json()))) == modality
