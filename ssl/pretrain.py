@@ -19,6 +19,7 @@ from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.sources import pretrained_encoder
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import is_main
 from bocage.ssl.engine.loop import Outcome, train
@@ -31,7 +32,8 @@ USAGE = """\
 usage: accelerate launch pretrain.py recipe=NAME shards=PATH [key=value ...] [--print-config]
 
 Pretrain one encoder a modality. Every key of the recipe can be overridden: engine.steps=1000, batch_size=8,
-masking.images=mask_token. --print-config prints the resolved configuration and stops.
+masking.images=mask_token, encoders.MODALITY=FOLDER (or hf:org/name, imagenet, imagenet:FILE) to start from given
+weights. --print-config prints the resolved configuration and stops.
 
 recipes: {recipes}"""
 
@@ -51,7 +53,10 @@ class PretrainConfig:
         batch_size: samples per rank and step.
         workers: reading processes per rank.
         swin, utae: encoders of images and of series.
-        encoders: encoders of single modalities, by name, in place of these.
+        architectures: encoders of single modalities, by name, in place of these.
+        encoders: by modality, where the weights of its encoder start from (``ssl.encoders.sources``): the folder of a
+            saved encoder, ``hf:org/name``, ``imagenet`` or ``imagenet:FILE``. It must be built as this recipe builds
+            it, and keeps its statistics. The others start from scratch.
         masking: what is hidden.
         masked: the masked objective.
         engine: the training loop.
@@ -69,7 +74,8 @@ class PretrainConfig:
     workers: int = 4
     swin: EncoderConfig = field(default_factory=EncoderConfig)
     utae: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="utae"))
-    encoders: dict[str, EncoderConfig] = field(default_factory=dict)
+    architectures: dict[str, EncoderConfig] = field(default_factory=dict)
+    encoders: dict[str, str] = field(default_factory=dict)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -87,16 +93,17 @@ def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
     """The encoders and the objective of a run, with the statistics of the shards."""
     registry = manifest.registry
     names = config.modalities or [modality.name for modality in registry.inputs]
-    unknown = sorted(set(config.encoders) - set(names))
-    if unknown:
-        raise InputError(f"encoders.{unknown[0]}: not one of the modalities of this run ({', '.join(names)})")
+    for key in ("architectures", "encoders"):
+        if unknown := sorted(set(getattr(config, key)) - set(names)):
+            raise InputError(f"{key}.{unknown[0]}: not one of the modalities of this run ({', '.join(names)})")
     modalities = {name: _input(registry[name]) for name in names}
     encoders: dict[str, Encoder] = {}
     for name, modality in modalities.items():
-        chosen = config.encoders.get(name, config.swin if modality.role == "image" else config.utae)
-        encoders[name] = build_encoder(
-            manifest.input_spec(name), chosen, mask_token=config.masking.images == "mask_token"
-        )
+        chosen = config.architectures.get(name, config.swin if modality.role == "image" else config.utae)
+        encoder = build_encoder(manifest.input_spec(name), chosen, mask_token=config.masking.images == "mask_token")
+        if name in config.encoders:
+            encoder = pretrained_encoder(encoder, config.encoders[name], keep_architecture=True)
+        encoders[name] = encoder
     terms: dict[str, nn.Module] = {"masked": Masked(encoders, modalities, config.masked)}
     return Pretraining(
         encoders, modalities, quality_masks(registry, names), config.masking, terms, dict.fromkeys(terms, 1.0)

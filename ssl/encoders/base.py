@@ -19,14 +19,17 @@ class EncoderConfig:
 
     Attributes:
         architecture: ``swin`` for images, ``utae`` for series.
-        name: the timm model name of a Swin; unused by U-TAE.
+        name: the timm model name of a Swin, with or without the tag of timm's published weights; unused by U-TAE.
         options: further constructor arguments: timm model arguments (``embed_dim``, ``depths``, ``num_heads``,
             ``window_size``, ...) or U-TAE's (``encoder_widths``, ``n_head``, ...).
+        fixed_size: the only image side a Swin shall take, pixels, as the official FLAIR-HUB code builds its encoders;
+            None: any size (see ``SwinEncoder``).
     """
 
     architecture: Architecture = "swin"
     name: str = "swin_tiny_patch4_window7_224"
     options: dict[str, Any] = field(default_factory=dict)
+    fixed_size: int | None = None
 
 
 class Encoder(nn.Module):
@@ -66,12 +69,3 @@ class Encoder(nn.Module):
             (B, widths[i], H / strides[i], W / strides[i]) for each i; sizes round up.
         """
         raise NotImplementedError
-
-    def forward(
-        self,
-        values: torch.Tensor,
-        dates: torch.Tensor | None = None,
-        padding: torch.Tensor | None = None,
-    ) -> list[torch.Tensor]:
-        """Same as ``features`` without a mask."""
-        return self.features(values, dates, padding)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import reprlib
 
 from bocage.shards.errors import InputError
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
-from bocage.ssl.encoders.swin import SwinEncoder
 from bocage.ssl.encoders.utae import UTAE
 
 
@@ -24,7 +24,8 @@ def _utae(spec: InputSpec, config: EncoderConfig) -> UTAE:
     except InputError:
         raise
     except Exception as error:  # the keys are known by now: what is left are values of another type or sign
-        raise InputError(f"U-TAE cannot be built with options {config.options}: {error}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"U-TAE cannot be built with options {reprlib.repr(config.options)}: {reason}") from error
 
 
 def build_encoder(spec: InputSpec, config: EncoderConfig, mask_token: bool = False) -> Encoder:
@@ -47,11 +48,16 @@ def build_encoder(spec: InputSpec, config: EncoderConfig, mask_token: bool = Fal
         raise InputError(
             f"{spec.modality} is {kind}: its encoder architecture is {expected}, not {config.architecture}"
         )
+    if config.fixed_size is not None and spec.series:
+        raise InputError(f"{spec.modality}: fixed_size={config.fixed_size} is for images; U-TAE takes every size")
     encoder: Encoder
     if spec.series:
         encoder = _utae(spec, config)
     else:
-        encoder = SwinEncoder(len(spec.channels), config.name, config.options, mask_token)
+        from bocage.ssl.encoders.swin import SwinEncoder  # imports timm, which takes seconds and series do not need
+
+        size = config.fixed_size
+        encoder = SwinEncoder(len(spec.channels), config.name, config.options, mask_token, fixed_size=size)
     encoder.spec = spec
     encoder.config = config
     return encoder

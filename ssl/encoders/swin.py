@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,25 +19,26 @@ from torch import nn
 
 from bocage.shards.errors import InputError
 from bocage.ssl.encoders.base import Encoder
-
-ANY_SIZE: dict[str, Any] = {"always_partition": True, "strict_img_size": False}
-"""timm arguments that keep the windows whole at every input size, so that one set of weights serves all of them."""
+from bocage.ssl.encoders.timm_format import ANY_SIZE, architecture_of
 
 _OWN_OPTIONS = {*ANY_SIZE, "in_chans", "num_classes", "global_pool", "dynamic_img_size", "device", "dtype"}
 
 
 def swin_names() -> list[str]:
-    """timm model names that ``SwinEncoder`` takes."""
+    """timm architectures that ``SwinEncoder`` takes; with a tag of published weights (``name.tag``) they go as well."""
     return timm.list_models(["swin_*", "swinv2_*"], exclude_filters=["swinv2_cr_*"])
 
 
 def _check(name: str, options: Mapping[str, Any]) -> None:
     known = swin_names()
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    architecture = architecture_of(name)
+    if architecture not in known:
+        nearest = difflib.get_close_matches(architecture, known, n=1, cutoff=0.0)[0]
         raise InputError(f"encoder name {name!r} is not a timm Swin; did you mean {nearest!r}?")
-    architecture = SwinTransformerV2 if name.startswith("swinv2_") else SwinTransformer
-    valid = [key for key in inspect.signature(architecture).parameters if key not in _OWN_OPTIONS]
+    if name != architecture and name not in (tagged := timm.list_pretrained(architecture)):
+        raise InputError(f"timm has no weights of the name {name!r}; there are: {', '.join(tagged)}")
+    constructor = SwinTransformerV2 if architecture.startswith("swinv2_") else SwinTransformer
+    valid = [key for key in inspect.signature(constructor).parameters if key not in _OWN_OPTIONS]
     for key in options:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1)
@@ -47,33 +49,47 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
 class SwinEncoder(Encoder):
     """A timm Swin v1 or v2 with feature maps at strides 4, 8, 16 and 32.
 
-    Height and width may be any multiple of the patch size (4); windows are padded where they do not fit.
-    Parameters are named as in timm's ``features_only`` model, under ``model.``.
+    Height and width may be any multiple of the patch size (4); windows are padded where they do not fit, and the same
+    weights serve all sizes. Parameters are named as in timm's ``features_only`` model, under ``model.``.
 
     Args:
         in_channels: bands of the image.
-        name: one of ``swin_names()``.
+        name: one of ``swin_names()``, with or without a tag.
         options: further timm arguments (``embed_dim``, ``depths``, ``num_heads``, ``window_size``, ``img_size``, ...).
         mask_token: whether to build the learned token that ``features`` puts at masked places while pretraining.
+        fixed_size: side of the only image size the encoder takes, pixels, as ``timm.create_model(name, img_size=N)``
+            has it: windows larger than a map shrink to it, and v1's tables of position biases with them. For weights
+            of models built so; ``resize_bias_tables`` converts between the two.
 
     Raises:
         InputError: an unknown name or option, or values timm cannot build a model from.
     """
 
     def __init__(
-        self, in_channels: int, name: str, options: Mapping[str, Any] | None = None, mask_token: bool = False
+        self,
+        in_channels: int,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        mask_token: bool = False,
+        *,
+        fixed_size: int | None = None,
     ) -> None:
         super().__init__()
         options = dict(options or {})
         _check(name, options)
+        if fixed_size is not None and "img_size" in options:
+            raise InputError(f"encoder {name}: give fixed_size or the option img_size, not both")
+        sizes = ANY_SIZE if fixed_size is None else {"img_size": fixed_size}
         try:
-            self.model: Any = timm.create_model(name, features_only=True, in_chans=in_channels, **ANY_SIZE, **options)
+            self.model: Any = timm.create_model(name, features_only=True, in_chans=in_channels, **{**options, **sizes})
         except Exception as error:  # name and keys are known by now: what is left are values that do not fit together
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"encoder {name} cannot be built with options {options}: {reason}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            shown = reprlib.repr(options)
+            raise InputError(f"encoder {name} cannot be built with options {shown}: {reason}") from error
         levels: Any = self.model.feature_info
         self.widths = tuple(levels.channels())
         self.strides = tuple(levels.reduction())
+        self._fixed_size = fixed_size
         self.mask_token: nn.Parameter | None = None
         if mask_token:
             self.mask_token = nn.Parameter(torch.empty(self.widths[0]).normal_(0.0, 0.02))
@@ -99,9 +115,11 @@ class SwinEncoder(Encoder):
         if dates is not None or padding is not None:
             raise TypeError("Swin reads images: it takes neither dates nor padding")
         patch = self.strides[0]
+        size = " x ".join(str(side) for side in values.shape[-2:])
         if any(side % patch for side in values.shape[-2:]):
-            size = " x ".join(str(side) for side in values.shape[-2:])
             raise InputError(f"an image of {size} px does not divide into Swin's {patch}-px patches; change the window")
+        if self._fixed_size is not None and any(side != self._fixed_size for side in values.shape[-2:]):
+            raise InputError(f"an image of {size} px does not fit an encoder built for {self._fixed_size} px alone")
         maps = []
         tokens = values
         for name, module in self.model.items():
@@ -113,3 +131,7 @@ class SwinEncoder(Encoder):
             if name in self.model.return_layers:
                 maps.append(tokens.permute(0, 3, 1, 2))
         return maps
+
+    def forward(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Same as ``features``."""
+        return self.features(values, mask=mask)

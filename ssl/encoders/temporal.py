@@ -20,88 +20,111 @@ _PERIOD = 1000.0
 
 @dataclass(frozen=True)
 class PackedDates:
-    """Where the V valid dates of a batch of B series come from.
+    """Where V rows, one for each valid date of a batch of B series, come from, and where they stand by series.
+
+    By series, rows stand in L slots each, the first ones filled. While ``torch.export`` traces, sizes may not depend
+    on values: then nothing is packed, rows are all B x T dates, and empty slots are the padded dates. (It is also why
+    sizes are read from ``shape``: ``len`` of a tensor would fix them.)
 
     Attributes:
-        sample: (V,) int64, the series of each date, ascending.
-        slot: (V,) int64, its rank among the valid dates of its series.
-        days: (V,) days, any real dtype.
+        dates: (B, T) days, any real dtype.
+        padding: (B, T) bool, True where there is no date, or None.
+        rows: (V,) int64, the place of each row among the B x T dates, ascending; None: all of them.
+        slots: (V,) int64, the place of each row among the B x L slots; None: V = B L, in order.
         counts: (B,) int64, valid dates of each series.
-        length: most valid dates of any series, L.
-        padded_length: dates of a series with its padding, T.
+        length: slots of a series, L.
+        valid: (B, L) bool, True where a slot holds a valid date; None: everywhere.
     """
 
-    sample: torch.Tensor
-    slot: torch.Tensor
-    days: torch.Tensor
+    dates: torch.Tensor
+    padding: torch.Tensor | None
+    rows: torch.Tensor | None
+    slots: torch.Tensor | None
     counts: torch.Tensor
     length: int
-    padded_length: int
+    valid: torch.Tensor | None
 
     @classmethod
     def of(cls, dates: torch.Tensor, padding: torch.Tensor | None) -> PackedDates:
         """The valid dates of (B, T) ``dates``; ``padding`` is (B, T) bool, True where there is none, or None."""
         batch, length = dates.shape
         if padding is None:
-            slots = torch.arange(length, device=dates.device).repeat(batch)
-            samples = torch.arange(batch, device=dates.device).repeat_interleave(length)
             counts = torch.full((batch,), length, device=dates.device)
-            return cls(samples, slots, dates.flatten(), counts, length, length)
+            return cls(dates, None, None, None, counts, length, None)
         valid = ~padding
-        sample, position = valid.nonzero(as_tuple=True)
         counts = valid.sum(dim=1)
-        slot = (valid.cumsum(dim=1) - 1)[sample, position]
-        longest = int(counts.max()) if counts.numel() else 0
-        return cls(sample, slot, dates[sample, position], counts, longest, length)
+        if torch.compiler.is_exporting():
+            return cls(dates, padding, None, None, counts, length, valid)
+        rows = valid.flatten().nonzero()[:, 0]
+        longest = int(counts.max()) if batch else 0
+        if rows.shape[0] == batch * longest:
+            return cls(dates, padding, rows, None, counts, longest, None)
+        filled = torch.arange(longest, device=dates.device) < counts[:, None]
+        return cls(dates, padding, rows, filled.flatten().nonzero()[:, 0], counts, longest, filled)
 
     @property
-    def is_dense(self) -> bool:
-        """Whether every series has L valid dates, so that packing is a plain view."""
-        return len(self.sample) == len(self.counts) * self.length
+    def days(self) -> torch.Tensor:
+        """(V,) days of the rows."""
+        days = self.dates.flatten()
+        return days if self.rows is None else days.index_select(0, self.rows)
 
-    @property
-    def valid(self) -> torch.Tensor:
-        """(B, L) bool, True where a slot holds a date."""
-        return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) values of every date as (V, ...) rows; what padded dates hold, NaN included, is not kept."""
+        rows = values.flatten(0, 1)
+        if self.rows is not None:
+            return rows.index_select(0, self.rows)
+        if self.padding is None:
+            return rows
+        return rows.masked_fill(self.padding.flatten().view(-1, *(1,) * (rows.ndim - 1)), 0.0)
+
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """(V, ...) rows as (B, T, ...), zeros at padded dates: the inverse of ``gather``."""
+        if self.rows is None:
+            return self.unpack(rows)
+        dated = rows.new_zeros(self.dates.numel(), *rows.shape[1:]).index_copy(0, self.rows, rows)
+        return dated.unflatten(0, self.dates.shape)
 
     def unpack(self, rows: torch.Tensor) -> torch.Tensor:
-        """(V, ...) rows as (B, L, ...), zeros in empty slots."""
-        batch, shape = len(self.counts), rows.shape[1:]
-        if not self.is_dense:
-            empty = rows.new_zeros(batch * self.length, *shape)
-            rows = empty.index_copy(0, self.sample * self.length + self.slot, rows)
+        """(V, ...) rows by series, (B, L, ...), zeros in empty slots."""
+        batch, shape = self.counts.shape[0], rows.shape[1:]
+        if self.slots is not None:
+            rows = rows.new_zeros(batch * self.length, *shape).index_copy(0, self.slots, rows)
+        elif self.valid is not None:
+            rows = rows.masked_fill(~self.valid.flatten().view(-1, *(1,) * len(shape)), 0.0)
         return rows.reshape(batch, self.length, *shape)
 
     def pack(self, slots: torch.Tensor) -> torch.Tensor:
         """(B, L, ...) slots as (V, ...) rows: the inverse of ``unpack``."""
         rows = slots.flatten(0, 1)
-        return rows if self.is_dense else rows.index_select(0, self.sample * self.length + self.slot)
+        return rows if self.slots is None else rows.index_select(0, self.slots)
 
     def total(self, rows: torch.Tensor) -> torch.Tensor:
         """(V, ...) rows summed over the dates of each series, (B, ...)."""
-        if self.is_dense:
-            return rows.reshape(len(self.counts), self.length, *rows.shape[1:]).sum(dim=1)
-        return rows.new_zeros(len(self.counts), *rows.shape[1:]).index_add(0, self.sample, rows)
+        if self.slots is None:
+            return self.unpack(rows).sum(dim=1)
+        series = torch.repeat_interleave(self.counts, output_size=rows.shape[0])
+        return rows.new_zeros(self.counts.shape[0], *rows.shape[1:]).index_add(0, series, rows)
 
 
 class SinusoidalPositions(nn.Module):
     """Sine and cosine encoding of dates, the same for every head.
 
-    Position i of ``width`` has the wavelength 2 pi 1000^(2 floor(i / 2) / width) days (Vaswani et al. 2017).
+    Column i of ``width`` has the wavelength 2 pi 1000^(2 floor(i / 2) / width) days (Vaswani et al. 2017).
     """
 
     exponents: torch.Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.width = width
         # Integers survive `.bfloat16()`: wavelengths rounded to 8 bits would displace dates by days.
-        self.register_buffer("exponents", torch.arange(width) // 2 * 2, persistent=False)
+        self.register_buffer("exponents", torch.arange(0, width, 2), persistent=False)
 
     def forward(self, days: torch.Tensor) -> torch.Tensor:
-        """(V,) days as a (V, width) table, float32, or float64 when the days are."""
+        """(...) days as a (..., width) table, float32, or float64 when the days are."""
         days = days if days.dtype == torch.float64 else days.to(torch.float32)
-        angles = days[:, None] / _PERIOD ** (self.exponents.to(days.dtype) / len(self.exponents))
-        return torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=-1).flatten(1)
+        angles = days[..., None] / _PERIOD ** (self.exponents.to(days.dtype) / self.width)
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., : self.width]
 
 
 class AttentionHeads(nn.Module):
@@ -156,8 +179,6 @@ class TemporalEncoder(nn.Module):
         for key, width in (("encoder_widths[-1]", in_channels), ("d_model", d_model)):
             if width % n_head:
                 raise InputError(f"U-TAE: {key} = {width} is not a multiple of n_head = {n_head}")
-        if d_model // n_head % 2:
-            raise InputError(f"U-TAE: d_model / n_head = {d_model // n_head} must be even for the date encoding")
         self.n_head = n_head
         self.masked_norm = masked_norm
         self.pad_value = pad_value
@@ -171,28 +192,50 @@ class TemporalEncoder(nn.Module):
         self.out_norm = nn.GroupNorm(n_head, out_channels)
 
     def _normalization(self, sequence: torch.Tensor, series: PackedDates) -> tuple[torch.Tensor, torch.Tensor]:
-        """``in_norm`` as x * scale + shift: (B P, L, C) tokens, empty slots zero, to two (B P, C)."""
+        """``in_norm`` as x * scale + shift: (B, P, L, C) tokens, empty slots zero, to two (B P, 1, C)."""
         precise = torch.promote_types(sequence.dtype, torch.float32)
         tokens = sequence.to(precise)
-        pixels = len(sequence) // max(len(series.counts), 1)
-        groups, channels = self.n_head, sequence.shape[-1]
-        sums = tokens.sum(dim=1).view(-1, groups, channels // groups).sum(dim=2)
-        squares = (tokens * tokens).sum(dim=1).view(-1, groups, channels // groups).sum(dim=2)
-        if self.masked_norm:
-            frames = series.counts.to(precise)
-        else:
-            frames = torch.full_like(series.counts, series.padded_length, dtype=precise)
-            padded = (series.padded_length - series.counts).to(precise)[:, None] * (channels // groups)
-            padded = padded.repeat_interleave(pixels, dim=0)
-            sums = sums + padded * self.pad_value
-            squares = squares + padded * self.pad_value**2
-        count = (frames * (channels // groups)).clamp_min(1)[:, None].repeat_interleave(pixels, dim=0)
-        mean = sums / count
-        variance = (squares / count - mean.square()).clamp_min(0)
+        groups, members = self.n_head, sequence.shape[-1] // self.n_head
+        sums = tokens.sum(dim=2).unflatten(2, (groups, members)).sum(dim=3)
+        squares = (tokens * tokens).sum(dim=2).unflatten(2, (groups, members)).sum(dim=3)
+        counts = series.counts.to(precise)[:, None, None]
+        if not self.masked_norm:
+            padded = series.dates.shape[1] - counts
+            sums = sums + padded * members * self.pad_value
+            squares = squares + padded * members * self.pad_value**2
+            counts = counts + padded
+        counts = (counts * members).clamp_min(1)
+        mean = sums / counts
+        variance = (squares / counts - mean.square()).clamp_min(0)
         inverse = (variance + self.in_norm.eps).rsqrt()
-        scale = inverse[:, :, None] * self.in_norm.weight.to(precise).view(groups, -1)
-        shift = self.in_norm.bias.to(precise).view(groups, -1) - mean[:, :, None] * scale
-        return scale.flatten(1), shift.flatten(1)
+        scale = inverse[..., None] * self.in_norm.weight.to(precise).view(groups, members)
+        shift = self.in_norm.bias.to(precise).view(groups, members) - mean[..., None] * scale
+        return scale.flatten(2).flatten(0, 1)[:, None], shift.flatten(2).flatten(0, 1)[:, None]
+
+    def _positions(self, days: torch.Tensor) -> torch.Tensor:
+        """Encoding of days in the dtype of the weights, rounded only at the end."""
+        precise = torch.promote_types(self.inconv.weight.dtype, torch.float32)
+        return self.positional_encoder(days.to(precise)).to(self.inconv.weight.dtype)
+
+    def _attention(
+        self, sequence: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor, series: PackedDates
+    ) -> torch.Tensor:
+        """(B, P, n_head, L) weights from (B, P, L, C) tokens, the scale of their norm and (V, width) positions."""
+        query, constant = self.attention_heads.folded()
+        bias = self.inconv.bias
+        assert bias is not None
+        # All heads see the same encoding, so their slices of the folded query add up. The constant vanishes in the
+        # softmax; it stays so that every parameter has a gradient under DistributedDataParallel.
+        shared = query.view(self.n_head, self.n_head, -1).sum(dim=1)
+        time = series.unpack(positions @ shared.mT + (query @ bias + constant))
+        weight = (query @ self.inconv.weight[:, :, 0])[None] * scale
+        scores = torch.bmm(weight.to(sequence.dtype), sequence.flatten(0, 1).mT)
+        scores = scores.unflatten(0, sequence.shape[:2]) + time.mT[:, None]
+        if series.valid is None:
+            return scores.softmax(dim=-1)
+        empty = ~series.valid[:, None, None]
+        weights = scores.masked_fill(empty, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        return weights.masked_fill(empty, 0.0)
 
     def forward(self, maps: torch.Tensor, series: PackedDates) -> tuple[torch.Tensor, torch.Tensor]:
         """Summary of each series and the attention that made it.
@@ -203,43 +246,33 @@ class TemporalEncoder(nn.Module):
 
         Returns:
             (B, out_channels, H, W) embedding, and (V, n_head, H, W) attention of every date, after dropout. A series
-            without dates gets the embedding of attention zero, a constant.
+            without dates gets a constant as embedding: that of attention zero, or without ``masked_norm`` what the
+            official code computes, which attends evenly over the padding.
         """
         count, channels, height, width = maps.shape
-        batch, pixels = len(series.counts), height * width
+        batch, pixels = series.counts.shape[0], height * width
         tokens = maps.permute(0, 2, 3, 1).reshape(count, pixels, channels)
-        sequence = series.unpack(tokens).transpose(1, 2).reshape(batch * pixels, series.length, channels)
+        sequence = series.unpack(tokens).transpose(1, 2).contiguous()
         scale, shift = (factor.to(sequence.dtype) for factor in self._normalization(sequence, series))
+        positions = self._positions(series.days)
+        attention = self.attention_dropout(self._attention(sequence, scale, positions, series)).to(sequence.dtype)
 
-        projection = self.inconv.weight[:, :, 0]
+        pooled = torch.bmm(attention.flatten(0, 1), sequence.flatten(0, 1)).unflatten(0, (batch, pixels))
+        total = attention.sum(dim=-1, keepdim=True)
+        dated = torch.bmm(attention.flatten(1, 2), series.unpack(positions).to(attention.dtype))
+        dated = dated.unflatten(1, (pixels, self.n_head))
+        if series.padding is not None and not self.masked_norm:
+            # Every official score is then -1000, not minus infinity: all T padded dates weigh the same.
+            empty = (series.counts == 0)[:, None, None, None]
+            pooled, total = pooled.masked_fill(empty, self.pad_value), total.masked_fill(empty, 1.0)
+            mean = self._positions(series.dates).sum(dim=1) / max(series.dates.shape[1], 1)
+            dated = torch.where(empty, mean[:, None, None].to(dated.dtype), dated)
+        pooled = pooled.flatten(0, 1) * scale + total.flatten(0, 1) * shift
         bias = self.inconv.bias
         assert bias is not None
-        query, constant = self.attention_heads.folded()
-        positions = self.positional_encoder(series.days.to(torch.promote_types(scale.dtype, torch.float32)))
-        positions = positions.to(query.dtype)
-        # All heads see the same encoding, so their slices of the folded query add up. The constant vanishes in the
-        # softmax; it stays so that every parameter has a gradient under DistributedDataParallel.
-        shared = query.view(self.n_head, self.n_head, -1).sum(dim=1)
-        time = positions @ shared.mT + (query @ bias + constant)
-
-        weight = (query @ projection)[None] * scale[:, None]
-        scores = torch.bmm(weight.to(sequence.dtype), sequence.mT).view(batch, pixels, self.n_head, series.length)
-        scores = scores + series.unpack(time).mT[:, None]
-        if series.is_dense:
-            attention = scores.softmax(dim=-1)
-        else:
-            empty = ~series.valid[:, None, None]
-            attention = scores.masked_fill(empty, torch.finfo(scores.dtype).min).softmax(dim=-1)
-            attention = attention.masked_fill(empty, 0.0)
-        attention = self.attention_dropout(attention).to(sequence.dtype)
-
-        pooled = torch.bmm(attention.view(batch * pixels, self.n_head, series.length), sequence)
-        total = attention.sum(dim=-1).view(batch * pixels, self.n_head, 1)
-        pooled = pooled * scale[:, None] + total * shift[:, None]
-        heads = torch.einsum("nhc,hdc->nhd", pooled, projection.view(self.n_head, -1, channels))
-        dated = torch.bmm(attention.flatten(1, 2), series.unpack(positions).to(attention.dtype))
-        heads = heads + total * bias.view(self.n_head, -1) + dated.view_as(heads)
+        heads = torch.einsum("nhc,hdc->nhd", pooled, self.inconv.weight.view(self.n_head, -1, channels))
+        heads = heads + total.flatten(0, 1) * bias.view(self.n_head, -1) + dated.flatten(0, 1)
         embedding = self.out_norm(self.dropout(self.mlp(heads.flatten(1))))
         embedding = embedding.view(batch, height, width, self.out_norm.num_channels).permute(0, 3, 1, 2)
-        dated_attention = series.pack(attention.permute(0, 3, 1, 2)).unflatten(1, (height, width))
-        return embedding, dated_attention.permute(0, 3, 1, 2)
+        rows = series.pack(attention.permute(0, 3, 1, 2)).unflatten(1, (height, width))
+        return embedding, rows.permute(0, 3, 1, 2)

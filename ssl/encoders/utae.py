@@ -8,8 +8,7 @@ Networks" (arXiv 2107.07933), in the variant of IGN's FLAIR-HUB code: stride 1 a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -20,28 +19,38 @@ from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.encoders.temporal import PackedDates, TemporalEncoder
 
 Aggregation = Literal["att_group", "att_mean", "mean"]
-Normalization = Literal["group", "batch", "instance"]
+Normalization = Literal["group", "batch", "instance", "none"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _GROUPS = 4  # of the encoder's group normalisation, as in the official code
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution whose reflecting border also works on maps as narrow as the border."""
+    """A convolution whose border also works on maps too narrow to reflect or wrap around."""
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         border = self.padding[0]
         assert isinstance(border, int)
-        if self.padding_mode != "reflect" or min(maps.shape[-2:]) > border:
+        needed = {"reflect": border + 1, "circular": border}.get(self.padding_mode, 0)
+        if min(maps.shape[-2:]) >= needed:
             return super().forward(maps)
         maps = functional.pad(maps, (border,) * 4, mode="replicate")
         return functional.conv2d(maps, self.weight, self.bias, self.stride)
 
 
-def _normalization(kind: Normalization, channels: int) -> nn.Module:
+class _InstanceNorm(nn.Module):
+    """Each channel of each frame at mean 0 and variance 1, without parameters; a single pixel becomes 0."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return torch.group_norm(maps, maps.shape[1])
+
+
+def _normalization(kind: Normalization, channels: int) -> list[nn.Module]:
     if kind == "group":
-        return nn.GroupNorm(_GROUPS, channels)
-    return nn.BatchNorm2d(channels) if kind == "batch" else nn.InstanceNorm2d(channels)
+        return [nn.GroupNorm(_GROUPS, channels)]
+    if kind == "batch":
+        return [nn.BatchNorm2d(channels)]
+    return [_InstanceNorm()] if kind == "instance" else []
 
 
 class _Convolutions(nn.Module):
@@ -62,7 +71,7 @@ class _Convolutions(nn.Module):
             convolution = _Convolution(
                 widths[i], widths[i + 1], kernel, stride=stride, padding=border, padding_mode=padding_mode
             )
-            layers += [convolution, _normalization(norm, widths[i + 1]), nn.ReLU(inplace=True)]
+            layers += [convolution, *_normalization(norm, widths[i + 1]), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
@@ -133,17 +142,19 @@ class _UpBlock(nn.Module):
         return maps + self.conv2(maps)
 
 
-@dataclass(frozen=True)
-class UTAEOutput:
+class UTAEOutput(NamedTuple):
     """What U-TAE computes.
 
     Attributes:
         maps: deepest first as in the official code, (B, decoder_widths[-1 - i], H_i, W_i).
         logits: (B, out_conv[-1], H, W) of the official head, or None without a head.
+        attention: (n_head, B, T, h, w) weight of each date in each head at the deepest level, zero at padded dates,
+            or None unless asked for. While training it carries the attention dropout.
     """
 
     maps: list[torch.Tensor]
     logits: torch.Tensor | None
+    attention: torch.Tensor | None
 
 
 class UTAE(Encoder):
@@ -159,7 +170,8 @@ class UTAE(Encoder):
         str_conv_k, str_conv_s, str_conv_p: kernel, stride and border of the convolutions between levels.
         agg_mode: how skips are pooled over dates: by each head's attention on its group of channels, by the mean
             attention of all heads, or evenly.
-        encoder_norm: normalisation of the frame encoder. ``batch`` mixes dates and samples.
+        encoder_norm: normalisation of the frame encoder. ``batch`` mixes dates and samples; ``none`` stands for every
+            other value of the official code, which then leaves the layer out.
         n_head, d_model, d_k: see ``TemporalEncoder``.
         pad_value: value of the official code's padded frames, for ``masked_norm`` off; padding itself is explicit.
         padding_mode: border of the convolutions.
@@ -197,24 +209,26 @@ class UTAE(Encoder):
         ):
             if value not in get_args(choices):
                 raise InputError(f"U-TAE: {key} = {value!r} is not one of {', '.join(get_args(choices))}")
-        if len(encoder_widths) != len(decoder_widths) or encoder_widths[-1] != decoder_widths[-1]:
+        if not encoder_widths or len(encoder_widths) != len(decoder_widths) or encoder_widths[-1] != decoder_widths[-1]:
             raise InputError(
                 f"U-TAE: encoder_widths {list(encoder_widths)} and decoder_widths {list(decoder_widths)} must have "
                 "one length and one last value"
             )
-        divisor = n_head if agg_mode == "att_group" else 1
-        for width in encoder_widths:
-            if width % divisor or (encoder_norm == "group" and width % _GROUPS):
-                raise InputError(
-                    f"U-TAE: encoder_widths holds {width}, which must be a multiple of n_head = {n_head} under "
-                    f"att_group and of {_GROUPS} under group normalisation"
-                )
+        if head and not out_conv:
+            raise InputError("U-TAE: out_conv is empty; its last value must be the number of classes")
+        for divisor, used, what in (
+            (n_head, agg_mode == "att_group", f"n_head = {n_head} under agg_mode att_group"),
+            (_GROUPS, encoder_norm == "group", f"{_GROUPS} under encoder_norm group"),
+        ):
+            for width in encoder_widths if used else ():
+                if width % divisor:
+                    raise InputError(f"U-TAE: encoder_widths holds {width}, which must be a multiple of {what}")
         levels = len(encoder_widths)
         self.agg_mode = agg_mode
         self.widths = tuple(decoder_widths)
         self.strides = tuple(str_conv_s**level for level in range(levels))
 
-        between = (str_conv_k, str_conv_s, str_conv_p)
+        self._between = between = (str_conv_k, str_conv_s, str_conv_p)
         self.in_conv = _ConvolutionBlock((input_dim, encoder_widths[0], encoder_widths[0]), encoder_norm, padding_mode)
         self.down_blocks = nn.ModuleList(
             _DownBlock(encoder_widths[i], encoder_widths[i + 1], encoder_norm, padding_mode, *between)
@@ -228,6 +242,13 @@ class UTAE(Encoder):
             for i in range(levels - 1, 0, -1)
         )
         self.out_conv = _ConvolutionBlock((decoder_widths[0], *out_conv), "batch", padding_mode) if head else None
+        self.head_classes = out_conv[-1] if head else None
+
+    def _resized(self, attention: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """Attention at the size of a skip; a wide border can make maps grow with depth, which att_group averages."""
+        if self.agg_mode == "att_group" and attention.shape[-1] > size[-1] and attention.shape[-2] > size[-2]:
+            return functional.interpolate(attention, size, mode="area")
+        return functional.interpolate(attention, size, mode="bilinear", align_corners=False)
 
     def _pooled_skip(self, maps: torch.Tensor, attention: torch.Tensor, series: PackedDates) -> torch.Tensor:
         """(V, C, H, W) maps pooled over dates, (B, C, H, W); ``attention`` is (V, n_head, h, w), the deepest size."""
@@ -239,35 +260,56 @@ class UTAE(Encoder):
             if self.agg_mode == "att_mean":
                 attention = attention.mean(dim=1, keepdim=True)
             size = maps.shape[-2:]
-            if not len(maps):  # torch refuses to interpolate an empty batch
+            if not maps.shape[0]:  # torch refuses to interpolate an empty batch
                 attention = attention.new_zeros(0, attention.shape[1], *size)
             elif attention.shape[-2:] != size:
-                attention = functional.interpolate(attention, size, mode="bilinear", align_corners=False)
+                attention = self._resized(attention, size)
             # A product with a 0/1 matrix spreads each head over its channels faster than a broadcast of 4 does.
             heads = attention.shape[1]
             spread = torch.eye(heads, dtype=tokens.dtype, device=tokens.device).repeat_interleave(channels // heads, 1)
             pooled = series.total((attention.permute(0, 2, 3, 1) @ spread).to(tokens.dtype) * tokens)
         return pooled.permute(0, 3, 1, 2)
 
-    def encode(self, values: torch.Tensor, dates: torch.Tensor, padding: torch.Tensor | None = None) -> UTAEOutput:
-        """Maps and, with a head, logits.
+    def _check_size(self, height: int, width: int) -> None:
+        kernel, stride, border = self._between
+        side = min(height, width)
+        for _ in self.down_blocks:
+            side = (side + 2 * border - kernel) // stride + 1
+            if side < 1:
+                raise InputError(
+                    f"U-TAE: series of {height} x {width} px are too small for {len(self.down_blocks)} convolutions "
+                    f"with str_conv_k = {kernel}, str_conv_s = {stride}, str_conv_p = {border}; use larger windows or "
+                    "fewer levels"
+                )
 
-        Args:
-            values: (B, T, C, H, W) float; what padded dates hold is never read.
-            dates: (B, T) days.
-            padding: (B, T) bool, True where there is no date; None: every date is valid. T = 0 and series without
-                any valid date are fine: their maps are constants of the weights.
-        """
-        series = PackedDates.of(dates, padding)
-        frames = values.flatten(0, 1) if padding is None else values[~padding]
-        skips = [self.in_conv(frames.contiguous(memory_format=torch.channels_last))]
+    def _encoded(self, values: torch.Tensor, series: PackedDates) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Maps, deepest first, and the (V, n_head, h, w) attention of the rows of ``series``."""
+        self._check_size(values.shape[-2], values.shape[-1])
+        skips = [self.in_conv(series.gather(values).contiguous(memory_format=torch.channels_last))]
         for block in self.down_blocks:
             skips.append(block(skips[-1]))
         embedding, attention = self.temporal_encoder(skips.pop(), series)
         maps = [embedding]
         for block, skip in zip(self.up_blocks, reversed(skips)):
             maps.append(block(maps[-1], self._pooled_skip(skip, attention, series)))
-        return UTAEOutput(maps, None if self.out_conv is None else self.out_conv(maps[-1]))
+        return maps, attention
+
+    def forward(
+        self, x: torch.Tensor, dates: torch.Tensor, pad_mask: torch.Tensor | None = None, *, attention: bool = False
+    ) -> UTAEOutput:
+        """Maps, logits with a head, and on request the attention.
+
+        Args:
+            x: (B, T, C, H, W) float; what padded dates hold is never read.
+            dates: (B, T) days.
+            pad_mask: (B, T) bool, True where there is no date; None: every date is valid. T = 0 and series without
+                any valid date are fine: their maps are constants of the weights.
+            attention: whether to return the attention.
+        """
+        series = PackedDates.of(dates, pad_mask)
+        maps, weights = self._encoded(x, series)
+        logits = None if self.out_conv is None else self.out_conv(maps[-1])
+        return UTAEOutput(maps, logits, series.scatter(weights).permute(2, 0, 1, 3, 4) if attention else None)
 
     def features(
         self,
@@ -276,9 +318,9 @@ class UTAE(Encoder):
         padding: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Feature maps, finest (shallowest) first: ``encode``'s maps reversed. Masked dates go into ``padding``."""
+        """Feature maps, finest (shallowest) first. Masked dates go into ``padding``."""
         if dates is None:
             raise TypeError("U-TAE needs dates")
         if mask is not None:
             raise TypeError("U-TAE takes masked dates through `padding`, not `mask`")
-        return self.encode(values, dates, padding).maps[::-1]
+        return self._encoded(values, PackedDates.of(dates, padding))[0][::-1]

@@ -13,7 +13,8 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import EncoderConfig
 from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.encoders.swin import SwinEncoder
+from bocage.ssl.encoders.swin import SwinEncoder, swin_names
+from bocage.ssl.encoders.timm_format import ANY_SIZE
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
 V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
@@ -27,33 +28,103 @@ def input_spec(name: str) -> InputSpec:
 
 def build(name: str = V1, mask_token: bool = False, in_channels: int = 4, **options: Any) -> SwinEncoder:
     torch.manual_seed(0)
-    return SwinEncoder(in_channels, name, {**TINY, **options}, mask_token).eval()
+    return stirred(SwinEncoder(in_channels, name, {**TINY, **options}, mask_token))
 
 
-@pytest.mark.parametrize("name", [V1, V2])
-@pytest.mark.parametrize("size", [(16, 16), (32, 32), (48, 48), (64, 128), (100, 100), (256, 256)])
-def test_maps_of_any_size(name: str, size: tuple[int, int]) -> None:
+def stirred(encoder: SwinEncoder) -> SwinEncoder:
+    """With weights that all matter: v2 starts with its blocks switched off."""
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return encoder.eval()
+
+
+def timm_maps(name: str, weights: dict[str, torch.Tensor], image: torch.Tensor, **arguments: Any) -> list[torch.Tensor]:
+    """Feature maps, channels first, of timm's own model with these weights."""
+    model = timm.create_model(name, features_only=True, in_chans=image.shape[1], **{**TINY, **arguments}).eval()
+    model.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        return [maps.permute(0, 3, 1, 2) for maps in model(image)]
+
+
+def assert_equal_maps(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", swin_names())
+def test_every_timm_name_gives_timm_s_features(name: str) -> None:
     encoder = build(name)
+    image = torch.randn(1, 4, 64, 96)
+    with torch.no_grad():
+        found = encoder(image)
+    assert [tuple(maps.shape[1:]) for maps in found] == [(16, 16, 24), (32, 8, 12), (64, 4, 6), (128, 2, 3)]
+    assert_equal_maps(found, timm_maps(name, encoder.model.state_dict(), image, **ANY_SIZE))
+
+
+@pytest.mark.parametrize("name", [V1, "swin_base_patch4_window12_384", V2, "swinv2_tiny_window16_256"])
+@pytest.mark.parametrize(
+    "size",
+    [(4, 4), (16, 8), (64, 64), (64, 128), (100, 36), (128, 128), (256, 256), (384, 384), (448, 448), (512, 512)],
+)
+def test_one_set_of_weights_serves_every_size(name: str, size: tuple[int, int]) -> None:
+    """Equal to a model that timm builds for this size alone, with its static attention masks."""
+    encoder = build(name, img_size=256)
     assert encoder.widths == (16, 32, 64, 128)
     assert encoder.strides == (4, 8, 16, 32)
+    image = torch.randn(1, 4, *size)
     with torch.no_grad():
-        maps = encoder(torch.randn(2, 4, *size))
-    for m, width, stride in zip(maps, encoder.widths, encoder.strides, strict=True):
-        assert tuple(m.shape) == (2, width, -(-size[0] // stride), -(-size[1] // stride))
-        assert bool(m.isfinite().all())
+        found = encoder(image)
+    for maps, width, stride in zip(found, encoder.widths, encoder.strides, strict=True):
+        assert tuple(maps.shape) == (1, width, -(-size[0] // stride), -(-size[1] // stride))
+        assert bool(maps.isfinite().all())
+    weights = encoder.model.state_dict()
+    assert_equal_maps(found, timm_maps(name, weights, image, img_size=size, always_partition=True))
 
 
-@pytest.mark.parametrize("name", [V1, V2])
-def test_features_are_timm_s(name: str) -> None:
+def test_timm_publishes_weights_of_every_name() -> None:
+    for name in swin_names():
+        assert timm.models.get_pretrained_cfg(name).hf_hub_id.startswith("timm/swin")
+
+
+@pytest.mark.parametrize("in_channels", [1, 2, 10])
+def test_any_band_count(in_channels: int) -> None:
+    with torch.no_grad():
+        assert len(build(in_channels=in_channels)(torch.randn(1, in_channels, 32, 32))) == 4
+
+
+@pytest.mark.parametrize("name", [V1, V2, "swinv2_base_window12to16_192to256"])
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_a_fixed_size_is_timm_s_fixed_size(name: str, size: int) -> None:
+    encoder = stirred(SwinEncoder(3, name, TINY, fixed_size=size))
+    image = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        found = encoder(image)
+    assert_equal_maps(found, timm_maps(name, encoder.model.state_dict(), image, img_size=size))
+    with pytest.raises(InputError, match=f"built for {size} px alone"):
+        encoder(torch.randn(1, 3, size, 2 * size))
+
+
+def test_a_fixed_size_is_part_of_a_configuration() -> None:
+    encoder = build_encoder(input_spec("AERIAL_RGBI"), EncoderConfig(options=TINY, fixed_size=64))
+    assert encoder.state_dict()["model.layers_3.blocks.0.attn.relative_position_bias_table"].shape == (9, 4)
+    with pytest.raises(InputError, match="for images"):
+        build_encoder(input_spec("SENTINEL2_TS"), EncoderConfig(architecture="utae", fixed_size=64))
+    with pytest.raises(InputError, match="not both"):
+        build_encoder(input_spec("AERIAL_RGBI"), EncoderConfig(options={**TINY, "img_size": 64}, fixed_size=64))
+
+
+def test_windows_that_v2_was_trained_with_survive() -> None:
+    """They scale the offsets its position biases are computed from, so they decide what the weights mean."""
+    name = "swinv2_base_window12to16_192to256"
     encoder = build(name)
-    plain = timm.create_model(
-        name, features_only=True, in_chans=4, always_partition=True, strict_img_size=False, **TINY
-    )
-    plain.eval().load_state_dict(encoder.model.state_dict(), strict=True)
-    image = torch.randn(1, 4, 96, 96)
+    trained_with = [encoder.get_submodule(f"model.layers_{i}.blocks.0.attn").pretrained_window_size for i in range(4)]
+    assert trained_with == [(12, 12), (12, 12), (12, 12), (6, 6)]
+    other = build(name, pretrained_window_sizes=[8, 8, 8, 4])
+    other.load_state_dict(encoder.state_dict())
+    image = torch.randn(1, 4, 64, 64)
     with torch.no_grad():
-        for mine, theirs in zip(encoder(image), plain(image), strict=True):
-            torch.testing.assert_close(mine, theirs.permute(0, 3, 1, 2), rtol=0, atol=0)
+        assert not torch.allclose(encoder(image)[0], other(image)[0])
 
 
 @pytest.mark.parametrize("name", [V1, V2])
@@ -83,15 +154,24 @@ def test_the_mask_token_learns_and_exists_only_when_asked_for() -> None:
         plain.features(torch.randn(1, 4, 32, 32), mask=torch.ones(1, 8, 8, dtype=torch.bool))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    gradients = []
+@pytest.mark.parametrize("name", [V1, V2])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    gradients, computed = [], []
     for enable in (False, True):
-        encoder = build(drop_path_rate=0.0).train()
+        encoder = build(name, mask_token=True, drop_path_rate=0.0).train()
         encoder.set_gradient_checkpointing(enable)
+        calls: list[int] = []
+        for stage in range(4):
+            attention = encoder.get_submodule(f"model.layers_{stage}.blocks.0.attn")
+            attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(1)
-        encoder(torch.randn(1, 4, 64, 64))[-1].square().sum().backward()
+        mask = torch.rand(1, 16, 16) < 0.5
+        encoder(torch.randn(1, 4, 64, 64), mask)[-1].square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in encoder.named_parameters()})
+        computed.append(len(calls))
+    assert computed == [4, 8]
     for name, gradient in gradients[0].items():
+        assert gradient is not None
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -108,6 +188,7 @@ def test_every_image_modality(name: str) -> None:
     [
         ("AERIAL_RGBI", {"name": "swin_tinny_patch4_window7_224"}, "swin_tiny_patch4_window7_224"),
         ("AERIAL_RGBI", {"name": "resnet50"}, "not a timm Swin"),
+        ("AERIAL_RGBI", {"name": f"{V1}.ms_in2k"}, f"there are: {V1}.ms_in1k"),
         ("AERIAL_RGBI", {"options": {"window_sise": 4}}, "window_size"),
         ("AERIAL_RGBI", {"options": {"in_chans": 3}}, "in_chans"),
         ("AERIAL_RGBI", {"options": {"depths": 3}}, "cannot be built"),

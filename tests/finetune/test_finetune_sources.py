@@ -1,0 +1,41 @@
+"""Fine-tuning that starts from ImageNet differs from scratch in the encoder alone, down to the last random draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from bocage import recipes
+from bocage.finetune.train import FinetuneConfig, build_task
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+
+AERIAL = "AERIAL_RGBI"
+WORDS = ("recipe=finetune_quickstart", f"modalities=[{AERIAL},SENTINEL2_TS]")
+
+
+def weights_of(manifest: Manifest, *words: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The model's weights, and what the generator gives next."""
+    torch.manual_seed(3)
+    state = build_task(recipes.resolve(FinetuneConfig, [*WORDS, *words]), manifest).state_dict()
+    return state, torch.rand(1)
+
+
+def test_imagenet_replaces_the_encoder_and_nothing_else(tmp_path: Path) -> None:
+    """Some seconds: patches are simulated and sharded."""
+    write_tree(tmp_path / "tree", patches=3, seed=0, dates=(4, 5))
+    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    own = recipes.resolve(FinetuneConfig, list(WORDS)).swin
+    plain = timm.create_model(own.name, **own.options).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, tmp_path / "weights.safetensors")
+    scratch, drawn = weights_of(manifest)
+    found, drawn_after = weights_of(manifest, f"encoders.{AERIAL}=imagenet:{tmp_path / 'weights.safetensors'}")
+    assert torch.equal(drawn, drawn_after)
+    different = {name for name in scratch if not torch.equal(scratch[name], found[name])}
+    assert different
+    assert all(name.startswith(f"model.encoders.{AERIAL}.") for name in different)

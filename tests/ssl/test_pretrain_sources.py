@@ -1,0 +1,103 @@
+"""Pretraining that starts from given encoders: their weights and statistics go in, and what does not fit is refused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from bocage import recipes
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.encoders.export import save_encoder
+from bocage.ssl.objective import Pretraining
+from bocage.ssl.pretrain import PretrainConfig, build_task
+
+SENSORS = ("AERIAL_RGBI", "SENTINEL2_TS")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Some seconds: patches are simulated and sharded."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tree(folder / "tree", patches=3, seed=0, dates=(4, 5))
+    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+
+
+def resolved(*words: str) -> PretrainConfig:
+    return recipes.resolve(PretrainConfig, ["recipe=quickstart", f"modalities=[{','.join(SENSORS)}]", *words])
+
+
+def task_of(manifest: Manifest, *words: str, seed: int = 3) -> Pretraining:
+    torch.manual_seed(seed)
+    return build_task(resolved(*words), manifest)
+
+
+def saved_encoders(manifest: Manifest, folder: Path) -> list[str]:
+    """Encoders of another run, and the words that name them."""
+    task = task_of(manifest, "masking.images=mask_token", seed=8)
+    for name in SENSORS:
+        save_encoder(task.encoder(name), folder / name)
+    return [f"encoders.{name}={folder / name}" for name in SENSORS]
+
+
+@pytest.mark.parametrize("images", ["packed", "mask_token"])
+def test_encoders_go_on_from_saved_ones(images: str, manifest: Manifest, tmp_path: Path) -> None:
+    words = saved_encoders(manifest, tmp_path)
+    before = task_of(manifest, "masking.images=mask_token", seed=8).state_dict()
+    scratch = task_of(manifest, f"masking.images={images}").state_dict()
+    state = task_of(manifest, f"masking.images={images}", *words).state_dict()
+    for name, tensor in state.items():
+        continued = name.startswith("encoders.") and not name.endswith("mask_token")
+        assert torch.equal(tensor, (before if continued else scratch)[name]), name
+
+
+def test_the_resolved_recipe_names_the_sources(manifest: Manifest, tmp_path: Path) -> None:
+    config = resolved(*saved_encoders(manifest, tmp_path))
+    assert asdict(config)["encoders"] == {name: str(tmp_path / name) for name in SENSORS}
+    assert str(tmp_path / SENSORS[0]) in recipes.to_yaml(config)
+
+
+def test_pretraining_starts_from_imagenet(manifest: Manifest, tmp_path: Path) -> None:
+    own = resolved().swin
+    options: dict[str, Any] = dict(own.options)
+    weights = timm.create_model(own.name, **options).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "weights.safetensors")
+    task = task_of(manifest, f"encoders.AERIAL_RGBI=imagenet:{tmp_path / 'weights.safetensors'}")
+    found = task.encoder("AERIAL_RGBI").state_dict()
+    bias = "layers_3.blocks.0.mlp.fc1.bias"
+    assert torch.equal(found[f"model.{bias}"], weights[bias.replace("layers_", "layers.")])
+    assert task.encoder("AERIAL_RGBI").spec == manifest.input_spec("AERIAL_RGBI")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["encoders.SPOT_RGBI=x"], r"encoders.SPOT_RGBI: not one of the modalities of this run"),
+        (["architectures.SPOT_RGBI.name=x"], r"architectures.SPOT_RGBI: not one of the modalities of this run"),
+        (["encoders.AERIAL_RGBI=nowhere"], r"encoders.AERIAL_RGBI=nowhere: nowhere is not a folder"),
+        (["encoders.SENTINEL2_TS=imagenet"], r"encoders.SENTINEL2_TS=imagenet: .* not for series"),
+        (["swin.options.window_size=4"], r"AERIAL_RGBI: .* window_size = 8, here 4"),
+        (["utae.options.d_k=2"], r"SENTINEL2_TS: .* d_k = 4, here 2"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(words: list[str], sentence: str, manifest: Manifest, tmp_path: Path) -> None:
+    if not any(word.startswith("encoders") for word in words):
+        words = [*words, *saved_encoders(manifest, tmp_path)]
+    with pytest.raises(InputError, match=sentence) as caught:
+        task_of(manifest, *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_modality_may_have_an_architecture_of_its_own(manifest: Manifest) -> None:
+    options = "{embed_dim: 16, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2]}"
+    task = task_of(manifest, f"architectures.AERIAL_RGBI.options={options}")
+    assert task.encoder("AERIAL_RGBI").widths == (16, 32, 64, 128)
