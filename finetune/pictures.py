@@ -14,9 +14,8 @@ from matplotlib.patches import Patch
 from bocage.shards.classes import ClassScheme
 from bocage.shards.files import written_atomically
 from bocage.shards.modality import Modality
+from bocage.ssl.composites import colour_bands
 
-_RED_GREEN_BLUE = (650.0, 550.0, 460.0)  # nm
-_TOLERANCE = 60.0  # nm: further off, a band does not pass for a colour
 _STRETCH = (2.0, 98.0)  # percentiles shown as black and white
 _INCHES = 2.6  # side of one picture
 
@@ -43,26 +42,18 @@ def palette(scheme: ClassScheme) -> np.ndarray:
     return np.array([tuple(bytes.fromhex(colour)) for colour in scheme.colours], np.uint8)
 
 
-def _colour_bands(modality: Modality) -> list[int]:
-    """The bands nearest to red, green and blue; the first band thrice where the sensor sees no colour."""
-    wavelengths = np.array([band.wavelength or np.inf for band in modality.bands])
-    distances = [np.abs(wavelengths - wanted) for wanted in _RED_GREEN_BLUE]
-    if all(distance.min() <= _TOLERANCE for distance in distances):
-        return [int(distance.argmin()) for distance in distances]
-    return [0, 0, 0]
-
-
 def render(values: np.ndarray, modality: Modality) -> np.ndarray:
     """Stored values (C, H, W), or (T, C, H, W) of a series without its padded dates, as (H, W, 3) float in [0, 1].
 
-    A series is shown by the median of its dates. Each band is stretched between its 2nd and 98th percentile.
+    A series is shown by the median of its dates, a sensor without colours by its first band in grey. Each band
+    is stretched between its 2nd and 98th percentile.
     """
     values = values.astype(np.float32)
     if values.ndim == 4:
         values = np.median(values, axis=0)
     if modality.nodata_below is not None:
         values = np.where(values < modality.nodata_below, np.nan, values)
-    image = values[_colour_bands(modality)]
+    image = values[colour_bands(modality) or [0, 0, 0]]
     if not np.isfinite(image).any():
         return np.zeros((*image.shape[1:], 3), np.float32)
     low, high = (np.nanpercentile(image, q, axis=(1, 2), keepdims=True) for q in _STRETCH)

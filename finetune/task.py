@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
-from bocage.finetune.uperfuse import UPerFuse
+from bocage.finetune.uperfuse import Predictions, UPerFuse
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.augment import orient
 from bocage.shards.batch import Batch
@@ -41,6 +41,9 @@ class Segmentation(nn.Module):
         decoder: widths and norm of the decoder.
         quality_masks: name of the quality mask of a series (``shards.inputs.quality_masks``).
         frozen: modalities whose encoder does not learn. Its batch statistics and dropout are those of evaluation.
+        auxiliary: modalities with a decoder of their own while training (deep supervision, arXiv 1409.5185).
+        auxiliary_weight: weight of the mean of their losses beside the main one.
+        official: compute as the official code does, see ``UPerFuse``.
 
     Raises:
         InputError: a band that the label does not have, or a frozen modality that the model does not read.
@@ -54,6 +57,9 @@ class Segmentation(nn.Module):
         decoder: DecoderConfig,
         quality_masks: Mapping[str, str],
         frozen: Collection[str] = (),
+        auxiliary: Collection[str] = (),
+        auxiliary_weight: float = 0.4,
+        official: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= band < len(label.schemes):
@@ -63,7 +69,8 @@ class Segmentation(nn.Module):
         self.label, self.band, self.decoder_config = label, band, decoder
         self.quality_masks = dict(quality_masks)
         self.frozen = frozenset(frozen)
-        self.model = UPerFuse(encoders, {label.name: len(self.scheme)}, decoder)
+        self.auxiliary_weight = auxiliary_weight
+        self.model = UPerFuse(encoders, {label.name: len(self.scheme)}, decoder, auxiliary=auxiliary, official=official)
         for name in self.frozen:
             self.model.encoder(name).requires_grad_(False)
 
@@ -84,21 +91,38 @@ class Segmentation(nn.Module):
             self.model.encoder(name).eval()
         return self
 
-    def logits(self, batch: Batch, *, oriented: bool = False) -> torch.Tensor:
-        """(B, classes, H, W) at the label's resolution; ``oriented`` turns each sample at random, as its seed says."""
+    def predictions(self, batch: Batch, *, oriented: bool = False) -> Predictions:
+        """Logits at the label's resolution; ``oriented`` turns each sample at random, as its seed says."""
         specs = {name: self.model.encoder(name).spec for name in self.modalities if name in batch.values}
         inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented)
         side = float(batch.windows[0, 2])
-        return self.model(inputs, side, round(side / self.label.gsd))[self.label.name]
+        return self.model(inputs, side, round(side / self.label.gsd))
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(B, classes, H, W) at the label's resolution."""
+        return self.predictions(batch).logits[self.label.name]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a batch with labels, oriented while training, and the share of its pixels that are scored."""
-        logits = self.logits(batch, oriented=self.training)
+        """Loss of a batch with labels, oriented while training, and what to log of it.
+
+        Logged are the share of pixels that are scored and, where there are auxiliary decoders, the main loss alone and
+        the mean of theirs.
+        """
+        name = self.label.name
+        predictions = self.predictions(batch, oriented=self.training)
         labels = self.truth(batch)
         if self.training:
             labels = orient(labels, batch.seeds)
-        targets = scored_targets(labels, batch.present[self.label.name], self.scheme)
-        return cross_entropy(logits, targets), {"scored_pixels": (targets != IGNORED).float().mean()}
+        targets = scored_targets(labels, batch.present[name], self.scheme)
+        loss = cross_entropy(predictions.logits[name], targets)
+        logs = {"scored_pixels": (targets != IGNORED).float().mean()}
+        found = predictions.auxiliary.get(name, {}).values()
+        if found:
+            losses = [cross_entropy(logits, targets[rows.to(targets.device)]) for rows, logits in found]
+            auxiliary = torch.stack(losses).mean()
+            logs |= {"main_loss": loss.detach(), "auxiliary_loss": auxiliary.detach()}
+            loss = loss + self.auxiliary_weight * auxiliary
+        return loss, logs
 
     def truth(self, batch: Batch) -> torch.Tensor:
         """The label band, (B, H, W) uint8."""
@@ -123,6 +147,8 @@ class Segmentation(nn.Module):
                 for name, encoder in encoders.items()
             },
             "quality_masks": self.quality_masks,
+            "auxiliary": list(self.model.auxiliary),
+            "official": self.model.official,
         }
 
 
@@ -152,7 +178,13 @@ def load_segmentation(folder: Path) -> Segmentation:
         }
         label = Modality.from_json(config["label"])
         task = Segmentation(
-            encoders, label, config["band"], DecoderConfig(**config["decoder"]), config["quality_masks"]
+            encoders,
+            label,
+            config["band"],
+            DecoderConfig(**config["decoder"]),
+            config["quality_masks"],
+            auxiliary=config["auxiliary"],
+            official=config["official"],
         )
     except InputError:
         raise

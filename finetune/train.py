@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bocage.finetune.metrics import ConfusionMatrix, official_scores, strict_scores
-from bocage.finetune.predict import check_bands, predict_patches, readable_modalities
+from bocage.finetune.predict import predict_patches, readable_modalities
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.errors import InputError
@@ -25,8 +25,8 @@ from bocage.shards.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
-from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.sources import pretrained_encoder
 from bocage.ssl.engine.checkpoint import step_folder
 from bocage.ssl.engine.distributed import is_main, rank_and_world
 from bocage.ssl.engine.loop import EngineConfig, train
@@ -44,10 +44,14 @@ class FinetuneConfig:
         label: label raster.
         level: which of its bands, from 1; LPIS has three.
         modalities: inputs of the model; empty means every input the shards hold.
-        encoders: by modality, the folder of a pretrained encoder. The others start from scratch.
+        encoders: by modality, where the weights of its encoder come from (``ssl.encoders.sources``): the folder of a
+            saved encoder, ``hf:org/name``, ``imagenet`` or ``imagenet:FILE``. The others start from scratch. A saved
+            encoder keeps its own architecture; ImageNet weights go into the one that ``swin`` describes.
         freeze: modalities whose encoder stays as it is.
         swin, utae: how encoders from scratch are built, for images and for series.
         decoder: widths and norm of the decoder.
+        auxiliary: modalities with a decoder of their own while training (deep supervision).
+        auxiliary_weight: weight of the mean of their losses beside the main one.
         split: split column of the shards, or ``all``: train on every patch and measure the fit on the same ones.
         train, valid, test: values of the split. Without patches of the value ``test`` nothing is tested.
         train_fraction: share of the training patches to use. Subsets are drawn by key and nested: a larger share
@@ -71,6 +75,8 @@ class FinetuneConfig:
     swin: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="swin"))
     utae: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="utae"))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    auxiliary: list[str] = field(default_factory=list)
+    auxiliary_weight: float = 0.4
     split: str = "split_1"
     train: str = "train"
     valid: str = "valid"
@@ -90,8 +96,8 @@ class FinetuneConfig:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.batch_size == 1 and self.decoder.norm == "batch":
             raise ValueError("batch_size=1 cannot train decoder.norm=batch; use decoder.norm=group")
-        if self.workers < 0 or self.predictions < 0 or self.encoder_lr < 0:
-            raise ValueError("workers, predictions and encoder_lr must not be negative")
+        if min(self.workers, self.predictions, self.encoder_lr, self.auxiliary_weight) < 0:
+            raise ValueError("workers, predictions, encoder_lr and auxiliary_weight must not be negative")
 
 
 def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
@@ -120,6 +126,8 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         config.decoder,
         quality_masks(registry, inputs),
         config.freeze,
+        config.auxiliary,
+        config.auxiliary_weight,
     )
 
 
@@ -130,11 +138,7 @@ def _encoder(config: FinetuneConfig, manifest: Manifest, modality: Modality) -> 
     scratch = build_encoder(manifest.input_spec(name), own)
     if name not in config.encoders:
         return scratch
-    encoder = load_encoder(Path(config.encoders[name]))
-    if encoder.spec.modality != name:
-        raise InputError(f"encoders.{name}: {config.encoders[name]} is an encoder of {encoder.spec.modality}")
-    check_bands(encoder.spec.bands, manifest, name)
-    return encoder
+    return pretrained_encoder(scratch, config.encoders[name], keep_architecture=False)
 
 
 def labelled_rows(manifest: Manifest, config: FinetuneConfig, task: Segmentation, value: str) -> np.ndarray:

@@ -1,25 +1,30 @@
 """UPerFuse: the maps of several sensors' encoders fused on one pyramid of grids, decoded by one UPerNet per task.
 
-The architecture is that of the FLAIR-HUB baselines (Garioud et al. 2025, arXiv 2506.07080), with three differences:
-fusion convolves before it resizes, which is the same by linearity and costs half; a learned token stands in for a
-sensor that a sample lacks; and logits are resized without moving the corners, so that they stay on the ground.
+The architecture is that of the FLAIR-HUB baselines (Garioud et al. 2025, arXiv 2506.07080). It has two faces: with
+``official`` it computes what IGN's code computes, for weights trained by it; by default a learned token stands in for
+a sensor that a sample lacks, logits are resized without moving the corners, so that they stay on the ground, and
+series are decoded like images. Fusion convolves before it resizes in both, which is the same by linearity and costs
+half.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, interpolate
 
 from bocage.finetune.upernet import DecoderConfig, UPerNet, resize
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
 from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.encoders.utae import UTAE
 
 Grid = tuple[int, int]
+_HEAD_SCALE = 4  # the official head enlarges the logits so much before they are resized to the labels
 
 
 def _maps_of_stages(encoder: Encoder, stages: int) -> list[int]:
@@ -74,6 +79,33 @@ class Fusion(nn.Module):
         return convolution
 
 
+class Encoded(NamedTuple):
+    """What one encoder found in the R samples of a batch that have its modality.
+
+    Attributes:
+        rows: (R,) int64, which samples.
+        maps: by stage of the pyramid, finest first, (R, widths[stage], H, W).
+        logits: (R, classes, H, W) of the official series head, where an official model needs it.
+    """
+
+    rows: torch.Tensor
+    maps: list[torch.Tensor]
+    logits: torch.Tensor | None
+
+
+class Predictions(NamedTuple):
+    """Logits of a batch.
+
+    Attributes:
+        logits: by task, (B, classes, size, size).
+        auxiliary: by task and modality, which samples the auxiliary decoder saw, (R,), and their logits
+            (R, classes, size, size). Empty in evaluation mode.
+    """
+
+    logits: dict[str, torch.Tensor]
+    auxiliary: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]
+
+
 class UPerFuse(nn.Module):
     """Encoders of any set of modalities, their fusion, and a decoder a task.
 
@@ -86,18 +118,35 @@ class UPerFuse(nn.Module):
         encoders: by modality, images before series (``Registry.inputs`` has that order).
         tasks: number of classes of each task, by name.
         decoder: widths and norm of the decoders.
+        auxiliary: modalities that get a decoder a task of their own, for deep supervision while training.
+        official: compute as the official code does: every modality must be there for every sample; logits are
+            enlarged fourfold with aligned corners before they are resized; series without an image give the mean of
+            the logits of their own heads, through a convolution a task when the heads serve several tasks.
 
     Raises:
-        InputError: no encoder, or a series before an image.
+        InputError: no encoder, a series before an image, an auxiliary modality without encoder, or an official model
+            of series alone whose encoders have no head.
     """
 
-    def __init__(self, encoders: Mapping[str, Encoder], tasks: Mapping[str, int], decoder: DecoderConfig) -> None:
+    def __init__(
+        self,
+        encoders: Mapping[str, Encoder],
+        tasks: Mapping[str, int],
+        decoder: DecoderConfig,
+        *,
+        auxiliary: Collection[str] = (),
+        official: bool = False,
+    ) -> None:
         super().__init__()
         if not encoders:
             raise InputError("modalities: name at least one")
         first_name, first = next(iter(encoders.items()))
         if first.spec.series and not all(encoder.spec.series for encoder in encoders.values()):
             raise InputError("modalities: images come before series")
+        if unknown := set(auxiliary) - set(encoders):
+            raise InputError(f"auxiliary: {', '.join(sorted(unknown))} not among the modalities {', '.join(encoders)}")
+        self.official = official
+        self.tasks = dict(tasks)
         stages = len(first.widths)
         self._maps_of_stages = {name: _maps_of_stages(encoder, stages) for name, encoder in encoders.items()}
         widths = {
@@ -105,18 +154,55 @@ class UPerFuse(nn.Module):
         }
         outputs = widths[first_name]
         self.encoders = nn.ModuleDict(dict(encoders))
-        self.fusion = Fusion(widths, outputs) if len(encoders) > 1 else None
+        self.series_alone = official and first.spec.series
+        fused = len(encoders) > 1 and not self.series_alone
+        self.fusion = Fusion(widths, outputs) if fused else None
         # What a stage receives in place of the features of an absent modality. Zero at first: no evidence.
         self.absent = nn.ModuleDict(
-            {name: nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in outputs) for name in encoders}
+            {}
+            if official
+            else {name: nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in outputs) for name in encoders}
         )
-        self.decoders = nn.ModuleDict({name: UPerNet(outputs, classes, decoder) for name, classes in tasks.items()})
+
+        def auxiliary_decoder(name: str, classes: int) -> nn.Module:
+            if official and encoders[name].spec.series:
+                return nn.Conv2d(self._head_classes(name), classes, 1)
+            return UPerNet(widths[name], classes, decoder)
+
+        if self.series_alone:
+            heads = {self._head_classes(name) for name in encoders}
+            if len(heads) > 1:
+                raise InputError("an official model of series alone needs heads of one number of classes")
+            alone = heads == set(tasks.values()) and len(tasks) == 1
+            self.decoders = nn.ModuleDict(
+                {
+                    name: nn.Identity() if alone else nn.Conv2d(self._head_classes(first_name), classes, 1)
+                    for name, classes in tasks.items()
+                }
+            )
+        else:
+            self.decoders = nn.ModuleDict({name: UPerNet(outputs, classes, decoder) for name, classes in tasks.items()})
+        self.auxiliary = nn.ModuleDict(
+            {
+                name: nn.ModuleDict({task: auxiliary_decoder(name, classes) for task, classes in tasks.items()})
+                for name in encoders
+                if name in auxiliary
+            }
+        )
+        # One 1 x 1 pooled value a channel has no batch statistics.
+        self._least_rows = 2 if decoder.norm == "batch" else 1
 
     def encoder(self, name: str) -> Encoder:
         """The encoder of a modality."""
         encoder = self.encoders[name]
         assert isinstance(encoder, Encoder)
         return encoder
+
+    def _head_classes(self, name: str) -> int:
+        encoder = self.encoders[name]
+        if not isinstance(encoder, UTAE) or encoder.head_classes is None:
+            raise InputError(f"{name}: an official model needs the head of U-TAE here: build it with head=True")
+        return encoder.head_classes
 
     def grids(self, side: float) -> list[Grid]:
         """Cells of each stage of the pyramid for a ground window of ``side`` metres, finest first."""
@@ -125,7 +211,7 @@ class UPerFuse(nn.Module):
         strides = [min(first.strides)] * len(first.strides) if first.spec.series else first.strides
         return [(cells, cells) for cells in (math.ceil(pixels / stride) for stride in strides)]
 
-    def forward(self, inputs: Mapping[str, EncoderInput], side: float, size: int) -> dict[str, torch.Tensor]:
+    def forward(self, inputs: Mapping[str, EncoderInput], side: float, size: int) -> Predictions:
         """Logits of every task.
 
         Args:
@@ -134,62 +220,127 @@ class UPerFuse(nn.Module):
             side: side of the ground window, metres.
             size: side of the logits, pixels.
 
-        Returns:
-            By task, (B, classes, size, size).
+        Raises:
+            InputError: the batch holds none of the modalities; or an official model lacks one.
         """
-        pyramid = self.pyramid(inputs, side)
-        return {name: resize(decoder(pyramid), (size, size)) for name, decoder in self.decoders.items()}
+        encoded, samples = self._encode(inputs)
+        return self.decode(encoded, samples, self.grids(side), size)
 
     def pyramid(self, inputs: Mapping[str, EncoderInput], side: float) -> list[torch.Tensor]:
         """The fused maps (B, widths[i], H_i, W_i), finest first."""
+        encoded, samples = self._encode(inputs)
+        return self._fused(encoded, samples, self.grids(side))
+
+    def decode(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid], size: int) -> Predictions:
+        """Logits from what the encoders found; ``grids`` are those of the stages, finest first."""
+        if self.series_alone:
+            found = [resize(item.logits, (size, size)) for item in encoded.values() if item.logits is not None]
+            mean = torch.stack(found).mean(dim=0)
+            logits = {name: decoder(mean) for name, decoder in self.decoders.items()}
+        else:
+            pyramid = self._fused(encoded, samples, grids)
+            logits = {name: self._enlarged(decoder(pyramid), size) for name, decoder in self.decoders.items()}
+        return Predictions(logits, self.supervise(encoded, size) if self.training else {})
+
+    def supervise(
+        self, encoded: Mapping[str, Encoded], size: int
+    ) -> dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Logits of the auxiliary decoders, see ``Predictions.auxiliary``."""
+        found: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {task: {} for task in self.decoders}
+        for name, decoders in self.auxiliary.items():
+            if name not in encoded or (self.training and len(encoded[name].rows) < self._least_rows):
+                continue
+            rows, maps, head = encoded[name]
+            assert isinstance(decoders, nn.ModuleDict)
+            for task, decoder in decoders.items():
+                if isinstance(decoder, UPerNet):
+                    logits = self._enlarged(decoder(maps), size)
+                else:
+                    assert head is not None
+                    logits = decoder(resize(head, (size, size)))
+                found[task][name] = (rows, logits)
+        return found
+
+    def _enlarged(self, logits: torch.Tensor, size: int) -> torch.Tensor:
+        if self.official:
+            logits = interpolate(logits, scale_factor=_HEAD_SCALE, mode="bilinear", align_corners=True)
+        return resize(logits, (size, size))
+
+    def _encode(self, inputs: Mapping[str, EncoderInput]) -> tuple[dict[str, Encoded], int]:
+        """What each encoder finds, by modality that any sample has, and the number of samples."""
         given = {name: inputs[name] for name in self.encoders if name in inputs}
         if not given:
             raise InputError(f"a batch holds none of the model's modalities: {', '.join(self.encoders)}")
         # One transfer a batch tells which samples each encoder has to look at.
         present = torch.stack([item.present for item in given.values()]).cpu()
-        samples = present.shape[1]
-        rows = {name: here.nonzero()[:, 0] for name, here in zip(given, present, strict=True)}
-        maps = {name: self._maps(name, given[name], rows[name]) for name in given if len(rows[name])}
-        return [
-            self._stage(stage, grid, samples, {name: (rows[name], maps[name][stage]) for name in maps})
-            for stage, grid in enumerate(self.grids(side))
-        ]
+        if self.official and (len(given) < len(self.encoders) or not present.all()):
+            lacking = [name for name in self.encoders if name not in given or not given[name].present.all()]
+            raise InputError(
+                f"samples lack {', '.join(lacking)}: the official architecture has no stand-in for a missing sensor; "
+                "leave these samples out, or use a model of bocage's own architecture"
+            )
+        found = {}
+        for (name, item), here in zip(given.items(), present, strict=True):
+            rows = here.nonzero()[:, 0]
+            if len(rows):
+                found[name] = self._found(name, item, rows)
+        return found, present.shape[1]
 
-    def _maps(self, name: str, given: EncoderInput, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Maps by stage of the samples that have the modality: absent ones reach no batch statistics."""
-        encoder = self.encoder(name)
+    def _found(self, name: str, given: EncoderInput, rows: torch.Tensor) -> Encoded:
+        """What an encoder finds in the samples that have its modality: absent ones reach no batch statistics."""
         values, dates, padding = given.values, given.dates, given.padding
         if len(rows) < len(values):
             index = rows.to(values.device)
             values = values[index]
             dates = None if dates is None else dates[index]
             padding = None if padding is None else padding[index]
-        maps = encoder.features(values, dates, padding)
-        return [maps[index] for index in self._maps_of_stages[name]]
+        return self.encode(name, values, dates, padding, rows)
 
-    def _stage(
-        self, stage: int, grid: Grid, samples: int, maps: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> torch.Tensor:
+    def encode(
+        self,
+        name: str,
+        values: torch.Tensor,
+        dates: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        rows: torch.Tensor,
+    ) -> Encoded:
+        """What the encoder of a modality finds in the ``rows`` of a batch; arguments as in ``Encoder.features``."""
+        encoder = self.encoder(name)
+        logits = None
+        if self.official and isinstance(encoder, UTAE) and (self.series_alone or name in self.auxiliary):
+            assert dates is not None
+            output = encoder(values, dates, padding)
+            maps, logits = output.maps[::-1], output.logits
+        else:
+            maps = encoder.features(values, dates, padding)
+        return Encoded(rows, [maps[index] for index in self._maps_of_stages[name]], logits)
+
+    def _fused(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid]) -> list[torch.Tensor]:
+        return [self._stage(stage, grid, samples, encoded) for stage, grid in enumerate(grids)]
+
+    def _stage(self, stage: int, grid: Grid, samples: int, encoded: Mapping[str, Encoded]) -> torch.Tensor:
         """One stage of the fused pyramid: (samples, width, *grid)."""
         sums: dict[Grid, torch.Tensor] = {}  # by resolution, so that each is resized once
-        everywhere = torch.zeros_like(self._absent(next(iter(self.encoders)), stage))
-        if self.fusion is not None:
-            everywhere = everywhere + self.fusion.bias(stage)
+        constants = [] if self.fusion is None else [self.fusion.bias(stage)]
         for name in self.encoders:
-            token = self._absent(name, stage)
-            if name not in maps:
-                everywhere = everywhere + token
+            if name not in encoded:
+                constants.append(self._absent(name, stage))
                 continue
-            rows, values = maps[name]
-            part = values if self.fusion is None else self.fusion.part(stage, name, values)
+            part = encoded[name].maps[stage]
+            if self.fusion is not None:
+                part = self.fusion.part(stage, name, part)
             own: Grid = (part.shape[-2], part.shape[-1])
-            # Always through the token, though every sample be present: its gradient is then zero, not missing.
-            tokens = token.to(part.dtype).view(1, -1, 1, 1).expand(samples, -1, *own)
-            filled = tokens.index_copy(0, rows.to(part.device), part)
-            sums[own] = sums[own] + filled if own in sums else filled
-        total = everywhere.view(1, -1, 1, 1).expand(samples, -1, *grid)
-        for values in sums.values():
-            total = total + resize(values, grid)
+            if not self.official:
+                # Always through the token, though every sample be present: its gradient is then zero, not missing.
+                tokens = self._absent(name, stage).to(part.dtype).view(1, -1, 1, 1).expand(samples, -1, *own)
+                part = tokens.index_copy(0, encoded[name].rows.to(part.device), part)
+            sums[own] = sums[own] + part if own in sums else part
+        resized = [resize(values, grid) for values in sums.values()]
+        total = sum(resized[1:], start=resized[0]) if resized else None
+        if constants:
+            constant = sum(constants[1:], start=constants[0]).view(1, -1, 1, 1)
+            total = constant.expand(samples, -1, *grid) if total is None else total + constant
+        assert total is not None
         return total
 
     def _absent(self, name: str, stage: int) -> nn.Parameter:

@@ -16,6 +16,8 @@ COMMANDS = {
     "shard": "turn a FLAIR-HUB tree into WebDataset shards with a manifest",
     "finetune": "train UPerFuse on labels, from pretrained encoders or from scratch",
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
+    "attention": "draw which dates of a series an encoder looks at",
+    "convert": "turn official FLAIR-HUB checkpoints into bocage's folders, and back",
     "demo": "run the whole path on a simulated sample and print pretrained against scratch",
 }
 """Sub-commands: each is the module of the same name here, with ``add_arguments(parser)`` and ``run(arguments)``."""

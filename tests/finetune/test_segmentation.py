@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_task import AERIAL, COSIA, DECODER, LPIS, S2, batch, task, trained
+from tiny_task import AERIAL, COSIA, DECODER, LPIS, S2, batch, encoders, task, trained
 
 from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
 from bocage.shards import classes
 from bocage.shards.augment import orient
 from bocage.shards.errors import InputError
+from bocage.shards.modality import FLAIR_HUB
 
 BOTH = (AERIAL, S2)
 MIXED = (BOTH, (AERIAL,), (S2,), BOTH)
@@ -70,7 +71,7 @@ def test_labels_and_levels(label: str, band: int, expected: int) -> None:
 def test_training_turns_inputs_and_labels_together_and_evaluation_does_not() -> None:
     model = task(AERIAL).eval()
     data = batch((AERIAL,), (AERIAL,), (AERIAL,), inputs=(AERIAL,))
-    straight, turned = model.logits(data), model.logits(data, oriented=True)
+    straight, turned = model.logits(data), model.predictions(data, oriented=True).logits[COSIA]
     assert not torch.equal(straight, turned)
     by_hand = batch((AERIAL,), (AERIAL,), (AERIAL,), inputs=(AERIAL,))
     by_hand.values[AERIAL] = orient(data.values[AERIAL], data.seeds)
@@ -142,3 +143,23 @@ def test_damaged_models_are_refused_in_one_sentence(saved: tuple[Segmentation, P
     refused("cannot be read as a segmentation model")
     shutil.rmtree(folder)
     refused("no fine-tuned model here")
+
+
+def test_deep_supervision_adds_the_weighted_mean_of_the_auxiliary_losses() -> None:
+    torch.manual_seed(0)
+    model = Segmentation(encoders(*BOTH), FLAIR_HUB[COSIA], 0, DECODER, {}, auxiliary=BOTH, auxiliary_weight=0.5)
+    loss, logs = model.train()(batch(*MIXED, inputs=BOTH))
+    torch.testing.assert_close(loss, logs["main_loss"] + 0.5 * logs["auxiliary_loss"])
+    loss.backward()
+    for name, parameter in model.model.auxiliary.named_parameters():
+        assert parameter.grad is not None or not parameter.requires_grad, name
+    loss, logs = model.eval()(batch(*MIXED, inputs=BOTH))
+    assert "auxiliary_loss" not in logs
+
+
+def test_auxiliary_decoders_survive_saving(tmp_path: Path) -> None:
+    model = Segmentation(encoders(*BOTH), FLAIR_HUB[COSIA], 0, DECODER, {}, auxiliary=(S2,))
+    save_segmentation(model, tmp_path)
+    again = load_segmentation(tmp_path)
+    assert list(again.model.auxiliary) == [S2]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())

@@ -4,6 +4,7 @@ from tiny_task import AERIAL, DECODER, DEM, S1, S2, batch, encoders, task
 from torch.nn.functional import conv2d, interpolate
 
 from bocage.finetune.uperfuse import Fusion, UPerFuse
+from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput, encoder_inputs
@@ -74,7 +75,7 @@ def test_any_subset_gives_logits_at_label_size(names: tuple[str, ...], grids: li
     assert net.grids(SIDE) == [(cells, cells) for cells in grids]
     given = inputs_of(net, batch(names, names, inputs=names))
     assert [tuple(values.shape[-2:]) for values in net.pyramid(given, SIDE)] == net.grids(SIDE)
-    logits = net(given, SIDE, 256)["land"]
+    logits = net(given, SIDE, 256).logits["land"]
     assert logits.shape == (2, 4, 256, 256)
     assert logits.min() < 0, "logits must not end in a ReLU"
     assert (net.fusion is None) == (len(names) == 1)
@@ -84,7 +85,7 @@ def test_each_sample_is_predicted_as_if_it_were_alone() -> None:
     names = (AERIAL, S2)
     net = with_random_tokens(model(*names))
     held: list[tuple[str, ...]] = [names, (AERIAL,), (S2,), ()]
-    together = net(inputs_of(net, batch(*held, inputs=names)), SIDE, 256)["land"]
+    together = net(inputs_of(net, batch(*held, inputs=names)), SIDE, 256).logits["land"]
     whole = batch(*held, inputs=names)
     for index in range(len(held)):
         one = Batch(
@@ -97,7 +98,7 @@ def test_each_sample_is_predicted_as_if_it_were_alone() -> None:
             seeds=whole.seeds[index : index + 1],
             windows=whole.windows[index : index + 1],
         )
-        alone = net(inputs_of(net, one), SIDE, 256)["land"]
+        alone = net(inputs_of(net, one), SIDE, 256).logits["land"]
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -106,7 +107,7 @@ def test_a_modality_that_is_not_in_the_batch_is_absent_for_all() -> None:
     net = with_random_tokens(model(*names))
     given = inputs_of(net, batch((S2,), (S2,), inputs=names))
     only = {S2: given[S2]}
-    torch.testing.assert_close(net(given, SIDE, 256)["land"], net(only, SIDE, 256)["land"])
+    torch.testing.assert_close(net(given, SIDE, 256).logits["land"], net(only, SIDE, 256).logits["land"])
     with pytest.raises(InputError, match="none of the model's modalities"):
         net({}, SIDE, 256)
 
@@ -123,10 +124,10 @@ def test_absent_samples_do_not_reach_batch_statistics() -> None:
 def test_tokens_always_have_a_gradient_and_stand_in_for_what_is_absent() -> None:
     names = (AERIAL, S2)
     net = model(*names)
-    net(inputs_of(net, batch(names, names, inputs=names)), SIDE, 64)["land"].square().mean().backward()
+    net(inputs_of(net, batch(names, names, inputs=names)), SIDE, 64).logits["land"].square().mean().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in net.absent.parameters())
     net.zero_grad()
-    net(inputs_of(net, batch((AERIAL,), names, inputs=names)), SIDE, 64)["land"].square().mean().backward()
+    net(inputs_of(net, batch((AERIAL,), names, inputs=names)), SIDE, 64).logits["land"].square().mean().backward()
     assert all(parameter.grad.any() for parameter in net.absent[S2].parameters())
     assert not any(parameter.grad.any() for parameter in net.absent[AERIAL].parameters())
 
@@ -157,3 +158,40 @@ def test_unread_official_parameters_do_not_train() -> None:
     names = [name for name, parameter in task(AERIAL).named_parameters() if not parameter.requires_grad]
     assert names
     assert all(".fpn_stages.4." in name for name in names)
+
+
+def test_auxiliary_decoders_learn_from_the_samples_that_have_the_sensor() -> None:
+    torch.manual_seed(0)
+    names = (AERIAL, S2)
+    net = UPerFuse(encoders(*names), {"land": 4}, DECODER, auxiliary=names).train()
+    given = inputs_of(net, batch((AERIAL,), names, names, inputs=names))
+    predictions = net(given, SIDE, 64)
+    assert predictions.auxiliary.keys() == {"land"}
+    shapes = {name: (rows.tolist(), logits.shape) for name, (rows, logits) in predictions.auxiliary["land"].items()}
+    assert shapes == {AERIAL: ([0, 1, 2], (3, 4, 64, 64)), S2: ([1, 2], (2, 4, 64, 64))}
+    for _, logits in predictions.auxiliary["land"].values():
+        logits.square().mean().backward(retain_graph=True)
+    for name, parameter in net.auxiliary.named_parameters():
+        assert parameter.grad is not None or not parameter.requires_grad, name
+    assert all(bool(p.grad.abs().max() > 0) for p in net.encoder(S2).parameters() if p.grad is not None)
+    net.eval()
+    assert net(given, SIDE, 64).auxiliary == {}
+    with pytest.raises(InputError, match="auxiliary: DEM_ELEV not among"):
+        UPerFuse(encoders(AERIAL), {"land": 4}, DECODER, auxiliary=(DEM,))
+
+
+def test_an_auxiliary_decoder_with_batch_statistics_sits_out_a_lone_sample() -> None:
+    names = (AERIAL, S2)
+    net = UPerFuse(encoders(*names), {"land": 4}, DecoderConfig(pyramid_width=32, width=16), auxiliary=names).train()
+    given = inputs_of(net, batch((AERIAL,), names, inputs=names))
+    assert net(given, SIDE, 64).auxiliary["land"].keys() == {AERIAL}
+
+
+def test_the_official_face_refuses_samples_that_lack_a_sensor() -> None:
+    names = (AERIAL, S2)
+    net = UPerFuse(encoders(*names), {"land": 4}, DECODER, official=True).eval()
+    assert not list(net.absent.parameters())
+    with pytest.raises(InputError, match=f"lack {S2}: the official architecture"):
+        net(inputs_of(net, batch((AERIAL,), names, inputs=names)), SIDE, 64)
+    with pytest.raises(InputError, match="build it with head=True"):
+        UPerFuse(encoders(S2), {"land": 4}, DECODER, official=True)

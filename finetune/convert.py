@@ -1,0 +1,273 @@
+"""Checkpoints of the official FLAIR-HUB code to bocage's folders and back, with an account of every key."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bocage.finetune.official import DEFAULT_ARCH, OfficialModel, build_official
+from bocage.finetune.official_shapes import model_of
+from bocage.finetune.task import Segmentation, save_segmentation
+from bocage.finetune.uperfuse import UPerFuse
+from bocage.finetune.upernet import DecoderConfig
+from bocage.shards.errors import InputError
+from bocage.shards.files import flush, written_atomically
+from bocage.shards.inputs import quality_masks
+from bocage.shards.modality import FLAIR_HUB
+from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.encoders.bias_tables import resize_bias_tables
+from bocage.ssl.encoders.export import save_encoder
+from bocage.ssl.encoders.keys import KeyReport, compare
+from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.sources import built_with
+from bocage.ssl.encoders.swin import SwinEncoder
+from bocage.ssl.encoders.utae import UTAE
+from bocage.ssl.encoders.weight_files import read_tensors
+
+PREFIX = "model."
+"""Before every parameter of an official checkpoint: without it the official code loads nothing, and says nothing."""
+
+_PARTS = ("encoders.", "fusion_handler.", "main_decoders.", "aux_decoders.")
+_TRAINER = re.compile(r"(criterion|train_metrics|val_metrics|val_iou|train_loss|val_loss)\.")
+
+
+def load_official(
+    path: Path,
+    *,
+    arch: str | None = None,
+    image_sizes: Mapping[str, int] | None = None,
+    auxiliary: bool = True,
+) -> tuple[OfficialModel, KeyReport]:
+    """The model of an official checkpoint, in evaluation mode.
+
+    Modalities, channels, tasks, classes, the Swin and the image sizes are read off the names and shapes.
+
+    Args:
+        path: ``.safetensors``, ``.ckpt`` or ``.pth``, names with or without the prefix ``model.``.
+        arch: see ``build_official``; needed for Swin v2 and where every map is smaller than the window, since then
+            the file does not tell.
+        image_sizes: sides that the Swins are built for; where they differ from the checkpoint's, tables of relative
+            positions are resized. Default: the checkpoint's own.
+        auxiliary: whether to keep the auxiliary decoders.
+
+    Raises:
+        InputError: a file that is not such a checkpoint, or a model that cannot be built here.
+    """
+    stored = read_tensors(path)
+    if any(name.startswith(PREFIX) for name in stored):
+        prefixed = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items() if name.startswith(PREFIX)}
+        aside = [name for name in stored if not name.startswith(PREFIX)]
+    else:
+        prefixed = {name: tensor for name, tensor in stored.items() if not _TRAINER.match(name)}
+        aside = [name for name in stored if _TRAINER.match(name)]
+    if strange := [name for name in aside if not _TRAINER.match(name)]:
+        raise InputError(f"{path} mixes names with and without the prefix {PREFIX!r}: {', '.join(strange[:3])}")
+    if not any(name.startswith(_PARTS) for name in prefixed):
+        raise InputError(f"{path} holds no parameter of an official FLAIR-HUB model (encoders.*, main_decoders.*)")
+    try:
+        model = model_of(prefixed, arch, image_sizes, auxiliary)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not auxiliary:
+        dropped = [name for name in prefixed if name.startswith("aux_decoders.")]
+        prefixed = {name: tensor for name, tensor in prefixed.items() if name not in set(dropped)}
+        aside += dropped
+    fitted = _with_tables_for(model, prefixed)
+    adapted = {name: "table resized" for name in fitted if fitted[name].shape != prefixed[name].shape}
+    report = compare(model.state_dict(), fitted, adapted=adapted, dropped=tuple(aside))
+    if not report.complete:
+        raise InputError(f"{path} is not an official model of this architecture: {report}")
+    model.load_state_dict(fitted)
+    return model.eval(), report
+
+
+def save_official(model: OfficialModel, path: Path) -> None:
+    """Write an official checkpoint, every name under the prefix that the official code expects.
+
+    Raises:
+        InputError: ``path`` does not end in ``.safetensors``.
+    """
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: official checkpoints are written as .safetensors; give such a name")
+    weights = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+
+
+def extract_encoder(model: OfficialModel, name: str) -> Encoder:
+    """The encoder of a modality as ours: a Swin for any image size, a U-TAE without the official head.
+
+    A U-TAE keeps ``masked_norm`` off, as it was trained.
+
+    Raises:
+        InputError: a modality that the model does not read.
+    """
+    if name not in model.uperfuse.encoders:
+        raise InputError(f"the model has no encoder of {name}; there are {', '.join(model.uperfuse.encoders)}")
+    theirs = model.uperfuse.encoder(name)
+    options = {key: value for key, value in theirs.config.options.items() if key not in ("head", "out_conv")}
+    encoder = build_encoder(theirs.spec, replace(theirs.config, options=options, fixed_size=None))
+    weights = theirs.state_dict()
+    if isinstance(encoder, SwinEncoder):
+        weights = resize_bias_tables(weights, encoder)
+    wanted = encoder.state_dict()
+    encoder.load_state_dict({key: weights[key] for key in wanted})
+    return encoder.eval()
+
+
+def segmentations(model: OfficialModel) -> dict[str, Segmentation]:
+    """The fine-tuned model of each task, computing as the official code does; they share their encoders.
+
+    Tasks whose number of classes is not that of one of the label's schemes have no model here: their classes are
+    unknown.
+    """
+    inner = model.uperfuse
+    encoders = {name: inner.encoder(name) for name in inner.encoders}
+    found = {}
+    for task, classes in inner.tasks.items():
+        sizes = [len(scheme) for scheme in FLAIR_HUB[task].schemes]
+        if classes not in sizes:
+            continue
+        segmentation = Segmentation(
+            encoders,
+            FLAIR_HUB[task],
+            sizes.index(classes),
+            DecoderConfig(),
+            quality_masks(FLAIR_HUB, list(encoders)),
+            auxiliary=list(inner.auxiliary),
+            official=True,
+        )
+        own = inner.state_dict()
+        segmentation.model.load_state_dict({name: own[name] for name in segmentation.model.state_dict()})
+        found[task] = segmentation.eval()
+    return found
+
+
+def from_official(model: OfficialModel, folder: Path) -> list[Path]:
+    """Write ``encoders/MODALITY`` for each encoder and ``TASK/model`` for each task that ``segmentations`` knows.
+
+    Returns:
+        The folders of the encoders and of the tasks; the latter are what ``bocage predict`` takes.
+
+    Raises:
+        InputError: ``folder`` exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder: choose another one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        for name in model.uperfuse.encoders:
+            save_encoder(extract_encoder(model, name), new / "encoders" / name)
+            written.append(folder / "encoders" / name)
+        for task, segmentation in segmentations(model).items():
+            save_segmentation(segmentation, new / task / "model")
+            written.append(folder / task)
+        new.rename(folder)
+        flush(folder.parent)
+    return written
+
+
+def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
+    """A fine-tuned model in the official architecture, every official name filled.
+
+    Weights move as they are, tables of relative positions to the size the official code builds. What the official
+    architecture has and ours lacks (heads of series, unread layers) keeps its initial value and is ``missing`` in the
+    report; what only ours has (tokens of absent sensors, auxiliary decoders of series) is ``dropped``.
+
+    A model of bocage's own face gives slightly different outputs there: the official code moves the corners of the
+    logits and lets padded dates into the statistics of U-TAE.
+
+    Raises:
+        InputError: a model that the official architecture cannot express.
+    """
+    ours = task.model
+    encoders = {name: ours.encoder(name) for name in ours.encoders}
+    images = [encoder for encoder in encoders.values() if not encoder.spec.series]
+    if not images and not ours.official:
+        raise InputError(
+            "the official architecture decodes series alone by the head of U-TAE, bocage's own by UPerNet: this model "
+            "has no official form; fine-tune an official checkpoint instead, or add an image"
+        )
+    if task.decoder_config != DecoderConfig():
+        raise InputError(f"the official decoder is {DecoderConfig()}, this model's {task.decoder_config}")
+    model = build_official(
+        {name: encoder.spec.channels for name, encoder in encoders.items()},
+        {task.label.name: len(task.scheme)},
+        f"{_common_name(images)}-upernet" if images else DEFAULT_ARCH,
+        {name: encoder.config.fixed_size for name, encoder in encoders.items() if encoder.config.fixed_size},
+        auxiliary=_auxiliary(ours),
+    )
+    target = model.uperfuse
+    if not ours.official:
+        _check_encoders(encoders, target)
+    only_ours = ("absent.", *(f"auxiliary.{name}." for name in ours.auxiliary if name not in target.auxiliary))
+    stored = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith(only_ours)}
+    fitted = dict(stored)
+    for name, encoder in encoders.items():
+        if isinstance(encoder, SwinEncoder):
+            inner = target.encoder(name)
+            assert isinstance(inner, SwinEncoder)
+            prefix = f"encoders.{name}."
+            own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+            fitted |= {prefix + key: tensor for key, tensor in resize_bias_tables(own, inner).items()}
+    report = compare(
+        target.state_dict(),
+        fitted,
+        adapted={name: "table resized" for name in fitted if fitted[name].shape != stored[name].shape},
+        dropped=tuple(name for name in ours.state_dict() if name.startswith(only_ours)),
+    )
+    if report.unfit or report.unknown:
+        raise InputError(f"the official architecture differs from this model's: {report}")
+    target.load_state_dict(fitted, strict=False)
+    return model.eval(), report
+
+
+def _auxiliary(ours: UPerFuse) -> list[str]:
+    """Modalities whose auxiliary decoders the official architecture has as well."""
+    return [name for name in ours.auxiliary if ours.official or not ours.encoder(name).spec.series]
+
+
+def _common_name(images: list[Encoder]) -> str:
+    names = {encoder.config.name.partition(".")[0] for encoder in images}
+    if len(names) > 1:
+        raise InputError(
+            f"the official architecture has one Swin for all images, this model {', '.join(sorted(names))}"
+        )
+    return names.pop()
+
+
+def _check_encoders(encoders: Mapping[str, Encoder], target: UPerFuse) -> None:
+    """Raises ``InputError`` where an encoder computes otherwise than the official one, though shapes may agree."""
+    for name, encoder in encoders.items():
+        theirs, ours = built_with(target.encoder(name).config), built_with(encoder.config)
+        for options in (theirs, ours):
+            for key in ("head", "out_conv", "masked_norm", "fixed_size"):
+                options.pop(key, None)
+        if encoder.spec.series:
+            defaults = {key: item.default for key, item in inspect.signature(UTAE).parameters.items()}
+            theirs, ours = ({**defaults, **options} for options in (theirs, ours))
+        if differing := [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]:
+            values = "; ".join(f"{key} = {ours.get(key)}, official {theirs.get(key)}" for key in differing)
+            raise InputError(f"the encoder of {name} is built otherwise than the official one: {values}")
+
+
+def _with_tables_for(model: OfficialModel, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with the tables of every image at the size that the model has."""
+    fitted = dict(stored)
+    for name in model.uperfuse.encoders:
+        encoder = model.uperfuse.encoder(name)
+        if isinstance(encoder, SwinEncoder):
+            prefix = f"encoders.{name}.seg_model."
+            own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+            fitted |= {prefix + key: tensor for key, tensor in resize_bias_tables(own, encoder).items()}
+    return fitted

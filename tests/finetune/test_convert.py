@@ -1,0 +1,310 @@
+"""Official checkpoints into bocage's folders and back, every key accounted for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_task import batch
+
+from bocage.finetune.convert import (
+    extract_encoder,
+    from_official,
+    load_official,
+    save_official,
+    segmentations,
+    to_official,
+)
+from bocage.finetune.official import OfficialModel, baseline_input, build_official
+from bocage.finetune.task import Segmentation, load_segmentation
+from bocage.finetune.upernet import DecoderConfig
+from bocage.shards.errors import InputError
+from bocage.shards.modality import FLAIR_HUB
+from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.export import load_encoder, save_encoder
+from bocage.ssl.encoders.registry import build_encoder
+from bocage.tools.main import main
+
+AERIAL, SPOT, S2, S1 = "AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS", "SENTINEL1-ASC_TS"
+COSIA, LPIS = "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
+TINY = "swin_tiny_patch4_window7_224-upernet"
+SIZES = {AERIAL: 256, SPOT: 64}
+
+
+def official(*names: str, labels: Any = (COSIA,), auxiliary: tuple[str, ...] = (), **sizes: int) -> OfficialModel:
+    torch.manual_seed(1)
+    chosen = {name: sizes.get(name, SIZES[name]) for name in names if name in SIZES}
+    model = build_official(names, labels, TINY, chosen, auxiliary=auxiliary)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    theirs = other.state_dict()
+    return one.state_dict().keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) for name, value in one.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
+def test_every_form_of_a_checkpoint_loads(tmp_path: Path, suffix: str, prefix: str) -> None:
+    model = official(S2, S1, labels=(COSIA, LPIS), auxiliary=(S1,))
+    weights = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    path = tmp_path / f"official{suffix}"
+    if suffix == ".safetensors":
+        save_file(weights, path)
+    elif suffix == ".pth":
+        torch.save(weights, path)
+    else:
+        weights[f"criterion.{COSIA}.weight"] = torch.ones(19)
+        torch.save({"epoch": 3, "state_dict": weights, "hyper_parameters": {"lr": 5e-5}}, path)
+    loaded, report = load_official(path)
+    assert same(model, loaded)
+    assert not loaded.training
+    assert len(report.loaded) == len(model.state_dict())
+    assert report.dropped == ((f"criterion.{COSIA}.weight",) if suffix == ".ckpt" else ())
+    assert str(report).startswith(f"{len(report.loaded)} loaded")
+
+
+def test_auxiliary_decoders_can_be_dropped(tmp_path: Path) -> None:
+    model = official(SPOT, S2, auxiliary=(SPOT,))
+    save_official(model, tmp_path / "a.safetensors")
+    loaded, report = load_official(tmp_path / "a.safetensors", auxiliary=False)
+    assert not loaded.aux_decoders
+    assert set(report.dropped) == {name for name in model.state_dict() if name.startswith("aux_decoders.")}
+    kept, _ = load_official(tmp_path / "a.safetensors")
+    assert list(kept.aux_decoders) == [f"{SPOT}__{COSIA}"]
+
+
+def test_files_written_carry_the_prefix_and_every_key(tmp_path: Path) -> None:
+    model = official(SPOT, S2)
+    save_official(model, tmp_path / "a.safetensors")
+    stored = load_file(tmp_path / "a.safetensors")
+    assert set(stored) == {f"model.{name}" for name in model.state_dict()}
+    with pytest.raises(InputError, match="are written as"):
+        save_official(model, tmp_path / "a.ckpt")
+
+
+def test_tables_are_resized_when_the_image_size_differs(tmp_path: Path) -> None:
+    save_official(official(SPOT, S2), tmp_path / "a.safetensors")
+    loaded, report = load_official(tmp_path / "a.safetensors", image_sizes={SPOT: 256})
+    table = "encoders.SPOT_RGBI.seg_model.model.layers_3.blocks.0.attn.relative_position_bias_table"
+    assert loaded.state_dict()[table].shape == (169, 24)
+    assert table in report.adapted
+    assert len(report.adapted) == 8  # the blocks of the last two stages, whose maps were smaller than the window
+
+
+def test_an_extracted_encoder_is_ours_and_equals_the_official_one(tmp_path: Path) -> None:
+    model = official(AERIAL, S2)
+    for name, shape in ((AERIAL, (2, 3, 256, 256)), (S2, (2, 3, 10, 10, 10))):
+        folder = tmp_path / name
+        save_encoder(extract_encoder(model, name), folder)
+        encoder = load_encoder(folder)
+        assert encoder.spec == baseline_input(FLAIR_HUB[name])
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        moments = (torch.tensor([[0.0, 30, 60]] * 2), None) if name == S2 else ()
+        with torch.no_grad():
+            mine = encoder.features(values, *moments)
+            theirs = model.uperfuse.encoder(name).features(values, *moments)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="no encoder of SPOT_RGBI"):
+        extract_encoder(model, SPOT)
+
+
+def test_each_task_becomes_a_model_that_computes_as_the_official_one(tmp_path: Path) -> None:
+    model = official(AERIAL, S2, labels=(COSIA, LPIS))
+    written = from_official(model, tmp_path / "out")
+    assert [str(path.relative_to(tmp_path / "out")) for path in written] == [
+        f"encoders/{AERIAL}",
+        f"encoders/{S2}",
+        COSIA,
+        LPIS,
+    ]
+    data = batch((AERIAL, S2), (AERIAL, S2), inputs=(AERIAL, S2))  # 51.2 m: 256 px
+    inputs = {}
+    for name, chosen in ((AERIAL, [3, 0, 1]), (S2, list(range(10)))):
+        spec = baseline_input(FLAIR_HUB[name])
+        mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (spec.mean, spec.std))
+        inputs[name] = (data.values[name].float()[..., chosen, :, :] - mean) / std
+    with torch.no_grad():
+        padding = {S2: data.padding[S2]}
+        expected = model(inputs, {S2: data.dates[S2]}, padding, 256)
+        for label in (COSIA, LPIS):
+            segmentation = load_segmentation(tmp_path / "out" / label / "model")
+            torch.testing.assert_close(segmentation.logits(data), expected[label], rtol=0, atol=1e-4)
+    with pytest.raises(InputError, match="not an empty folder"):
+        from_official(model, tmp_path / "out")
+
+
+def test_tasks_of_unknown_classes_give_their_encoders_alone(tmp_path: Path) -> None:
+    model = official(SPOT, labels={COSIA: 13})
+    assert segmentations(model) == {}
+    assert from_official(model, tmp_path / "out") == [tmp_path / "out" / "encoders" / SPOT]
+
+
+@pytest.mark.parametrize("names", [(AERIAL, S2), (SPOT,), (S2, S1)])
+def test_there_and_back_loses_nothing(tmp_path: Path, names: tuple[str, ...]) -> None:
+    first = official(*names, labels={LPIS: 31}, auxiliary=names[:1])
+    again, report = to_official(segmentations(first)[LPIS])
+    read = {name for name, parameter in first.uperfuse.named_parameters()}
+    assert not report.missing
+    assert not report.dropped
+    before, after = first.uperfuse.state_dict(), again.uperfuse.state_dict()
+    assert read <= before.keys()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert {n: v.shape for n, v in first.state_dict().items()} == {n: v.shape for n, v in again.state_dict().items()}
+
+
+def ours(*names: str, decoder: DecoderConfig | None = None, **options: Any) -> Segmentation:
+    torch.manual_seed(2)
+    encoders: dict[str, Encoder] = {}
+    for name in names:
+        spec = baseline_input(FLAIR_HUB[name], 4 if FLAIR_HUB[name].role == "image" else None)
+        if spec.series:
+            widths = {"encoder_widths": [64, 64, 128, 128], "decoder_widths": [64, 64, 128, 128], **options}
+            config = EncoderConfig(architecture="utae", options=widths)
+        else:
+            config = EncoderConfig(architecture="swin", name="swin_tiny_patch4_window7_224")
+        encoders[name] = build_encoder(spec, config)
+    return Segmentation(encoders, FLAIR_HUB[COSIA], 0, decoder or DecoderConfig(), {}, auxiliary=names)
+
+
+def test_a_model_of_ours_fills_every_official_name() -> None:
+    task = ours(SPOT, S2)
+    model, report = to_official(task)
+    channels = {SPOT: 4, S2: 10}
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape
+        for name, value in build_official(channels, (COSIA,), TINY, auxiliary=(SPOT,)).state_dict().items()
+    }
+    own = task.model.state_dict()
+    assert {name.rsplit(".", 1)[1] for name in report.adapted} == {"relative_position_bias_table"}
+    assert len(report.adapted) == 8  # the blocks of the last two stages, whose maps are smaller than the window
+    assert set(report.dropped) == {n for n in own if n.startswith(("absent.", f"auxiliary.{S2}."))}
+    assert all("out_conv" in name for name in report.missing)
+    for name in report.loaded:
+        assert torch.equal(model.uperfuse.state_dict()[name], own[name])
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (lambda: ours(S2), "has no official form"),
+        (lambda: ours(SPOT, decoder=DecoderConfig(norm="group")), "the official decoder is"),
+        (lambda: ours(SPOT, S2, agg_mode="mean"), "agg_mode = mean, official att_group"),
+        (lambda: ours(SPOT, S2, n_head=8), "n_head = 8, official 16"),
+    ],
+)
+def test_what_the_official_architecture_cannot_express_is_refused(task: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        to_official(task())
+
+
+class Payload:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """A damaged or strange checkpoint."""
+    name = "model.main_decoders.AERIAL_LABEL-COSIA.bias"
+    if kind == "payload":
+        target = path.with_suffix(".ckpt")
+        torch.save({"state_dict": {**weights, "x": Payload(path.parent / "executed")}}, target)
+        return target
+    if kind == "payload under another name":
+        torch.save({"x": Payload(path.parent / "executed")}, path)
+        return path
+    if kind == "renamed":
+        weights["model.surprise"] = weights.pop(name)
+    elif kind == "extra":
+        weights["model.surprise"] = torch.zeros(3)
+    elif kind == "shape":
+        weights[name] = torch.zeros(7)
+    elif kind == "not a number":
+        weights[name] = torch.full_like(weights[name], torch.nan)
+    elif kind == "missing stem":
+        del weights["model.encoders.SENTINEL2_TS.in_conv.conv.conv.0.weight"]
+    elif kind == "table":
+        key = "model.encoders.SPOT_RGBI.seg_model.model.layers_0.blocks.0.attn.relative_position_bias_table"
+        weights[key] = weights[key][:50].clone()
+    elif kind == "sensor":
+        weights = {key.replace("SENTINEL2_TS", "PLANET"): value for key, value in weights.items()}
+    elif kind == "decoder":
+        weights = {key.replace("decoder.psp", "decoder.blocks"): value for key, value in weights.items()}
+    elif kind == "mixed prefix":
+        weights[name.removeprefix("model.")] = weights.pop(name)
+    elif kind == "encoders alone":
+        weights = {key: value for key, value in weights.items() if "main_decoders" not in key}
+    elif kind == "something else":
+        weights = {"conv.weight": torch.zeros(3, 3)}
+    save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "truncated or not a safetensors file"),
+        ("renamed", "1 missing .main_decoders.AERIAL_LABEL-COSIA.bias.*surprise"),
+        ("extra", "1 unknown .surprise"),
+        ("shape", "shape .7. instead of .19."),
+        ("not a number", "holds NaN"),
+        ("missing stem", "SENTINEL2_TS is not a U-TAE: there is no"),
+        ("table", "SPOT_RGBI"),
+        ("sensor", "PLANET is not an input of FLAIR-HUB's models"),
+        ("decoder", "is not a UPerNet"),
+        ("mixed prefix", "mixes names with and without the prefix"),
+        ("encoders alone", "no main decoder"),
+        ("something else", "holds no parameter of an official FLAIR-HUB model"),
+        ("payload", "holds more than tensors"),
+        ("payload under another name", "truncated or not a safetensors file"),
+    ],
+)
+def test_a_spoiled_checkpoint_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
+) -> None:
+    source = official(SPOT if kind in ("table", "decoder") else S2)
+    weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()}
+    path = spoiled(kind, tmp_path / "official.safetensors", weights)
+    with pytest.raises(InputError, match=message):
+        load_official(path)
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("bocage: error:")
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = official(SPOT, S2, labels=(COSIA,))
+    save_official(first, tmp_path / "official.safetensors")
+    account = tmp_path / "keys.txt"
+    assert (
+        main(["convert", str(tmp_path / "official.safetensors"), str(tmp_path / "out"), "--account", str(account)]) == 0
+    )
+    assert f"{len(first.state_dict())} loaded" in capsys.readouterr().out
+    assert len(account.read_text().splitlines()) == len(first.state_dict())
+    assert json.loads((tmp_path / "out" / COSIA / "model" / "config.json").read_text())["official"] is True
+    assert main(["convert", str(tmp_path / "out" / COSIA), str(tmp_path / "back.safetensors")]) == 0
+    assert "SPOT_RGBI: NIR, R, G (linear); mean 433.26" in capsys.readouterr().out
+    back, _ = load_official(tmp_path / "back.safetensors")
+    before, after = first.uperfuse.state_dict(), back.uperfuse.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert main(["convert", str(tmp_path / "out" / COSIA), str(tmp_path / "x.safetensors"), "--drop-auxiliary"]) == 2
+    assert main(["convert", str(tmp_path / "nothing.ckpt"), str(tmp_path / "y")]) == 2
