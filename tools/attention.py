@@ -1,0 +1,62 @@
+"""``bocage attention ENCODER SHARDS OUT``: pictures and a table of the dates that a series encoder looks at."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from bocage.finetune.predict import check_bands
+from bocage.shards.errors import InputError
+from bocage.shards.manifest import EVERY_SAMPLE, Manifest
+from bocage.ssl.attention import require_temporal, rows_of_keys, rows_with_dates
+from bocage.ssl.attention_pictures import write_attention
+from bocage.ssl.encoders.export import load_encoder
+from bocage.tools.arguments import positive
+
+_COUNT = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("encoder", metavar="ENCODER", type=Path, help="folder of a series encoder")
+    parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder that `bocage shard` wrote")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for KEY.png and attention.csv")
+    parser.add_argument("--keys", nargs="+", metavar="KEY", help="these patches, instead of --count from a split")
+    parser.add_argument(
+        "--count", type=positive, metavar="N", help=f"patches, spread evenly over the split (default: {_COUNT})"
+    )
+    parser.add_argument("--split", metavar="COLUMN", help="only patches of a split, e.g. split_1 (default: all)")
+    parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the patches and say where the files are."""
+    if arguments.keys is not None and (arguments.count is not None or arguments.split is not None):
+        raise InputError("--keys names the patches: leave out --count and --split")
+    encoder = require_temporal(load_encoder(arguments.encoder), str(arguments.encoder))
+    manifest = Manifest.open(arguments.shards)
+    name = encoder.spec.modality
+    if arguments.keys is not None:
+        rows = rows_of_keys(manifest, name, arguments.keys)
+    else:
+        rows = rows_with_dates(manifest, name, manifest.split(arguments.split or EVERY_SAMPLE, arguments.value))
+        count = min(arguments.count or _COUNT, len(rows))
+        rows = rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+    check_bands(encoder.spec.bands, manifest, name)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    with Progress() as progress:
+        bar = progress.add_task("attention", total=len(rows))
+        table = write_attention(
+            encoder,
+            manifest,
+            rows,
+            arguments.out,
+            device=device or "cpu",
+            progress=lambda done: progress.update(bar, completed=done),
+        )
+    print(f"{len(rows)} pictures in {arguments.out}, table: {table}")
+    return 0
