@@ -182,7 +182,8 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
 
     Weights move as they are, tables of relative positions to the size the official code builds. What the official
     architecture has and ours lacks (heads of series, unread layers) keeps its initial value and is ``missing`` in the
-    report; what only ours has (tokens of absent sensors, auxiliary decoders of series) is ``dropped``.
+    report; what only ours has (tokens of absent sensors, auxiliary decoders of series, heads that served other tasks
+    too) is ``dropped``.
 
     A model of bocage's own face gives slightly different outputs there: the official code moves the corners of the
     logits and lets padded dates into the statistics of U-TAE.
@@ -200,17 +201,32 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
         )
     if task.decoder_config != DecoderConfig():
         raise InputError(f"the official decoder is {DecoderConfig()}, this model's {task.decoder_config}")
+    classes = len(task.scheme)
+    other_heads = [n for n, e in encoders.items() if isinstance(e, UTAE) and e.head_classes not in (None, classes)]
+    if other_heads and ours.series_alone:
+        raise InputError(
+            f"the head of {other_heads[0]} serves several tasks, of which this folder holds one: the official "
+            "architecture needs them together; keep the checkpoint that they came from"
+        )
     model = build_official(
         {name: encoder.spec.channels for name, encoder in encoders.items()},
-        {task.label.name: len(task.scheme)},
+        {task.label.name: classes},
         f"{_common_name(images)}-upernet" if images else DEFAULT_ARCH,
         {name: encoder.config.fixed_size for name, encoder in encoders.items() if encoder.config.fixed_size},
-        auxiliary=_auxiliary(ours),
+        auxiliary=[
+            name
+            for name in ours.auxiliary
+            if not encoders[name].spec.series or (ours.official and name not in other_heads)
+        ],
     )
     target = model.uperfuse
     if not ours.official:
         _check_encoders(encoders, target)
-    only_ours = ("absent.", *(f"auxiliary.{name}." for name in ours.auxiliary if name not in target.auxiliary))
+    only_ours = (
+        "absent.",
+        *(f"auxiliary.{name}." for name in ours.auxiliary if name not in target.auxiliary),
+        *(f"encoders.{name}.out_conv." for name in other_heads),
+    )
     stored = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith(only_ours)}
     fitted = dict(stored)
     for name, encoder in encoders.items():
@@ -230,11 +246,6 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
         raise InputError(f"the official architecture differs from this model's: {report}")
     target.load_state_dict(fitted, strict=False)
     return model.eval(), report
-
-
-def _auxiliary(ours: UPerFuse) -> list[str]:
-    """Modalities whose auxiliary decoders the official architecture has as well."""
-    return [name for name in ours.auxiliary if ours.official or not ours.encoder(name).spec.series]
 
 
 def _common_name(images: list[Encoder]) -> str:

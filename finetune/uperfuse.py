@@ -42,7 +42,7 @@ class Fusion(nn.Module):
     """Maps of all modalities to one pyramid.
 
     A 1 x 1 convolution a stage reads the concatenation of all maps, as the official one does, and its weight has
-    that layout. It is applied in parts: each modality's part on the modality's own grid, before resizing.
+    that layout. It is applied in parts, by resolution: maps of one grid together, on that grid, before resizing.
 
     Args:
         widths: by modality, the channels it brings to each stage.
@@ -57,15 +57,21 @@ class Fusion(nn.Module):
             for stage, output in enumerate(outputs)
         )
 
-    def part(self, stage: int, modality: str, values: torch.Tensor) -> torch.Tensor:
-        """What one modality's map (B, widths[modality][stage], h, w) adds to a stage: (B, outputs[stage], h, w)."""
-        start = 0
-        for name, channels in self._widths.items():
-            if name == modality:
-                weight = self._convolution(stage).weight
-                return conv2d(values, weight[:, start : start + channels[stage]])
-            start += channels[stage]
-        raise KeyError(modality)
+    def part(self, stage: int, modalities: Sequence[str], values: torch.Tensor) -> torch.Tensor:
+        """What some modalities add to a stage.
+
+        Args:
+            stage: 0 for the finest.
+            modalities: in the order of ``widths``.
+            values: their maps side by side, (B, sum of widths[modality][stage], h, w).
+
+        Returns:
+            (B, outputs[stage], h, w).
+        """
+        weight = self._convolution(stage).weight
+        slices = weight.split([channels[stage] for channels in self._widths.values()], dim=1)
+        chosen = [part for name, part in zip(self._widths, slices, strict=True) if name in modalities]
+        return conv2d(values, weight if len(chosen) == len(slices) else torch.cat(chosen, dim=1))
 
     def bias(self, stage: int) -> torch.Tensor:
         """What a stage adds whatever the modalities: (outputs[stage],)."""
@@ -229,7 +235,7 @@ class UPerFuse(nn.Module):
     def pyramid(self, inputs: Mapping[str, EncoderInput], side: float) -> list[torch.Tensor]:
         """The fused maps (B, widths[i], H_i, W_i), finest first."""
         encoded, samples = self._encode(inputs)
-        return self._fused(encoded, samples, self.grids(side))
+        return self.fuse(encoded, samples, self.grids(side))
 
     def decode(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid], size: int) -> Predictions:
         """Logits from what the encoders found; ``grids`` are those of the stages, finest first."""
@@ -238,7 +244,7 @@ class UPerFuse(nn.Module):
             mean = torch.stack(found).mean(dim=0)
             logits = {name: decoder(mean) for name, decoder in self.decoders.items()}
         else:
-            pyramid = self._fused(encoded, samples, grids)
+            pyramid = self.fuse(encoded, samples, grids)
             logits = {name: self._enlarged(decoder(pyramid), size) for name, decoder in self.decoders.items()}
         return Predictions(logits, self.supervise(encoded, size) if self.training else {})
 
@@ -315,35 +321,51 @@ class UPerFuse(nn.Module):
             maps = encoder.features(values, dates, padding)
         return Encoded(rows, [maps[index] for index in self._maps_of_stages[name]], logits)
 
-    def _fused(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid]) -> list[torch.Tensor]:
+    def fuse(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid]) -> list[torch.Tensor]:
+        """The fused maps (samples, widths[i], *grids[i]), finest first, from what the encoders found."""
         return [self._stage(stage, grid, samples, encoded) for stage, grid in enumerate(grids)]
 
     def _stage(self, stage: int, grid: Grid, samples: int, encoded: Mapping[str, Encoded]) -> torch.Tensor:
         """One stage of the fused pyramid: (samples, width, *grid)."""
-        sums: dict[Grid, torch.Tensor] = {}  # by resolution, so that each is resized once
-        constants = [] if self.fusion is None else [self.fusion.bias(stage)]
-        for name in self.encoders:
-            if name not in encoded:
-                constants.append(self._absent(name, stage))
-                continue
-            part = encoded[name].maps[stage]
+        by_grid: dict[Grid, list[str]] = {}
+        for name, item in encoded.items():
+            by_grid.setdefault((item.maps[stage].shape[-2], item.maps[stage].shape[-1]), []).append(name)
+        constant = self._constant(stage, samples, encoded)
+        total: torch.Tensor | None = None
+        for names in by_grid.values():
+            maps = [_spread(encoded[name].maps[stage], encoded[name].rows, samples) for name in names]
+            values = maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
             if self.fusion is not None:
-                part = self.fusion.part(stage, name, part)
-            own: Grid = (part.shape[-2], part.shape[-1])
-            if not self.official:
-                # Always through the token, though every sample be present: its gradient is then zero, not missing.
-                tokens = self._absent(name, stage).to(part.dtype).view(1, -1, 1, 1).expand(samples, -1, *own)
-                part = tokens.index_copy(0, encoded[name].rows.to(part.device), part)
-            sums[own] = sums[own] + part if own in sums else part
-        resized = [resize(values, grid) for values in sums.values()]
-        total = sum(resized[1:], start=resized[0]) if resized else None
-        if constants:
-            constant = sum(constants[1:], start=constants[0]).view(1, -1, 1, 1)
-            total = constant.expand(samples, -1, *grid) if total is None else total + constant
-        assert total is not None
-        return total
+                values = self.fusion.part(stage, names, values)
+            values = resize(values, grid)
+            total = values if total is None else total + values
+        if constant is None:
+            assert total is not None
+            return total
+        return constant.expand(-1, -1, *grid) if total is None else total + constant.to(total.dtype)
+
+    def _constant(self, stage: int, samples: int, encoded: Mapping[str, Encoded]) -> torch.Tensor | None:
+        """What a stage receives at every place of a sample, (samples, width, 1, 1): the bias, and the tokens."""
+        bias = None if self.fusion is None else self.fusion.bias(stage)
+        if self.official:
+            return None if bias is None else bias.view(1, -1, 1, 1)
+        tokens = torch.stack([self._absent(name, stage) for name in self.encoders])
+        absent = torch.ones(samples, len(self.encoders))
+        for column, name in enumerate(self.encoders):
+            if name in encoded:
+                absent[encoded[name].rows, column] = 0.0
+        # A product also when nobody is absent: every token then has a gradient, which is zero, not missing.
+        constant = absent.to(tokens) @ tokens
+        return (constant if bias is None else constant + bias).view(samples, -1, 1, 1)
 
     def _absent(self, name: str, stage: int) -> nn.Parameter:
         tokens = self.absent[name]
         assert isinstance(tokens, nn.ParameterList)
         return tokens[stage]
+
+
+def _spread(maps: torch.Tensor, rows: torch.Tensor, samples: int) -> torch.Tensor:
+    """Maps (R, ...) of some ``rows`` of a batch as maps of all its samples, zeros elsewhere."""
+    if len(rows) == samples:
+        return maps
+    return maps.new_zeros(samples, *maps.shape[1:]).index_copy(0, rows.to(maps.device), maps)

@@ -162,6 +162,18 @@ def test_there_and_back_loses_nothing(tmp_path: Path, names: tuple[str, ...]) ->
     assert {n: v.shape for n, v in first.state_dict().items()} == {n: v.shape for n, v in again.state_dict().items()}
 
 
+def test_one_of_several_tasks_goes_back_without_the_heads_they_shared() -> None:
+    first = official(SPOT, S2, labels=(COSIA, LPIS), auxiliary=(SPOT, S2))
+    again, report = to_official(segmentations(first)[LPIS])
+    heads = {name for name in first.uperfuse.state_dict() if "out_conv.conv.conv" in name}
+    assert heads < set(report.dropped)
+    assert all(name.startswith((f"encoders.{S2}.out_conv.", f"auxiliary.{S2}.")) for name in report.dropped)
+    assert list(again.aux_decoders) == [f"{SPOT}__{LPIS}"]
+    alone = official(S2, labels=(COSIA, LPIS))
+    with pytest.raises(InputError, match="head of SENTINEL2_TS serves several tasks"):
+        to_official(segmentations(alone)[COSIA])
+
+
 def ours(*names: str, decoder: DecoderConfig | None = None, **options: Any) -> Segmentation:
     torch.manual_seed(2)
     encoders: dict[str, Encoder] = {}
