@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from bocage.finetune.official import DEFAULT_ARCH, OfficialModel, build_official
+from bocage.finetune.official import DEFAULT_ARCH, OfficialModel, baseline_input, build_official
 from bocage.finetune.official_shapes import model_of
 from bocage.finetune.task import Segmentation, save_segmentation
 from bocage.finetune.uperfuse import UPerFuse
@@ -21,6 +21,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import flush, written_atomically
 from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.normalize import LEAST_STD, InputSpec
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.encoders.bias_tables import resize_bias_tables
 from bocage.ssl.encoders.export import save_encoder
@@ -43,6 +44,7 @@ def load_official(
     *,
     arch: str | None = None,
     image_sizes: Mapping[str, int] | None = None,
+    channels: Mapping[str, Sequence[str]] | None = None,
     auxiliary: bool = True,
 ) -> tuple[OfficialModel, KeyReport]:
     """The model of an official checkpoint, in evaluation mode.
@@ -55,6 +57,8 @@ def load_official(
             the file does not tell.
         image_sizes: sides that the Swins are built for; where they differ from the checkpoint's, tables of relative
             positions are resized. Default: the checkpoint's own.
+        channels: by modality, the channels that it reads, in order, which a checkpoint does not tell. Default: by their
+            number, see ``baseline_input``.
         auxiliary: whether to keep the auxiliary decoders.
 
     Raises:
@@ -72,7 +76,7 @@ def load_official(
     if not any(name.startswith(_PARTS) for name in prefixed):
         raise InputError(f"{path} holds no parameter of an official FLAIR-HUB model (encoders.*, main_decoders.*)")
     try:
-        model = model_of(prefixed, arch, image_sizes, auxiliary)
+        model = model_of(prefixed, arch, image_sizes, channels or {}, auxiliary)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not auxiliary:
@@ -102,10 +106,16 @@ def save_official(model: OfficialModel, path: Path) -> None:
         save_file(weights, temporary, metadata={"format": "pt"})
 
 
-def extract_encoder(model: OfficialModel, name: str) -> Encoder:
-    """The encoder of a modality as ours: a Swin for any image size, a U-TAE without the official head.
+def extract_encoder(model: OfficialModel, name: str, *, any_size: bool = True) -> Encoder:
+    """The encoder of a modality as ours: a U-TAE without the official head, a Swin for any image size.
 
-    A U-TAE keeps ``masked_norm`` off, as it was trained.
+    A U-TAE keeps ``masked_norm`` off, as it was trained. A Swin for any size has whole windows and tables; where a map
+    of the official one was smaller than the window, its features change with that (the last stages of SPOT).
+
+    Args:
+        model: an official model.
+        name: one of its modalities.
+        any_size: False keeps a Swin as it was trained, for its one image size.
 
     Raises:
         InputError: a modality that the model does not read.
@@ -114,7 +124,8 @@ def extract_encoder(model: OfficialModel, name: str) -> Encoder:
         raise InputError(f"the model has no encoder of {name}; there are {', '.join(model.uperfuse.encoders)}")
     theirs = model.uperfuse.encoder(name)
     options = {key: value for key, value in theirs.config.options.items() if key not in ("head", "out_conv")}
-    encoder = build_encoder(theirs.spec, replace(theirs.config, options=options, fixed_size=None))
+    size = None if any_size else theirs.config.fixed_size
+    encoder = build_encoder(theirs.spec, replace(theirs.config, options=options, fixed_size=size))
     weights = theirs.state_dict()
     if isinstance(encoder, SwinEncoder):
         weights = resize_bias_tables(weights, encoder)
@@ -151,7 +162,7 @@ def segmentations(model: OfficialModel) -> dict[str, Segmentation]:
     return found
 
 
-def from_official(model: OfficialModel, folder: Path) -> list[Path]:
+def from_official(model: OfficialModel, folder: Path, *, any_size: bool = True) -> list[Path]:
     """Write ``encoders/MODALITY`` for each encoder and ``TASK/model`` for each task that ``segmentations`` knows.
 
     Returns:
@@ -160,14 +171,12 @@ def from_official(model: OfficialModel, folder: Path) -> list[Path]:
     Raises:
         InputError: ``folder`` exists and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder: choose another one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_new_folder(folder)
     written = []
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new = Path(temporary) / "new"
         for name in model.uperfuse.encoders:
-            save_encoder(extract_encoder(model, name), new / "encoders" / name)
+            save_encoder(extract_encoder(model, name, any_size=any_size), new / "encoders" / name)
             written.append(folder / "encoders" / name)
         for task, segmentation in segmentations(model).items():
             save_segmentation(segmentation, new / task / "model")
@@ -175,6 +184,16 @@ def from_official(model: OfficialModel, folder: Path) -> list[Path]:
         new.rename(folder)
         flush(folder.parent)
     return written
+
+
+def check_new_folder(folder: Path) -> None:
+    """Make the folder's parent; raise ``InputError`` unless the folder can be made there and holds nothing yet."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not an empty folder: choose another one")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
 
 
 def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
@@ -185,8 +204,11 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
     report; what only ours has (tokens of absent sensors, auxiliary decoders of series, heads that served other tasks
     too) is ``dropped``.
 
-    A model of bocage's own face gives slightly different outputs there: the official code moves the corners of the
-    logits and lets padded dates into the statistics of U-TAE.
+    The official code feeds series as they are stored, so their standardisation moves into the first convolution,
+    exactly. Channels and statistics of images do not travel: the official configuration has to name them.
+
+    A model of bocage's own face gives other outputs there: the official code moves the corners of the logits, and lets
+    padded dates into the statistics of U-TAE, which can change many predictions when series differ in length.
 
     Raises:
         InputError: a model that the official architecture cannot express.
@@ -201,6 +223,14 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
         )
     if task.decoder_config != DecoderConfig():
         raise InputError(f"the official decoder is {DecoderConfig()}, this model's {task.decoder_config}")
+    for name, encoder in encoders.items():
+        official = baseline_input(FLAIR_HUB[name]) if name in FLAIR_HUB else None
+        if official is None or encoder.spec.representation != official.representation:
+            raise InputError(
+                f"the encoder of {name} reads {encoder.spec.representation} values, which the official code does not "
+                f"feed it{f' (it feeds {official.representation} ones)' if official else ''}: this model has no "
+                f"official form; fine-tune without {name}, or from an official encoder"
+            )
     classes = len(task.scheme)
     other_heads = [n for n, e in encoders.items() if isinstance(e, UTAE) and e.head_classes not in (None, classes)]
     if other_heads and ours.series_alone:
@@ -236,16 +266,31 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
             prefix = f"encoders.{name}."
             own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
             fitted |= {prefix + key: tensor for key, tensor in resize_bias_tables(own, inner).items()}
+        elif encoder.spec.mean != baseline_input(FLAIR_HUB[name]).mean:
+            fitted |= _on_raw_values(f"encoders.{name}.in_conv.conv.conv.0", fitted, encoder.spec)
+    adapted = {name: "table resized" for name in fitted if fitted[name].shape != stored[name].shape}
+    moved = [name for name in fitted if name not in adapted and fitted[name] is not stored[name]]
+    adapted |= {name: "standardisation moved in" for name in moved if "in_conv" in name}
     report = compare(
         target.state_dict(),
         fitted,
-        adapted={name: "table resized" for name in fitted if fitted[name].shape != stored[name].shape},
+        adapted=adapted,
         dropped=tuple(name for name in ours.state_dict() if name.startswith(only_ours)),
     )
     if report.unfit or report.unknown:
         raise InputError(f"the official architecture differs from this model's: {report}")
     target.load_state_dict(fitted, strict=False)
     return model.eval(), report
+
+
+def _on_raw_values(name: str, weights: Mapping[str, torch.Tensor], spec: InputSpec) -> dict[str, torch.Tensor]:
+    """The convolution ``name`` on stored values in place of standardised ones; exact, its border being reflected."""
+    weight, bias = weights[f"{name}.weight"].double(), weights[f"{name}.bias"].double()
+    mean, std = (torch.tensor(numbers, dtype=torch.float64, device=weight.device) for numbers in (spec.mean, spec.std))
+    scaled = weight / std.clamp_min(LEAST_STD)[:, None, None]
+    shifted = bias - (scaled * mean[:, None, None]).sum(dim=(1, 2, 3))
+    kind = weights[f"{name}.weight"].dtype
+    return {f"{name}.weight": scaled.to(kind), f"{name}.bias": shifted.to(kind)}
 
 
 def _common_name(images: list[Encoder]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bocage.finetune.uperfuse import Fusion, Predictions, UPerFuse
+from bocage.finetune.uperfuse import Encoded, Fusion, Grid, Predictions, UPerFuse
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, Modality
@@ -28,6 +28,7 @@ DEFAULT_ARCH = "swin_base_patch4_window12_384-upernet"
 _WIDTHS_BESIDE_IMAGES = ([64, 64, 128, 128], [64, 64, 128, 128])
 _WIDTHS_ALONE = ([64, 64, 64, 128], [32, 32, 64, 128])
 _HEAD = (32, 19)
+_PATCH = 4  # pixels along a side of Swin's patches
 
 Channels = int | Sequence[str]
 
@@ -95,8 +96,18 @@ class OfficialModel(nn.Module):
         label_size: int,
     ) -> Predictions:
         """Logits of the tasks, and of the auxiliary decoders in either mode; arguments as in ``forward``."""
+        encoded, grids = self._encoded(inputs, dates or {}, pad_masks or {})
+        found = self.uperfuse.decode(encoded, len(next(iter(inputs.values()))), grids, label_size)
+        return found if self.training else Predictions(found.logits, self.uperfuse.supervise(encoded, label_size))
+
+    def _encoded(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        dates: Mapping[str, torch.Tensor],
+        pad_masks: Mapping[str, torch.Tensor | None],
+    ) -> tuple[dict[str, Encoded], list[Grid]]:
+        """What each encoder finds, and the grids of the first one's maps."""
         model = self.uperfuse
-        dates, pad_masks = dates or {}, pad_masks or {}
         encoded = {}
         for name in model.encoders:
             if name not in inputs:
@@ -108,9 +119,7 @@ class OfficialModel(nn.Module):
                 days, padding = dates[name], pad_masks.get(name)
             encoded[name] = model.encode(name, inputs[name], days, padding, torch.arange(len(inputs[name])))
         first = next(iter(encoded.values()))
-        grids = [(maps.shape[-2], maps.shape[-1]) for maps in first.maps]
-        logits = model.decode(encoded, len(first.rows), grids, label_size).logits
-        return Predictions(logits, model.supervise(encoded, label_size))
+        return encoded, [(maps.shape[-2], maps.shape[-1]) for maps in first.maps]
 
     def forward(
         self,
@@ -134,7 +143,8 @@ class OfficialModel(nn.Module):
         Raises:
             InputError: a modality of the model, or the dates of a series, are not there.
         """
-        return self.predictions(inputs, dates, pad_masks, label_size).logits
+        encoded, grids = self._encoded(inputs, dates or {}, pad_masks or {})
+        return self.uperfuse.decode(encoded, len(next(iter(inputs.values()))), grids, label_size).logits
 
 
 def baseline_input(modality: Modality, channels: Channels | None = None) -> InputSpec:
@@ -142,8 +152,8 @@ def baseline_input(modality: Modality, channels: Channels | None = None) -> Inpu
 
     Args:
         modality: one that the baselines know.
-        channels: names, or how many: as many as the baseline has, or all bands as they are stored. With other channels
-            than the baseline's, statistics are those of the bands.
+        channels: names, or how many: as many as the baseline has, or all bands as they are stored, or the one channel
+            that a baseline can do with. With other channels than the baseline's, statistics are those of the bands.
 
     Raises:
         InputError: a modality without baseline, or channels that it does not have.
@@ -155,7 +165,7 @@ def baseline_input(modality: Modality, channels: Channels | None = None) -> Inpu
     std = dict(zip(baseline.channels, baseline.std, strict=True))
     bands = tuple(band.name for band in modality.bands)
     if isinstance(channels, int):
-        counted = [names for names in (baseline.channels, bands, baseline.channels[-1:]) if len(names) == channels]
+        counted = [names for names in (baseline.channels, bands, baseline.alone) if len(names) == channels]
         if not counted:
             known = ", ".join({**mean, **dict.fromkeys(bands)})
             raise InputError(f"{modality.name}: which {channels} channels? Name them; there are {known}")
@@ -223,6 +233,8 @@ def build_official(
         raise InputError(f"modalities: {', '.join(name for name in channels if name not in inputs)} are not inputs")
     if unknown := set(sizes) - {modality.name for modality in chosen if modality.role == "image"}:
         raise InputError(f"image_sizes: {', '.join(sorted(unknown))} not among the images of the model")
+    if wrong := [f"{name} = {size}" for name, size in sizes.items() if size < _PATCH or size % _PATCH]:
+        raise InputError(f"image_sizes: {', '.join(wrong)} px: sides are multiples of {_PATCH}")
     tasks = {name: _classes(name, labels) for name in labels}
     if not tasks:
         raise InputError("labels: name at least one")

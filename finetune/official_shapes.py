@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
 
-from bocage.finetune.official import DEFAULT_ARCH, OfficialModel, build_official, swin_of
+from bocage.finetune.official import DEFAULT_ARCH, Channels, OfficialModel, build_official, swin_of
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, Modality
 from bocage.ssl.encoders.swin import SwinEncoder
@@ -33,6 +33,7 @@ def model_of(
     stored: Mapping[str, torch.Tensor],
     arch: str | None,
     image_sizes: Mapping[str, int] | None,
+    named: Mapping[str, Sequence[str]],
     auxiliary: bool,
 ) -> OfficialModel:
     """A model with random weights for the names and shapes of an official checkpoint.
@@ -40,12 +41,13 @@ def model_of(
     Args:
         stored: tensors by name, without the prefix of checkpoints.
         arch, image_sizes: see ``build_official``; None: those that the shapes tell.
+        named: channels of some modalities; the others are taken by their number.
         auxiliary: whether to build the auxiliary decoders that the checkpoint has.
 
     Raises:
         InputError: names or shapes that no model of ``build_official`` has, or a Swin that the shapes do not tell.
     """
-    channels = {}
+    channels: dict[str, Channels] = {}
     for name in dict.fromkeys(key.split(".")[1] for key in stored if key.startswith("encoders.")):
         if name not in FLAIR_HUB or FLAIR_HUB[name].baseline is None:
             raise InputError(f"{name} is not an input of FLAIR-HUB's models")
@@ -53,7 +55,12 @@ def model_of(
         stem = f"encoders.{name}." + ("seg_model.model.patch_embed.proj.weight" if image else _SERIES_STEM)
         if stem not in stored or stored[stem].ndim != len("OIHW"):
             raise InputError(f"the encoder of {name} is not a {'Swin' if image else 'U-TAE'}: there is no {stem}")
-        channels[name] = stored[stem].shape[1]
+        count = stored[stem].shape[1]
+        channels[name] = named.get(name, count)
+        if len(named.get(name, range(count))) != count:
+            raise InputError(f"{name} has {count} channels in the checkpoint, not {', '.join(named[name])}")
+    if unknown := named.keys() - channels.keys():
+        raise InputError(f"channels of {', '.join(sorted(unknown))}: not among the inputs of the checkpoint")
     tasks = {}
     for task in dict.fromkeys(key.split(".")[1] for key in stored if key.startswith("main_decoders.")):
         prefix = f"main_decoders.{task}."
@@ -62,6 +69,8 @@ def model_of(
             raise InputError(f"main_decoders.{task} is not a decoder of one of FLAIR-HUB's labels")
         if heads[0] != f"{prefix}weight" and f"{prefix}seg_model.decoder.psp.out_conv.0.weight" not in stored:
             raise InputError(f"main_decoders.{task} is not a UPerNet; other decoders cannot be built here")
+        if stored[heads[0]].ndim != len("OIHW"):
+            raise InputError(f"{heads[0]} is not the weight of a convolution")
         tasks[task] = len(stored[heads[0]])
     if not channels or not tasks:
         raise InputError("there is no encoder, or no main decoder")
@@ -86,6 +95,8 @@ def model_of(
 def _sides(tensors: Mapping[str, torch.Tensor]) -> list[int]:
     """Side of the window of each stage of a Swin, by its tables."""
     tables = {int(found[1]): tensor for name, tensor in tensors.items() if (found := _TABLE.search(name))}
+    if any(table.ndim != len(("offsets", "heads")) for table in tables.values()):
+        raise InputError("a table of relative positions is not (offsets, heads)")
     return [(math.isqrt(len(tables[stage])) + 1) // 2 for stage in sorted(tables)]
 
 

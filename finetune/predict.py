@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import rasterio
 import torch
 from rasterio.crs import CRS
@@ -89,6 +90,36 @@ def check_bands(bands: tuple[str, ...], manifest: Manifest, name: str) -> None:
         )
 
 
+def complete_rows(task: Segmentation, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """Those of the ``rows`` that a model can predict: an official one needs every sensor, and says what it leaves out.
+
+    Raises:
+        InputError: it can predict none.
+    """
+    if not task.model.official:
+        return rows
+    if missing := [name for name in task.modalities if name not in manifest.registry]:
+        raise InputError(
+            f"{manifest.path} has no {', '.join(missing)}, and the official architecture has no stand-in for a missing "
+            "sensor; use a model of bocage's own architecture"
+        )
+    kept = rows
+    for name in task.modalities:
+        kept = kept[manifest.column(f"length.{name}").to_numpy()[kept] > 0]
+        if manifest.registry[name].has_dates:
+            counts = pc.fill_null(pc.list_value_length(manifest.column(f"dates.{name}")), 0).to_numpy()
+            kept = kept[counts[kept] > 0]
+    if len(kept) == 0:
+        raise InputError(f"{manifest.path}: no patch has all of {', '.join(task.modalities)}, which this model needs")
+    if left := len(rows) - len(kept):
+        print(
+            f"bocage: {left} of {len(rows)} patches left out: they lack a sensor, and the official architecture has no "
+            "stand-in for one",
+            file=sys.stderr,
+        )
+    return kept
+
+
 def predict_patches(
     task: Segmentation,
     manifest: Manifest,
@@ -105,7 +136,7 @@ def predict_patches(
     Args:
         task: the model; put into evaluation mode.
         manifest: open shards. Modalities and labels that they lack are done without.
-        rows: manifest rows, at least one.
+        rows: manifest rows, at least one; for an official model, ``complete_rows``.
         out: folder, made when missing; files of the same name are replaced.
         batch_size, workers: of the reader.
         device: where the model runs.
@@ -115,14 +146,14 @@ def predict_patches(
         The path of the picture.
 
     Raises:
-        InputError: no rows, shards that hold none of the modalities, or an ``out`` that cannot be a folder.
+        InputError: no rows, shards that hold none of the modalities (an official model needs them all in a patch), or
+            an ``out`` that cannot be a folder.
     """
     if len(rows) == 0:
         raise InputError(f"{manifest.path}: no patch to predict")
     labelled = task.label.name in manifest.registry
     modalities = readable_modalities(task, manifest, labels=labelled)
-    missing = [name for name in task.modalities if name not in manifest.registry]
-    if missing:
+    if missing := [name for name in task.modalities if name not in manifest.registry]:
         print(f"bocage: {manifest.path} has no {', '.join(missing)}: predicting without", file=sys.stderr)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
@@ -23,11 +23,15 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.inputs import encoder_inputs
 from bocage.shards.modality import Modality
-from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.description import checked_input
+from bocage.ssl.encoders.keys import compare
+from bocage.ssl.encoders.limits import limited_memory
 from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.weight_files import read_tensors
 
-_SCHEMA = 1
+_SCHEMA = 2
+_ROOM = 2**28  # bytes beyond twice the weights, for what is built and dropped
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -163,40 +167,62 @@ def save_segmentation(task: Segmentation, folder: Path) -> None:
 
 
 def load_segmentation(folder: Path) -> Segmentation:
-    """The model that ``save_segmentation`` wrote, on the CPU and in evaluation mode.
+    """The model that ``save_segmentation`` wrote, on the CPU and in evaluation mode; nothing stored is executed.
 
     Raises:
-        InputError: the folder or a file is missing, damaged, or does not fit the other.
+        InputError: the folder or a file is missing, damaged, of another version, or does not fit the other.
     """
+    if not os.path.isdir(folder):  # unlike Path.is_dir, no exception for names too long or folders closed to us
+        raise InputError(f"{folder}: no fine-tuned model here; give the output folder of `bocage finetune`")
+    path = folder / _CONFIG
+    config = _read_config(path)
+    stored = read_tensors(folder / _WEIGHTS)
+    # As for encoders: a description may ask for anything, its weights tell what is reasonable.
+    room = 2 * sum(tensor.nbytes for tensor in stored.values()) + _ROOM
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        if config["schema"] != _SCHEMA or config["task"] != "segmentation":
-            raise InputError(f"{folder / _CONFIG}: not a segmentation model of this version of bocage")
-        encoders = {
-            name: build_encoder(InputSpec.from_json(item["input"]), EncoderConfig(**item["config"]))
-            for name, item in config["encoders"].items()
-        }
-        label = Modality.from_json(config["label"])
-        task = Segmentation(
-            encoders,
-            label,
-            config["band"],
-            DecoderConfig(**config["decoder"]),
-            config["quality_masks"],
-            auxiliary=config["auxiliary"],
-            official=config["official"],
-        )
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: no fine-tuned model here; give the output folder of `bocage finetune`") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / _CONFIG}: cannot be read as a segmentation model: {error!r}") from error
-    try:
-        weights = load_file(folder / _WEIGHTS)
-        task.model.load_state_dict(weights)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / _WEIGHTS}: cannot be read: {error}") from error
-    except RuntimeError as error:  # torch lists every missing, unexpected or misshapen tensor
-        raise InputError(f"{folder / _WEIGHTS}: does not fit {_CONFIG}: {' '.join(str(error).split())}") from error
+        with torch.random.fork_rng(devices=[]), limited_memory(parameters=room, buffers=room):
+            task = _described(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read as a segmentation model: {type(error).__name__} {reason}") from error
+    report = compare(task.model.state_dict(), stored)
+    if not report.complete:
+        raise InputError(f"{folder / _WEIGHTS} does not fit {_CONFIG} beside it: {report}")
+    task.model.load_state_dict(stored)
     return task.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent}: no fine-tuned model here; give the folder of `bocage finetune`") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or config.get("task") != "segmentation":
+        raise InputError(f"{path} does not describe a segmentation model")
+    if config.get("schema") != _SCHEMA:
+        raise InputError(
+            f"{path} has schema {str(config.get('schema'))[:20]}, this bocage reads {_SCHEMA}: fine-tune again, or "
+            "install the bocage that wrote it"
+        )
+    return config
+
+
+def _described(config: dict[str, Any]) -> Segmentation:
+    """Raises ``InputError`` or what Python says of a key or value that is not as ``to_json`` writes it."""
+    encoders = {
+        name: build_encoder(checked_input(item["input"]), EncoderConfig(**item["config"]))
+        for name, item in config["encoders"].items()
+    }
+    return Segmentation(
+        encoders,
+        Modality.from_json(config["label"]),
+        config["band"],
+        DecoderConfig(**config["decoder"]),
+        config["quality_masks"],
+        auxiliary=config["auxiliary"],
+        official=config["official"],
+    )

@@ -188,6 +188,10 @@ class UPerFuse(nn.Module):
             )
         else:
             self.decoders = nn.ModuleDict({name: UPerNet(outputs, classes, decoder) for name, classes in tasks.items()})
+        if official and not self.series_alone:
+            for name, encoder in encoders.items():
+                if isinstance(encoder, UTAE) and encoder.out_conv is not None and name not in auxiliary:
+                    encoder.out_conv.requires_grad_(False)  # beside an image nothing reads it
         self.auxiliary = nn.ModuleDict(
             {
                 name: nn.ModuleDict({task: auxiliary_decoder(name, classes) for task, classes in tasks.items()})
@@ -300,6 +304,8 @@ class UPerFuse(nn.Module):
             values = values[index]
             dates = None if dates is None else dates[index]
             padding = None if padding is None else padding[index]
+        if dates is not None and padding is not None:
+            values, dates, padding = _closed_up(values, dates, padding)
         return self.encode(name, values, dates, padding, rows)
 
     def encode(
@@ -369,3 +375,19 @@ def _spread(maps: torch.Tensor, rows: torch.Tensor, samples: int) -> torch.Tenso
     if len(rows) == samples:
         return maps
     return maps.new_zeros(samples, *maps.shape[1:]).index_copy(0, rows.to(maps.device), maps)
+
+
+def _closed_up(
+    values: torch.Tensor, dates: torch.Tensor, padding: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Series cut to the longest one once their padded dates are gone: (B, T, ...), (B, T) and (B, T) to T' <= T.
+
+    Where an encoder counts padded dates in its statistics, as the official one does, dates that clouds leave out must
+    not be padding, or they would count.
+    """
+    longest = int((~padding).sum(dim=1).max())
+    if longest == padding.shape[1]:
+        return values, dates, padding
+    order = padding.long().argsort(dim=1, stable=True)[:, :longest]
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, order], dates[rows, order], padding[rows, order]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.pyramid_width < 1 or self.width < 1:
             raise ValueError("decoder.pyramid_width and decoder.width must be positive")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"decoder.norm = {self.norm!r} is not one of {', '.join(get_args(Norm))}")
 
 
 def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

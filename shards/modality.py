@@ -75,12 +75,14 @@ class Baseline:
         channels: in the order their models read them.
         representation: see ``Modality``.
         mean, std: what they normalise each of these channels with; 0 and 1 where they read raw values.
+        alone: the one channel that some of them read instead.
     """
 
     channels: tuple[str, ...]
     representation: Representation = "linear"
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    alone: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.channels) == len(self.mean) == len(self.std):
@@ -320,6 +322,7 @@ FLAIR_HUB = Registry(
                 representation="elevation",
                 mean=(311.06, 311.06),
                 std=(537.55, 537.55),
+                alone=("height",),
             ),
             nodata_below=-500.0,
             sensor=Sensor(noise=0.04),

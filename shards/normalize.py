@@ -12,6 +12,9 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality, Representation, channels_of
 
 _TUPLES = ("bands", "quantities", "wavelengths", "channels", "mean", "std")
+LEAST_STD = 1e-6
+"""Floor of standard deviations: a constant channel stays finite."""
+
 _SIGMA0_FLOOR = 1e-4  # -40 dB: zeros at the swath's edge would give minus infinity
 
 
@@ -130,7 +133,7 @@ def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
         values = values[..., [known.index(channel) for channel in spec.channels], :, :]
     mean = torch.tensor(spec.mean, device=values.device).view(-1, 1, 1)
     std = torch.tensor(spec.std, device=values.device).view(-1, 1, 1)
-    return (values - mean) / std.clamp_min(1e-6)
+    return (values - mean) / std.clamp_min(LEAST_STD)
 
 
 def fill_holes(values: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from bocage.finetune.predict import predict_patches
+from bocage.finetune.predict import complete_rows, predict_patches
 from bocage.finetune.task import load_segmentation
 from bocage.shards.manifest import Manifest
 from bocage.tools.arguments import not_negative, positive
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = np.arange(len(manifest))
     if arguments.split is not None:
         rows = manifest.split(arguments.split, arguments.value)
+    rows = complete_rows(task, manifest, rows)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with Progress() as progress:
         bar = progress.add_task("predicting", total=len(rows))

@@ -123,7 +123,7 @@ def _checked(section: dict[str, Any]) -> tuple[InputSpec, EncoderConfig]:
         raise ValueError(f"architecture = {reprlib.repr(section['architecture'])} is unknown to this bocage")
     if section["fixed_size"] is not None and not 0 < section["fixed_size"] <= _LARGEST_IMAGE:
         raise ValueError(f"fixed_size = {reprlib.repr(section['fixed_size'])} is not the side of an image")
-    spec = _input(section["input"])
+    spec = checked_input(section["input"])
     if section["units"] != _UNITS[spec.representation] or section["dates"] != (_DATES if spec.series else None):
         raise ValueError(f"units or dates are not those of a {spec.representation} input of this bocage")
     return spec, EncoderConfig(
@@ -139,8 +139,12 @@ def _check_keys(given: dict[str, Any], valid: set[str], where: str) -> None:
         raise ValueError(f"missing or unknown keys: {', '.join(where + reprlib.repr(key)[1:-1] for key in differing)}")
 
 
-def _input(given: dict[str, Any]) -> InputSpec:
-    """The input spec, after the checks that a dataclass does not make."""
+def checked_input(given: dict[str, Any]) -> InputSpec:
+    """The input spec that JSON describes, after the checks that a dataclass does not make.
+
+    Raises:
+        TypeError, ValueError: a key or value is wrong.
+    """
     _check_keys(given, {field.name for field in fields(InputSpec)}, "input.")
     for key in _LISTS:
         if not isinstance(given[key], list) or not given[key]:
@@ -157,13 +161,13 @@ def _input(given: dict[str, Any]) -> InputSpec:
         raise TypeError(f"input.series = {reprlib.repr(given['series'])} is neither true nor false")
     _check_numbers("mean", given["mean"])
     _check_numbers("std", given["std"], least=0.0)
-    _check_numbers("gsd", [given["gsd"]], least=0.0)
-    _check_numbers("wavelengths", [value for value in given["wavelengths"] if value is not None], least=0.0)
+    _check_numbers("gsd", [given["gsd"]], above=0.0)
+    _check_numbers("wavelengths", [value for value in given["wavelengths"] if value is not None], above=0.0)
     _check_numbers("nodata_below", [] if given["nodata_below"] is None else [given["nodata_below"]])
     return InputSpec.from_json(given)
 
 
-def _check_numbers(key: str, values: list[Any], least: float = -math.inf) -> None:
+def _check_numbers(key: str, values: list[Any], *, least: float = -math.inf, above: float = -math.inf) -> None:
     for value in values:
-        if type(value) not in (int, float) or not math.isfinite(value) or value < least:
+        if type(value) not in (int, float) or not math.isfinite(value) or value < least or value <= above:
             raise ValueError(f"input.{key}: {reprlib.repr(value)} is not a finite number in its range")

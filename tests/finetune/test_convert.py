@@ -1,12 +1,14 @@
 """Official checkpoints into bocage's folders and back, every key accounted for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_series import write_series
 from tiny_task import batch
 
 from bocage.finetune.convert import (
@@ -20,8 +22,10 @@ from bocage.finetune.convert import (
 from bocage.finetune.official import OfficialModel, baseline_input, build_official
 from bocage.finetune.task import Segmentation, load_segmentation
 from bocage.finetune.upernet import DecoderConfig
+from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.normalize import InputSpec, standardize
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder, save_encoder
 from bocage.ssl.encoders.registry import build_encoder
@@ -174,12 +178,19 @@ def test_one_of_several_tasks_goes_back_without_the_heads_they_shared() -> None:
         to_official(segmentations(alone)[COSIA])
 
 
-def ours(*names: str, decoder: DecoderConfig | None = None, **options: Any) -> Segmentation:
+def ours(
+    *names: str,
+    decoder: DecoderConfig | None = None,
+    mean: tuple[float, ...] = (0.0,) * 10,
+    std: tuple[float, ...] = (1.0,) * 10,
+    **options: Any,
+) -> Segmentation:
     torch.manual_seed(2)
     encoders: dict[str, Encoder] = {}
     for name in names:
         spec = baseline_input(FLAIR_HUB[name], 4 if FLAIR_HUB[name].role == "image" else None)
         if spec.series:
+            spec = InputSpec.of(FLAIR_HUB[name], mean, std)
             widths = {"encoder_widths": [64, 64, 128, 128], "decoder_widths": [64, 64, 128, 128], **options}
             config = EncoderConfig(architecture="utae", options=widths)
         else:
@@ -229,6 +240,86 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
+def test_the_standardisation_of_series_moves_into_their_first_convolution() -> None:
+    """The official code feeds series as they are stored."""
+    task = ours(SPOT, S2, mean=tuple(range(100, 1100, 100)), std=tuple(range(10, 110, 10)))
+    model, report = to_official(task)
+    assert {what for name, what in report.adapted.items() if "in_conv" in name} == {"standardisation moved in"}
+    theirs, own = model.uperfuse.encoder(S2), task.model.encoder(S2)
+    stored = torch.randint(0, 3000, (2, 4, 10, 10, 10), generator=torch.Generator().manual_seed(0)).float()
+    dates = torch.tensor([[0.0, 10, 20, 30]] * 2)
+    with torch.no_grad():
+        expected = own.eval().features(standardize(stored, own.spec), dates)
+        for mine, other in zip(theirs.eval().features(stored, dates), expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+def test_the_recipe_of_a_user_converts_with_the_official_widths(tmp_path: Path) -> None:
+    """What README says of the way back, with the sentence for those who cannot take it."""
+    with pytest.raises(InputError, match=r"encoder_widths = .*, official \[64, 64, 128, 128\]"):
+        to_official(ours(SPOT, S2, encoder_widths=[64, 64, 64, 128], decoder_widths=[32, 32, 64, 128]))
+    dem = FLAIR_HUB["DEM_ELEV"]
+    spec = InputSpec.of(dem, (0.0, 0.0), (1.0, 1.0))
+    swin = EncoderConfig(architecture="swin", name="swin_tiny_patch4_window7_224")
+    task = Segmentation({"DEM_ELEV": build_encoder(spec, swin)}, FLAIR_HUB[COSIA], 0, DecoderConfig(), {})
+    with pytest.raises(InputError, match=r"DEM_ELEV reads relief values.* \(it feeds elevation ones\)"):
+        to_official(task)
+
+
+def test_clouds_leave_no_trace_in_an_official_model() -> None:
+    """The official code drops cloudy dates before it pads: they must not count as padding."""
+    segmentation = segmentations(official(SPOT, S2, SPOT_RGBI=32))[COSIA]
+    data = batch((SPOT, S2), (SPOT, S2), inputs=(SPOT, S2))
+    mask = segmentation.quality_masks[S2]
+    moments, hidden = data.dates[S2], data.padding[S2]
+
+    def seen(dates: list[int], cloudy: tuple[int, ...]) -> Batch:
+        """The batch with these dates alone, some of them under clouds."""
+        chances = torch.zeros(2, len(dates), 2, 10, 10, dtype=torch.uint8)
+        chances[:, list(cloudy)] = 100
+        return replace(
+            data,
+            values={**data.values, S2: data.values[S2][:, dates], mask: chances},
+            present={**data.present, mask: data.present[S2]},
+            dates=dict.fromkeys((S2, mask), moments[:, dates]),
+            padding=dict.fromkeys((S2, mask), hidden[:, dates]),
+        )
+
+    every = list(range(moments.shape[1]))
+    cloudy, without = seen(every, (1,)), seen([0, *every[2:]], ())
+    with torch.no_grad():
+        torch.testing.assert_close(segmentation.logits(cloudy), segmentation.logits(without), rtol=0, atol=1e-5)
+        assert not torch.allclose(segmentation.logits(cloudy), segmentation.logits(seen(every, ())), atol=1e-3)
+
+
+def test_channels_and_image_sizes_can_be_named(tmp_path: Path) -> None:
+    save_official(official(SPOT, S2), tmp_path / "a.safetensors")
+    model, _ = load_official(tmp_path / "a.safetensors", channels={SPOT: ("R", "G", "B")})
+    assert model.uperfuse.encoder(SPOT).spec.channels == ("R", "G", "B")
+    assert model.uperfuse.encoder(SPOT).spec.mean == (433.26, 508.75, 467.77)
+    for channels, message in (
+        ({SPOT: ("R", "G")}, "SPOT_RGBI has 3 channels in the checkpoint, not R, G"),
+        ({SPOT: ("R", "G", "X")}, "SPOT_RGBI has no channel X"),
+        ({AERIAL: ("R",)}, "channels of AERIAL_RGBI: not among"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_official(tmp_path / "a.safetensors", channels=channels)
+    with pytest.raises(InputError, match="AERIAL_RGBI: which 1 channels"):
+        build_official({AERIAL: 1}, (COSIA,), TINY)
+
+
+def test_an_extracted_swin_can_stay_as_it_was_trained() -> None:
+    model = official(SPOT)  # 64 px: the maps of the last two stages are smaller than the window
+    values = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = model.uperfuse.encoder(SPOT).features(values)
+        kept = extract_encoder(model, SPOT, any_size=False).features(values)
+        free = extract_encoder(model, SPOT).features(values)
+    assert all(torch.equal(one, other) for one, other in zip(kept, theirs, strict=True))
+    torch.testing.assert_close(free[1], theirs[1])
+    assert not torch.allclose(free[3], theirs[3], atol=1e-2)
+
+
 def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
     """A damaged or strange checkpoint."""
     name = "model.main_decoders.AERIAL_LABEL-COSIA.bias"
@@ -252,6 +343,11 @@ def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
     elif kind == "table":
         key = "model.encoders.SPOT_RGBI.seg_model.model.layers_0.blocks.0.attn.relative_position_bias_table"
         weights[key] = weights[key][:50].clone()
+    elif kind == "scalar table":
+        key = "model.encoders.SPOT_RGBI.seg_model.model.layers_0.blocks.0.attn.relative_position_bias_table"
+        weights[key] = torch.tensor(1.0)
+    elif kind == "scalar":
+        weights["model.main_decoders.AERIAL_LABEL-COSIA.weight"] = torch.tensor(1.0)
     elif kind == "sensor":
         weights = {key.replace("SENTINEL2_TS", "PLANET"): value for key, value in weights.items()}
     elif kind == "decoder":
@@ -278,6 +374,8 @@ def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
         ("not a number", "holds NaN"),
         ("missing stem", "SENTINEL2_TS is not a U-TAE: there is no"),
         ("table", "SPOT_RGBI"),
+        ("scalar table", "not .offsets, heads."),
+        ("scalar", "is not the weight of a convolution"),
         ("sensor", "PLANET is not an input of FLAIR-HUB's models"),
         ("decoder", "is not a UPerNet"),
         ("mixed prefix", "mixes names with and without the prefix"),
@@ -290,7 +388,7 @@ def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
 def test_a_spoiled_checkpoint_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
 ) -> None:
-    source = official(SPOT if kind in ("table", "decoder") else S2)
+    source = official(SPOT if kind in ("table", "scalar table", "decoder") else S2)
     weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()}
     path = spoiled(kind, tmp_path / "official.safetensors", weights)
     with pytest.raises(InputError, match=message):
@@ -314,9 +412,58 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(account.read_text().splitlines()) == len(first.state_dict())
     assert json.loads((tmp_path / "out" / COSIA / "model" / "config.json").read_text())["official"] is True
     assert main(["convert", str(tmp_path / "out" / COSIA), str(tmp_path / "back.safetensors")]) == 0
-    assert "SPOT_RGBI: NIR, R, G (linear); mean 433.26" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "SPOT_RGBI: NIR, R, G (linear); mean 433.26" in printed
+    assert "B12 as stored" in printed
     back, _ = load_official(tmp_path / "back.safetensors")
     before, after = first.uperfuse.state_dict(), back.uperfuse.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert main(["convert", str(tmp_path / "out" / COSIA), str(tmp_path / "x.safetensors"), "--drop-auxiliary"]) == 2
     assert main(["convert", str(tmp_path / "nothing.ckpt"), str(tmp_path / "y")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["out", "--account", "."], "exists: choose another name"),
+        (["taken/out"], "taken/out cannot be written"),
+        (["full"], "not an empty folder"),
+        (["out", "--channels", "SPOT_RGBI"], "expected MODALITY=VALUE"),
+        (["out", "--image-size", "SPOT_RGBI=big"], "'big' is not a number of pixels"),
+        (["out", "--image-size", "SPOT_RGBI=63"], "sides are multiples of 4"),
+    ],
+)
+def test_wrong_words_end_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_official(official(SPOT), tmp_path / "a.safetensors")
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    assert main(["convert", "a.safetensors", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_going_back_does_not_replace_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from_official(official(S2), tmp_path / "out")
+    (tmp_path / "mine.safetensors").write_text("precious")
+    assert main(["convert", str(tmp_path / "out" / COSIA), str(tmp_path / "mine.safetensors")]) == 2
+    assert (tmp_path / "mine.safetensors").read_text() == "precious"
+    assert main(["convert", str(tmp_path / "out" / "encoders" / S2), str(tmp_path / "x.safetensors")]) == 2
+    assert "does not describe a segmentation model" in capsys.readouterr().err
+
+
+def test_predicting_leaves_out_patches_that_lack_a_sensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_series(tmp_path, lost=1)
+    from_official(official(S2, S1), tmp_path / "both")
+    words = [str(manifest.path), str(tmp_path / "maps")]
+    assert main(["predict", str(tmp_path / "both" / COSIA), *words]) == 0
+    printed = capsys.readouterr()
+    assert "1 of 4 patches left out: they lack a sensor" in printed.err
+    assert "3 maps in" in printed.out
+    assert len(list((tmp_path / "maps").glob("*.tif"))) == 3
+    from_official(official(SPOT, S2), tmp_path / "other")
+    assert main(["predict", str(tmp_path / "other" / COSIA), *words]) == 2
+    assert "has no SPOT_RGBI, and the official architecture has no stand-in" in capsys.readouterr().err

@@ -217,3 +217,21 @@ def test_missing_inputs_are_named() -> None:
         model({}, {}, {}, 64)
     with pytest.raises(InputError, match="dates lack SENTINEL2_TS"):
         model({"SENTINEL2_TS": torch.zeros(1, 2, 10, 10, 10)}, {}, {}, 64)
+
+
+def test_a_training_step_runs_every_decoder_once() -> None:
+    """The official code updates batch statistics twice a step."""
+    model = build_official({"SPOT_RGBI": 3}, (COSIA,), TINY, {"SPOT_RGBI": 64}, auxiliary=("SPOT_RGBI",)).train()
+    inputs = {"SPOT_RGBI": torch.randn(2, 3, 64, 64)}
+    model.predictions(inputs, None, None, 64)
+    steps = {int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked") and "fpn_stages.4" not in n}
+    assert steps == {1}
+    found = model.eval().predictions(inputs, None, None, 64)
+    assert found.auxiliary[COSIA].keys() == {"SPOT_RGBI"}
+
+
+def test_heads_that_nothing_reads_do_not_learn() -> None:
+    beside = build_official(("SPOT_RGBI", "SENTINEL2_TS"), (COSIA,), TINY)
+    assert not any(p.requires_grad for n, p in beside.named_parameters() if ".out_conv.conv.conv." in n)
+    alone = build_official(("SENTINEL2_TS",), (COSIA,))
+    assert all(p.requires_grad for n, p in alone.named_parameters() if ".out_conv.conv.conv." in n)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_task import AERIAL, COSIA, DECODER, LPIS, S2, batch, encoders, task, trained
 
 from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
@@ -127,22 +128,48 @@ def test_damaged_models_are_refused_in_one_sentence(saved: tuple[Segmentation, P
         with pytest.raises(InputError, match=match):
             load_segmentation(folder)
 
+    def described(**changes: object) -> None:
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-100])
-    refused("model.safetensors: cannot be read")
+    refused("model.safetensors is truncated")
     (folder / "model.safetensors").write_bytes(weights)
-    (folder / "config.json").write_text(json.dumps({**config, "decoder": {**config["decoder"], "width": 8}}))
-    refused("does not fit config.json")
-    (folder / "config.json").write_text(json.dumps({**config, "decoder": {"colour": "red"}}))
-    refused("cannot be read as a segmentation model")
-    (folder / "config.json").write_text(json.dumps({**config, "decoder": {"width": 0}}))
+    stored = load_file(folder / "model.safetensors")
+    name = next(name for name, tensor in stored.items() if tensor.is_floating_point())
+    for spoiled in (torch.full_like(stored[name], torch.nan), stored[name].half()):
+        save_file({**stored, name: spoiled}, folder / "model.safetensors")
+        refused("does not fit config.json beside it: .* 1 unfit")
+    (folder / "model.safetensors").write_bytes(weights)
+    described(decoder={**config["decoder"], "width": 8})
+    refused("does not fit config.json beside it")
+    described(decoder={"colour": "red"})
+    refused("cannot be read as a segmentation model: TypeError")
+    described(decoder={"width": 0})
     refused("must be positive")
-    (folder / "config.json").write_text(json.dumps({**config, "schema": 99}))
-    refused("not a segmentation model of this version")
-    (folder / "config.json").write_text("{")
+    described(decoder={"norm": "layer"})
+    refused("decoder.norm = 'layer' is not one of batch, group")
+    described(decoder={"width": 10**13})
     refused("cannot be read as a segmentation model")
+    entry = config["encoders"][AERIAL]
+    for key, value in (("gsd", "x"), ("mean", "a"), ("mean", [float("nan")] * 4)):
+        described(encoders={AERIAL: {**entry, "input": {**entry["input"], key: value}}})
+        refused(f"input.{key}")
+    described(schema=1)
+    refused("has schema 1, this bocage reads 2")
+    described(task="other")
+    refused("does not describe a segmentation model")
+    for text in ("{", "[" * 100_000, "[]"):
+        (folder / "config.json").write_text(text)
+        refused("config.json (is not readable JSON|does not describe)")
+    (folder / "config.json").unlink()
+    refused("no fine-tuned model here")
+    (folder / "config.json").mkdir()
+    refused("config.json is not readable JSON")
     shutil.rmtree(folder)
     refused("no fine-tuned model here")
+    with pytest.raises(InputError, match="no fine-tuned model here"):
+        load_segmentation(Path("x" * 5000))
 
 
 def test_deep_supervision_adds_the_weighted_mean_of_the_auxiliary_losses() -> None:
