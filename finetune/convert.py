@@ -6,7 +6,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from bocage.finetune.task import Segmentation, save_segmentation
 from bocage.finetune.uperfuse import UPerFuse
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.errors import InputError
-from bocage.shards.files import flush, written_atomically
+from bocage.shards.files import check_new_folder, flush, written_atomically
 from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import LEAST_STD, InputSpec
@@ -186,16 +186,6 @@ def from_official(model: OfficialModel, folder: Path, *, any_size: bool = True) 
     return written
 
 
-def check_new_folder(folder: Path) -> None:
-    """Make the folder's parent; raise ``InputError`` unless the folder can be made there and holds nothing yet."""
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not an empty folder: choose another one")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-
-
 def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
     """A fine-tuned model in the official architecture, every official name filled.
 
@@ -222,7 +212,9 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
             "has no official form; fine-tune an official checkpoint instead, or add an image"
         )
     if task.decoder_config != DecoderConfig():
-        raise InputError(f"the official decoder is {DecoderConfig()}, this model's {task.decoder_config}")
+        theirs, own = asdict(DecoderConfig()), asdict(task.decoder_config)
+        keys = ", ".join(f"decoder.{key}={theirs[key]} (here {own[key]})" for key in own if own[key] != theirs[key])
+        raise InputError(f"the official decoder differs from this model's: fine-tune with {keys} to convert")
     for name, encoder in encoders.items():
         official = baseline_input(FLAIR_HUB[name]) if name in FLAIR_HUB else None
         if official is None or encoder.spec.representation != official.representation:

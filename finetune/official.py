@@ -112,6 +112,11 @@ class OfficialModel(nn.Module):
         for name in model.encoders:
             if name not in inputs:
                 raise InputError(f"inputs lack {name}, which this official model reads")
+            channels = model.encoder(name).spec.channels
+            if inputs[name].ndim < len("CHW") or inputs[name].shape[-3] != len(channels):
+                raise InputError(
+                    f"inputs of {name} have the shape {list(inputs[name].shape)}; channels are {', '.join(channels)}"
+                )
             days, padding = None, None
             if model.encoder(name).spec.series:
                 if name not in dates:

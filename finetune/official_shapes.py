@@ -82,7 +82,11 @@ def model_of(
     sizes = dict(image_sizes or {})
     if images:
         assert arch is not None
-        window = _structure(swin_of(arch))[-1]
+        shape, window = _structure(swin_of(arch))
+        if (found := _shape(_own(stored, images[0].name))) != shape:
+            raise InputError(
+                f"arch {arch} has width and blocks {shape}, the checkpoint {found}: leave it out or correct it"
+            )
         for modality in images:
             sizes.setdefault(modality.name, _image_size(stored, modality, window))
     has = {key.split(".")[1].partition("__")[0] for key in stored if key.startswith("aux_decoders.")}

@@ -173,7 +173,9 @@ def load_segmentation(folder: Path) -> Segmentation:
         InputError: the folder or a file is missing, damaged, of another version, or does not fit the other.
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, no exception for names too long or folders closed to us
-        raise InputError(f"{folder}: no fine-tuned model here; give the output folder of `bocage finetune`")
+        below = [path.parent.parent.name for path in folder.parent.glob(f"*/{folder.name}/{_CONFIG}")]
+        hint = f"; there is one in {', '.join(sorted(below))} below it" if below else ""
+        raise InputError(f"{folder}: no fine-tuned model here; give the output folder of `bocage finetune`{hint}")
     path = folder / _CONFIG
     config = _read_config(path)
     stored = read_tensors(folder / _WEIGHTS)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bocage.shards.errors import InputError
+
 TEMPORARY_SUFFIX = ".tmp"
 """Ending of files that are still being written; leftovers of a killed run may be deleted."""
 
@@ -35,3 +37,13 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Make the folder's parent; raise ``InputError`` unless the folder can be made there and holds nothing yet."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not an empty folder: choose another one")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error

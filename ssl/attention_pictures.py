@@ -227,7 +227,8 @@ def _draw_bars(axis: Axes, item: DateAttention, first: np.ndarray) -> None:
         Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="even attention"),
     ]
     if len(left_out):
-        handles.append(Line2D([], [], color=_LEFT_OUT, marker="x", linestyle="", label="left out: clouds or snow"))
+        why = "left out: less than 95 % clear of clouds and snow"
+        handles.append(Line2D([], [], color=_LEFT_OUT, marker="x", linestyle="", label=why))
     axis.legend(
         handles=handles,
         loc="lower left",

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from bocage.finetune.predict import check_bands
 from bocage.shards.errors import InputError
+from bocage.shards.files import check_new_folder
 from bocage.shards.manifest import EVERY_SAMPLE, Manifest
 from bocage.ssl.attention import require_temporal, rows_of_keys, rows_with_dates
 from bocage.ssl.attention_pictures import write_attention
@@ -22,9 +23,9 @@ _COUNT = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("encoder", metavar="ENCODER", type=Path, help="folder of a series encoder")
+    parser.add_argument("encoder", metavar="ENCODER", help="folder of a series encoder, or hf:org/name")
     parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder that `bocage shard` wrote")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for KEY.png and attention.csv")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new folder for KEY.png and attention.csv")
     parser.add_argument("--keys", nargs="+", metavar="KEY", help="these patches, instead of --count from a split")
     parser.add_argument(
         "--count", type=positive, metavar="N", help=f"patches, spread evenly over the split (default: {_COUNT})"
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw the patches and say where the files are."""
     if arguments.keys is not None and (arguments.count is not None or arguments.split is not None):
         raise InputError("--keys names the patches: leave out --count and --split")
-    encoder = require_temporal(load_encoder(arguments.encoder), str(arguments.encoder))
+    check_new_folder(arguments.out)
+    encoder = require_temporal(load_encoder(arguments.encoder), arguments.encoder)
     manifest = Manifest.open(arguments.shards)
     name = encoder.spec.modality
     if arguments.keys is not None:

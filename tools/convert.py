@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from bocage.finetune.convert import (
-    check_new_folder,
     from_official,
     load_official,
     save_official,
@@ -15,7 +14,7 @@ from bocage.finetune.convert import (
 )
 from bocage.finetune.task import Segmentation, load_segmentation
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import check_new_folder, written_atomically
 from bocage.ssl.encoders.keys import KeyReport
 
 

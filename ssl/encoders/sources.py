@@ -45,6 +45,10 @@ def pretrained_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
         InputError: a source that cannot be had, is damaged, or does not fit; the sentence begins with the key.
     """
     key = f"encoders.{scratch.spec.modality}={source}"
+    if not isinstance(source, str) or not source:  # a colon at the end makes YAML see a mapping
+        raise InputError(
+            f"encoders.{scratch.spec.modality}: give a folder, hf:org/name, imagenet or imagenet:FILE, not {source!r}"
+        )
     try:
         if source == IMAGENET or source.startswith(f"{IMAGENET}:"):
             return _from_imagenet(scratch, source)

@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory would write between the lines
+
 import torch
 from references import OfficialFusion, OfficialUTAE, ReferenceFusion, ReferenceUTAE
 from torch import nn

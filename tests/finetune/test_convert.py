@@ -220,7 +220,7 @@ def test_a_model_of_ours_fills_every_official_name() -> None:
     ("task", "message"),
     [
         (lambda: ours(S2), "has no official form"),
-        (lambda: ours(SPOT, decoder=DecoderConfig(norm="group")), "the official decoder is"),
+        (lambda: ours(SPOT, decoder=DecoderConfig(norm="group")), r"decoder\.norm=batch \(here group\)"),
         (lambda: ours(SPOT, S2, agg_mode="mean"), "agg_mode = mean, official att_group"),
         (lambda: ours(SPOT, S2, n_head=8), "n_head = 8, official 16"),
     ],
@@ -431,6 +431,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
         (["out", "--channels", "SPOT_RGBI"], "expected MODALITY=VALUE"),
         (["out", "--image-size", "SPOT_RGBI=big"], "'big' is not a number of pixels"),
         (["out", "--image-size", "SPOT_RGBI=63"], "sides are multiples of 4"),
+        (["out", "--arch", "swin_base_patch4_window7_224-upernet"], "leave it out or correct it"),
     ],
 )
 def test_wrong_words_end_before_anything_is_written(
@@ -459,6 +460,8 @@ def test_predicting_leaves_out_patches_that_lack_a_sensor(tmp_path: Path, capsys
     manifest = write_series(tmp_path, lost=1)
     from_official(official(S2, S1), tmp_path / "both")
     words = [str(manifest.path), str(tmp_path / "maps")]
+    assert main(["predict", str(tmp_path / "both"), *words]) == 2
+    assert f"there is one in {COSIA} below it" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "both" / COSIA), *words]) == 0
     printed = capsys.readouterr()
     assert "1 of 4 patches left out: they lack a sensor" in printed.err

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from bocage import recipes
 from bocage.finetune.train import FinetuneConfig, build_task
+from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.scene import write_tree
@@ -39,3 +41,12 @@ def test_imagenet_replaces_the_encoder_and_nothing_else(tmp_path: Path) -> None:
     different = {name for name in scratch if not torch.equal(scratch[name], found[name])}
     assert different
     assert all(name.startswith(f"model.encoders.{AERIAL}.") for name in different)
+
+
+@pytest.mark.parametrize("source", ["imagenet:", "hf:", "''"])
+def test_an_unfinished_source_is_one_sentence(tmp_path: Path, source: str) -> None:
+    """An empty shell variable leaves a colon at the end, which YAML reads as a mapping."""
+    write_tree(tmp_path / "tree", patches=1, seed=0, dates=(4, 5))
+    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    with pytest.raises(InputError, match=f"encoders.{AERIAL}: give a folder, hf:org/name, imagenet or imagenet:FILE"):
+        weights_of(manifest, f"encoders.{AERIAL}={source}")

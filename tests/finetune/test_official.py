@@ -213,6 +213,8 @@ def test_what_cannot_be_built_is_one_sentence(arguments: tuple[Any, ...], messag
 
 def test_missing_inputs_are_named() -> None:
     model = build_official(("SENTINEL2_TS",), (COSIA,)).eval()
+    with pytest.raises(InputError, match=r"SENTINEL2_TS have the shape \[1, 2, 4, 10, 10\]; channels are B2, B3"):
+        model({"SENTINEL2_TS": torch.zeros(1, 2, 4, 10, 10)}, {}, {}, 64)
     with pytest.raises(InputError, match="inputs lack SENTINEL2_TS"):
         model({}, {}, {}, 64)
     with pytest.raises(InputError, match="dates lack SENTINEL2_TS"):

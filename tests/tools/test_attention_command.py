@@ -98,4 +98,4 @@ def test_an_output_that_cannot_be_a_folder_is_named(
     out = tmp_path / "file" / "out"
     out.parent.touch()
     assert main(["attention", str(folder / "optical"), str(folder / "shards"), str(out), "--count", "1"]) == 2
-    assert "cannot be made a folder for the pictures" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
