@@ -41,7 +41,7 @@ def resize_bias_tables(weights: Mapping[str, torch.Tensor], encoder: SwinEncoder
 
 def _resized(name: str, table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(offsets, heads) at ``height`` x ``width`` offsets."""
-    if table.ndim != 2:
+    if table.ndim != 2 or not table.shape[1]:
         raise InputError(f"{name} has the shape {list(table.shape)}, not (offsets, heads)")
     side = math.isqrt(len(table))
     if side == height == width or (side * side != len(table) and len(table) == height * width):

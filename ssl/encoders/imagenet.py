@@ -31,7 +31,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.bias_tables import resize_bias_tables
 from bocage.ssl.encoders.hub import PREFIX, download
-from bocage.ssl.encoders.keys import KeyReport, compare
+from bocage.ssl.encoders.keys import PRECISIONS, KeyReport, compare
 from bocage.ssl.encoders.swin import SwinEncoder
 from bocage.ssl.encoders.timm_format import FINAL_NORM, plain_name, plain_weights
 from bocage.ssl.encoders.weight_files import read_tensors
@@ -85,7 +85,7 @@ def load_imagenet(encoder: SwinEncoder, file: Path | None = None) -> KeyReport:
     dropped = tuple(name for name in stored if name in FINAL_NORM or name.startswith("head.") or _is_computed(name))
     weights = _current_names({name: tensor for name, tensor in stored.items() if name not in dropped})
     adapted: dict[str, str] = {}
-    if _STEM in weights:
+    if _STEM in weights and weights[_STEM].dtype in PRECISIONS:  # any other is refused below, by its dtype
         weights[_STEM] = _mixed_stem(path, weights[_STEM], encoder.spec)
         adapted[_STEM] = f"colours shared by {', '.join(encoder.spec.channels)}"
     own_names = {plain_name(name): name for name in encoder.state_dict()}
@@ -98,7 +98,7 @@ def load_imagenet(encoder: SwinEncoder, file: Path | None = None) -> KeyReport:
         if tensor.shape != weights[name].shape:
             adapted[name] = f"{len(weights[name])} to {len(tensor)} offsets"
     targets = plain_weights(encoder)
-    report = compare(targets, resized, adapted=adapted, dropped=dropped)
+    report = compare(targets, resized, adapted=adapted, dropped=dropped, cast=True)
     if not report.complete:
         raise InputError(f"{path} does not hold the weights of {encoder.config.name} as configured: {report}")
     with torch.no_grad():

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Floating dtypes that weights may be cast between."""
+
 _NAMES_SHOWN = 3
 _LONGEST_NAME = 120
 
@@ -63,6 +66,7 @@ def compare(
     *,
     adapted: Mapping[str, str] | None = None,
     dropped: tuple[str, ...] = (),
+    cast: bool = False,
 ) -> KeyReport:
     """The report of copying ``stored`` onto ``wanted``.
 
@@ -70,10 +74,17 @@ def compare(
         wanted: tensors of the module.
         stored: tensors of the file under the module's names, after adaptation.
         adapted, dropped: what was done to the file's tensors before.
+        cast: whether floating numbers of another precision are taken, as weights of others may be stored in half or
+            double; the report has them as adapted. ``Tensor.copy_`` and ``load_state_dict`` do the cast.
     """
-    adapted = adapted or {}
-    unfit = {name: what for name in wanted if name in stored and (what := _misfit(wanted[name], stored[name]))}
-    fitting = [name for name in wanted if name in stored and name not in unfit]
+    adapted = dict(adapted or {})
+    shared = [name for name in wanted if name in stored]
+    unfit = {name: what for name in shared if (what := _misfit(wanted[name], stored[name], cast))}
+    fitting = [name for name in shared if name not in unfit]
+    for name in fitting:
+        if stored[name].dtype != wanted[name].dtype:
+            precision = f"{_dtype(stored[name])} to {_dtype(wanted[name])}"
+            adapted[name] = f"{adapted[name]}, {precision}" if name in adapted else precision
     return KeyReport(
         loaded=tuple(name for name in fitting if name not in adapted),
         adapted={name: adapted[name] for name in fitting if name in adapted},
@@ -84,14 +95,14 @@ def compare(
     )
 
 
-def _misfit(wanted: torch.Tensor, stored: torch.Tensor) -> str | None:
+def _misfit(wanted: torch.Tensor, stored: torch.Tensor, cast: bool) -> str | None:
     """Why a stored tensor cannot become a wanted one, if so."""
     if stored.shape != wanted.shape:
         return f"shape {list(stored.shape)} instead of {list(wanted.shape)}"
-    if stored.dtype != wanted.dtype:
+    if stored.dtype != wanted.dtype and not (cast and {stored.dtype, wanted.dtype} <= PRECISIONS):
         return f"{_dtype(stored)} instead of {_dtype(wanted)}"
-    if stored.is_floating_point() and not bool(stored.isfinite().all()):
-        return "holds NaN or infinity"
+    if stored.is_floating_point() and not bool(stored.to(wanted.dtype).isfinite().all()):
+        return f"holds NaN, infinity or numbers that {_dtype(wanted)} cannot hold"
     return None
 
 

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import reprlib
 
 from bocage.shards.errors import InputError
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.options import check_options
 from bocage.ssl.encoders.utae import UTAE
 
 
 def _utae(spec: InputSpec, config: EncoderConfig) -> UTAE:
-    valid = [key for key in inspect.signature(UTAE).parameters if key != "input_dim"]
-    for key in config.options:
-        if key not in valid:
-            near = difflib.get_close_matches(key, valid, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid ones: {', '.join(valid)}"
-            raise InputError(f"encoder option {key!r} is unknown to U-TAE; {hint}")
+    check_options(config.options, UTAE, reserved=("input_dim",), of="U-TAE")
     try:
         return UTAE(len(spec.channels), **config.options)
-    except InputError:
-        raise
-    except Exception as error:  # the keys are known by now: what is left are values of another type or sign
+    except (MemoryError, RuntimeError) as error:  # torch cannot allocate it, or would allocate more than is allowed
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"U-TAE cannot be built with options {reprlib.repr(config.options)}: {reason}") from error
 

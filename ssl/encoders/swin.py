@@ -6,7 +6,6 @@ Liu et al., "Swin Transformer" (arXiv 2103.14030) and "Swin Transformer V2" (arX
 from __future__ import annotations
 
 import difflib
-import inspect
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +18,12 @@ from torch import nn
 
 from bocage.shards.errors import InputError
 from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.encoders.options import check_options
 from bocage.ssl.encoders.timm_format import ANY_SIZE, architecture_of
 
 _OWN_OPTIONS = {*ANY_SIZE, "in_chans", "num_classes", "global_pool", "dynamic_img_size", "device", "dtype"}
+
+_LARGEST_WINDOW = 64  # published ones have up to 24; what timm computes for each block grows with the fourth power
 
 
 def swin_names() -> list[str]:
@@ -38,12 +40,13 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
     if name != architecture and name not in (tagged := timm.list_pretrained(architecture)):
         raise InputError(f"timm has no weights of the name {name!r}; there are: {', '.join(tagged)}")
     constructor = SwinTransformerV2 if architecture.startswith("swinv2_") else SwinTransformer
-    valid = [key for key in inspect.signature(constructor).parameters if key not in _OWN_OPTIONS]
-    for key in options:
-        if key not in valid:
-            near = difflib.get_close_matches(key, valid, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid ones: {', '.join(valid)}"
-            raise InputError(f"encoder option {key!r} is unknown to {name}; {hint}")
+    check_options(options, constructor, reserved=_OWN_OPTIONS, of=name)
+    window = options.get("window_size", 1)  # one side, or one by stage, or height and width by stage
+    by_stage = window if isinstance(window, list | tuple) else [window]
+    for side in (side for stage in by_stage for side in (stage if isinstance(stage, list | tuple) else [stage])):
+        if type(side) is not int or not 1 <= side <= _LARGEST_WINDOW:
+            shown = reprlib.repr(window)
+            raise InputError(f"encoder option window_size = {shown} has a side not from 1 to {_LARGEST_WINDOW} tokens")
 
 
 class SwinEncoder(Encoder):

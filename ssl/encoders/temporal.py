@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bocage.shards.errors import InputError
-
 _PERIOD = 1000.0
 
 
@@ -48,6 +46,10 @@ class PackedDates:
     def of(cls, dates: torch.Tensor, padding: torch.Tensor | None) -> PackedDates:
         """The valid dates of (B, T) ``dates``; ``padding`` is (B, T) bool, True where there is none, or None."""
         batch, length = dates.shape
+        if padding is None and torch.compiler.is_exporting():
+            padding = torch.zeros_like(
+                dates, dtype=torch.bool
+            )  # one program for every B and T: unpadded strides differ
         if padding is None:
             counts = torch.full((batch,), length, device=dates.device)
             return cls(dates, None, None, None, counts, length, None)
@@ -132,7 +134,8 @@ class AttentionHeads(nn.Module):
 
     def __init__(self, n_head: int, d_k: int, d_model: int) -> None:
         super().__init__()
-        self.Q = nn.Parameter(torch.empty(n_head, d_k).normal_(0.0, math.sqrt(2.0 / d_k)))
+        self.Q = nn.Parameter(torch.empty(n_head, d_k))  # registered before it is filled: see ``limits``
+        nn.init.normal_(self.Q, 0.0, math.sqrt(2.0 / d_k))
         self.fc1_k = nn.Linear(d_model, n_head * d_k)
         nn.init.normal_(self.fc1_k.weight, 0.0, math.sqrt(2.0 / d_k))
 
@@ -155,7 +158,7 @@ class TemporalEncoder(nn.Module):
 
     Args:
         in_channels: channels of the maps, C.
-        n_head, d_model, d_k: heads, width of the projection, width of a key.
+        n_head, d_model, d_k: heads, which divide C and ``d_model``, width of the projection, width of a key.
         out_channels: channels of the embedding.
         masked_norm: whether the statistics of ``in_norm`` leave padded dates out. The official code counts them as
             maps of ``pad_value``: off for its weights, on for everything else.
@@ -176,9 +179,6 @@ class TemporalEncoder(nn.Module):
         pad_value: float,
     ) -> None:
         super().__init__()
-        for key, width in (("encoder_widths[-1]", in_channels), ("d_model", d_model)):
-            if width % n_head:
-                raise InputError(f"U-TAE: {key} = {width} is not a multiple of n_head = {n_head}")
         self.n_head = n_head
         self.masked_norm = masked_norm
         self.pad_value = pad_value
@@ -246,8 +246,9 @@ class TemporalEncoder(nn.Module):
 
         Returns:
             (B, out_channels, H, W) embedding, and (V, n_head, H, W) attention of every date, after dropout. A series
-            without dates gets a constant as embedding: that of attention zero, or without ``masked_norm`` what the
-            official code computes, which attends evenly over the padding.
+            without valid dates gets a constant as embedding: that of attention zero; or without ``masked_norm`` what
+            the official code computes, which attends evenly over the T padded dates. T = 0 leaves nothing to attend
+            to: attention zero in either case.
         """
         count, channels, height, width = maps.shape
         batch, pixels = series.counts.shape[0], height * width
@@ -261,12 +262,13 @@ class TemporalEncoder(nn.Module):
         total = attention.sum(dim=-1, keepdim=True)
         dated = torch.bmm(attention.flatten(1, 2), series.unpack(positions).to(attention.dtype))
         dated = dated.unflatten(1, (pixels, self.n_head))
-        if series.padding is not None and not self.masked_norm:
+        length = series.dates.shape[1]
+        if series.padding is not None and not self.masked_norm and length:
             # Every official score is then -1000, not minus infinity: all T padded dates weigh the same.
             empty = (series.counts == 0)[:, None, None, None]
             pooled, total = pooled.masked_fill(empty, self.pad_value), total.masked_fill(empty, 1.0)
-            mean = self._positions(series.dates).sum(dim=1) / max(series.dates.shape[1], 1)
-            dated = torch.where(empty, mean[:, None, None].to(dated.dtype), dated)
+            evenly = self._positions(series.dates).mean(dim=1)
+            dated = torch.where(empty, evenly[:, None, None].to(dated.dtype), dated)
         pooled = pooled.flatten(0, 1) * scale + total.flatten(0, 1) * shift
         bias = self.inconv.bias
         assert bias is not None

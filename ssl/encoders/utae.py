@@ -8,7 +8,7 @@ Networks" (arXiv 2107.07933), in the variant of IGN's FLAIR-HUB code: stride 1 a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,12 +17,7 @@ from torch.nn import functional
 from bocage.shards.errors import InputError
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.encoders.temporal import PackedDates, TemporalEncoder
-
-Aggregation = Literal["att_group", "att_mean", "mean"]
-Normalization = Literal["group", "batch", "instance", "none"]
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-
-_GROUPS = 4  # of the encoder's group normalisation, as in the official code
+from bocage.ssl.encoders.utae_arguments import GROUPS, Aggregation, Normalization, PaddingMode, check_arguments
 
 
 class _Convolution(nn.Conv2d):
@@ -47,7 +42,7 @@ class _InstanceNorm(nn.Module):
 
 def _normalization(kind: Normalization, channels: int) -> list[nn.Module]:
     if kind == "group":
-        return [nn.GroupNorm(_GROUPS, channels)]
+        return [nn.GroupNorm(GROUPS, channels)]
     if kind == "batch":
         return [nn.BatchNorm2d(channels)]
     return [_InstanceNorm()] if kind == "instance" else []
@@ -201,28 +196,9 @@ class UTAE(Encoder):
         masked_norm: bool = True,
         head: bool = False,
     ) -> None:
+        # The first line of all: nothing but the arguments is local yet.
+        check_arguments({key: value for key, value in locals().items() if key not in ("self", "__class__")})
         super().__init__()
-        for key, value, choices in (
-            ("agg_mode", agg_mode, Aggregation),
-            ("encoder_norm", encoder_norm, Normalization),
-            ("padding_mode", padding_mode, PaddingMode),
-        ):
-            if value not in get_args(choices):
-                raise InputError(f"U-TAE: {key} = {value!r} is not one of {', '.join(get_args(choices))}")
-        if not encoder_widths or len(encoder_widths) != len(decoder_widths) or encoder_widths[-1] != decoder_widths[-1]:
-            raise InputError(
-                f"U-TAE: encoder_widths {list(encoder_widths)} and decoder_widths {list(decoder_widths)} must have "
-                "one length and one last value"
-            )
-        if head and not out_conv:
-            raise InputError("U-TAE: out_conv is empty; its last value must be the number of classes")
-        for divisor, used, what in (
-            (n_head, agg_mode == "att_group", f"n_head = {n_head} under agg_mode att_group"),
-            (_GROUPS, encoder_norm == "group", f"{_GROUPS} under encoder_norm group"),
-        ):
-            for width in encoder_widths if used else ():
-                if width % divisor:
-                    raise InputError(f"U-TAE: encoder_widths holds {width}, which must be a multiple of {what}")
         levels = len(encoder_widths)
         self.agg_mode = agg_mode
         self.widths = tuple(decoder_widths)
@@ -302,8 +278,8 @@ class UTAE(Encoder):
         Args:
             x: (B, T, C, H, W) float; what padded dates hold is never read.
             dates: (B, T) days.
-            pad_mask: (B, T) bool, True where there is no date; None: every date is valid. T = 0 and series without
-                any valid date are fine: their maps are constants of the weights.
+            pad_mask: (B, T) bool, True where there is no date; None is the same as all False. T = 0 and series
+                without any valid date are fine: their maps are constants of the weights.
             attention: whether to return the attention.
         """
         series = PackedDates.of(dates, pad_mask)

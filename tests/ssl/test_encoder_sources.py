@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,8 +19,10 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder, save_encoder
+from bocage.ssl.encoders.imagenet import load_imagenet
 from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.encoders.sources import pretrained_encoder
+from bocage.ssl.encoders.swin import SwinEncoder
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
 V1 = "swin_tiny_patch4_window7_224"
@@ -120,6 +123,48 @@ def test_imagenet_goes_into_what_was_built(keep_architecture: bool, tmp_path: Pa
     assert expected is not None and not equal_weights(expected, build())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_imagenet_in_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tables of another window, which are resized, included."""
+    torch.manual_seed(2)
+    model = timm.create_model(V1, **{**TINY, "window_size": 7}).to(dtype)
+    torch.save({"model": model.state_dict(), "max_accuracy": np.float64(81.2)}, tmp_path / "swin.pth")
+    save_file({name: tensor.float() for name, tensor in model.state_dict().items()}, tmp_path / "swin.safetensors")
+    found, expected = build(), build()
+    assert isinstance(found, SwinEncoder) and isinstance(expected, SwinEncoder)
+    report = load_imagenet(found, tmp_path / "swin.pth")
+    load_imagenet(expected, tmp_path / "swin.safetensors")
+    name = str(dtype).removeprefix("torch.")
+    assert not report.loaded
+    assert report.adapted["patch_embed.norm.weight"] == f"{name} to float32"
+    assert report.adapted["patch_embed.proj.weight"] == f"colours shared by R, G, B, NIR, {name} to float32"
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert report.adapted[table] == f"169 to 49 offsets, {name} to float32"
+    for key, tensor in found.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (0,), (49, 0), (0, 3, 4, 4), (16, 3, 4, 4), (169, 1)])
+def test_tensors_of_any_shape_and_kind_end_in_one_sentence(
+    shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """In the place of the first convolution, of a tensor that is dropped, and of a table of position biases."""
+    weights = timm.create_model(V1, **TINY).state_dict()
+    encoder = build()
+    assert isinstance(encoder, SwinEncoder)
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    fitting = {"patch_embed.proj.weight": (16, 3, 4, 4), table: (169, 1)}
+    for name in (*fitting, "norm.weight"):
+        torch.save({**weights, name: torch.ones(shape).to(dtype)}, tmp_path / "swin.pth")
+        if name == "norm.weight" or (dtype == torch.float32 and shape == fitting.get(name)):
+            load_imagenet(encoder, tmp_path / "swin.pth")
+            continue
+        with pytest.raises(InputError, match=r"swin\.pth"):
+            load_imagenet(encoder, tmp_path / "swin.pth")
+
+
 def test_without_a_network_one_sentence_says_what_to_do(hub: Callable[..., None]) -> None:
     with pytest.raises(InputError) as caught:
         pretrained_encoder(build(), "imagenet", keep_architecture=False)
@@ -136,7 +181,7 @@ def test_without_a_network_one_sentence_says_what_to_do(hub: Callable[..., None]
     ("source", "sentence"),
     [
         ("nowhere", r"encoders.AERIAL_RGBI=nowhere: nowhere is not a folder"),
-        ("", r"encoders.AERIAL_RGBI=: .* missing or not a file"),
+        ("", r"encoders.AERIAL_RGBI: give a folder"),
         ("hf:", r"not of the form hf:org/name"),
         ("hf:name", r"not of the form hf:org/name"),
         ("hf:a/b/c", r"not of the form hf:org/name"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder, save_encoder
 from bocage.ssl.encoders.limits import limited_memory
 from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.temporal import AttentionHeads
 
 SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
 SERIES = {"encoder_widths": (16, 16, 32), "decoder_widths": (16, 16, 32), "n_head": 8, "d_model": 64}
@@ -167,7 +169,17 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing key": (lambda f: _edit_config(f, lambda c: c.pop("options")), "unknown keys: options"),
     "architecture": (lambda f: _edit_config(f, lambda c: c.update(architecture="os.system")), "unknown to this bocage"),
     "option": (lambda f: _edit_config(f, lambda c: c["options"].update(run="x")), "option 'run' is unknown"),
-    "option value": (lambda f: _edit_config(f, lambda c: c["options"].update(n_head="x")), "cannot be built"),
+    "option value": (
+        lambda f: _edit_config(f, lambda c: c["options"].update(n_head="x")),
+        "n_head = 'x' is not a whole",
+    ),
+    "no stride": (lambda f: _edit_config(f, lambda c: c["options"].update(str_conv_s=0)), "str_conv_s = 0 is not"),
+    "text to pad": (lambda f: _edit_config(f, lambda c: c["options"].update(pad_value="x")), "pad_value = 'x' is not"),
+    "no ground": (lambda f: _edit_config(f, lambda c: c["input"].update(gsd=0)), "input.gsd: 0 is not"),
+    "no wavelength": (
+        lambda f: _edit_config(f, lambda c: c["input"].update(wavelengths=[0.0] * 10)),
+        "input.wavelengths: 0.0 is not",
+    ),
     "options kind": (lambda f: _edit_config(f, lambda c: c.update(options=[])), "options = \\[\\] is not a mapping"),
     "statistics": (
         lambda f: _edit_config(f, lambda c: c["input"].update(mean=["x"] * 10)),
@@ -263,3 +275,10 @@ def test_the_limit_of_memory_is_one_of_this_thread_and_ends_with_its_block() -> 
     torch.nn.Linear(99, 99)
     with limited_memory(parameters=1000, buffers=0), pytest.raises(MemoryError, match="buffers take more memory"):
         torch.nn.BatchNorm1d(1)
+
+
+def test_queries_too_large_are_refused_before_they_are_filled() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with limited_memory(parameters=1 << 20, buffers=0), pytest.raises(MemoryError, match="parameters take more"):
+        AttentionHeads(n_head=4, d_k=10**8, d_model=8)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB; on some systems bytes

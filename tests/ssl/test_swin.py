@@ -196,7 +196,9 @@ def test_every_image_modality(name: str) -> None:
         ("AERIAL_RGBI", {"architecture": "vit"}, "vit"),
         ("SENTINEL2_TS", {"architecture": "swin"}, "SENTINEL2_TS is a time series"),
         ("SENTINEL2_TS", {"architecture": "utae", "options": {"n_heads": 8}}, "did you mean 'n_head'"),
-        ("SENTINEL2_TS", {"architecture": "utae", "options": {"n_head": 0}}, "cannot be built"),
+        ("SENTINEL2_TS", {"architecture": "utae", "options": {"n_head": 0}}, "n_head = 0 is not"),
+        ("AERIAL_RGBI", {"options": {"window_size": [4, 4, 65, 4]}}, "window_size"),
+        ("AERIAL_RGBI", {"options": {"window_size": [[7, 0]] * 4}}, "window_size"),
     ],
 )
 def test_wrong_configurations_end_in_one_sentence(modality: str, config: dict[str, Any], sentence: str) -> None:

@@ -219,7 +219,11 @@ class Payload:
         ("wider.safetensors", lambda path: saved(plain_model(embed_dim=32), path), r"unfit .*shape \[32, 4, 4, 4\]"),
         ("v2.safetensors", lambda path: saved(plain_model(V2), path), "missing .* unknown"),
         ("four.safetensors", lambda path: saved(plain_model(in_chans=4), path), "does not read red, green and blue"),
-        ("half.safetensors", lambda path: saved(plain_model().half(), path), "float16 instead of float32"),
+        (
+            "complex.safetensors",
+            lambda path: saved(plain_model().to(torch.complex64), path),
+            "complex64 instead of float32",
+        ),
         ("oddtable.safetensors", lambda path: saved(plain_model(window_size=(7, 5)), path), "not those of a square"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from utae_written_out import SMALL, STRIDED, series, small_model
+from utae_written_out import SMALL, STRIDED, Reference, series, small_model
 
 from bocage.shards.errors import InputError
 from bocage.ssl.encoders.temporal import PackedDates, SinusoidalPositions
@@ -99,6 +99,24 @@ def test_an_empty_batch_leaves_statistics_alone(options: dict[str, Any], length:
     assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("pad_value", [0.0, -1.5])
+@pytest.mark.parametrize("masked_norm", [False, True])
+def test_without_dates_there_is_nothing_to_attend_to(masked_norm: bool, pad_value: float, batch: int) -> None:
+    """T = 0 is attention zero by the equations, with a mask or without."""
+    options = {"masked_norm": masked_norm, "pad_value": pad_value}
+    model = small_model(**options).eval()
+    values, dates = series(batch, 0)
+    padding = torch.zeros(batch, 0, dtype=torch.bool)
+    weights = dict(model.state_dict())
+    heads = torch.zeros(batch * 100, 64, dtype=torch.float64)
+    deepest = Reference(weights, model, options).embedding(heads).view(batch, 10, 10, 32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        unmasked, masked = model(values, dates).maps, model(values, dates, padding).maps
+    torch.testing.assert_close(masked, unmasked, rtol=0, atol=0)
+    torch.testing.assert_close(masked[0], deepest, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (5, 5), (7, 3), (16, 9)])
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular", "zeros"])
 @pytest.mark.parametrize("norm", ["group", "instance", "none"])
@@ -154,36 +172,46 @@ def test_attention_is_a_distribution_over_the_valid_dates(mode: str) -> None:
     torch.testing.assert_close(attention[:, 2:], alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("strict", [True, False])  # tracing takes 4 to 10 s
-@pytest.mark.parametrize("options", [{}, {**STRIDED, "masked_norm": False, "agg_mode": "mean"}])
-def test_the_exported_program_takes_other_batches(options: dict[str, Any], strict: bool) -> None:
-    """Traced with 3 series of 6 dates, run with 2 of 9: padded and not, with NaN in the padding."""
+OTHERS: dict[str, Any] = {**STRIDED, "masked_norm": False, "agg_mode": "mean"}
+
+
+# Tracing takes 4 to 10 s.
+@pytest.mark.parametrize(
+    ("options", "masked", "strict"),
+    [({}, True, True), ({}, False, True), ({}, False, False), (OTHERS, True, False), (OTHERS, False, True)],
+)
+def test_the_exported_program_takes_other_batches(options: dict[str, Any], masked: bool, strict: bool) -> None:
+    """Traced with 3 series of 6 dates, run with others, one of one date included; with NaN in the padding."""
     model = small_model(**options, head=True).eval()
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    values, dates = series(3, 6)
-    dynamic = {name: {0: batch, 1: length} for name in ("x", "dates", "pad_mask")}
+    given = dict(zip(("x", "dates"), series(3, 6)))
+    if masked:
+        given["pad_mask"] = torch.rand(3, 6) < 0.3
     program = torch.export.export(
         model,
-        (values, dates, torch.rand(3, 6) < 0.3),
-        {"attention": True},
-        dynamic_shapes={**dynamic, "attention": None},
+        (),
+        {**given, "attention": True},
+        dynamic_shapes={**{name: {0: batch, 1: length} for name in given}, "attention": None},
         strict=strict,
     ).module()
-    values, dates = series(2, 9)
-    padding = torch.zeros(2, 9, dtype=torch.bool)
-    padding[0, 3:7] = True
-    for hidden in (padding, torch.zeros_like(padding), torch.ones_like(padding)):
-        given = values.masked_fill(hidden[:, :, None, None, None], math.nan)
-        with torch.no_grad():
-            output = program(given, dates, hidden, attention=True)
-            expected = model(given, dates, hidden, attention=True)
-        assert isinstance(output, UTAEOutput)
-        torch.testing.assert_close(
-            [*output.maps, output.logits, output.attention],
-            [*expected.maps, expected.logits, expected.attention],
-            rtol=0,
-            atol=1e-10,
-        )
+    for count, dated in ((2, 9), (1, 1), (1, 4), (4, 1)):
+        values, dates = series(count, dated)
+        padding = torch.zeros(count, dated, dtype=torch.bool)
+        padding[0, 3:7] = True
+        for hidden in (padding, torch.zeros_like(padding), torch.ones_like(padding)) if masked else (None,):
+            given = {"x": values, "dates": dates}
+            if hidden is not None:
+                nothing = hidden[:, :, None, None, None]
+                given = {"x": values.masked_fill(nothing, math.nan), "dates": dates, "pad_mask": hidden}
+            with torch.no_grad():
+                output, expected = program(**given, attention=True), model(**given, attention=True)
+            assert isinstance(output, UTAEOutput)
+            torch.testing.assert_close(
+                [*output.maps, output.logits, output.attention],
+                [*expected.maps, expected.logits, expected.attention],
+                rtol=0,
+                atol=1e-10,
+            )
 
 
 # Capturing the graphs takes some 3 s ("eager"), compiling them a minute ("inductor").
@@ -236,8 +264,30 @@ def test_packing_round_trip() -> None:
         ({"encoder_widths": (), "decoder_widths": ()}, "encoder_widths"),
         ({"head": True, "out_conv": ()}, "out_conv"),
         ({"encoder_widths": (16, 18, 32), "agg_mode": "mean"}, "encoder_widths"),
+        ({"input_dim": 0}, "input_dim"),
+        ({"encoder_widths": (16, 16.0, 32)}, "encoder_widths"),
+        ({"encoder_widths": 32}, "encoder_widths"),
+        ({"decoder_widths": (0, 16, 32)}, "decoder_widths"),
+        ({"decoder_widths": "abc"}, "decoder_widths"),
+        ({"out_conv": (32, -1)}, "out_conv"),
+        ({"str_conv_k": 0}, "str_conv_k"),
+        ({"str_conv_s": 0}, "str_conv_s"),
+        ({"str_conv_s": True}, "str_conv_s"),
+        ({"str_conv_p": -1}, "str_conv_p"),
+        ({"str_conv_p": [1, 1]}, "str_conv_p"),
+        ({"agg_mode": ["mean"]}, "agg_mode"),
+        ({"encoder_norm": None}, "encoder_norm"),
+        ({"padding_mode": {}}, "padding_mode"),
+        ({"n_head": 0}, "n_head"),
+        ({"d_model": 10**30}, "d_model"),
+        ({"d_k": 1.5}, "d_k"),
+        ({"pad_value": "x"}, "pad_value"),
+        ({"pad_value": math.nan}, "pad_value"),
+        ({"pad_value": 10**400}, "pad_value"),
+        ({"masked_norm": "no"}, "masked_norm"),
+        ({"head": 1}, "head"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        UTAE(3, **{**SMALL, **options})
+        UTAE(**{"input_dim": 3, **SMALL, **options})

@@ -1,0 +1,179 @@
+"""Files of weights as training scripts write them, and what may stand in them beside tensors."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bocage.shards.errors import InputError
+from bocage.ssl.encoders.keys import compare
+from bocage.ssl.encoders.weight_files import read_tensors
+
+WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(7)}
+
+
+def scores() -> collections.defaultdict[str, list[float]]:
+    found = collections.defaultdict(list)
+    found["miou"].append(0.5)
+    return found
+
+
+BESIDE: dict[str, Any] = {
+    "numpy float": np.float64(0.71),
+    "numpy integer": np.int32(7),
+    "numpy truth": np.bool_(True),
+    "path": Path("/runs/checkpoint.ckpt"),
+    "path of another system": PureWindowsPath("C:/runs"),
+    "defaultdict": scores(),
+    "nested defaultdict": collections.defaultdict(dict, {"a": collections.defaultdict(int, {"b": 1})}),
+    "OrderedDict": collections.OrderedDict(best=np.float32(1.5)),
+    "Counter": collections.Counter("aab"),
+    "set": {1, 2},
+    "lists": [Path("a"), (np.float64(1.0), None, True, 1e300, 10**40)],
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("beside", list(BESIDE))
+def test_what_trainers_keep_beside_the_weights_is_passed_over(beside: str, legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    content = {"epoch": 3, "callbacks": {"best": BESIDE[beside]}, "state_dict": WEIGHTS, "loops": BESIDE[beside]}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    allowed = set(torch.serialization.get_safe_globals())
+    found = read_tensors(path)
+    assert set(torch.serialization.get_safe_globals()) == allowed
+    assert list(found) == list(WEIGHTS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in WEIGHTS.items())
+
+
+def test_weights_in_an_ordered_or_default_dictionary(tmp_path: Path) -> None:
+    for container in (collections.OrderedDict(WEIGHTS), collections.defaultdict(list, WEIGHTS)):
+        torch.save({"state_dict": container}, tmp_path / "last.ckpt")
+        assert torch.equal(read_tensors(tmp_path / "last.ckpt")["layer.weight"], WEIGHTS["layer.weight"])
+
+
+def test_an_archive_that_was_compressed_again(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert torch.equal(read_tensors(tmp_path / "packed.pth")["layer.weight"], WEIGHTS["layer.weight"])
+
+
+class Call:
+    """Calls a function when unpickled."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Built(Call):
+    """Sets the state of what a function returns when unpickled."""
+
+    def __reduce__(self) -> Any:
+        return *self.call, (3, "|", None, None, None, -1, -1, 0)
+
+
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "method of a path": lambda executed: Call(Path.touch, executed),
+    "eval": lambda executed: Call(eval, f"open({str(executed)!r}, 'w')"),
+    "attribute": lambda executed: Call(getattr, executed, "touch"),
+    "function for absent keys": lambda executed: collections.defaultdict(eval),
+    "subprocess": lambda executed: Call(subprocess.call, ["touch", str(executed)]),
+    "array": lambda executed: np.zeros(3),
+    "options of a script": lambda executed: argparse.Namespace(lr=1.0),
+    "module": lambda executed: torch.nn.Linear(1, 1),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_anything_else_is_refused_and_never_executed(case: str, tmp_path: Path) -> None:
+    path, executed = tmp_path / "last.ckpt", tmp_path / "executed"
+    torch.save({"state_dict": WEIGHTS, "more": REFUSED[case](executed)}, path)
+    with pytest.raises(InputError, match=r"last.ckpt is damaged or holds more than tensors, which is never executed"):
+        read_tensors(path)
+    path.write_bytes(pickle.dumps({"state_dict": WEIGHTS, "more": Call(Path.touch, executed)}))
+    with pytest.raises(InputError, match="never executed"):
+        read_tensors(path)
+    assert not executed.exists()
+
+
+def test_no_dtype_is_built_as_a_file_says(tmp_path: Path) -> None:
+    """A copy of numpy's object dtype with other flags would read the bytes of a file as addresses."""
+    torch.save({"state_dict": WEIGHTS, "more": Built(np.dtype, "O", False, True)}, tmp_path / "last.ckpt")
+    assert list(read_tensors(tmp_path / "last.ckpt")) == list(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.empty(2, device="meta"), torch.eye(2).to_sparse(), torch.nested.nested_tensor([torch.ones(1)]), 1, None],
+)
+def test_a_tensor_without_numbers_of_its_own_is_not_a_weight(value: object, tmp_path: Path) -> None:
+    torch.save({**WEIGHTS, "more": value}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="does not hold tensors by name"):
+        read_tensors(tmp_path / "weights.pth")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of a process is read from /proc")
+def test_states_of_an_optimizer_are_not_read_into_memory(tmp_path: Path) -> None:
+    """Some seconds: a fresh interpreter imports torch."""
+    states = [torch.zeros(1 << 24) for _ in range(4)]  # 256 MB
+    torch.save({"state_dict": WEIGHTS, "optimizer_states": states}, tmp_path / "last.ckpt")
+    script = (
+        "import sys; from pathlib import Path; from bocage.ssl.encoders.weight_files import read_tensors;"
+        "peak = lambda: int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]);"
+        "before = peak(); read_tensors(Path(sys.argv[1])); print(peak() - before)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "last.ckpt")]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # kB
+    assert grown < 100_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_precision_is_adapted_on_request(dtype: torch.dtype) -> None:
+    wanted = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    stored = {"a": torch.ones(2), "b": torch.ones(2, dtype=dtype)}
+    name = str(dtype).removeprefix("torch.")
+    assert compare(wanted, stored).unfit == {"b": f"{name} instead of float32"}
+    report = compare(wanted, stored, cast=True)
+    assert report.complete
+    assert (report.loaded, report.adapted) == (("a",), {"b": f"{name} to float32"})
+    both = compare(wanted, stored, adapted={"b": "table resized"}, cast=True)
+    assert both.adapted == {"b": f"table resized, {name} to float32"}
+
+
+def test_a_cast_that_would_lose_the_numbers_is_refused() -> None:
+    wanted = {"a": torch.zeros(2), "count": torch.tensor(0)}
+    for stored in (
+        {"a": torch.full((2,), 1e300, dtype=torch.float64), "count": torch.tensor(0)},
+        {"a": torch.ones(2, dtype=torch.int64), "count": torch.tensor(0)},
+        {"a": torch.ones(2, dtype=torch.complex64), "count": torch.tensor(0)},
+        {"a": torch.ones(2).to(torch.float8_e4m3fn), "count": torch.tensor(0)},
+        {"a": torch.ones(2), "count": torch.tensor(0.0)},
+    ):
+        report = compare(wanted, stored, cast=True)
+        assert len(report.unfit) == 1
+
+
+def test_tensors_without_dimensions_are_reported_like_others() -> None:
+    wanted = {"a": torch.zeros(2), "b": torch.tensor(0.0)}
+    report = compare(wanted, {"a": torch.tensor(1.0), "b": torch.tensor(1.0), "c": torch.tensor(1)}, cast=True)
+    assert report.unfit == {"a": "shape [] instead of [2]"}
+    assert (report.loaded, report.unknown) == (("b",), ("c",))
