@@ -85,7 +85,7 @@ def load_official(
         aside += dropped
     fitted = _with_tables_for(model, prefixed)
     adapted = {name: "table resized" for name in fitted if fitted[name].shape != prefixed[name].shape}
-    report = compare(model.state_dict(), fitted, adapted=adapted, dropped=tuple(aside))
+    report = compare(model.state_dict(), fitted, adapted=adapted, dropped=tuple(aside), cast=True)
     if not report.complete:
         raise InputError(f"{path} is not an official model of this architecture: {report}")
     model.load_state_dict(fitted)

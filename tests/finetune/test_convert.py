@@ -75,6 +75,19 @@ def test_every_form_of_a_checkpoint_loads(tmp_path: Path, suffix: str, prefix: s
     assert str(report).startswith(f"{len(report.loaded)} loaded")
 
 
+def test_a_checkpoint_in_half_precision_is_cast_and_reported(tmp_path: Path) -> None:
+    model = official(S2)
+    half = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    save_file(half, tmp_path / "half.safetensors")
+    loaded, report = load_official(tmp_path / "half.safetensors")
+    assert set(report.adapted.values()) == {"float16 to float32"}
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == model.state_dict()[name].dtype
+        assert torch.equal(tensor, half[name].to(tensor.dtype))
+
+
 def test_auxiliary_decoders_can_be_dropped(tmp_path: Path) -> None:
     model = official(SPOT, S2, auxiliary=(SPOT,))
     save_official(model, tmp_path / "a.safetensors")
