@@ -38,6 +38,7 @@ from bocage.ssl.encoders.weight_files import read_tensors
 
 _COLOURS = (611.0, 549.0, 464.0)  # dominant wavelengths of the sRGB primaries red, green and blue, nm
 _STEM = "patch_embed.proj.weight"
+_SHAPE = ("embed_dim", "depths", "num_heads", "mlp_ratio", "patch_size")  # options that change the weights' shapes
 _COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")  # buffers that older files hold
 _SMALL = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}  # a model that is only asked its windows
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -80,7 +81,13 @@ def load_imagenet(encoder: SwinEncoder, file: Path | None = None) -> KeyReport:
         InputError: the weights cannot be had, are not of the encoder's model, or would mean something else in it.
     """
     _check_offsets(encoder)
-    path = _published(encoder.config.name) if file is None else _file_in(file)
+    changed = ", ".join(f"{key}={encoder.config.options[key]}" for key in _SHAPE if key in encoder.config.options)
+    try:
+        path = _published(encoder.config.name) if file is None else _file_in(file)
+    except InputError as error:
+        if file is None and changed:  # fetching the file would not help
+            raise InputError(f"{error}; but they would not fit a Swin built with {changed}") from error
+        raise
     stored = read_tensors(path)
     dropped = tuple(name for name in stored if name in FINAL_NORM or name.startswith("head.") or _is_computed(name))
     weights = _current_names({name: tensor for name, tensor in stored.items() if name not in dropped})
@@ -100,7 +107,8 @@ def load_imagenet(encoder: SwinEncoder, file: Path | None = None) -> KeyReport:
     targets = plain_weights(encoder)
     report = compare(targets, resized, adapted=adapted, dropped=dropped, cast=True)
     if not report.complete:
-        raise InputError(f"{path} does not hold the weights of {encoder.config.name} as configured: {report}")
+        built = f"{encoder.config.name} with {changed}" if changed else encoder.config.name
+        raise InputError(f"{path} does not hold the weights of {built}: {report}")
     with torch.no_grad():
         for name, tensor in targets.items():
             tensor.copy_(resized[name])

@@ -171,7 +171,8 @@ def test_without_a_network_one_sentence_says_what_to_do(hub: Callable[..., None]
     assert str(caught.value) == (
         f"encoders.AERIAL_RGBI=imagenet: ImageNet weights of {V1}: hf:timm/{V1}.ms_in1k is not in the local cache and "
         "huggingface.co cannot be reached: copy model.safetensors from there to a folder and give that, "
-        "as imagenet:FOLDER"
+        "as imagenet:FOLDER; but they would not fit a Swin built with embed_dim=16, depths=[1, 1, 1, 1], "
+        "num_heads=[1, 2, 2, 4]"
     )
     with pytest.raises(InputError, match=r"hf:org/name is not in the local cache .* config.json and model.safetensors"):
         load_encoder("hf:org/name")

@@ -239,3 +239,9 @@ def test_files_that_are_not_the_model_change_nothing(
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
     assert all(torch.equal(before[key], tensor) for key, tensor in encoder.state_dict().items())
+
+
+def test_a_narrower_swin_is_told_why_the_weights_do_not_fit(tmp_path: Path) -> None:
+    whole = saved(plain_model(embed_dim=32), tmp_path / "whole.safetensors")
+    with pytest.raises(InputError, match=f"does not hold the weights of {V1} with embed_dim=16, depths="):
+        load_imagenet(encoder_of(spec_of("AERIAL_RGBI")), whole)
