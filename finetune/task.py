@@ -173,8 +173,13 @@ def load_segmentation(folder: Path) -> Segmentation:
         InputError: the folder or a file is missing, damaged, of another version, or does not fit the other.
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, no exception for names too long or folders closed to us
-        below = [path.parent.parent.name for path in folder.parent.glob(f"*/{folder.name}/{_CONFIG}")]
-        hint = f"; there is one in {', '.join(sorted(below))} below it" if below else ""
+        parent = folder.parent
+        below = sorted(
+            name
+            for name in (os.listdir(parent) if os.path.isdir(parent) else [])
+            if os.path.isfile(parent / name / folder.name / _CONFIG)
+        )
+        hint = f"; there is one in {', '.join(below)} below it" if below else ""
         raise InputError(f"{folder}: no fine-tuned model here; give the output folder of `bocage finetune`{hint}")
     path = folder / _CONFIG
     config = _read_config(path)
