@@ -25,7 +25,7 @@ class Sample:
     Attributes:
         key: the patch id, e.g. ``D012-2019_AF-S1-27_5-10``.
         roi: ``D012-2019/AF-S1-27``: domain-year and region of interest.
-        seed: ``draws.sample_seed`` of (seed, epoch, key).
+        seed: ``seeds.sample_seed`` of (seed, epoch, key).
         window: the ground window the arrays cover.
         arrays: by modality, (C, H, W) or (T, C, H, W); absent modalities are not listed.
         dates: by modality with dates, (T,) int32 days since 15 May of the date's own year.

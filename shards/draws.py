@@ -23,12 +23,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def sample_seed(seed: int, epoch: int, key: str) -> int:
-    """Signed 64-bit seed of one sample in one epoch."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def _purpose(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
@@ -48,7 +42,7 @@ def uniform(seeds: torch.Tensor, purpose: str, *shape: int) -> torch.Tensor:
     """Uniform draws in [0, 1).
 
     Args:
-        seeds: (B,) int64, one ``sample_seed`` a sample.
+        seeds: (B,) int64, one ``seeds.sample_seed`` a sample.
         purpose: what the draws are for; another purpose gives independent draws.
         shape: trailing shape of the draws of one sample.
 

@@ -24,6 +24,7 @@ from bocage.shards import metadata
 from bocage.shards.errors import InputError
 from bocage.shards.metadata import Dates
 from bocage.shards.modality import FLAIR_HUB, Registry
+from bocage.shards.sources import Source
 
 _HISTORICAL_YEAR = "195X"
 _FOLDER = re.compile(r"(?P<place>D[0-9A-Z]{3,6})-(?P<year>\d{4}|195X)_(?P<modality>.+)")
@@ -42,7 +43,7 @@ class Patch:
         key: ``D012-2019_AF-S1-27_5-10``.
         domain: ``D012-2019``.
         roi: ``D012-2019/AF-S1-27``.
-        paths: GeoTIFFs by modality, in the registry's order; missing ones are not listed.
+        sources: GeoTIFFs by modality, in the registry's order; missing ones are not listed.
         dates: by modality, int32 days since 1970-01-01: one for an image, T for a series and its mask. Not listed where
             unknown. A day that the metadata leave open (``00``) is the first of the month.
         splits: by split name, ``train``, ``valid``, ``test`` or None.
@@ -51,7 +52,7 @@ class Patch:
     key: str
     domain: str
     roi: str
-    paths: dict[str, Path]
+    sources: dict[str, Source]
     dates: dict[str, np.ndarray]
     splits: dict[str, str | None]
 
@@ -187,12 +188,12 @@ class Catalogue:
         """The patch at ``index``."""
         which_domain, which_roi, cell = _unpacked(int(self._codes[index]))
         domain, roi = self._domains[which_domain], self._rois[which_roi]
-        paths, dates = {}, {}
+        sources, dates = {}, {}
         for bit, modality in enumerate(self.registry.values()):
             if int(self._presence[index]) >> bit & 1:
                 year = f"{domain.split('-')[0]}-{_HISTORICAL_YEAR}" if modality.historical else domain
                 folder = f"{year}_{modality.name}"
-                paths[modality.name] = self.root / folder / roi / f"{folder}_{roi}_{cell}.tif"
+                sources[modality.name] = Source(self.root / folder / roi / f"{folder}_{roi}_{cell}.tif")
                 known = self._dates.get(modality.name)
                 if known is not None and known.index[index] >= 0:
                     dates[modality.name] = known.lists[known.index[index]]
@@ -200,7 +201,7 @@ class Catalogue:
             key=f"{domain}_{roi}_{cell}",
             domain=domain,
             roi=f"{domain}/{roi}",
-            paths=paths,
+            sources=sources,
             dates=dates,
             splits={name: column[index].as_py() for name, column in self.splits.items()},
         )

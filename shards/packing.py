@@ -30,7 +30,8 @@ from bocage.shards.manifest import Shard, dated, schema
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.moments import Moments
 from bocage.shards.normalize import represent
-from bocage.shards.rasters import Raster, RasterError
+from bocage.shards.rasters import Raster
+from bocage.shards.sources import RasterError, Source
 
 MEMBER_EXTENSION = ".bin"
 PARTS_FOLDER = "parts"
@@ -119,11 +120,11 @@ def pack(patch: Patch, registry: Registry) -> Packed:
     read: dict[str, Raster] = {}
     source_bytes = 0
     for modality in (*registry.inputs, *registry.by_role("mask"), *registry.labels):
-        path = patch.paths.get(modality.name)
-        if path is not None:
-            read[modality.name] = rasters.read(path, modality)
-            source_bytes += path.stat().st_size
-            _check_dates(path, modality, read[modality.name].array, patch.dates.get(modality.name))
+        source = patch.sources.get(modality.name)
+        if source is not None:
+            read[modality.name] = rasters.read(source, modality)
+            source_bytes += read[modality.name].stored_bytes
+            _check_dates(source, modality, read[modality.name].array, patch.dates.get(modality.name))
     # The aerial image where there is one: it comes first. Other sensors are resampled onto its grid.
     reference = read[next(name for name in registry if name in read)]
     ground = {"crs": reference.crs, "left": reference.left, "top": reference.top}
@@ -242,9 +243,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_dates(path: Path, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
+def _check_dates(source: Source, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
     if modality.has_dates and days is not None and len(days) != len(array):
-        raise RasterError(f"{path}: {len(array)} dates in the file, {len(days)} in the metadata")
+        raise RasterError(f"{source}: {len(array)} dates in the file, {len(days)} in the metadata")
 
 
 def _iso(days: np.ndarray) -> list[str]:

@@ -6,24 +6,20 @@ the same file in 2 to 7 ms; large images are faster through GDAL (5.4 ms against
 
 from __future__ import annotations
 
-from pathlib import Path
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
-import rasterio
 import tifffile
+from rasterio.io import MemoryFile
 
-from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
+from bocage.shards.sources import RasterError, Source
 
 _GSD_TOLERANCE = 0.01  # relative
 _SMALL = 400_000  # bytes of an array under which opening a file costs more than decoding it
 _PROJECTED_CRS, _USER_DEFINED = 3072, 32767  # GeoTIFF key and value (OGC 19-008r4)
 _RASTER_TYPE, _PIXEL_IS_POINT = 1025, 2
-
-
-class RasterError(InputError):
-    """A raster that is unreadable or is not what the registry says; the message names the file and the value."""
 
 
 class Raster(NamedTuple):
@@ -35,54 +31,59 @@ class Raster(NamedTuple):
         crs: ``EPSG:2154`` where the file says so, else WKT; empty when the file has none. Some FLAIR-HUB rasters carry
             a local Lambert-93 without a code: compare coordinates, never these strings.
         left, top: outer corner of the upper-left pixel, in the CRS.
+        stored_bytes: size of the GeoTIFF.
     """
 
     array: np.ndarray
     crs: str
     left: float
     top: float
+    stored_bytes: int
 
 
-def read(path: str | Path, modality: Modality) -> Raster:
-    """The raster of ``modality`` in the file ``path``.
+def read(source: Source, modality: Modality) -> Raster:
+    """The raster of ``modality`` in the file ``source``.
 
     Raises:
         RasterError: the file cannot be read, or its dtype, size, number of bands, pixel size or class values are not
             those of ``modality``.
     """
+    content = source.read()
     nbytes = len(modality.bands) * modality.size**2 * np.dtype(modality.dtype).itemsize
     try:
         if modality.has_dates or nbytes <= _SMALL:
-            bands, pixel, crs, left, top, nodata = _read_tifffile(path)
+            bands, pixel, crs, left, top, nodata = _read_tifffile(content)
         else:
-            bands, pixel, crs, left, top, nodata = _read_gdal(path)
+            bands, pixel, crs, left, top, nodata = _read_gdal(content)
     # tifffile and its codecs raise whatever their parsing meets in a damaged file: ValueError, IndexError, KeyError,
     # struct.error, ZeroDivisionError, codec errors; all of them mean the same here.
     except Exception as error:
         if isinstance(error, MemoryError):
             raise
-        raise RasterError(f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
-    _check(path, modality, bands, pixel)
+        raise RasterError(
+            f"{source}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    _check(source, modality, bands, pixel)
     if nodata is not None and bands.dtype.kind == "f":
         with np.errstate(over="ignore"):  # a value beyond the dtype is infinity there
             bands = np.where(bands == bands.dtype.type(nodata), bands.dtype.type(np.nan), bands)
     if modality.has_dates:
         bands = bands.reshape(-1, len(modality.bands), modality.size, modality.size)
-    return Raster(np.ascontiguousarray(bands), crs, left, top)
+    return Raster(np.ascontiguousarray(bands), crs, left, top, len(content))
 
 
 _Read = tuple[np.ndarray, tuple[float, float], str, float, float, float | None]
 """Bands (N, H, W), pixel width and height, CRS, left, top, declared nodata value (GeoTIFF has one for all bands)."""
 
 
-def _read_gdal(path: str | Path) -> _Read:
-    with rasterio.open(path) as source:
+def _read_gdal(content: bytes) -> _Read:
+    with MemoryFile(content) as memory, memory.open() as source:
         transform = source.transform
         crs = source.crs.to_string() if source.crs else ""
         bands = source.read()
         nodata = source.nodata
     if not bands.any(axis=2).all():  # GDAL reads blocks that a file lacks as zeros: such rows are suspect
-        with tifffile.TiffFile(path) as file:
+        with tifffile.TiffFile(BytesIO(content)) as file:
             _refuse_holes(file.pages.first)
     return bands, (transform.a, -transform.e), crs, transform.c, transform.f, nodata
 
@@ -93,8 +94,8 @@ def _refuse_holes(page: Any) -> None:
         raise ValueError("some of its blocks were never written")
 
 
-def _read_tifffile(path: str | Path) -> _Read:
-    with tifffile.TiffFile(path) as file:
+def _read_tifffile(content: bytes) -> _Read:
+    with tifffile.TiffFile(BytesIO(content)) as file:
         page = file.pages.first
         _refuse_holes(page)
         bands = page.asarray(maxworkers=1)
@@ -117,29 +118,29 @@ def _read_tifffile(path: str | Path) -> _Read:
     if code != _USER_DEFINED:
         crs = f"EPSG:{code}"
     else:
-        with rasterio.open(path) as source:
+        with MemoryFile(content) as memory, memory.open() as source:
             crs = source.crs.to_string() if source.crs else ""
     return bands, (width, height), crs, left, top, nodata
 
 
-def _check(path: str | Path, modality: Modality, bands: np.ndarray, pixel: tuple[float, float]) -> None:
+def _check(source: Source, modality: Modality, bands: np.ndarray, pixel: tuple[float, float]) -> None:
     expected, size = len(modality.bands), modality.size
     if bands.dtype != np.dtype(modality.dtype):
-        raise RasterError(f"{path}: dtype {bands.dtype}, but {modality.name} is {modality.dtype}")
+        raise RasterError(f"{source}: dtype {bands.dtype}, but {modality.name} is {modality.dtype}")
     if bands.shape[1:] != (size, size):
         height, width = bands.shape[1:]
-        raise RasterError(f"{path}: {width} x {height} pixels, but {modality.name} has {size} x {size}")
+        raise RasterError(f"{source}: {width} x {height} pixels, but {modality.name} has {size} x {size}")
     count = len(bands)
     if count % expected != 0 if modality.has_dates else count != expected:
         multiple = "a multiple of " if modality.has_dates else ""
-        raise RasterError(f"{path}: {count} bands, but {modality.name} has {multiple}{expected}")
+        raise RasterError(f"{source}: {count} bands, but {modality.name} has {multiple}{expected}")
     if any(abs(side - modality.gsd) > _GSD_TOLERANCE * modality.gsd for side in pixel):
         raise RasterError(
-            f"{path}: pixels of {pixel[0]:g} x {pixel[1]:g} m, but {modality.name} has {modality.gsd:g} m"
+            f"{source}: pixels of {pixel[0]:g} x {pixel[1]:g} m, but {modality.name} has {modality.gsd:g} m"
         )
     for band, values in zip(modality.bands, bands):
         if band.scheme is not None and values.max() >= len(band.scheme):
             raise RasterError(
-                f"{path}: value {values.max()} in band {band.name}, but {band.scheme.name} has classes 0 to "
+                f"{source}: value {values.max()} in band {band.name}, but {band.scheme.name} has classes 0 to "
                 f"{len(band.scheme) - 1}"
             )

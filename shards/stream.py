@@ -22,10 +22,10 @@ from bocage.shards.batch import Batch, Sample
 from bocage.shards.codec import decode
 from bocage.shards.collate import collate
 from bocage.shards.crop import WHOLE_PATCH, check_side, crop, draw_window, lattice
-from bocage.shards.draws import sample_seed
 from bocage.shards.errors import InputError
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.seeds import sample_seed
 
 _OPEN_SHARDS = 64  # file descriptors kept by a reading process
 _BLOCK = 4  # shards whose samples are mixed

@@ -8,7 +8,6 @@ broken off therefore leaves finished shards, and the same call goes on from ther
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -24,16 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import rasterio
 import torch
 
-from bocage.shards.draws import sample_seed
+from bocage.shards.assembly import assemble
 from bocage.shards.errors import InputError
 from bocage.shards.files import TEMPORARY_SUFFIX, written_atomically
 from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import DATASET_FILE, SCHEMA_VERSION, TABLE_FILE, Manifest, schema
-from bocage.shards.moments import merge
+from bocage.shards.manifest import DATASET_FILE, Manifest
 from bocage.shards.packing import (
     PARTS_FOLDER,
     Job,
@@ -45,7 +42,8 @@ from bocage.shards.packing import (
     too_many_skipped,
     write_shard,
 )
-from bocage.shards.rasters import RasterError
+from bocage.shards.seeds import sample_seed
+from bocage.shards.sources import RasterError
 
 Order = Literal["shuffled", "roi"]
 Progress = Callable[[int, int, int], None]
@@ -111,7 +109,14 @@ def write_shards(
         tolerated = max(1, int(max_bad * len(catalogue))) if max_bad > 0 else 0
         jobs = _Jobs(catalogue, out, rows, size, tolerated)
         _write_missing(jobs, workers, progress)
-        _write_manifest(jobs, plan)
+        assemble(
+            out,
+            [part_path(out, index) for index in range(len(jobs))],
+            catalogue.registry,
+            list(catalogue.splits),
+            plan=plan,
+            samples_per_shard=size,
+        )
     except OSError as error:
         if error.errno in _NOT_WRITABLE:
             raise InputError(
@@ -334,53 +339,6 @@ def _count(patches: int, written: int) -> None:
         _counters[1] += written
         if _counters[2]:
             raise _StopError
-
-
-def _write_manifest(jobs: _Jobs, plan: dict[str, Any]) -> None:
-    """Joins the parts in the order of the shards, so that the result does not depend on who finished first."""
-    registry, splits = jobs.catalogue.registry, list(jobs.catalogue.splits)
-    columns = schema(registry, splits)
-    parts = [read_part(part_path(jobs.out, index)) for index in range(len(jobs))]
-    present = dict.fromkeys(registry, 0)
-    with written_atomically(jobs.out / TABLE_FILE) as temporary, pq.ParquetWriter(temporary, columns) as writer:
-        for index in range(len(jobs)):
-            table = pq.read_table(part_path(jobs.out, index)).replace_schema_metadata(None)
-            for name in registry:
-                present[name] += int(np.count_nonzero(table[f"length.{name}"].to_numpy()))
-            writer.write_table(table)
-    statistics = {}
-    for modality in registry.inputs:
-        total = merge(part.moments[modality.name] for part in parts if modality.name in part.moments)
-        empty = np.full(len(modality.channels), np.nan)
-        statistics[modality.name] = {
-            "channels": modality.channels,
-            "count": [0.0] * len(empty) if total is None else total.count.tolist(),
-            "mean": _without_nan(empty if total is None else total.mean),
-            "std": _without_nan(empty if total is None else total.std),
-        }
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "created_by": f"bocage {importlib.metadata.version('bocage')}",
-        "registry": [modality.to_json() for modality in registry.values()],
-        "splits": splits,
-        "statistics": statistics,
-        "shards": [vars(part.shard) for part in parts],
-        "counts": {
-            "samples": sum(part.shard.samples for part in parts),
-            "skipped": sum(len(part.skipped) for part in parts),
-            "source_bytes": sum(part.source_bytes for part in parts),
-            "present": present,
-        },
-        "skipped": {key: reason for part in parts for key, reason in part.skipped.items()},
-        "plan": plan,
-        "samples_per_shard": jobs.size,
-    }
-    with written_atomically(jobs.out / DATASET_FILE) as temporary:
-        temporary.write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
-
-
-def _without_nan(values: np.ndarray) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _remove_parts(out: Path) -> None:

@@ -9,10 +9,10 @@ from bocage.finetune.task import Segmentation
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.collate import collate
-from bocage.shards.draws import sample_seed
 from bocage.shards.inputs import quality_masks, wanted_modalities
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import InputSpec
+from bocage.shards.seeds import sample_seed
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.registry import build_encoder
 

@@ -3,9 +3,9 @@ import pytest
 
 from bocage.shards.batch import GroundWindow
 from bocage.shards.crop import check_side, crop, draw_window, lattice
-from bocage.shards.draws import sample_seed
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.seeds import sample_seed
 
 ALL = list(FLAIR_HUB.values())
 IMAGES = list(FLAIR_HUB.by_role("image"))

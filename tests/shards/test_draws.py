@@ -2,7 +2,8 @@ import math
 
 import torch
 
-from bocage.shards.draws import integers, permutations, sample_seed, uniform
+from bocage.shards.draws import integers, permutations, uniform
+from bocage.shards.seeds import sample_seed
 
 
 def seeds(count: int, epoch: int = 0) -> torch.Tensor:

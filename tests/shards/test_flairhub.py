@@ -8,7 +8,7 @@ from bocage.shards import rasters
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue, read_csv_split
 from bocage.shards.modality import FLAIR_HUB, Modality
-from bocage.shards.rasters import RasterError
+from bocage.shards.sources import RasterError, Source
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]
@@ -35,7 +35,7 @@ def test_real_patches_without_metadata() -> None:
     patch = catalogue.patch(0)
     assert (patch.domain, patch.roi) == ("D051-2019", "D051-2019/UN-S0-15")
     assert (patch.dates, patch.splits) == ({}, {})
-    assert all(path.is_file() for path in patch.paths.values())
+    assert all(source.path.is_file() for source in patch.sources.values())
     assert catalogue.report().missing["DEM_ELEV"] == 3
 
 
@@ -45,7 +45,7 @@ def test_order_is_numeric_and_independent_of_the_modalities(tmp_path: Path) -> N
     touch(tmp_path, [keys[1], keys[3]], "DEM_ELEV")
     catalogue = Catalogue.open(tmp_path)
     assert catalogue.keys() == [keys[3], keys[1], keys[0], keys[2]]
-    assert [list(catalogue.patch(index).paths) for index in range(4)] == [
+    assert [list(catalogue.patch(index).sources) for index in range(4)] == [
         ["DEM_ELEV"],
         ["AERIAL_RGBI", "DEM_ELEV"],
         ["AERIAL_RGBI"],
@@ -59,9 +59,10 @@ def test_historical_image_serves_every_year_of_its_place(tmp_path: Path) -> None
     touch(tmp_path, keys, "AERIAL_RGBI")
     touch(tmp_path, [keys[0], "D017-2018_UU-S2-1_9-9"], "AERIAL-RLT_PAN")
     catalogue = Catalogue.open(tmp_path)
-    old = [catalogue.patch(index).paths.get("AERIAL-RLT_PAN") for index in range(3)]
+    old = [catalogue.patch(index).sources.get("AERIAL-RLT_PAN") for index in range(3)]
     assert catalogue.keys() == keys
-    assert old[0] == old[1] == raster_path(tmp_path, FLAIR_HUB["AERIAL-RLT_PAN"], keys[0])
+    assert old[0] == old[1]
+    assert old[0] is not None and old[0].path == raster_path(tmp_path, FLAIR_HUB["AERIAL-RLT_PAN"], keys[0])
     assert old[2] is None
     assert catalogue.report().orphans == 1
 
@@ -70,7 +71,7 @@ def test_paired_domain_and_names_with_dashes(tmp_path: Path) -> None:
     touch(tmp_path, ["D024047-2020_FF-S1-3_0-1"], "ALL_LABEL-LPIS", "SPOT_RGBI")
     patch = Catalogue.open(tmp_path).patch(0)
     assert patch.key == "D024047-2020_FF-S1-3_0-1"
-    assert patch.paths["ALL_LABEL-LPIS"].name == "D024047-2020_ALL_LABEL-LPIS_FF-S1-3_0-1.tif"
+    assert patch.sources["ALL_LABEL-LPIS"].path.name == "D024047-2020_ALL_LABEL-LPIS_FF-S1-3_0-1.tif"
 
 
 def test_dates_and_splits(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_odd_metadata_rows_are_counted(tmp_path: Path) -> None:
     assert catalogue.patch(1).dates["SENTINEL1-ASC_TS"].tolist() == []
     # Unreadable or no dates: the series is left out and counted.
     assert report.undated == {"SENTINEL1-ASC_TS": 2}
-    assert list(catalogue.patch(2).paths) == ["AERIAL_RGBI"]
+    assert list(catalogue.patch(2).sources) == ["AERIAL_RGBI"]
     assert report.present["SENTINEL1-ASC_TS"] == 2
 
 
@@ -226,11 +227,11 @@ def test_every_layout_reads_the_same(tmp_path: Path, name: str, options: dict[st
     bands = np.random.default_rng(0).integers(0, 18, (count, modality.size, modality.size)).astype(modality.dtype)
     path = tmp_path / "raster.tif"
     write_raster(path, bands, modality.gsd, **options)
-    raster = rasters.read(path, modality)
+    raster = rasters.read(Source(path), modality)
     shape = (3, -1, modality.size, modality.size) if modality.has_dates else bands.shape
     assert np.array_equal(raster.array, bands.reshape(shape))
     assert raster.array.flags.c_contiguous
-    assert raster[1:] == ("EPSG:2154", 650_000.0, 6_860_000.0)
+    assert raster[1:4] == ("EPSG:2154", 650_000.0, 6_860_000.0)
 
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
@@ -239,7 +240,7 @@ def test_lambert_without_a_code_is_accepted(tmp_path: Path, name: str) -> None:
     path = tmp_path / "local.tif"
     bands = np.zeros((len(modality.bands), modality.size, modality.size), modality.dtype)
     write_raster(path, bands, modality.gsd, crs='LOCAL_CS["RGF93 / Lambert-93",UNIT["metre",1]]')
-    raster = rasters.read(path, modality)
+    raster = rasters.read(Source(path), modality)
     assert "Lambert-93" in raster.crs
     assert (raster.left, raster.top) == (650_000.0, 6_860_000.0)
 
@@ -267,7 +268,7 @@ def test_rasters_that_are_not_what_the_registry_says_are_named(tmp_path: Path, n
     path = tmp_path / "wrong.tif"
     wrong(FLAIR_HUB[name], path, what)
     with pytest.raises(RasterError, match=said) as error:
-        rasters.read(path, FLAIR_HUB[name])
+        rasters.read(Source(path), FLAIR_HUB[name])
     assert str(path) in str(error.value)
 
 
@@ -278,10 +279,10 @@ def test_blocks_that_were_never_written_are_not_zeros(tmp_path: Path, name: str)
     bands = np.ones((4, modality.size, modality.size), modality.dtype)
     bands[:, modality.size // 2 :] = 0
     write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=False)
-    assert np.array_equal(rasters.read(path, modality).array, bands)
+    assert np.array_equal(rasters.read(Source(path), modality).array, bands)
     write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=True)
     with pytest.raises(RasterError, match="never written"):
-        rasters.read(path, modality)
+        rasters.read(Source(path), modality)
 
 
 def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
     path = tmp_path / "label.tif"
     write_raster(path, bands, 0.2)
     with pytest.raises(RasterError, match=r"value 31 in band level-2.*0 to 30"):
-        rasters.read(path, modality)
+        rasters.read(Source(path), modality)
 
 
 @pytest.mark.parametrize("name", ["AERIAL_RGBI", "SENTINEL2_TS", "SPOT_RGBI"])
@@ -305,10 +306,10 @@ def test_truncated_files_are_named(tmp_path: Path, name: str, keep: float) -> No
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
     with pytest.raises(RasterError, match=r"cut\.tif: cannot be read"):
-        rasters.read(path, modality)
+        rasters.read(Source(path), modality)
     path.unlink()
     with pytest.raises(RasterError, match="cannot be read"):
-        rasters.read(path, modality)
+        rasters.read(Source(path), modality)
 
 
 def test_a_mask_without_its_series_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -316,8 +317,8 @@ def test_a_mask_without_its_series_is_left_out_and_counted(tmp_path: Path) -> No
     write_tree(tmp_path, keys, ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"])
     raster_path(tmp_path, FLAIR_HUB["SENTINEL2_TS"], keys[1]).unlink()
     catalogue = Catalogue.open(tmp_path)
-    assert list(catalogue.patch(1).paths) == ["SPOT_RGBI"]
-    assert list(catalogue.patch(2).paths) == ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]
+    assert list(catalogue.patch(1).sources) == ["SPOT_RGBI"]
+    assert list(catalogue.patch(2).sources) == ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]
     assert catalogue.report().lone == {"SENTINEL2_MSK-SC": 1}
     assert catalogue.report().present["SENTINEL2_MSK-SC"] == 2
     with pytest.raises(InputError, match="name both"):
@@ -357,7 +358,7 @@ def test_declared_nodata_of_a_float_raster_is_nan(tmp_path: Path, name: str, nod
     bands = np.full((2, modality.size, modality.size), 77.0, np.float32)
     bands[1, 3, 4] = nodata
     write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=nodata)
-    array = rasters.read(tmp_path / "x.tif", modality).array
+    array = rasters.read(Source(tmp_path / "x.tif"), modality).array
     assert array.dtype == np.float32
     assert np.argwhere(np.isnan(array.reshape(bands.shape))).tolist() == [[1, 3, 4]]
 
@@ -366,4 +367,4 @@ def test_declared_nodata_of_an_integer_raster_is_kept(tmp_path: Path) -> None:
     modality = FLAIR_HUB["SPOT_RGBI"]
     bands = np.zeros((4, modality.size, modality.size), np.uint16)
     write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=0)
-    assert np.array_equal(rasters.read(tmp_path / "x.tif", modality).array, bands)
+    assert np.array_equal(rasters.read(Source(tmp_path / "x.tif"), modality).array, bands)

@@ -69,9 +69,9 @@ def test_every_raster_comes_back_by_offset(tree: Path, shards: Manifest) -> None
         assert row["split_1"] == patch.splits["split_1"]
         for name, modality in shards.registry.items():
             offset, length = row[f"offset.{name}"], row[f"length.{name}"]
-            assert (length > 0) == (name in patch.paths)
+            assert (length > 0) == (name in patch.sources)
             if length:
-                raster = rasters.read(patch.paths[name], modality)
+                raster = rasters.read(patch.sources[name], modality)
                 array = decode(data[offset : offset + length])
                 assert array.dtype == raster.array.dtype
                 assert np.array_equal(array, raster.array)
@@ -90,13 +90,13 @@ def test_values_in_the_manifest_are_those_of_the_rasters(tree: Path, shards: Man
     for index in range(4):
         row = shards.row(index)
         patch = next(patch for patch in map(catalogue.patch, range(4)) if patch.key == row["key"])
-        label = rasters.read(patch.paths["ALL_LABEL-LPIS"], FLAIR_HUB["ALL_LABEL-LPIS"]).array
+        label = rasters.read(patch.sources["ALL_LABEL-LPIS"], FLAIR_HUB["ALL_LABEL-LPIS"]).array
         for band, (level, scheme) in enumerate(zip((1, 2, 3), FLAIR_HUB["ALL_LABEL-LPIS"].schemes)):
             histogram = row[f"histogram.ALL_LABEL-LPIS.level-{level}"]
             assert histogram == [int((label[band] == value).sum()) for value in range(len(scheme))]
         labels.append(sum(histogram))
-        if "DEM_ELEV" in patch.paths:
-            dem = rasters.read(patch.paths["DEM_ELEV"], FLAIR_HUB["DEM_ELEV"]).array.astype(np.float64)
+        if "DEM_ELEV" in patch.sources:
+            dem = rasters.read(patch.sources["DEM_ELEV"], FLAIR_HUB["DEM_ELEV"]).array.astype(np.float64)
             relief = np.stack((dem[0] - dem[0].mean(), dem[0] - dem[1]))
             heights.append(relief)
             assert np.allclose(row["mean.DEM_ELEV"], relief.mean((1, 2)), atol=1e-4)

@@ -7,11 +7,11 @@ import torch
 
 from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.collate import collate
-from bocage.shards.draws import sample_seed
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import InputSpec
+from bocage.shards.seeds import sample_seed
 from bocage.ssl.decoder import DecoderConfig
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.registry import build_encoder

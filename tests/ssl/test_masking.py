@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from bocage.shards.draws import sample_seed
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.seeds import sample_seed
 from bocage.ssl.masking import MaskingConfig, draw_masks, pack, unit_grid
 
 SEEDS = torch.tensor([sample_seed(0, 0, str(index)) for index in range(256)])

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from bocage.shards.batch import Batch
-from bocage.shards.draws import sample_seed, uniform
+from bocage.shards.draws import uniform
+from bocage.shards.seeds import sample_seed
 from bocage.ssl.engine.loop import EngineConfig, Outcome, train
 from bocage.ssl.engine.optim import OptimizerConfig
 
