@@ -1,16 +1,13 @@
 """The main job end to end: real patches, real series, and a sensor that only a copy of the registry knows."""
 
 import json
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-import h5py
 import numpy as np
-import pyogrio
 import pytest
 import rasterio
-from rasterio.transform import from_origin
+from real_series import treesat_tree
 from small_recipes import PRETRAIN
 
 from bocage import recipes
@@ -78,40 +75,6 @@ def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
 def test_real_patches_are_fitted(tmp_path: Path) -> None:
     words = ("window=102.4", "batch_size=3", "decoder.norm=batch", "engine.steps=280")
     assert take_real_patches_to_maps(tmp_path, *words, "engine.optimizer.learning_rate=3e-3") > 80
-
-
-def treesat_tree(root: Path) -> None:
-    """The TreeSatAI sample as a FLAIR-HUB tree of one patch: 6 x 6 pixels mirrored to 10 x 10, real dates."""
-    key, tile = "D900-2019_AA-S1-1_0-0", "AA-S1-1_0-0"
-    members = {
-        "SENTINEL2_TS": ("sen-2-data", "sen-2-products", "uint16"),
-        "SENTINEL2_MSK-SC": ("sen-2-masks", None, "uint16"),
-        "SENTINEL1-ASC_TS": ("sen-1-asc-data", "sen-1-asc-products", "float32"),
-        "SENTINEL1-DESC_TS": ("sen-1-des-data", "sen-1-des-products", "float32"),
-    }
-    (root / "GLOBAL_ALL_MTD").mkdir(parents=True)
-    with h5py.File(DATA / "treesatai_ts" / "Betula_spec._1_15679_WEFL_NLF_2019.h5") as source:
-        for name, (values, products, dtype) in members.items():
-            series = np.pad(source[values][:], ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect").astype(dtype)
-            path = root / f"D900-2019_{name}" / "AA-S1-1" / f"D900-2019_{name}_{tile}.tif"
-            path.parent.mkdir(parents=True)
-            bands = series.reshape(-1, 10, 10)
-            profile = {"driver": "GTiff", "width": 10, "height": 10, "count": len(bands), "dtype": dtype}
-            with rasterio.open(
-                path, "w", crs="EPSG:2154", transform=from_origin(9e5, 6.8e6, 10.24, 10.24), **profile
-            ) as target:
-                target.write(bands)
-            if products is None:
-                continue
-            days = [re.search(r"_(\d{8})T", product.decode())[1] for product in source[products][:]]  # type: ignore[index]
-            dates = json.dumps({str(index): day for index, day in enumerate(days, start=1)})
-            table = root / "GLOBAL_ALL_MTD" / f"GLOBAL_{FLAIR_HUB[name].dates_table}_MTD_DATES.gpkg"
-            pyogrio.raw.write(
-                table,
-                geometry=None,
-                field_data=[np.array([key], object), np.array([dates], object)],
-                fields=["patch_id", "acquisition_dates"],
-            )
 
 
 # About 15 s: U-TAE on 146, 115 and 235 real dates.
