@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from bocage.shards.errors import InputError
 from bocage.shards.index import INDEX_FILE, Index
+from bocage.shards.local import LocalShards, ShardFiles
 from bocage.shards.modality import Modality, Registry
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Manifest:
         counts: ``samples``, ``skipped``, ``source_bytes`` and, by modality, ``present``.
         skipped: by key, why a patch of the tree is not in the shards.
         index: what readers need of each sample.
+        files: the bytes of the shards; another place's may be set.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
@@ -141,6 +143,7 @@ class Manifest:
         self._check_size(TABLE_FILE)
         self.index = Index(path / INDEX_FILE, self.registry)
         self.index.validate([shard.samples for shard in self.shards], [shard.bytes for shard in self.shards])
+        self.files: ShardFiles = LocalShards([path / shard.name for shard in self.shards])
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:

@@ -8,9 +8,7 @@ number: the samples of the endless order consumed so far.
 
 from __future__ import annotations
 
-import os
 import signal
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -27,7 +25,6 @@ from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.seeds import sample_seed
 
-_OPEN_SHARDS = 64  # file descriptors kept by a reading process
 _BLOCK = 4  # shards whose samples are mixed
 
 
@@ -94,7 +91,7 @@ class _TrainingSampler:
 
 
 class ShardDataset(Dataset[Sample]):
-    """Map-style access to the samples of local shards by ``os.pread`` at the manifest's offsets.
+    """Map-style access to the samples of shards at the offsets of the index.
 
     Items are addressed by (epoch, row): the epoch only decides the sample's random view. Only the members of the
     wanted modalities are read and decoded.
@@ -116,7 +113,7 @@ class ShardDataset(Dataset[Sample]):
         self.modalities = list(modalities)
         self._window, self._seed = window, seed
         self._step = lattice(modalities)
-        self._paths = [str(manifest.shard_path(index)) for index in range(manifest.shard_count)]
+        self._files = manifest.files
         table = manifest.table
         self._keys, self._rois = table["key"].combine_chunks(), table["roi"].combine_chunks()
         self._shards = table["shard"].to_numpy()
@@ -128,28 +125,9 @@ class ShardDataset(Dataset[Sample]):
             for item in modalities
             if item.has_dates
         }
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": OrderedDict()}
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        descriptor = self._files.pop(shard, None)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self._paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise InputError(f"{self._paths[shard]}: cannot be opened: {error.strerror}") from error
-            if len(self._files) >= _OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = descriptor
-        data = os.pread(descriptor, length, offset)
-        if len(data) != length:
-            raise InputError(f"{self._paths[shard]}: truncated: {length} bytes wanted at {offset}, {len(data)} there")
-        return data
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, row = item
@@ -164,11 +142,11 @@ class ShardDataset(Dataset[Sample]):
             if length == 0:
                 continue
             try:
-                array = decode(self._read(shard, int(self._offsets[name][row]), length))
+                array = decode(self._files.read(shard, int(self._offsets[name][row]), length))
             except InputError:
                 raise
             except ValueError as error:
-                raise InputError(f"{self._paths[shard]}: {name} of {key} is damaged: {error}") from error
+                raise InputError(f"{self._files.name(shard)}: {name} of {key} is damaged: {error}") from error
             arrays[name] = crop(array, modality, window)
             if modality.has_dates:
                 dates[name] = self._dates_of(name, row, len(array), key)
