@@ -18,11 +18,13 @@ from bocage.finetune.metrics import ConfusionMatrix, official_scores, strict_sco
 from bocage.finetune.predict import predict_patches, readable_modalities
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
 from bocage.finetune.upernet import DecoderConfig
+from bocage.shards.cache import CacheConfig
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.inputs import quality_masks
 from bocage.shards.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.remote import open_shards
 from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.registry import build_encoder
@@ -39,7 +41,8 @@ class FinetuneConfig:
 
     Attributes:
         recipe: name of the recipe it came from.
-        shards: folder that ``bocage shard`` wrote.
+        shards: folder that ``bocage shard`` wrote, or its address (``shards.remote``).
+        cache: where shards of another machine are kept, and how many.
         output: folder of the run: checkpoints, model, scores, predictions.
         label: label raster.
         level: which of its bands, from 1; LPIS has three.
@@ -66,6 +69,7 @@ class FinetuneConfig:
 
     recipe: str = ""
     shards: str = ""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     output: str = ""
     label: str = "AERIAL_LABEL-COSIA"
     level: int = 1
@@ -213,7 +217,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     if not config.output:
         raise InputError("output=PATH is missing: give a folder for the run")
-    manifest, output = Manifest.open(config.shards), Path(config.output)
+    manifest, output = open_shards(config.shards, config.cache), Path(config.output)
     torch.manual_seed(config.engine.seed)
     task = build_task(config, manifest)
     rows = {"train": labelled_rows(manifest, config, task, config.train)}
@@ -254,7 +258,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         recipe=config.recipe,
         # What the shards hold matters, not where they lie; what is measured or drawn at the end does not matter.
         resolved={
-            **{key: value for key, value in asdict(config).items() if key not in ("predictions", "test")},
+            **{key: value for key, value in asdict(config).items() if key not in ("cache", "predictions", "test")},
             "shards": manifest.digest,
         },
         evaluate=evaluate,

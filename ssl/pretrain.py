@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from bocage import recipes
+from bocage.shards.cache import CacheConfig
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import quality_masks, wanted_modalities
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.remote import open_shards
 from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import save_encoder
@@ -44,7 +46,8 @@ class PretrainConfig:
 
     Attributes:
         recipe: the recipe it came from.
-        shards: folder written by ``bocage shard``.
+        shards: folder written by ``bocage shard``, or its address (``shards.remote``).
+        cache: where shards of another machine are kept, and how many.
         output: folder of checkpoints, encoders, metrics and pictures.
         modalities: sensors to pretrain; empty for all inputs the shards hold.
         split: split column of the shards, or ``all`` to pretrain on every patch.
@@ -65,6 +68,7 @@ class PretrainConfig:
 
     recipe: str = ""
     shards: str = ""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     output: str = "runs/pretrain"
     modalities: list[str] = field(default_factory=list)
     split: str = "split_1"
@@ -125,7 +129,7 @@ def export_encoders(task: nn.Module, folder: Path) -> None:
 
 def pretrain(config: PretrainConfig) -> Outcome:
     """Run a recipe to its last step, or resume it; encoders end up in ``output/encoders/MODALITY``."""
-    manifest = Manifest.open(config.shards)
+    manifest = open_shards(config.shards, config.cache)
     rows = manifest.split(config.split, config.train)
     torch.manual_seed(config.engine.seed)  # before weights are drawn
     task = build_task(config, manifest)
@@ -147,7 +151,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
         recipe=config.recipe,
         # What the shards hold matters, not where they lie; how many pictures are drawn at the end does not matter.
         resolved={
-            **{key: value for key, value in asdict(config).items() if key != "pictures"},
+            **{key: value for key, value in asdict(config).items() if key not in ("cache", "pictures")},
             "shards": manifest.digest,
         },
         export=export_encoders,

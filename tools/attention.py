@@ -12,7 +12,8 @@ from rich.progress import Progress
 from bocage.finetune.predict import check_bands
 from bocage.shards.errors import InputError
 from bocage.shards.files import check_new_folder
-from bocage.shards.manifest import EVERY_SAMPLE, Manifest
+from bocage.shards.manifest import EVERY_SAMPLE
+from bocage.shards.remote import open_shards
 from bocage.ssl.attention import require_temporal, rows_of_keys, rows_with_dates
 from bocage.ssl.attention_pictures import write_attention
 from bocage.ssl.encoders.export import load_encoder
@@ -24,7 +25,7 @@ _COUNT = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("encoder", metavar="ENCODER", help="folder of a series encoder, or hf:org/name")
-    parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder that `bocage shard` wrote")
+    parser.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder for KEY.png and attention.csv")
     parser.add_argument("--keys", nargs="+", metavar="KEY", help="these patches, instead of --count from a split")
     parser.add_argument(
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--keys names the patches: leave out --count and --split")
     check_new_folder(arguments.out)
     encoder = require_temporal(load_encoder(arguments.encoder), arguments.encoder)
-    manifest = Manifest.open(arguments.shards)
+    manifest = open_shards(arguments.shards)
     name = encoder.spec.modality
     if arguments.keys is not None:
         rows = rows_of_keys(manifest, name, arguments.keys)

@@ -11,14 +11,14 @@ from rich.progress import Progress
 
 from bocage.finetune.predict import complete_rows, predict_patches
 from bocage.finetune.task import load_segmentation
-from bocage.shards.manifest import Manifest
+from bocage.shards.remote import open_shards
 from bocage.tools.arguments import not_negative, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
-    parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder that `bocage shard` wrote")
+    parser.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the GeoTIFFs")
     parser.add_argument(
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Predict and say where the files are."""
     task = load_segmentation(arguments.run_folder / "model")
-    manifest = Manifest.open(arguments.shards)
+    manifest = open_shards(arguments.shards)
     rows = np.arange(len(manifest))
     if arguments.split is not None:
         rows = manifest.split(arguments.split, arguments.value)

@@ -1,0 +1,299 @@
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faulty_server import FaultyServer
+
+from bocage.shards import cache as cache_module
+from bocage.shards import places
+from bocage.shards.cache import Cache, CacheConfig, Wanted
+from bocage.shards.errors import InputError
+from bocage.shards.manifest import Shard
+from bocage.shards.places import Patience, Place
+from bocage.shards.remote import RemoteShards
+
+SIZE = 200_000
+QUICK = Patience(attempts=3, wait=0.01, stall=1.0)
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Wanted]]:
+    """Eight files of random bytes, and what they are."""
+    folder, wanted = tmp_path_factory.mktemp("origin"), []
+    for index in range(8):
+        data = np.random.default_rng(index).bytes(SIZE)
+        (folder / f"s{index}.tar").write_bytes(data)
+        wanted.append(Wanted(f"s{index}.tar", SIZE, hashlib.sha256(data).hexdigest()))
+    return folder, wanted
+
+
+@pytest.fixture
+def server(shards: tuple[Path, list[Wanted]]) -> Iterator[FaultyServer]:
+    with FaultyServer(shards[0]) as server:
+        yield server
+
+
+def make_cache(server: FaultyServer, folder: Path, count: float = 3, digest: str = "d" * 64) -> Cache:
+    return Cache(Place(server.address, QUICK), CacheConfig(folder=str(folder), size=str(int(count * SIZE))), digest)
+
+
+def occupied(folder: Path) -> int:
+    """Bytes of shards on disk, seen from outside."""
+    total = 0
+    for path in folder.glob("*/*.tar*"):
+        try:
+            total += path.stat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return total
+
+
+class Watch(threading.Thread):
+    """The most that the folder ever held."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.most, self.samples, self.ended = folder, 0, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            self.most, self.samples = max(self.most, occupied(self.folder)), self.samples + 1
+            time.sleep(0.001)
+
+    def __enter__(self) -> "Watch":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("100GB", 10**11), ("1.5 MiB", 3 << 19), ("123", 123), ("2tb", 2 * 10**12)]
+)
+def test_sizes_are_read_as_people_write_them(size: str, expected: int) -> None:
+    assert CacheConfig(size=size).bytes == expected
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="size='much'"):
+        CacheConfig(size="much")
+
+
+def test_the_folder_is_the_users_cache_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert CacheConfig().path == tmp_path / "bocage" / "shards"
+
+
+def test_bytes_are_those_of_the_origin_and_fetched_once(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    cache = make_cache(server, tmp_path)
+    for offset in (0, 77, SIZE - 5):
+        assert cache.read(shards[1][0], offset, 5) == (shards[0] / "s0.tar").read_bytes()[offset : offset + 5]
+    assert server.sent["s0.tar"] == SIZE
+    assert make_cache(server, tmp_path).read(shards[1][0], 3, 4)
+    assert server.sent["s0.tar"] == SIZE
+
+
+def test_the_least_recently_used_shard_goes_and_the_bound_is_kept(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    cache = make_cache(server, tmp_path)
+    with Watch(tmp_path) as watch:
+        for index in (0, 1, 2, 0, 3):
+            cache.read(shards[1][index], 0, 10)
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["s0.tar", "s2.tar", "s3.tar"]
+    assert 2 * SIZE < watch.most <= 3 * (SIZE + 4096) and watch.samples > 3
+
+
+def test_shards_of_other_versions_count_and_go_first(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    old, new = make_cache(server, tmp_path, 2, "a" * 64), make_cache(server, tmp_path, 2, "b" * 64)
+    for index in (0, 1):
+        old.read(shards[1][index], 0, 1)
+    new.read(shards[1][0], 0, 1)
+    assert server.sent["s0.tar"] == 2 * SIZE
+    assert [path.name for path in old.folder.iterdir()] == ["s1.tar"]
+
+
+def test_a_shard_being_read_is_not_removed(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    import fcntl
+
+    cache = make_cache(server, tmp_path, 2)
+    for index in (0, 1):
+        cache.read(shards[1][index], 0, 1)
+    with cache_module._locked(cache.folder / "s0.tar", os.O_RDONLY, fcntl.LOCK_SH):
+        cache.read(shards[1][2], 0, 1)
+        assert sorted(path.name for path in cache.folder.iterdir()) == ["s0.tar", "s2.tar"]
+
+
+def _read_all(address: str, folder: Path, wanted: list[Wanted], seed: int, results: object) -> None:
+    cache = Cache(Place(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
+    random, right = np.random.default_rng(seed), True
+    for _ in range(60):
+        index, offset = int(random.integers(len(wanted))), int(random.integers(SIZE - 100))
+        right &= cache.read(wanted[index], offset, 100) == np.random.default_rng(index).bytes(SIZE)[offset:][:100]
+    results.put(right)  # type: ignore[attr-defined]
+
+
+def test_two_processes_share_a_cache_that_must_remove(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    results = SPAWN.Queue()
+    readers = [
+        SPAWN.Process(target=_read_all, args=(server.address, tmp_path, shards[1], seed, results)) for seed in (1, 2)
+    ]
+    with Watch(tmp_path) as watch:
+        for reader in readers:
+            reader.start()
+        assert [results.get(timeout=60) for _ in readers] == [True, True]
+        for reader in readers:
+            reader.join(timeout=10)
+    assert [reader.exitcode for reader in readers] == [0, 0]
+    assert sum(server.sent.values()) > 8 * SIZE  # some were removed and fetched again
+    assert watch.samples > 50 and watch.most <= 3 * (SIZE + 4096)
+
+
+def _read_one(address: str, folder: Path, wanted: Wanted) -> None:
+    cache = Cache(Place(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
+    cache.read(wanted, 0, 10)
+
+
+def test_processes_that_want_the_same_shard_fetch_it_once(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    server.pause = 0.1
+    readers = [SPAWN.Process(target=_read_one, args=(server.address, tmp_path, shards[1][0])) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(timeout=30)
+    assert [reader.exitcode for reader in readers] == [0, 0]
+    assert server.sent["s0.tar"] == SIZE
+
+
+def test_the_part_of_a_killed_process_is_taken_over_and_resumed(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.pause = 0.2
+    reader = SPAWN.Process(target=_read_one_in_small_requests, args=(server.address, tmp_path, shards[1][0]))
+    reader.start()
+    part = tmp_path / ("d" * 32) / f"s0.tar.{SIZE}.part"
+    deadline = time.monotonic() + 30
+    while not (part.exists() and part.stat().st_size > 60_000):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(reader.pid or 0, signal.SIGKILL)
+    reader.join()
+    kept = part.stat().st_size
+    assert 0 < kept < SIZE
+    time.sleep(0.5)  # the server notices that nobody listens
+    server.pause, before = 0.0, server.sent["s0.tar"]
+    assert make_cache(server, tmp_path).read(shards[1][0], 0, 50) == (shards[0] / "s0.tar").read_bytes()[:50]
+    assert server.sent["s0.tar"] - before == SIZE - kept
+    assert not part.exists()
+
+
+def _read_one_in_small_requests(address: str, folder: Path, wanted: Wanted) -> None:
+    places._REQUEST = 30_000
+    _read_one(address, folder, wanted)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_shard_damaged_in_the_cache_is_fetched_again(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, damage: str
+) -> None:
+    cache = make_cache(server, tmp_path)
+    cache.read(shards[1][0], 0, 1)
+    path = cache.folder / "s0.tar"
+    status = path.stat()
+    with path.open("rb+") as file:
+        if damage == "cut":
+            file.truncate(1000)
+        else:
+            file.write(b"\x00" * 50)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # rot leaves no trace in the times
+    time.sleep(0.01)
+    assert make_cache(server, tmp_path).read(shards[1][0], 0, 50) == (shards[0] / "s0.tar").read_bytes()[:50]
+    assert server.sent["s0.tar"] == 2 * SIZE
+
+
+def test_a_shard_damaged_at_its_origin_is_named(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    cache = make_cache(server, tmp_path)
+    with pytest.raises(InputError, match=r"http://127.*/s0\.tar: damaged"):
+        cache.read(Wanted("s0.tar", SIZE, "0" * 64), 0, 1)
+    assert server.sent["s0.tar"] == 2 * SIZE and not list(cache.folder.iterdir())
+
+
+def make_remote(cache: Cache, wanted: list[Wanted]) -> RemoteShards:
+    return RemoteShards(cache, [Shard(item.name, 1, item.bytes, item.sha256) for item in wanted])
+
+
+def test_what_comes_next_is_fetched_behind_the_readers_back(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    server.pause = 0.05
+    files = make_remote(make_cache(server, tmp_path), shards[1])
+    started = time.monotonic()
+    files.ahead([4, 5, 6, 7])  # four, where three fit
+    assert time.monotonic() - started < 0.1
+    assert files.read(5, 0, 20) == (shards[0] / "s5.tar").read_bytes()[:20]
+    deadline = time.monotonic() + 10
+    while sorted(path.name for path in tmp_path.glob("*/*.tar")) != ["s4.tar", "s5.tar", "s6.tar"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert {server.sent[f"s{index}.tar"] for index in (4, 5, 6)} == {SIZE} and not server.sent["s7.tar"]
+
+
+def _fetch_in_the_background(files: RemoteShards) -> None:
+    files.ahead([0, 1, 2])
+    files.read(0, 0, 1)
+    files.ahead([3, 4, 5])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_process_ends_at_once_whatever_its_thread_does(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, start: str
+) -> None:
+    server.pause = 0.3
+    files = make_remote(make_cache(server, tmp_path), shards[1])
+    files.ahead([7])  # a thread, a connection and a lock of the parent, which the child must not mind
+    time.sleep(0.1)
+    pickle.loads(pickle.dumps(files))
+    reader = multiprocessing.get_context(start).Process(target=_fetch_in_the_background, args=(files,))
+    reader.start()
+    reader.join(timeout=30)
+    assert reader.exitcode == 0
+
+
+def test_a_full_disk_is_one_sentence(server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path) -> None:
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cache = make_cache(server, tmp_path)
+    # A limit on the size of files stands in for a full disk: the same write fails in the same way, without a mount.
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, limit[1]))
+    try:
+        with pytest.raises(InputError, match=r"the cache cannot be used: File too large; set cache\.folder"):
+            cache.read(shards[1][0], 0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not list(cache.folder.iterdir())
