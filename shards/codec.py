@@ -104,7 +104,7 @@ def encode(array: np.ndarray, codec: str) -> bytes:
     return b"".join((_PREFIX.pack(_MAGIC, checksum, len(header)), header, payload))
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes | memoryview) -> np.ndarray:
     """The array that ``encode`` was given: bit-exact, C-contiguous, writable, in native byte order.
 
     Raises:
@@ -130,7 +130,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _parsed(
-    data: bytes,
+    data: bytes | memoryview,
 ) -> tuple[tuple[int, ...], np.dtype[Any], list[dict[str, Any]], dict[str, Any] | None, memoryview]:
     if len(data) < _PREFIX.size:
         raise CodecError(f"{len(data)} bytes are too few for a member")
