@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,14 @@ class Moments:
     maximum: np.ndarray
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> Moments:
-        """Moments of ``values``, (..., C, H, W) float32 on the CPU; NaN are holes and do not count.
+    def of(cls, values: np.ndarray) -> Moments:
+        """Moments of ``values``, (..., C, H, W) float32; NaN are holes and do not count.
 
-        The same bits whatever the number of threads.
+        The same bits whatever the number of threads: NumPy has one.
         """
-        channels = values.movedim(-3, 0).flatten(1)
         columns = []
-        # NumPy, not torch: its pairwise sums do not depend on the number of threads.
-        for channel in channels.numpy().astype(np.float64):
+        for channel in np.moveaxis(values, -3, 0):
+            channel = channel.reshape(-1).astype(np.float64)
             # A minimum shows whether there are holes; without, the usual case, selecting would copy for nothing.
             valid = channel[~np.isnan(channel)] if channel.size and np.isnan(channel.min()) else channel
             if len(valid) == 0:

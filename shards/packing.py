@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from bocage.shards import rasters
 from bocage.shards.archive import Archive
-from bocage.shards.codec import encode
+from bocage.shards.codec import as_stored, encode
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.flairhub import Patch
@@ -133,22 +131,22 @@ def pack(patch: Patch, registry: Registry) -> Packed:
     moments = {}
     for name, raster in read.items():
         modality = registry[name]
-        data = encode(raster.array, modality.codec)
+        array = as_stored(raster.array, modality.codec)
+        data = encode(array, modality.codec)
         member = member_name(patch.key, name)
         members[member] = data
-        shapes[member] = {"modality": name, "dtype": str(raster.array.dtype), "shape": raster.array.shape}
+        shapes[member] = {"modality": name, "dtype": str(array.dtype), "shape": array.shape}
         row[f"length.{name}"] = len(data)
         if dated(modality) and name in patch.dates:
             row[f"dates.{name}"] = patch.dates[name]
         if modality.role == "label":
-            for band, values in zip(modality.bands, raster.array):
+            for band, values in zip(modality.bands, array):
                 assert band.scheme is not None
                 row[f"histogram.{name}.{band.name}"] = np.bincount(values.reshape(-1), minlength=len(band.scheme))
         if modality.is_input:
-            values = torch.from_numpy(raster.array)
-            with _one_thread():
-                represented = represent(values, modality.representation, modality.nodata_below)
-            moments[name] = Moments.of(represented)
+            # Heights that are nodata may be too large to be subtracted: the difference is a hole.
+            with np.errstate(over="ignore"):
+                moments[name] = Moments.of(represent(array, modality.representation, modality.nodata_below))
             for what in ("minimum", "maximum", "mean"):
                 row[f"{what}.{name}"] = getattr(moments[name], what)
     description = {
@@ -230,17 +228,6 @@ def _write_part(path: Path, rows: list[dict[str, Any]], part: Part, columns: pa.
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata({_METADATA_KEY: json.dumps(description)}))
     with written_atomically(path) as temporary:
         pq.write_table(table, temporary)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch splits a sum among its threads, and the split decides the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check_dates(source: Source, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
