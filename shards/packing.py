@@ -124,7 +124,10 @@ def pack(patch: Patch, registry: Registry) -> Packed:
             source_bytes += read[modality.name].stored_bytes
             _check_dates(source, modality, read[modality.name].array, patch.dates.get(modality.name))
     # The aerial image where there is one: it comes first. Other sensors are resampled onto its grid.
-    reference = read[next(name for name in registry if name in read)]
+    first = next(name for name in registry if name in read)
+    reference = read[first]
+    for name, raster in read.items():
+        _check_place(patch, registry[first], reference, registry[name], raster)
     ground = {"crs": reference.crs, "left": reference.left, "top": reference.top}
     row: dict[str, Any] = {"key": patch.key, "roi": patch.roi, "domain": patch.domain, **ground, **patch.splits}
     members, shapes = {}, {}
@@ -233,6 +236,16 @@ def _write_part(path: Path, rows: list[dict[str, Any]], part: Part, columns: pa.
 def _check_dates(source: Source, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
     if modality.has_dates and days is not None and len(days) != len(array):
         raise RasterError(f"{source}: {len(array)} dates in the file, {len(days)} in the metadata")
+
+
+def _check_place(patch: Patch, first: Modality, reference: Raster, modality: Modality, raster: Raster) -> None:
+    """Rasters of a patch share its corner, to a pixel of the coarser one."""
+    tolerance = max(first.gsd, modality.gsd)
+    if abs(raster.left - reference.left) > tolerance or abs(raster.top - reference.top) > tolerance:
+        raise RasterError(
+            f"{patch.sources[modality.name]}: upper-left corner at ({raster.left:.2f}, {raster.top:.2f}), but "
+            f"{patch.sources[first.name]} has it at ({reference.left:.2f}, {reference.top:.2f})"
+        )
 
 
 def _iso(days: np.ndarray) -> list[str]:
