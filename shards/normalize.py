@@ -115,12 +115,12 @@ def represent(values: Array, representation: Representation, nodata_below: float
         (..., C, H, W) float32; every value is finite, or NaN for a hole.
     """
     xp = array_namespace(values)
-    may_have_holes = xp.isdtype(values.dtype, "real floating")
+    is_float = xp.isdtype(values.dtype, "real floating")
     values = xp.astype(values, xp.float32, copy=False)
-    if may_have_holes:
-        values = _finite_or_nan(xp, values)
     if nodata_below is not None:
-        values = xp.where(values < nodata_below, xp.nan, values)
+        values = xp.where(xp.isfinite(values) & (values >= nodata_below), values, xp.nan)
+    elif is_float:
+        values = _finite_or_nan(xp, values)
     if representation == "decibel":
         return 10.0 * xp.log10(xp.clip(values, min=_SIGMA0_FLOOR))
     if representation in ("relief", "elevation"):

@@ -145,7 +145,7 @@ def pack(patch: Patch, registry: Registry) -> Packed:
         if modality.role == "label":
             for band, values in zip(modality.bands, array):
                 assert band.scheme is not None
-                row[f"histogram.{name}.{band.name}"] = np.bincount(values.reshape(-1), minlength=len(band.scheme))
+                row[f"histogram.{name}.{band.name}"] = _histogram(values, len(band.scheme))
         if modality.is_input:
             # Heights that are nodata may be too large to be subtracted: the difference is a hole.
             with np.errstate(over="ignore"):
@@ -231,6 +231,15 @@ def _write_part(path: Path, rows: list[dict[str, Any]], part: Part, columns: pa.
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata({_METADATA_KEY: json.dumps(description)}))
     with written_atomically(path) as temporary:
         pq.write_table(table, temporary)
+
+
+def _histogram(values: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by class, (classes,), of uint8 values that are all classes."""
+    if values.size % 2:
+        return np.bincount(values.reshape(-1), minlength=classes)
+    # Counting pairs of neighbours takes half the time: each pair is the row and column of a square table.
+    pairs = np.bincount(values.reshape(-1).view(np.uint16), minlength=1 << 16).reshape(256, 256)
+    return (pairs.sum(axis=0) + pairs.sum(axis=1))[:classes]
 
 
 def _check_dates(source: Source, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
