@@ -167,7 +167,7 @@ def _parsed(
     if magic != _MAGIC:
         raise CodecError(f"member starts with {magic!r}, not {_MAGIC!r}")
     view = memoryview(data)
-    if deflate_crc32(view[_CHECKED_FROM:]) != checksum:
+    if deflate_crc32(view[_CHECKED_FROM:]) != checksum:  # type: ignore[arg-type]  # any buffer will do
         raise CodecError("checksum does not match: the bytes are damaged")
     start = _PREFIX.size + length
     try:

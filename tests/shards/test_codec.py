@@ -208,8 +208,8 @@ def test_parts_must_be_those_of_the_payload(parts: object) -> None:
         [[2, 0, 1]],
         [[1, -1, 1]],
         [[1, 0, 1.0]],
-    ]
-    + [[[1, 0, 1], [1, 0, 1]]],
+        [[1, 0, 1], [1, 0, 1]],
+    ],
 )
 def test_terms_of_bands_must_lead_back(terms: object) -> None:
     header, payload = split(encode(gradient(2, 8, 8, dtype="uint8"), "plain"))
