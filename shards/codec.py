@@ -15,6 +15,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ _PCODEC_DTYPES = frozenset(
 )
 # One thread: whoever wants more has processes, and a pool of threads in each of them only costs.
 blosc.use_threads = False
+# The same checksum eighteen times as fast, where imagecodecs was built with it.
+_crc32: Callable[[Any], int] = imagecodecs.zlibng_crc32 if imagecodecs.ZLIBNG.available else zlib.crc32
 
 
 class CodecError(ValueError):
@@ -100,7 +103,7 @@ def encode(array: np.ndarray, codec: str) -> bytes:
         {"dtype": array.dtype.newbyteorder("<").str, "shape": array.shape, "transforms": applied, "coder": coder},
         separators=(",", ":"),
     ).encode()
-    checksum = zlib.crc32(payload, zlib.crc32(header, zlib.crc32(struct.pack("<H", len(header)))))
+    checksum = _crc32(b"".join((struct.pack("<H", len(header)), header, payload)))
     return b"".join((_PREFIX.pack(_MAGIC, checksum, len(header)), header, payload))
 
 
@@ -110,23 +113,61 @@ def decode(data: bytes | memoryview) -> np.ndarray:
     Raises:
         CodecError: the bytes are not an intact member. Damage never goes unnoticed and never yields an array.
     """
-    shape, dtype, transforms, coder, payload = _parsed(data)
-    # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
-    values = np.zeros(shape, dtype)
-    if coder is not None:
-        if not _coder_fits(coder, values):
-            raise CodecError(f"coder {coder['id']} does not fit {dtype}")
-        try:
-            _decompress(coder, payload, values)
-        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-            raise CodecError(f"payload cannot be decompressed: {error}") from error
-    elif values.size or payload:
-        raise CodecError("header names no coder for a payload that needs one")
-    for transform in reversed(transforms):
-        if not values.size or not _transform_fits(transform, values):
-            raise CodecError(f"step {transform} does not fit {dtype} of shape {shape}")
-        values = _restored(transform, values)
-    return values
+    return Member(data).array()
+
+
+class Member:
+    """An encoded array whose checksum and header are good.
+
+    Attributes:
+        shape, dtype: of the array, in native byte order.
+
+    Raises:
+        CodecError: the bytes are not an intact member.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.shape, self.dtype, self._transforms, self._coder, self._payload = _parsed(data)
+
+    def array(self, window: tuple[slice, slice] | None = None) -> np.ndarray:
+        """The array, writable.
+
+        Args:
+            window: rows and columns of the last two axes that are wanted; the steps of the chain are undone for no
+                more than them. What is returned may then be a view.
+
+        Raises:
+            CodecError: the payload is not what the header says.
+        """
+        # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
+        values = np.zeros(self.shape, self.dtype)
+        if self._coder is not None:
+            if not _coder_fits(self._coder, values):
+                raise CodecError(f"coder {self._coder['id']} does not fit {self.dtype}")
+            try:
+                _decompress(self._coder, self._payload, values)
+            except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+                raise CodecError(f"payload cannot be decompressed: {error}") from error
+        elif values.size or self._payload:
+            raise CodecError("header names no coder for a payload that needs one")
+        for transform in self._transforms:
+            if not values.size or not _transform_fits(transform, values):
+                raise CodecError(f"step {transform} does not fit {self.dtype} of shape {self.shape}")
+        if window is None:
+            return self._restored(values)
+        rows, columns = window
+        if not self._transforms:
+            return values[..., rows, columns]
+        # Differences add up from the first pixel of a line.
+        summed = {transform.get("axis", 0) % values.ndim - values.ndim for transform in self._transforms}
+        first_row, first_column = (0 if -2 in summed else rows.start), (0 if -1 in summed else columns.start)
+        values = np.ascontiguousarray(values[..., first_row : rows.stop, first_column : columns.stop])
+        return self._restored(values)[..., rows.start - first_row :, columns.start - first_column :]
+
+    def _restored(self, values: np.ndarray) -> np.ndarray:
+        for transform in reversed(self._transforms):
+            values = _restored(transform, values)
+        return values
 
 
 def _parsed(
@@ -138,7 +179,7 @@ def _parsed(
     if magic != _MAGIC:
         raise CodecError(f"member starts with {magic!r}, not {_MAGIC!r}")
     view = memoryview(data)
-    if zlib.crc32(view[_CHECKED_FROM:]) != checksum:
+    if _crc32(view[_CHECKED_FROM:]) != checksum:
         raise CodecError("checksum does not match: the bytes are damaged")
     start = _PREFIX.size + length
     try:
