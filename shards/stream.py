@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -97,14 +99,22 @@ class ShardDataset(Dataset[Sample]):
         longest = {name: max(0 if days is None else len(days) for days in lists) for name, lists in dates.items()}
         rois = [self._index.roi(row) for row in rows]
         writer = BatchWriter(keys, rois, seeds, windows, self.modalities, longest)
-        for place, row in enumerate(rows):
+
+        def fill(place: int, members: list[tuple[Modality, memoryview]]) -> None:
             absent = {modality.name: modality for modality in self.modalities}
-            for modality, data in self._members(row):
+            for modality, data in members:
                 del absent[modality.name]
                 days = dates[modality.name][place] if modality.has_dates else None
-                writer.put(place, modality, days)[:] = self._decoded(row, modality, data, windows[place])
+                writer.put(place, modality, days)[:] = self._decoded(rows[place], modality, data, windows[place])
             for modality in absent.values():
                 writer.leave_out(place, modality)
+
+        # Decoders leave Python alone, so threads share the work; a reading process has one, as torch does there.
+        threads = min(torch.get_num_threads(), len(rows))
+        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+            spread = map if pool is None else pool.map
+            for _ in spread(fill, range(len(rows)), (list(self._members(row)) for row in rows)):
+                pass
         return writer.packed
 
     def _members(self, row: int) -> Iterator[tuple[Modality, memoryview]]:

@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# One thread a process, as with a worker; and the libraries below shall not speak between the lines.
-os.environ |= {"OMP_NUM_THREADS": "1", "LITDATA_DISABLE_VERSION_CHECK": "1", "LIT_DATA_DISABLE_PROGRESS": "1"}
+# The libraries below shall not speak between the lines.
+os.environ |= {"LITDATA_DISABLE_VERSION_CHECK": "1", "LIT_DATA_DISABLE_PROGRESS": "1"}
 
 import numpy as np
 import rasterio
@@ -38,10 +38,10 @@ import torch
 from rasterio.windows import Window
 from torch.utils.data import DataLoader, Dataset
 
-from bocage.shards.batch import Batch, Sample
-from bocage.shards.codec import decode
+from bocage.shards.batch import Batch, GroundWindow, Sample
+from bocage.shards.codec import Member, decode
 from bocage.shards.collate import collate
-from bocage.shards.crop import crop, draw_windows, lattice, pixels
+from bocage.shards.crop import draw_windows, lattice, pixels
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import Modality
@@ -55,6 +55,7 @@ WARM_UP = 3  # batches
 REPEATS_OF_CONTENT = 5  # how often the peers' files hold every patch: an epoch must outlast what is measured
 
 Loader = Callable[[int], Iterator[Batch]]
+Read = Callable[[Modality, GroundWindow], np.ndarray | None]
 
 
 class Content:
@@ -77,7 +78,7 @@ class Content:
             for row in range(len(self.keys))
         ]
 
-    def sample(self, row: int, read: Callable[[Modality, Any], np.ndarray | None], dates: dict[str, Any]) -> Sample:
+    def sample(self, row: int, read: Read, dates: dict[str, Any]) -> Sample:
         """A cropped sample of what ``read`` gives for a modality and the window."""
         key = self.keys[row]
         seed = sample_seed(SEED, 0, key)
@@ -100,11 +101,12 @@ class Content:
     def decoded(self, stored: dict[str, Any]) -> Sample:
         """What the peers' datasets make of a stored sample."""
         row = int(stored["row"])
-        return self.sample(
-            row,
-            lambda item, window: crop(decode(stored[item.name]), item, window) if len(stored[item.name]) else None,
-            self.dates[row],
-        )
+
+        def read(item: Modality, window: GroundWindow) -> np.ndarray | None:
+            data = stored[item.name]
+            return Member(data).array(pixels(item, window)) if len(data) else None
+
+        return self.sample(row, read, self.dates[row])
 
     def collate(self, samples: list[Sample]) -> Batch:
         """The batch of some samples."""
@@ -118,7 +120,7 @@ class RasterioDataset(Dataset[Sample]):
         self.content, self.windowed = content, windowed
 
     def __getitem__(self, row: int) -> Sample:
-        def read(item: Modality, window: Any) -> np.ndarray | None:
+        def read(item: Modality, window: GroundWindow) -> np.ndarray | None:
             path = self.content.paths[row].get(item.name)
             if path is None:
                 return None
@@ -133,10 +135,11 @@ class RasterioDataset(Dataset[Sample]):
         return self.content.sample(row, read, self.content.dates[row])
 
 
-def ours(content: Content) -> Loader:
-    """The reader of this project."""
+def ours(content: Content, threads: int) -> Loader:
+    """The reader of this project; without reading processes it decodes in torch's threads."""
 
     def loader(workers: int) -> Iterator[Batch]:
+        torch.set_num_threads(threads)
         rows = np.arange(len(content.keys))
         source = TrainingStream(
             content.manifest,
@@ -231,6 +234,7 @@ def limit(content: Content, decoding: bool) -> float:
 
 def rate(loader: Loader, workers: int, batches: int) -> float:
     """Samples a second of a loader that is in full swing."""
+    torch.set_num_threads(1)
     delivered = loader(workers)
     for _ in range(WARM_UP):
         next(delivered)
@@ -284,7 +288,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--batches", type=int, default=20, help="measured a turn; rasterio reads a third of them")
     words = parser.parse_args()
-    torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="bocage-bench-"))
     try:
         if words.shards is None:
@@ -293,7 +296,8 @@ def main() -> None:
             write_shards(Catalogue.open(words.tree), words.shards, workers=2, samples_per_shard=16)
         content = Content(words.tree, words.shards)
         candidates = {
-            "bocage": ours(content),
+            "bocage": ours(content, 1),
+            "bocage, all cores": ours(content, os.cpu_count() or 1),
             "rasterio": by_rasterio(content, windowed=False),
             "rasterio, window": by_rasterio(content, windowed=True),
             "litdata": by_litdata(content, folder / "litdata"),
@@ -318,6 +322,8 @@ def compare(loaders: dict[str, Loader], content: Content, words: argparse.Namesp
     for _ in range(words.repeats):
         for workers in words.workers:
             for name, loader in loaders.items():
+                if workers and name == "bocage, all cores":
+                    continue  # a reading process has one thread
                 batches = max(2, words.batches // 3) if name.startswith("rasterio") else words.batches
                 rates.setdefault((name, workers), []).append(rate(loader, workers, batches))
         for name, decoding in (("limit: pread", False), ("limit: pread and decode", True)):
