@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ DATASET_FILE = "dataset.json"
 
 EVERY_SAMPLE = "all"
 """Name of the split that every sample belongs to, whatever its value; the only one of a tree without split files."""
+
+_ROWS = 1 << 12  # of the table, read at a time
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -108,7 +111,6 @@ class Manifest:
         shards: the tars, by shard index.
         counts: ``samples``, ``skipped``, ``source_bytes`` and, by modality, ``present``.
         skipped: by key, why a patch of the tree is not in the shards.
-        index: what readers need of each sample.
         files: the bytes of the shards; another place's may be set.
     """
 
@@ -139,10 +141,6 @@ class Manifest:
         self._opened: pq.ParquetFile | None = None
         self._table: pa.Table | None = None
         self._check_shards()
-        self._check_file(INDEX_FILE)
-        self._check_size(TABLE_FILE)
-        self.index = Index(path / INDEX_FILE, self.registry)
-        self.index.validate([shard.samples for shard in self.shards], [shard.bytes for shard in self.shards])
         self.files: ShardFiles = LocalShards([path / shard.name for shard in self.shards])
 
     @classmethod
@@ -152,6 +150,14 @@ class Manifest:
         Raises:
             InputError: the path is empty, there is no manifest, it is of another version, or it contradicts itself.
         """
+        manifest = cls.described(path)
+        manifest._check_size(TABLE_FILE)
+        _ = manifest.index
+        return manifest
+
+    @classmethod
+    def described(cls, path: str | Path) -> Manifest:
+        """As ``open``, but index and table may be damaged: each is checked when it is first asked for."""
         if not str(path):
             raise InputError(
                 "shards= is not set: write shards with `bocage shard SRC OUT` (SRC: an unzipped FLAIR-HUB, or a sample "
@@ -175,6 +181,8 @@ class Manifest:
                 raise InputError(f"{self.path / DATASET_FILE}: shard name {shard.name!r} is not a plain name of a tar")
             if not _SHA256.fullmatch(str(shard.sha256)) or not (_is_size(shard.bytes) and _is_size(shard.samples)):
                 raise InputError(f"{self.path / DATASET_FILE}: the entry of {shard.name} is not valid")
+        if not _is_size(sum(shard.samples for shard in self.shards)):
+            raise InputError(f"{self.path / DATASET_FILE}: more samples than there can be")
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise InputError(f"{self.path / DATASET_FILE}: a shard is listed twice")
 
@@ -197,6 +205,14 @@ class Manifest:
             raise InputError(f"{path}: cannot be read: {error.strerror}; shard the tree again") from error
         if found != self._files[name].sha256:
             raise InputError(f"{path}: damaged: its SHA-256 is not the one in {DATASET_FILE}; copy or shard it again")
+
+    @cached_property
+    def index(self) -> Index:
+        """What readers need of each sample; raises ``InputError`` when the file is not the one described."""
+        self._check_file(INDEX_FILE)
+        index = Index(self.path / INDEX_FILE, self.registry)
+        index.validate([shard.samples for shard in self.shards], [shard.bytes for shard in self.shards])
+        return index
 
     @property
     def _parquet(self) -> pq.ParquetFile:
@@ -222,7 +238,7 @@ class Manifest:
         return self._opened
 
     def __len__(self) -> int:
-        return len(self.index)
+        return sum(shard.samples for shard in self.shards)
 
     @property
     def digest(self) -> str:
@@ -253,6 +269,13 @@ class Manifest:
         if name not in names:
             raise InputError(f"{self.path}: no column {name!r} in the manifest; columns: {', '.join(names)}")
         return self.table[name] if self._table is not None else self._read([name])[name]
+
+    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of the table in order, some thousands at a time; memory holds no more of it."""
+        try:
+            yield from self._parquet.iter_batches(_ROWS, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
     def split(self, column: str, value: str) -> np.ndarray:
         """Rows whose split ``column`` has ``value``, (N,) int64 ascending; all rows for the column ``all``.
