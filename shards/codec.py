@@ -104,13 +104,17 @@ def encode(array: np.ndarray, codec: str) -> bytes:
     return b"".join((_PREFIX.pack(_MAGIC, checksum, len(header)), header, payload))
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, most: int = MAX_BYTES) -> np.ndarray:
     """The array that ``encode`` was given: bit-exact, C-contiguous, writable, in native byte order.
+
+    Args:
+        data: the member.
+        most: bytes that the array may take; whoever knows what to expect need not hold more of a hostile member.
 
     Raises:
         CodecError: the bytes are not an intact member. Damage never goes unnoticed and never yields an array.
     """
-    shape, dtype, transforms, coder, payload = _parsed(data)
+    shape, dtype, transforms, coder, payload = _parsed(data, most)
     # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
     values = np.zeros(shape, dtype)
     if coder is not None:
@@ -130,7 +134,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _parsed(
-    data: bytes,
+    data: bytes, most: int
 ) -> tuple[tuple[int, ...], np.dtype[Any], list[dict[str, Any]], dict[str, Any] | None, memoryview]:
     if len(data) < _PREFIX.size:
         raise CodecError(f"{len(data)} bytes are too few for a member")
@@ -155,8 +159,8 @@ def _parsed(
         raise CodecError(f"header names unknown steps: {transforms}, {coder}")
     if dtype.kind not in _KINDS or len(shape) > _MAX_DIMENSIONS or any(not 0 <= size <= MAX_BYTES for size in shape):
         raise CodecError(f"header declares an impossible array: {dtype} of shape {shape}")
-    if math.prod(shape) * dtype.itemsize > MAX_BYTES:
-        raise CodecError(f"header declares an array above {MAX_BYTES} bytes: {dtype} of shape {shape}")
+    if math.prod(shape) * dtype.itemsize > most:
+        raise CodecError(f"header declares an array above {most} bytes: {dtype} of shape {shape}")
     return shape, dtype.newbyteorder("="), transforms, coder, view[start:]
 
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bocage.shards.errors import InputError
-from bocage.shards.index import INDEX_FILE, Index
+from bocage.shards.index import INDEX_FILE, LONGEST_SERIES, Index
 from bocage.shards.local import LocalShards, ShardFiles
 from bocage.shards.modality import Modality, Registry
 
@@ -39,6 +39,7 @@ EVERY_SAMPLE = "all"
 """Name of the split that every sample belongs to, whatever its value; the only one of a tree without split files."""
 
 _ROWS = 1 << 12  # of the table, read at a time
+_VALUES = 1 << 11  # of a list, on the average of a group of rows: ninety dates are usual
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -89,6 +90,10 @@ class Shard:
     sha256: str
 
 
+class OtherVersionError(InputError):
+    """The shards are of another version of the format."""
+
+
 @dataclass(frozen=True)
 class _File:
     """Size and SHA-256 of one of the files beside ``dataset.json``."""
@@ -119,7 +124,7 @@ class Manifest:
         try:
             version = description["schema_version"]
             if version != SCHEMA_VERSION:
-                raise InputError(
+                raise OtherVersionError(
                     f"{source}: schema version {version}, but this bocage reads {SCHEMA_VERSION}; shard the tree again "
                     "or use the bocage that wrote it"
                 )
@@ -234,6 +239,7 @@ class Manifest:
                 raise InputError(f"{path}: columns {names} are not as {DATASET_FILE} says; shard the tree again")
             if file.metadata.num_rows != len(self):
                 raise InputError(f"{path}: {file.metadata.num_rows} rows for {len(self)} samples; shard the tree again")
+            _check_lists(path, file.metadata)
             self._opened = file
         return self._opened
 
@@ -336,6 +342,14 @@ def _channel_statistics(description: Mapping[str, Any], channels: int) -> tuple[
         if not numbers or len(values) != channels:
             raise ValueError(f"statistics {values!r} are not {channels} numbers")
     return tuple(mean), tuple(std)
+
+
+def _check_lists(path: Path, metadata: pq.FileMetaData) -> None:
+    """A few bytes of Parquet can stand for lists that no memory holds."""
+    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+        most = max(_VALUES * group.num_rows, LONGEST_SERIES)
+        if any(group.column(index).num_values > most for index in range(group.num_columns)):
+            raise InputError(f"{path}: lists of more values than a sample can have; shard the tree again")
 
 
 def _is_size(value: object) -> bool:

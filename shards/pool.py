@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from bocage.shards.errors import InputError
@@ -58,9 +59,9 @@ def results(
     pool = ProcessPoolExecutor(workers, context, _start, (stop,))
     try:
         while True:
-            while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
+            for following in islice(waiting, 2 * workers - len(running)):
                 with _signals_held():
-                    running[pool.submit(work, job)] = job
+                    running[pool.submit(work, following)] = following
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -67,7 +67,7 @@ class TarReader:
 
     def data(self, offset: int, length: int) -> bytes:
         """``length`` bytes; raises ``TarError`` when the tar ends before, which is found without reading."""
-        if not (0 <= offset and 0 <= length <= self.size - offset):
+        if not (offset >= 0 and 0 <= length <= self.size - offset):
             raise TarError(f"cut off: it would end at byte {offset + length} of a shard of {self.size}")
         data = os.pread(self._descriptor, length, offset)
         if len(data) != length:
