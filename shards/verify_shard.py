@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from bocage.shards.codec import CodecError, decode
 from bocage.shards.index import LONGEST_SERIES
@@ -255,8 +254,8 @@ class _Walk:
             shape = " x ".join(map(str, array.shape))
             raise CodecError(f"{array.dtype} of {shape} where {modality.name} is {modality.dtype} of {expected}")
         if modality.is_input:
-            # A copy of one step at least is made on the way; the array itself goes with this call.
-            moments = Moments.of(represent(torch.from_numpy(array), modality.representation, modality.nodata_below))
+            with np.errstate(over="ignore"):  # as when it was packed
+                moments = Moments.of(represent(array, modality.representation, modality.nodata_below))
             before = self._report.moments.get(modality.name)
             self._report.moments[modality.name] = moments if before is None else before.merged(moments)
             problems = _statistics_problems(moments, modality.name, row)
