@@ -210,6 +210,10 @@ class Catalogue:
         """Keys of all patches, in order."""
         return _keys(self._domains, self._rois, self._codes)
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the domain and of the ROI of each patch, (patches,) int64 each; a ROI's is its alone."""
+        return self._codes >> _DOMAIN_SHIFT, self._codes >> _ROI_SHIFT
+
     def report(self) -> Report:
         """Counts by modality, and what is missing, undated or not understood."""
         return self._report
