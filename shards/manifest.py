@@ -1,8 +1,9 @@
 """The manifest of a folder of shards: one row a sample, and what the dataset is as a whole.
 
 ``manifest.parquet`` has the columns of ``schema``: where each member's bytes are, ground position, splits, dates, class
-histograms and value statistics. ``dataset.json`` holds the registry, channel statistics and the list of shards with
-their hashes; it is written last, so a folder that has it is complete.
+histograms and value statistics. ``index.arrow`` repeats what readers need of it in a form that is mapped, not loaded
+(``index.py``). ``dataset.json`` holds the registry, channel statistics, and hash and size of both files and of every
+shard; it is written last, so a folder that has it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bocage.shards.errors import InputError
+from bocage.shards.index import INDEX_FILE, Index
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.normalize import InputSpec
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from bocage.shards.normalize import InputSpec
+
+SCHEMA_VERSION = 2
 TABLE_FILE = "manifest.parquet"
 DATASET_FILE = "dataset.json"
 
@@ -81,8 +85,20 @@ class Shard:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _File:
+    """Size and SHA-256 of one of the files beside ``dataset.json``."""
+
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not _is_size(self.bytes) or not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"{self} is not a size and a hash")
+
+
 class Manifest:
-    """An open manifest; columns are read when asked for.
+    """An open manifest. The index is mapped; columns of the table are read when asked for.
 
     Attributes:
         path: the folder.
@@ -91,9 +107,10 @@ class Manifest:
         shards: the tars, by shard index.
         counts: ``samples``, ``skipped``, ``source_bytes`` and, by modality, ``present``.
         skipped: by key, why a patch of the tree is not in the shards.
+        index: what readers need of each sample.
     """
 
-    def __init__(self, path: Path, description: Mapping[str, Any], file: pq.ParquetFile) -> None:
+    def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         source = path / DATASET_FILE
         try:
             version = description["schema_version"]
@@ -107,6 +124,7 @@ class Manifest:
             self.shards = [Shard(**item) for item in description["shards"]]
             self.counts: dict[str, Any] = dict(description["counts"])
             self.skipped: dict[str, str] = dict(description["skipped"])
+            self._files = {name: _File(**description["files"][name]) for name in (TABLE_FILE, INDEX_FILE)}
             self._statistics = {
                 item.name: _channel_statistics(description["statistics"][item.name], len(item.channels))
                 for item in self.registry.inputs
@@ -116,9 +134,13 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{source}: not a description of shards: {error!r}; shard the tree again") from error
         self.path = path
-        self._file = file
+        self._opened: pq.ParquetFile | None = None
         self._table: pa.Table | None = None
-        self._validate()
+        self._check_shards()
+        self._check_file(INDEX_FILE)
+        self._check_size(TABLE_FILE)
+        self.index = Index(path / INDEX_FILE, self.registry)
+        self.index.validate([shard.samples for shard in self.shards], [shard.bytes for shard in self.shards])
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
@@ -137,49 +159,67 @@ class Manifest:
             raise InputError(_why_none(path))
         try:
             description = json.loads((path / DATASET_FILE).read_text(encoding="utf-8"))
-            file = pq.ParquetFile(path / TABLE_FILE, memory_map=True)
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: its manifest cannot be read: {error}") from error
         if not isinstance(description, dict):
             raise InputError(f"{path / DATASET_FILE}: not a description of shards; shard the tree again")
-        return cls(path, description, file)
+        return cls(path, description)
 
-    def _validate(self) -> None:
-        """Nothing here may lead a reader outside the folder or outside a shard."""
-        table = self.path / TABLE_FILE
+    def _check_shards(self) -> None:
+        """No name may lead a reader outside the folder."""
         for shard in self.shards:
             if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
                 raise InputError(f"{self.path / DATASET_FILE}: shard name {shard.name!r} is not a plain name of a tar")
-            sizes_valid = all(type(size) is int and 0 <= size < 1 << 63 for size in (shard.bytes, shard.samples))
-            if not _SHA256.fullmatch(str(shard.sha256)) or not sizes_valid:
+            if not _SHA256.fullmatch(str(shard.sha256)) or not (_is_size(shard.bytes) and _is_size(shard.samples)):
                 raise InputError(f"{self.path / DATASET_FILE}: the entry of {shard.name} is not valid")
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise InputError(f"{self.path / DATASET_FILE}: a shard is listed twice")
-        expected = schema(self.registry, self.splits)
-        found = self._file.schema_arrow
-        if dict(zip(found.names, found.types)) != dict(zip(expected.names, expected.types)):
-            different = {*zip(found.names, map(str, found.types))} ^ {*zip(expected.names, map(str, expected.types))}
-            names = sorted({name for name, _ in different})
-            raise InputError(
-                f"{table}: columns {', '.join(names)} are not as {DATASET_FILE} says; shard the tree again"
+
+    def _check_size(self, name: str) -> None:
+        path, wanted = self.path / name, self._files[name].bytes
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}; shard the tree again") from error
+        if found != wanted:
+            raise InputError(f"{path}: {found} bytes where {DATASET_FILE} says {wanted}; copy or shard it again")
+
+    def _check_file(self, name: str) -> None:
+        self._check_size(name)
+        path = self.path / name
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}; shard the tree again") from error
+        if found != self._files[name].sha256:
+            raise InputError(f"{path}: damaged: its SHA-256 is not the one in {DATASET_FILE}; copy or shard it again")
+
+    @property
+    def _parquet(self) -> pq.ParquetFile:
+        """The open table; its hash is checked once, when it is first needed."""
+        if self._opened is None:
+            path = self.path / TABLE_FILE
+            self._check_file(TABLE_FILE)
+            try:
+                file = pq.ParquetFile(path, memory_map=True)
+                found = file.schema_arrow
+            except (OSError, pa.ArrowException) as error:
+                raise InputError(f"{path}: cannot be read: {error}; shard the tree again") from error
+            columns, expected = (
+                dict(zip(item.names, item.types)) for item in (found, schema(self.registry, self.splits))
             )
-        needed = ("shard", *(f"{what}.{name}" for name in self.registry for what in ("offset", "length")))
-        if any(self.column(name).null_count for name in needed):
-            raise InputError(f"{table}: a sample has no place in a shard; shard the tree again")
-        shard = self.column("shard").to_numpy()
-        counts = np.array([item.samples for item in self.shards], np.int64)
-        within = len(shard) == counts.sum() and (len(shard) == 0 or 0 <= shard.min() <= shard.max() < len(counts))
-        if not within or (np.bincount(shard, minlength=len(counts)) != counts).any():
-            raise InputError(f"{table}: its samples are not those of the shards in {DATASET_FILE}")
-        sizes = np.array([item.bytes for item in self.shards], np.int64)[shard]
-        for name in self.registry:
-            offset, length = (self.column(f"{what}.{name}").to_numpy() for what in ("offset", "length"))
-            # Subtracted, not added: an offset near 2^63 must not wrap around.
-            if ((offset < 0) | (length < 0) | (offset > sizes - length)).any():
-                raise InputError(f"{table}: a member of {name} lies outside its shard")
+            wrong = [name for name in sorted({*columns, *expected}) if columns.get(name) != expected.get(name)]
+            if wrong or len(columns) != len(found):
+                names = ", ".join(wrong) or "twice the same"
+                raise InputError(f"{path}: columns {names} are not as {DATASET_FILE} says; shard the tree again")
+            if file.metadata.num_rows != len(self):
+                raise InputError(f"{path}: {file.metadata.num_rows} rows for {len(self)} samples; shard the tree again")
+            self._opened = file
+        return self._opened
 
     def __len__(self) -> int:
-        return self._file.metadata.num_rows
+        return len(self.index)
 
     @property
     def digest(self) -> str:
@@ -200,16 +240,15 @@ class Manifest:
 
     def _read(self, columns: list[str] | None) -> pa.Table:
         try:
-            return self._file.read(columns=columns)
+            return self._parquet.read(columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column; raises ``InputError`` naming the columns there are."""
-        if name not in self._file.schema_arrow.names:
-            raise InputError(
-                f"{self.path}: no column {name!r} in the manifest; columns: {', '.join(self._file.schema_arrow.names)}"
-            )
+        names = self._parquet.schema_arrow.names
+        if name not in names:
+            raise InputError(f"{self.path}: no column {name!r} in the manifest; columns: {', '.join(names)}")
         return self.table[name] if self._table is not None else self._read([name])[name]
 
     def split(self, column: str, value: str) -> np.ndarray:
@@ -241,6 +280,8 @@ class Manifest:
         Raises:
             InputError: the shards do not hold the modality, it is not an input, or a channel has no valid value.
         """
+        from bocage.shards.normalize import InputSpec  # brings torch, which whoever writes shards does without
+
         if modality not in self.registry:
             raise InputError(f"{self.path}: the shards hold no {modality}; they hold {', '.join(self.registry)}")
         if not self.registry[modality].is_input:
@@ -269,6 +310,10 @@ def _channel_statistics(description: Mapping[str, Any], channels: int) -> tuple[
         if not numbers or len(values) != channels:
             raise ValueError(f"statistics {values!r} are not {channels} numbers")
     return tuple(mean), tuple(std)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _is_number(value: object) -> bool:

@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_tree import write_raster
+
+from bocage.shards import rasters
+from bocage.shards.modality import FLAIR_HUB, Modality
+from bocage.shards.sources import RasterError, Source
+
+
+def layouts() -> list[tuple[str, dict[str, object]]]:
+    return [
+        ("AERIAL_RGBI", {"interleave": "pixel"}),
+        ("AERIAL_RGBI", {"interleave": "band", "compress": "none"}),
+        ("DEM_ELEV", {"tiled": True, "blockxsize": 256, "blockysize": 256}),
+        ("SPOT_RGBI", {"interleave": "pixel"}),
+        ("SENTINEL2_TS", {"interleave": "pixel"}),
+        ("SENTINEL2_TS", {"interleave": "band", "compress": "deflate"}),
+        ("SENTINEL1-ASC_TS", {"interleave": "band"}),
+        ("AERIAL_LABEL-COSIA", {}),
+        ("ALL_LABEL-LPIS", {"interleave": "pixel"}),
+    ]
+
+
+@pytest.mark.parametrize(("name", "options"), layouts())
+def test_every_layout_reads_the_same(tmp_path: Path, name: str, options: dict[str, object]) -> None:
+    modality = FLAIR_HUB[name]
+    count = len(modality.bands) * (3 if modality.has_dates else 1)
+    bands = np.random.default_rng(0).integers(0, 18, (count, modality.size, modality.size)).astype(modality.dtype)
+    path = tmp_path / "raster.tif"
+    write_raster(path, bands, modality.gsd, **options)
+    raster = rasters.read(Source(path), modality)
+    shape = (3, -1, modality.size, modality.size) if modality.has_dates else bands.shape
+    assert np.array_equal(raster.array, bands.reshape(shape))
+    assert raster.array.flags.c_contiguous
+    assert raster[1:4] == ("EPSG:2154", 650_000.0, 6_860_000.0)
+
+
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
+def test_lambert_without_a_code_is_accepted(tmp_path: Path, name: str) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "local.tif"
+    bands = np.zeros((len(modality.bands), modality.size, modality.size), modality.dtype)
+    write_raster(path, bands, modality.gsd, crs='LOCAL_CS["RGF93 / Lambert-93",UNIT["metre",1]]')
+    raster = rasters.read(Source(path), modality)
+    assert "Lambert-93" in raster.crs
+    assert (raster.left, raster.top) == (650_000.0, 6_860_000.0)
+
+
+def wrong(modality: Modality, path: Path, what: str) -> None:
+    size, bands, gsd = modality.size, len(modality.bands), modality.gsd
+    dtype = np.dtype(modality.dtype)
+    match what:
+        case "bands":
+            bands += 1
+        case "size":
+            size -= 1
+        case "dtype":
+            dtype = np.dtype("int16")
+        case "pixel":
+            gsd *= 2
+    write_raster(path, np.zeros((bands, size, size), dtype), gsd)
+
+
+@pytest.mark.parametrize("name", ["AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS", "AERIAL_LABEL-COSIA"])
+@pytest.mark.parametrize(
+    ("what", "said"), [("bands", "bands, but"), ("size", "pixels, but"), ("dtype", "int16"), ("pixel", "pixels of")]
+)
+def test_rasters_that_are_not_what_the_registry_says_are_named(tmp_path: Path, name: str, what: str, said: str) -> None:
+    path = tmp_path / "wrong.tif"
+    wrong(FLAIR_HUB[name], path, what)
+    with pytest.raises(RasterError, match=said) as error:
+        rasters.read(Source(path), FLAIR_HUB[name])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["AERIAL_RGBI", "SPOT_RGBI"])
+def test_blocks_that_were_never_written_are_not_zeros(tmp_path: Path, name: str) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "sparse.tif"
+    bands = np.ones((4, modality.size, modality.size), modality.dtype)
+    bands[:, modality.size // 2 :] = 0
+    write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=False)
+    assert np.array_equal(rasters.read(Source(path), modality).array, bands)
+    write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=True)
+    with pytest.raises(RasterError, match="never written"):
+        rasters.read(Source(path), modality)
+
+
+def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
+    modality = FLAIR_HUB["ALL_LABEL-LPIS"]
+    bands = np.zeros((3, 512, 512), np.uint8)
+    bands[1, 3, 4] = 31
+    path = tmp_path / "label.tif"
+    write_raster(path, bands, 0.2)
+    with pytest.raises(RasterError, match=r"value 31 in band level-2.*0 to 30"):
+        rasters.read(Source(path), modality)
+
+
+@pytest.mark.parametrize("name", ["AERIAL_RGBI", "SENTINEL2_TS", "SPOT_RGBI"])
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.95])
+def test_truncated_files_are_named(tmp_path: Path, name: str, keep: float) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "cut.tif"
+    count = len(modality.bands) * (2 if modality.has_dates else 1)
+    bands = np.random.default_rng(1).integers(0, 200, (count, modality.size, modality.size)).astype(modality.dtype)
+    write_raster(path, bands, modality.gsd, interleave="pixel")
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(RasterError, match=r"cut\.tif: cannot be read"):
+        rasters.read(Source(path), modality)
+    path.unlink()
+    with pytest.raises(RasterError, match="cannot be read"):
+        rasters.read(Source(path), modality)
+
+
+@pytest.mark.parametrize("name", ["DEM_ELEV", "SENTINEL1-ASC_TS"])
+@pytest.mark.parametrize("nodata", [-9999.0, -3.4028234663852886e38, float("nan"), 77.5])
+def test_declared_nodata_of_a_float_raster_is_nan(tmp_path: Path, name: str, nodata: float) -> None:
+    modality = FLAIR_HUB[name]
+    bands = np.full((2, modality.size, modality.size), 77.0, np.float32)
+    bands[1, 3, 4] = nodata
+    write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=nodata)
+    array = rasters.read(Source(tmp_path / "x.tif"), modality).array
+    assert array.dtype == np.float32
+    assert np.argwhere(np.isnan(array.reshape(bands.shape))).tolist() == [[1, 3, 4]]
+
+
+def test_declared_nodata_of_an_integer_raster_is_kept(tmp_path: Path) -> None:
+    modality = FLAIR_HUB["SPOT_RGBI"]
+    bands = np.zeros((4, modality.size, modality.size), np.uint16)
+    write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=0)
+    assert np.array_equal(rasters.read(Source(tmp_path / "x.tif"), modality).array, bands)
