@@ -24,7 +24,7 @@ class Claim:
     The lock belongs to the process: a second claim of the same folder in the same process is granted too.
 
     Args:
-        path: the file of the claims; made when missing.
+        path: the file of the claims, in a folder inside that of the shards; made when missing.
         shards: what to claim.
 
     Raises:
@@ -35,6 +35,7 @@ class Claim:
         self._path, self._shards = path, shards
 
     def __enter__(self) -> Claim:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             # Of length 0 a lock would reach to the end of the file.
@@ -45,8 +46,8 @@ class Claim:
             os.close(self._file)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise InputError(
-                    f"{self._path.parent.parent}: another run is writing there; wait until it ends, or stop it, and run "
-                    "the same command again"
+                    f"{self._path.parent.parent}: another run is writing there; wait until it ends, or stop it, and "
+                    "run the same command again"
                 ) from error
             raise
         return self

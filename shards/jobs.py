@@ -11,19 +11,19 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import rasterio
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import TEMPORARY_SUFFIX
-from bocage.shards.flairhub import Catalogue
+from bocage.shards.flairhub import Catalogue, Patch
 from bocage.shards.packing import PARTS_FOLDER, Job, Part, pack, part_path, read_part, shard_path, write_shard
 from bocage.shards.plan import Plan
 from bocage.shards.sources import RasterError
@@ -31,8 +31,14 @@ from bocage.shards.sources import RasterError
 Tick = Callable[[int, int], None]
 """Called with patches done and bytes written since the last call; may raise to stop."""
 
-_GDAL = {"GDAL_CACHEMAX": 64, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": 1}
-_HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+Progress = Callable[[int, int, int], None]
+"""Called with patches done, patches in all, bytes of shards written by this run; may raise to stop."""
+
+_NOT_WRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
+    *(errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO),
+)
+_HELD = {signal.SIGINT, signal.SIGTERM}
 _RUN, _STOP, _DIE = 0, 1, 2
 
 
@@ -44,37 +50,38 @@ class Jobs:
         out: the folder of the shards.
         plan: which patches go into which shard.
         tolerated: unreadable patches that may be skipped in the whole dataset.
+        left_out: keys of planned patches that shall not be in the shards.
     """
 
-    def __init__(self, catalogue: Catalogue, out: Path, plan: Plan, tolerated: int) -> None:
+    def __init__(
+        self, catalogue: Catalogue, out: Path, plan: Plan, tolerated: int, left_out: Collection[str] = ()
+    ) -> None:
         self.catalogue, self.out, self.plan, self.tolerated = catalogue, out, plan, tolerated
+        self._left_out = left_out
 
     def __getitem__(self, index: int) -> Job:
         rows = self.plan.rows[self.plan.bounds[index] : self.plan.bounds[index + 1]]
         patches = [self.catalogue.patch(int(row)) for row in rows]
+        patches = [patch for patch in patches if patch.key not in self._left_out]
         registry, splits = self.catalogue.registry, list(self.catalogue.splits)
         return Job(index, self.out, registry, splits, patches, self.tolerated)
 
-    def finished(self, shards: range) -> dict[int, Part]:
-        """The parts of those of ``shards`` that are written; the rest of ``shards`` is to be written."""
+    def parts(self, shards: range) -> Iterator[tuple[int, Part | None]]:
+        """The part of each of ``shards``, or None where it is not written."""
         # Folders are listed, not asked for each file: on NFS that is also what shows the files of other machines.
         names = {name for folder in (self.out, self.out / PARTS_FOLDER) for name in os.listdir(folder)}
-        parts = {}
         for index in shards:
             part, shard = part_path(self.out, index), shard_path(self.out, index)
-            if part.name in names and shard.name in names:
-                found = read_part(part)
-                if found.shard.bytes == shard.stat().st_size:
-                    parts[index] = found
-        return parts
+            found = _part_or_none(part) if part.name in names and shard.name in names else None
+            yield index, found if found is not None and found.shard.bytes == shard.stat().st_size else None
 
     def repaired(self, index: int, part: Part) -> bool:
         """Whether a patch that a finished shard had to leave out can be read now."""
         return any(self._readable(patch) for patch in self[index].patches if patch.key in part.skipped)
 
-    def _readable(self, patch: Any) -> bool:
+    def _readable(self, patch: Patch) -> bool:
         try:
-            with rasterio.Env(**_GDAL):
+            with gdal():
                 pack(patch, self.catalogue.registry)
         except RasterError:
             return False
@@ -94,16 +101,53 @@ class Jobs:
                     path.unlink(missing_ok=True)
 
 
+Runner = Callable[[Jobs, list[int], Tick], Generator[Part, None, None]]
+"""Writes the shards that the list names and yields their parts in any order; closed early, it stops the work."""
+
+
+def counted(progress: Progress | None, plan: Plan, shards: range, missing: list[int]) -> Tick:
+    """A tick that passes ``progress`` on for ``shards``, of which only ``missing`` are to be written."""
+    total = plan.patches(shards)
+    state = [total - sum(plan.patches(range(index, index + 1)) for index in missing), 0]
+
+    def tick(patches: int, written: int) -> None:
+        state[0] += patches
+        state[1] += written
+        if progress is not None:
+            progress(state[0], total, state[1])
+
+    tick(0, 0)
+    return tick
+
+
+def gdal() -> rasterio.Env:
+    """The context in which patches are read: little memory, one thread, no listing of folders."""
+    return rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS=1)
+
+
+def _part_or_none(path: Path) -> Part | None:
+    try:
+        return read_part(path)
+    except (pa.ArrowException, ValueError, KeyError, TypeError):  # damaged: written again
+        return None
+
+
 @contextmanager
 def faults_of(out: Path) -> Iterator[None]:
-    """What the system refuses inside, where only ``out`` is written and read, becomes one sentence that names it."""
+    """What the system refuses inside, where only ``out`` is written, becomes one sentence that names it.
+
+    Readers of the source raise ``RasterError`` or ``InputError``, which pass; so do faults that name other files.
+    """
     try:
         yield
     except OSError as error:
-        named = None if error.filename is None else Path(os.fsdecode(error.filename))
-        if isinstance(error, InputError) or (named is not None and out not in (named, *named.parents)):
-            if not isinstance(named, Path) or named not in out.parents:
-                raise
+        if error.filename is None:
+            blamed = error.errno in _NOT_WRITABLE
+        else:
+            named = Path(os.fsdecode(error.filename))
+            blamed = out in (named, *named.parents) or named in out.parents
+        if not blamed:
+            raise
         reason = os.strerror(error.errno) if error.errno else str(error)
         hint = " (is the file system mounted?)" if error.errno in (errno.ENOTCONN, errno.ESTALE) else ""
         raise InputError(
@@ -115,11 +159,10 @@ def check_source(root: Path) -> None:
     """Raises ``InputError`` when the whole tree is gone, as when a disk is unmounted: no patch is to blame then."""
     try:
         with os.scandir(root) as entries:
-            there = next(entries, None) is not None
-        reason = "it is empty"
+            reason = None if next(entries, None) is not None else "it is empty"
     except OSError as error:
-        there, reason = False, error.strerror
-    if not there:
+        reason = error.strerror or str(error)
+    if reason is not None:
         raise InputError(
             f"{root}: the source is gone ({reason}); finished shards are kept, bring it back and run the same command"
         )
@@ -138,20 +181,20 @@ def run_job(job: Job, root: Path, tick: Tick) -> Part:
         tick(patches, written)
 
     try:
-        with rasterio.Env(**_GDAL), faults_of(job.out):
+        with gdal(), faults_of(job.out):
             return write_shard(job, watched)
     except InputError:
         check_source(root)
         raise
 
 
-def run_here(jobs: Jobs, missing: Iterable[int], tick: Tick) -> Generator[Part, None, None]:
+def run_here(jobs: Jobs, missing: list[int], tick: Tick) -> Generator[Part, None, None]:
     """Parts of the shards ``missing``, written one after the other by this process."""
     for index in missing:
         yield run_job(jobs[index], jobs.catalogue.root, tick)
 
 
-def run_pool(jobs: Jobs, missing: list[int], workers: int, tick: Tick) -> Generator[Part, None, None]:
+def run_pool(workers: int, jobs: Jobs, missing: list[int], tick: Tick) -> Generator[Part, None, None]:
     """Parts of the shards ``missing`` as ``workers`` processes finish them, in any order.
 
     At most two jobs a worker are looked up and under way, however many there are.

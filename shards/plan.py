@@ -26,7 +26,7 @@ ORDERS: tuple[str, ...] = get_args(Order)
 
 _PLAN_FILE = "plan.json"
 _SMALLEST, _FEWEST = 16, 8  # samples in a shard, and shards, that a small dataset is cut into
-_ENCODERS = ("imagecodecs", "numcodecs", "numpy", "pcodec")  # another version of one may encode to other bytes
+_LIBRARIES = ("imagecodecs", "numcodecs", "pcodec", "rasterio")  # another version of one may give other bytes
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ def settings_of(
     }
 
 
-def encoders() -> dict[str, str]:
-    """Versions of the libraries that encode."""
-    return {name: importlib.metadata.version(name) for name in _ENCODERS}
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that decide the bytes of a shard."""
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
-def differing_encoders(versions: dict[str, str]) -> str:
-    """What is other here than in ``versions``, for messages."""
-    here = encoders().items()
-    return ", ".join(f"{name} {versions.get(name)} (here {found})" for name, found in here if versions.get(name) != found)
+def differing_libraries(versions: dict[str, str]) -> str:
+    """Where the libraries here are not of ``versions``, for messages; empty when they are."""
+    here = libraries().items()
+    return ", ".join(f"{name} {versions.get(name)} (here {own})" for name, own in here if versions.get(name) != own)
 
 
 def order_rows(catalogue: Catalogue, order: Order, seed: int) -> np.ndarray:
@@ -89,7 +89,8 @@ def order_rows(catalogue: Catalogue, order: Order, seed: int) -> np.ndarray:
     if order == "roi":
         return np.arange(len(catalogue))
     # By a hash of the key: the same on every machine and with every version of every library.
-    hashes = np.array([sample_seed(seed, 0, key) for key in catalogue.keys()], np.int64)
+    keys = catalogue.keys()
+    hashes = np.array([sample_seed(seed, 0, key) for key in keys], np.int64)
     if order == "shuffled":
         return np.argsort(hashes, kind="stable")
     domains, _ = catalogue.places()
@@ -103,8 +104,7 @@ def order_rows(catalogue: Catalogue, order: Order, seed: int) -> np.ndarray:
 def cut(catalogue: Catalogue, rows: np.ndarray, order: Order, samples_per_shard: int) -> np.ndarray:
     """Where shards begin and end in ``rows``, (shards + 1,) int64.
 
-    With the order ``roi`` a ROI is never split unless it is larger than a shard: it then has shards of its own, of
-    equal sizes.
+    With the order ``roi`` a ROI is never split unless it is larger than a shard: it then begins with one.
     """
     if order != "roi":
         return np.append(np.arange(0, len(rows), samples_per_shard), len(rows))
@@ -116,9 +116,8 @@ def cut(catalogue: Catalogue, rows: np.ndarray, order: Order, samples_per_shard:
             continue  # still fits the shard that is being filled
         if start > bounds[-1]:
             bounds.append(start)
-        if end - start > samples_per_shard:
-            pieces = math.ceil((end - start) / samples_per_shard)
-            bounds += [start + (end - start) * piece // pieces for piece in range(1, pieces + 1)]
+        while end - bounds[-1] > samples_per_shard:
+            bounds.append(bounds[-1] + samples_per_shard)
     if bounds[-1] < len(rows):
         bounds.append(len(rows))
     return np.array(bounds)
@@ -144,40 +143,40 @@ def check_folder(out: Path) -> None:
         raise InputError(f"{out}: exists and holds no shards of bocage; give a new or empty folder")
 
 
-def recorded_size(path: Path, settings: dict[str, Any], *, finished: bool) -> int:
-    """The samples per shard that ``path`` records.
-
-    Args:
-        path: ``plan.json`` or ``dataset.json``.
-        settings: those of this run.
-        finished: nothing will be encoded any more, so that the versions of libraries do not matter.
+def recorded_size(path: Path, settings: dict[str, Any]) -> tuple[int, str]:
+    """What ``plan.json`` or ``dataset.json`` records: the samples in a shard, and which libraries were others.
 
     Raises:
-        InputError: the file records other settings, or another version of a library that encodes.
+        InputError: the file cannot be read or records other settings.
     """
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         plan = recorded["plan"]
         differing = [key for key, value in settings.items() if plan.get(key) != value]
         size = int(recorded["samples_per_shard"])
-        versions = {} if finished else dict(recorded["encoders"])
+        others = differing_libraries(plan.get("libraries", {}))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error!r}; give another folder") from error
-    out = path.parent if finished else path.parent.parent
+    out = path.parent.parent if path.name == _PLAN_FILE else path.parent
     if "format" in differing:
         raise InputError(
-            f"{out}: was begun in format {plan.get('format')} of shards, but this bocage writes {settings['format']}; "
-            "give another folder, or use the bocage that began it"
+            f"{out}: was begun in format {plan.get('format', 1)} of shards, but this bocage writes "
+            f"{settings['format']}; give another folder, or use the bocage that began it"
         )
     if differing:
-        names = ", ".join("the patches or modalities" if key == "catalogue" else key for key in differing)
+        names = ", ".join(_differences(differing, settings["codecs"], plan.get("codecs") or {}))
         raise InputError(f"{out}: holds shards of another plan (other: {names}); give another folder")
-    if not finished and versions != encoders():
-        raise InputError(
-            f"{out}: was begun with {differing_encoders(versions)}, which may encode to other bytes; use the same "
-            "versions, or give another folder"
-        )
-    return size
+    return size, others
+
+
+def _differences(differing: list[str], codecs: dict[str, str], recorded: dict[str, str]) -> list[str]:
+    """Settings that differ, in the user's words."""
+    encoded = [name for name, codec in codecs.items() if recorded.get(name, codec) != codec]
+    names = [name for name in differing if name not in ("catalogue", "codecs")]
+    # The catalogue's fingerprint covers the codecs, too.
+    if encoded:
+        return [*names, f"the encoding of {', '.join(encoded)}"]
+    return [*names, "the patches or modalities"] if "catalogue" in differing else names
 
 
 def record(out: Path, settings: dict[str, Any], size_of: Callable[[], int]) -> int:
@@ -191,15 +190,21 @@ def record(out: Path, settings: dict[str, Any], size_of: Callable[[], int]) -> i
         size_of: finds the samples in a shard; called only when there is no record.
 
     Raises:
-        InputError: the folder belongs to something else or to another plan.
+        InputError: the folder belongs to something else or to another plan, or was begun with other libraries.
     """
     path = plan_path(out)
     check_folder(out)
     if not path.is_file():
-        description = {"plan": settings, "samples_per_shard": size_of(), "encoders": encoders()}
+        description = {"plan": {**settings, "libraries": libraries()}, "samples_per_shard": size_of()}
         path.parent.mkdir(parents=True, exist_ok=True)
         _create(path, json.dumps(description, indent=1))
-    return recorded_size(path, settings, finished=False)
+    size, others = recorded_size(path, settings)
+    if others:
+        raise InputError(
+            f"{out}: was begun with {others}, which may encode to other bytes; use the same versions, or give another "
+            "folder"
+        )
+    return size
 
 
 def _create(path: Path, text: str) -> None:
