@@ -130,9 +130,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _catalogue(arguments: argparse.Namespace) -> Catalogue:
     catalogue = Catalogue.open(arguments.source, modalities=arguments.modalities)
     if arguments.split_csv:
-        return catalogue.with_csv_split(arguments.split_name or "split_csv", _pairs("--split-csv", arguments.split_csv))
+        return catalogue.with_csv_split(
+            arguments.split_name or "split_csv", _pairs("--split-csv", "FILE", arguments.split_csv)
+        )
     if arguments.split_domains:
-        pairs = _pairs("--split-domains", arguments.split_domains)
+        pairs = _pairs("--split-domains", "DOMAINS", arguments.split_domains)
         rest = [value for value, text in pairs.items() if text == _REST]
         if len(rest) > 1:
             raise InputError(f"--split-domains: {' and '.join(rest)} cannot both take the rest")
@@ -311,11 +313,11 @@ def _slice(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _pairs(option: str, words: list[str]) -> dict[str, str]:
+def _pairs(option: str, what: str, words: list[str]) -> dict[str, str]:
     pairs = {}
     for word in words:
         value, separator, text = word.partition("=")
         if not separator or not value or not text or value in pairs:
-            raise InputError(f"{option} {word}: expected VALUE=..., each value once; see `bocage shard --help`")
+            raise InputError(f"{option} {word}: expected VALUE={what}, each value once; see `bocage shard --help`")
         pairs[value] = text
     return pairs
