@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BLOCK = 4  # shards whose samples are mixed
-_AHEAD = 2 * _BLOCK  # shards that readers are told of
+BLOCK = 4
+"""Shards whose samples are mixed."""
+_AHEAD = 2 * BLOCK  # shards that readers are told of
 
 
 class Request(NamedTuple):
@@ -65,9 +66,9 @@ class Order:
         if self._cached is None or self._cached[0] != epoch:
             random, shards = self._shuffled(epoch)
             rows, ends, filled = np.empty_like(self._rows), [], 0
-            for start in range(0, len(shards), _BLOCK):
+            for start in range(0, len(shards), BLOCK):
                 first = filled
-                for index in shards[start : start + _BLOCK]:
+                for index in shards[start : start + BLOCK]:
                     count = self._counts[index]
                     rows[filled : filled + count] = self._rows[self._starts[index] :][:count]
                     filled += count
@@ -95,7 +96,7 @@ class Order:
             following = first_seen(self._shard[rows[ends[block] : ends[block + 1]]])
         else:
             # The next epoch begins; which shards come first is known without computing its whole permutation.
-            groups = self._shuffled(epoch + 1)[1][:_BLOCK]
+            groups = self._shuffled(epoch + 1)[1][:BLOCK]
             following = self._shard[self._rows[self._starts[groups]]].tolist()
         return list(dict.fromkeys([*shards, *following]))
 

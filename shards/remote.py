@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,6 +16,7 @@ from bocage.shards.cache import Cache, CacheConfig, Wanted
 from bocage.shards.errors import InputError
 from bocage.shards.index import INDEX_FILE
 from bocage.shards.manifest import DATASET_FILE, TABLE_FILE, Manifest, Shard
+from bocage.shards.order import BLOCK
 from bocage.shards.places import Patience, Place, is_remote
 
 
@@ -45,6 +47,13 @@ def open_shards(where: str | Path, cache: CacheConfig | None = None, patience: P
         raise InputError(
             f"cache.size={cache.size} is less than one shard of {place.name} ({largest.name}: {largest.bytes} bytes); "
             "raise it to several shards"
+        )
+    held = cache.bytes // max(largest.bytes, 1) if largest is not None else 0
+    if held < min(BLOCK, manifest.shard_count):
+        warnings.warn(
+            f"cache.size={cache.size} holds {held} shards of {place.name}, but training mixes {BLOCK} at a time: they "
+            "will be fetched again and again",
+            stacklevel=2,
         )
     manifest.files = RemoteShards(kept, manifest.shards)
     return manifest

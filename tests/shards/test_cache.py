@@ -297,3 +297,17 @@ def test_a_full_disk_is_one_sentence(server: FaultyServer, shards: tuple[Path, l
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, previous)
     assert not list(cache.folder.iterdir())
+
+
+def test_recipes_have_keys_for_the_cache() -> None:
+    from bocage import recipes
+    from bocage.finetune.train import FinetuneConfig
+    from bocage.ssl.pretrain import PretrainConfig
+
+    words = ["cache.size=2GB", "cache.folder=/somewhere"]
+    assert recipes.resolve(PretrainConfig, ["recipe=quickstart", *words]).cache.bytes == 2 * 10**9
+    name = next(name for name in recipes.names() if name.startswith("finetune"))
+    assert recipes.resolve(FinetuneConfig, [f"recipe={name}", *words]).cache.path == Path("/somewhere")
+    with pytest.raises(InputError, match=r"size='much' is not a size such as 100GB"):
+        recipes.resolve(PretrainConfig, ["recipe=quickstart", "cache.size=much"])
+    assert recipes.resolve(PretrainConfig, ["recipe=quickstart", "cache.size=123456"]).cache.bytes == 123456

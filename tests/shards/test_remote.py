@@ -131,6 +131,29 @@ def test_epochs_from_s3_equal_local_ones(local: Manifest, s3: str, tmp_path: Pat
     assert_same_epochs(local, open_shards(s3, cache_of(tmp_path, local), QUICK), workers)
 
 
+def test_faults_of_an_s3_server_are_met_once(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    (tmp_path / "origin" / "bucket").mkdir(parents=True)
+    (tmp_path / "origin" / "bucket" / "prefix").symlink_to(local.path)
+    name = local.shards[0].name
+    with FaultyServer(tmp_path / "origin") as server:  # reading an object is a plain GET of its path
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+        server.faults["dataset.json"] = ["503", "truncate"]
+        remote = open_shards("s3://bucket/prefix", cache_of(tmp_path, local), QUICK)
+        assert remote.digest == local.digest and server.faults["dataset.json"] == []
+        for fault in ("503", "reset", "stall", "truncate", "flip"):
+            server.faults[name] = [fault]
+            assert remote.files.read(0, 512, 4096) == local.files.read(0, 512, 4096), fault
+            assert server.faults[name] == []
+            assert (remote.path / name).read_bytes() == local.shard_path(0).read_bytes()
+            (remote.path / name).unlink()
+        server.faults[name] = ["403"]
+        with pytest.raises(InputError, match=rf"^s3://bucket/prefix/{name}: access refused"):
+            remote.files.read(0, 0, 1)
+
+
 def test_what_s3_lacks_or_refuses_is_one_sentence(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CacheConfig(folder=str(tmp_path))
     for address in (f"{s3}/nowhere", "s3://another-bucket/x"):
