@@ -107,21 +107,31 @@ class Cache:
         Raises:
             InputError: it cannot be had, or is damaged where it comes from.
         """
-        path = self.folder / wanted.name
         while True:
-            with suppress(FileNotFoundError), _locked(path, os.O_RDONLY, fcntl.LOCK_SH) as descriptor:
-                status = os.fstat(descriptor)
-                # A shard of an earlier run is verified once in this one; the time of the check is its mtime.
-                if status.st_nlink and (status.st_mtime_ns >= self._since or _is_right(descriptor, wanted)):
-                    checked = max(status.st_mtime_ns, self._since)
-                    os.utime(descriptor, ns=(time.time_ns(), checked))  # last use, for the removal
-                    if status.st_size == wanted.bytes:
-                        return os.pread(descriptor, length, offset)
-                if status.st_nlink:
-                    path.unlink(missing_ok=True)
-            data = self._fetch(wanted, (offset, length))
+            try:
+                data = self._kept(wanted, offset, length)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            if data is None:
+                data = self._fetch(wanted, (offset, length))
             if data is not None:
                 return data
+
+    def _kept(self, wanted: Wanted, offset: int, length: int) -> bytes | None:
+        """Bytes of a shard that is here; None if it is not, or no longer as it was."""
+        path = self.folder / wanted.name
+        with suppress(FileNotFoundError), _locked(path, os.O_RDONLY, fcntl.LOCK_SH) as descriptor:
+            if not _is_at(descriptor, path):
+                return None
+            status = os.fstat(descriptor)
+            # A shard of an earlier run is verified once in this one; the time of the check is its mtime.
+            known = status.st_mtime_ns >= self._since and status.st_size == wanted.bytes
+            if known or _is_right(descriptor, wanted):
+                # The other time is that of its last use.
+                os.utime(descriptor, ns=(time.time_ns(), max(status.st_mtime_ns, self._since)))
+                return os.pread(descriptor, length, offset)
+            path.unlink()
+        return None
 
     def fetch(self, wanted: Wanted, keep: Collection[str]) -> bool:
         """Fetch a shard that nobody waits for yet; False if there is no room for it now.

@@ -2,7 +2,10 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -282,21 +285,32 @@ def test_a_process_ends_at_once_whatever_its_thread_does(
     assert reader.exitcode == 0
 
 
-def test_a_full_disk_is_one_sentence(server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path) -> None:
-    import resource
+_READ_ONTO_A_FULL_DISK = """
+import sys
+from pathlib import Path
+from test_cache import QUICK, SIZE, Cache, CacheConfig, InputError, Place, Wanted
 
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    cache = make_cache(server, tmp_path)
-    # A limit on the size of files stands in for a full disk: the same write fails in the same way, without a mount.
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, limit[1]))
-    try:
-        with pytest.raises(InputError, match=r"the cache cannot be used: File too large; set cache\.folder"):
-            cache.read(shards[1][0], 0, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, previous)
-    assert not list(cache.folder.iterdir())
+address, folder, digest = sys.argv[1:]
+cache = Cache(Place(address, QUICK), CacheConfig(folder=folder, size="1MB"), "d" * 64)
+try:
+    cache.read(Wanted("s0.tar", SIZE, digest), 0, 1)
+except InputError as error:
+    print(error, [path.name for path in cache.folder.iterdir()])
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_left(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace of its own")
+    command = [sys.executable, "-c", _READ_ONTO_A_FULL_DISK, server.address, str(tmp_path), shards[1][0].sha256]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    found = subprocess.run([*inside, *command], env=environment, capture_output=True, text=True, timeout=60)
+    expected = f"{tmp_path}: the disk of the cache is full; lower cache.size or move cache.folder []"
+    assert found.stdout.strip() == expected, found.stderr
 
 
 def test_recipes_have_keys_for_the_cache() -> None:

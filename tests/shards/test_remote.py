@@ -25,6 +25,8 @@ from bocage.shards.remote import open_shards
 from bocage.shards.stream import TrainingStream, evaluation_batches
 from bocage.shards.writer import write_shards
 
+pytestmark = pytest.mark.filterwarnings("ignore:cache.size")  # these caches are small so that they must remove
+
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 QUICK = Patience(attempts=3, wait=0.01, stall=0.5)
 
