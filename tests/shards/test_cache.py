@@ -25,6 +25,7 @@ from bocage.shards.remote import RemoteShards
 
 SIZE = 200_000
 QUICK = Patience(attempts=3, wait=0.01, stall=1.0)
+# Tests with processes take some seconds: each process imports the reader.
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -283,6 +284,27 @@ def test_a_process_ends_at_once_whatever_its_thread_does(
     reader.start()
     reader.join(timeout=30)
     assert reader.exitcode == 0
+
+
+def _fetch_for_ever(files: RemoteShards) -> None:
+    files.ahead([1, 2])
+    files.read(0, 0, 1)
+
+
+def test_a_process_that_waits_for_a_shard_ends_when_told(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+) -> None:
+    server.pause = 5.0
+    files = make_remote(make_cache(server, tmp_path), shards[1])
+    reader = multiprocessing.get_context("fork").Process(target=_fetch_for_ever, args=(files,))
+    reader.start()
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("*/s0.tar.*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    reader.terminate()
+    reader.join(timeout=2)
+    assert reader.exitcode == -signal.SIGTERM
 
 
 _READ_ONTO_A_FULL_DISK = """

@@ -129,7 +129,7 @@ def s3(local: Manifest) -> Iterator[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_from_s3_equal_local_ones(local: Manifest, s3: str, tmp_path: Path, workers: int) -> None:
-    # The first of these takes about 5 s: an S3 server starts.
+    # These take 5 to 8 s: an S3 server starts, and a client of it in every reading process.
     assert_same_epochs(local, open_shards(s3, cache_of(tmp_path, local), QUICK), workers)
 
 
