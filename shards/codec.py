@@ -59,7 +59,7 @@ class Chain:
 
 
 _PLAIN = {"id": "zstd", "level": 3}
-_HEIGHT = {"id": "pcodec", "level": 8, "delta": "fitted"}
+_HEIGHT = {"id": "pcodec", "level": 9, "delta": "fitted"}
 # A power of two, so that scaling is exact; half of it is the largest error, 3.9 mm. Beyond the limits are no heights.
 _HEIGHT_STEP = 2.0**-7
 _ROUND = {"id": "round", "step": _HEIGHT_STEP, "lowest": -500.0, "highest": 9000.0}
