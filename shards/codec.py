@@ -133,7 +133,7 @@ def encode(array: np.ndarray, codec: str) -> bytes:
     return _MAGIC + struct.pack("<I", deflate_crc32(checked)) + checked
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes | memoryview) -> np.ndarray:
     """The array that ``encode`` was given: bit-exact if the chain is lossless, C-contiguous, writable, native.
 
     Raises:
@@ -159,7 +159,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _parsed(
-    data: bytes,
+    data: bytes | memoryview,
 ) -> tuple[tuple[int, ...], np.dtype[Any], list[Step], dict[str, Any] | None, memoryview]:
     if len(data) < _PREFIX.size:
         raise CodecError(f"{len(data)} bytes are too few for a member")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bocage.shards.batch import GroundWindow
-from bocage.shards.crop import check_side, crop, draw_window, lattice
+from bocage.shards.crop import check_side, crop, draw_windows, lattice
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.seeds import sample_seed
@@ -27,7 +27,7 @@ def test_a_side_that_is_not_whole_pixels_is_refused_with_the_valid_ones() -> Non
 def test_windows_cover_the_same_ground_in_every_modality() -> None:
     positions = set()
     for index in range(64):
-        window = draw_window(sample_seed(0, 0, str(index)), 51.2, lattice(ALL))
+        [window] = draw_windows([sample_seed(0, 0, str(index))], 51.2, lattice(ALL))
         positions.add((window.left, window.top))
         for modality in ALL:
             # Each pixel holds the position of its own centre on the ground.
@@ -41,4 +41,4 @@ def test_windows_cover_the_same_ground_in_every_modality() -> None:
 
 
 def test_the_whole_patch_is_one_window() -> None:
-    assert draw_window(1, 102.4, 51.2) == GroundWindow(0.0, 0.0, 102.4)
+    assert draw_windows([1, 2], 102.4, 51.2) == [GroundWindow(0.0, 0.0, 102.4)] * 2
