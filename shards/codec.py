@@ -139,23 +139,51 @@ def decode(data: bytes | memoryview) -> np.ndarray:
     Raises:
         CodecError: the bytes are not an intact member. Damage never goes unnoticed and never yields an array.
     """
-    shape, dtype, steps, coder, payload = _parsed(data)
-    # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
-    values = np.zeros(shape, dtype)
-    if coder is not None:
-        if not _coder_fits(coder, values):
-            raise CodecError(f"coder {coder['id']} does not fit {dtype}")
-        try:
-            _decompress(coder, payload, values)
-        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-            raise CodecError(f"payload cannot be decompressed: {error}") from error
-    elif values.size or payload:
-        raise CodecError("header names no coder for a payload that needs one")
-    for step in reversed(steps):
-        if not values.size or not transforms.fits(step, values) or (step["id"] == "bands" and "terms" not in step):
-            raise CodecError(f"step {step} does not fit {dtype} of shape {shape}")
-        values = transforms.restored(step, values)
-    return values
+    return Member(data).array()
+
+
+class Member:
+    """An encoded array whose checksum and header are good.
+
+    Attributes:
+        shape, dtype: of the array, in native byte order; known before it takes any memory.
+
+    Raises:
+        CodecError: the bytes are not an intact member.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.shape, self.dtype, self._steps, self._coder, self._payload = _parsed(data)
+
+    def array(self, window: tuple[slice, slice] | None = None) -> np.ndarray:
+        """The array, writable.
+
+        Args:
+            window: rows and columns of the last two axes that are wanted; steps are undone for little more than them.
+                What is returned may then be a view.
+
+        Raises:
+            CodecError: the payload is not what the header says.
+        """
+        # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
+        values = np.zeros(self.shape, self.dtype)
+        if self._coder is not None:
+            if not _coder_fits(self._coder, values):
+                raise CodecError(f"coder {self._coder['id']} does not fit {self.dtype}")
+            try:
+                _decompress(self._coder, self._payload, values)
+            except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+                raise CodecError(f"payload cannot be decompressed: {error}") from error
+        elif values.size or self._payload:
+            raise CodecError("header names no coder for a payload that needs one")
+        for step in self._steps:
+            if not values.size or not transforms.fits(step, values) or (step["id"] == "bands" and "terms" not in step):
+                raise CodecError(f"step {step} does not fit {self.dtype} of shape {self.shape}")
+        if window is not None:
+            values, window = transforms.narrowed(self._steps, values, *window)
+        for step in reversed(self._steps):
+            values = transforms.restored(step, values)
+        return values if window is None else values[..., window[0], window[1]]
 
 
 def _parsed(

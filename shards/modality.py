@@ -155,6 +155,11 @@ class Modality:
         """Whether arrays have a leading time axis."""
         return self.role in ("series", "mask")
 
+    def shape(self, dates: int = 0) -> tuple[int, ...]:
+        """Shape of its array; ``dates`` counts only where arrays have a time axis."""
+        shape = (len(self.bands), self.size, self.size)
+        return (dates, *shape) if self.has_dates else shape
+
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the channels of the representation, in order."""
