@@ -23,10 +23,10 @@ from bocage.shards.normalize import represent
 
 # Inches.
 _WIDTH, _MARGIN, _TOP = 12.0, 0.25, 0.62
-_SIDE, _GAP, _TITLE = 2.12, 0.22, 0.24  # of a large picture
-_COLUMNS = 5
+_COLUMNS, _GAP, _TITLE = 4, 0.22, 0.24  # of large pictures
+_SIDE = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) / _COLUMNS
 _DATES = 10  # shown of a series, spread evenly
-_SCALE = 0.5  # below a picture, for its colours
+_SCALE = 0.42  # below a picture, for its colours
 _STRETCH = (2.0, 98.0)
 _NEAR_INFRARED = 840.0  # nm
 _LEGEND_ROW = 0.19
@@ -115,7 +115,7 @@ class _Tile:
         if self._unit:
             low, high = _limits(self._picture)
             image = axis.imshow(self._picture, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
-            _draw_scale(page, image, self._unit, left, top + _SIDE + 0.05, _SIDE)
+            _draw_scale(page, image, self._unit, left, top + _SIDE + 0.07, _SIDE - 0.2)
         else:
             axis.imshow(self._picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             page.text(left, top + _SIDE + 0.05, self._note, fontsize=7, color="#444444")
@@ -132,7 +132,7 @@ def _arrays(manifest: Manifest, row: int) -> dict[str, np.ndarray]:
             array = decode(manifest.files.read(shard, int(index.offset[name][row]), length))
         except CodecError as error:
             raise InputError(
-                f"{manifest.files.name(shard)}: {name} of {index.key(row)} is damaged: {error}; `bocage verify` tells more"
+                f"{manifest.files.name(shard)}: {name} of {index.key(row)} is damaged: {error}; run `bocage verify`"
             ) from error
         if array.shape != modality.shape(len(array) if array.ndim else 0) or array.dtype != np.dtype(modality.dtype):
             raise InputError(f"{manifest.files.name(shard)}: {name} of {index.key(row)} is not an array of its sensor")
@@ -154,14 +154,9 @@ def _image_tiles(modality: Modality, array: np.ndarray | None) -> list[_Tile]:
     infrared = int(np.argmin(np.abs(np.array(wavelengths) - _NEAR_INFRARED)))
     if infrared not in colours:
         composites.append([infrared, *colours[:2]])
-    return [
-        _Tile(
-            f"{modality.name}: {' '.join(names[k] for k in bands)}",
-            None if array is None else _stretched(array[bands]),
-            note,
-        )
-        for bands in composites
-    ]
+    titles = [f"{modality.name}: {' '.join(names[k] for k in bands)}" for bands in composites]
+    pictures = [None if array is None else _stretched(array[bands], bands == colours) for bands in composites]
+    return [_Tile(title, picture, note) for title, picture in zip(titles, pictures)]
 
 
 def _height_tiles(modality: Modality, array: np.ndarray | None, quantities: list[Any], note: str) -> list[_Tile]:
@@ -173,8 +168,8 @@ def _height_tiles(modality: Modality, array: np.ndarray | None, quantities: list
     surface, terrain = (heights[quantities.index(name)] for name in ("surface_height", "terrain_height"))
     shaded = [np.nan_to_num(hillshade(values, modality.gsd)) for values in (surface, terrain)]
     return [
-        _Tile(titles[0], shaded[0], f"{_range(surface)}; {note}"),
-        _Tile(titles[1], shaded[1], f"{_range(terrain)}; {note}"),
+        _Tile(titles[0], shaded[0], f"{_range(surface)}, {note}"),
+        _Tile(titles[1], shaded[1], f"{_range(terrain)}, {note}"),
         _Tile(titles[2], surface - terrain, unit="m"),
     ]
 
@@ -185,9 +180,9 @@ def _range(values: np.ndarray) -> str:
     return f"{np.nanmin(values):.1f} to {np.nanmax(values):.1f} m"
 
 
-def _stretched(bands: np.ndarray) -> np.ndarray:
-    """(3, H, W) to (H, W, 3) in 0..1, each band between its 2nd and 98th percentile."""
-    low, high = np.percentile(bands, _STRETCH, axis=(1, 2), keepdims=True)
+def _stretched(bands: np.ndarray, together: bool = False) -> np.ndarray:
+    """(3, H, W) to (H, W, 3) in 0..1 between 2nd and 98th percentile: of each band, or of all to keep true colours."""
+    low, high = np.percentile(bands, _STRETCH, axis=(0, 1, 2) if together else (1, 2), keepdims=True)
     return np.clip((bands - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
 
 
@@ -220,7 +215,7 @@ def _draw_series(
     shown = represent(array[chosen], modality.representation, modality.nodata_below)
     if _is_radar(modality):
         page.text(_MARGIN, top + 0.05, f"{what}, {modality.bands[0].name} in dB", fontsize=8.5)
-        low, high = _limits(shown[:, 0])
+        low, high = _limits(shown[:, 0][array[chosen, 0] > 0])  # zeros at the edge of a swath are no echoes
     else:
         colours = colour_bands(modality) or [0]
         names = " ".join(modality.bands[k].name for k in colours)
@@ -297,9 +292,4 @@ def _draw_scale(page: _Page, image: ScalarMappable, unit: str, left: float, top:
     bar = page.figure.colorbar(image, cax=axis, orientation="horizontal")
     bar.ax.tick_params(labelsize=7, length=2, pad=1)
     bar.outline.set_linewidth(0.5)
-    page.text(
-        left + width + 0.06 if width > _SIDE else left + width - 0.16,
-        top - 0.02 if width > _SIDE else top + 0.2,
-        unit,
-        fontsize=7,
-    )
+    page.text(left + width + 0.06, top - 0.02, unit, fontsize=7)

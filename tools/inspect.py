@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,15 @@ def _tables(numbers: dict[str, Any]) -> list[Table]:
 
 def _modality_table(modalities: dict[str, Any], patches: int) -> Table:
     table = Table(title="modalities", title_justify="left")
-    for name in ("name", "dtype", "bands", "pixels"):
-        table.add_column(name, overflow="fold")
+    table.add_column("name", no_wrap=True)
+    for name in ("dtype", "bands", "pixels"):
+        table.add_column(name)
     for name in ("patches", "%", "kB each"):
         table.add_column(name, justify="right")
     for name, item in modalities.items():
         present = item["present"]
         each = item["bytes"] / max(present, 1) / 1e3
-        pixels = f"{item['pixels']} of {item['gsd']:g} m"
+        pixels = f"{item['pixels']} x {item['gsd']:g} m"
         share = f"{100 * present / patches:.1f}"
         table.add_row(name, item["dtype"], str(len(item["bands"])), pixels, str(present), share, f"{each:.1f}")
     return table
@@ -117,7 +119,7 @@ def _channel_table(modalities: dict[str, Any]) -> Table:
     return table
 
 
-def _counts(title: str, columns: tuple[str, ...], rows: list[tuple[tuple[str, ...], int]]) -> Table:
+def _counts(title: str, columns: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], int]]) -> Table:
     table = Table(*columns, title=title, title_justify="left")
     table.add_column("patches", justify="right")
     for words, count in rows:
