@@ -113,7 +113,7 @@ class _Tile:
             _draw_missing(axis)
             return
         if self._unit:
-            low, high = _limits(self._picture)
+            low, high = _limits(self._picture, (0.0, 100.0))
             image = axis.imshow(self._picture, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
             _draw_scale(page, image, self._unit, left, top + _SIDE + 0.07, _SIDE - 0.2)
         else:
@@ -186,11 +186,11 @@ def _stretched(bands: np.ndarray, together: bool = False) -> np.ndarray:
     return np.clip((bands - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
 
 
-def _limits(values: np.ndarray) -> tuple[float, float]:
+def _limits(values: np.ndarray, percentiles: tuple[float, float] = _STRETCH) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
-    low, high = np.percentile(finite, _STRETCH)
+    low, high = np.percentile(finite, percentiles)
     return float(low), float(max(high, low + 1e-3))
 
 

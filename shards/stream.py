@@ -6,6 +6,7 @@ or here. Nothing is to be prepared by Accelerate: the batches of a rank are that
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from bocage.shards.codec import decode
 from bocage.shards.collate import PackedBatch
 from bocage.shards.crop import WHOLE_PATCH, check_side, draw_windows, lattice, pixels
 from bocage.shards.errors import InputError
+from bocage.shards.index import LONGEST_SERIES
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.order import EvaluationRequests, Order, Request, TrainingRequests
@@ -129,8 +131,10 @@ class ShardDataset(Dataset[Sample]):
 
     def _decoded(self, row: int, modality: Modality, data: memoryview, window: GroundWindow) -> np.ndarray:
         """The pixels of one member under the window."""
+        # A few hostile bytes could declare, and fill, a gigabyte.
+        most = math.prod(modality.shape(LONGEST_SERIES)) * np.dtype(modality.dtype).itemsize
         try:
-            array = decode(data)
+            array = decode(data, most)
         except ValueError as error:
             raise InputError(f"{self._name(row, modality)} is damaged: {error}") from error
         expected = (len(modality.bands), modality.size, modality.size)

@@ -95,8 +95,8 @@ def _modality_table(modalities: dict[str, Any], patches: int) -> Table:
     table = Table(title="modalities", title_justify="left")
     table.add_column("name", no_wrap=True)
     for name in ("dtype", "bands", "pixels"):
-        table.add_column(name)
-    for name in ("patches", "%", "kB each"):
+        table.add_column(name, no_wrap=True)
+    for name in ("patches", "%", "kB"):
         table.add_column(name, justify="right")
     for name, item in modalities.items():
         present = item["present"]
