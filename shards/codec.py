@@ -49,9 +49,9 @@ class CodecError(ValueError):
 class Chain:
     """An encoding: steps (see ``transforms``), then one entropy coder.
 
-    Coders are ``zstd`` with its ``level``, and ``pcodec`` with its ``level`` and how it takes differences: ``auto``
-    leaves it to pcodec, ``none`` is for values that are differences already, ``fitted`` compresses each band for
-    itself with the order of differences that is smallest. ``multiple``: floats are multiples of this.
+    Coders are ``zstd`` with its ``level``, and ``pcodec``, which compresses each band for itself, with its ``level``
+    and how it takes differences: ``auto`` leaves that to pcodec, ``none`` is for values that are differences already,
+    ``fitted`` takes the order whose differences are smallest. ``multiple``: floats are multiples of this.
     """
 
     transforms: tuple[Step, ...]
@@ -59,7 +59,7 @@ class Chain:
 
 
 _PLAIN = {"id": "zstd", "level": 3}
-_HEIGHT = {"id": "pcodec", "level": 8, "delta": "fitted"}
+_HEIGHT = {"id": "pcodec", "level": 9, "delta": "fitted"}
 # A power of two, so that scaling is exact; half of it is the largest error, 3.9 mm. Beyond the limits are no heights.
 _HEIGHT_STEP = 2.0**-7
 _ROUND = {"id": "round", "step": _HEIGHT_STEP, "lowest": -500.0, "highest": 9000.0}
@@ -133,37 +133,61 @@ def encode(array: np.ndarray, codec: str) -> bytes:
     return _MAGIC + struct.pack("<I", deflate_crc32(checked)) + checked
 
 
-def decode(data: bytes | memoryview, most: int = MAX_BYTES) -> np.ndarray:
+def decode(data: bytes | memoryview) -> np.ndarray:
     """The array that ``encode`` was given: bit-exact if the chain is lossless, C-contiguous, writable, native.
-
-    Args:
-        data: the member.
-        most: bytes that the array may take; whoever knows what to expect need not hold more of a hostile member.
 
     Raises:
         CodecError: the bytes are not an intact member. Damage never goes unnoticed and never yields an array.
     """
-    shape, dtype, steps, coder, payload = _parsed(data, most)
-    # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
-    values = np.zeros(shape, dtype)
-    if coder is not None:
-        if not _coder_fits(coder, values):
-            raise CodecError(f"coder {coder['id']} does not fit {dtype}")
-        try:
-            _decompress(coder, payload, values)
-        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-            raise CodecError(f"payload cannot be decompressed: {error}") from error
-    elif values.size or payload:
-        raise CodecError("header names no coder for a payload that needs one")
-    for step in reversed(steps):
-        if not values.size or not transforms.fits(step, values) or (step["id"] == "bands" and "terms" not in step):
-            raise CodecError(f"step {step} does not fit {dtype} of shape {shape}")
-        values = transforms.restored(step, values)
-    return values
+    return Member(data).array()
+
+
+class Member:
+    """An encoded array whose checksum and header are good.
+
+    Attributes:
+        shape, dtype: of the array, in native byte order; known before it takes any memory.
+
+    Raises:
+        CodecError: the bytes are not an intact member.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.shape, self.dtype, self._steps, self._coder, self._payload = _parsed(data)
+
+    def array(self, window: tuple[slice, slice] | None = None) -> np.ndarray:
+        """The array, writable.
+
+        Args:
+            window: rows and columns of the last two axes that are wanted; steps are undone for little more than them.
+                What is returned may then be a view.
+
+        Raises:
+            CodecError: the payload is not what the header says.
+        """
+        # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
+        values = np.zeros(self.shape, self.dtype)
+        if self._coder is not None:
+            if not _coder_fits(self._coder, values):
+                raise CodecError(f"coder {self._coder['id']} does not fit {self.dtype}")
+            try:
+                _decompress(self._coder, self._payload, values)
+            except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+                raise CodecError(f"payload cannot be decompressed: {error}") from error
+        elif values.size or self._payload:
+            raise CodecError("header names no coder for a payload that needs one")
+        for step in self._steps:
+            if not values.size or not transforms.fits(step, values) or (step["id"] == "bands" and "terms" not in step):
+                raise CodecError(f"step {step} does not fit {self.dtype} of shape {self.shape}")
+        if window is not None:
+            values, window = transforms.narrowed(self._steps, values, *window)
+        for step in reversed(self._steps):
+            values = transforms.restored(step, values)
+        return values if window is None else values[..., window[0], window[1]]
 
 
 def _parsed(
-    data: bytes | memoryview, most: int
+    data: bytes | memoryview,
 ) -> tuple[tuple[int, ...], np.dtype[Any], list[Step], dict[str, Any] | None, memoryview]:
     if len(data) < _PREFIX.size:
         raise CodecError(f"{len(data)} bytes are too few for a member")
@@ -188,8 +212,8 @@ def _parsed(
         raise CodecError(f"header names unknown steps: {steps}, {coder}")
     if dtype.kind not in _KINDS or len(shape) > _MAX_DIMENSIONS or any(not 0 <= size <= MAX_BYTES for size in shape):
         raise CodecError(f"header declares an impossible array: {dtype} of shape {shape}")
-    if math.prod(shape) * dtype.itemsize > most:
-        raise CodecError(f"header declares an array above {most} bytes: {dtype} of shape {shape}")
+    if math.prod(shape) * dtype.itemsize > MAX_BYTES:
+        raise CodecError(f"header declares an array above {MAX_BYTES} bytes: {dtype} of shape {shape}")
     return shape, dtype.newbyteorder("="), steps, coder, view[start:]
 
 
@@ -209,18 +233,20 @@ def _compressed(coder: dict[str, Any], values: np.ndarray) -> tuple[dict[str, An
     parts = []
     for part in _parts(values):
         config = ChunkConfig(compression_level=coder["level"], mode_spec=mode, delta_spec=_delta(coder["delta"], part))
-        parts.append(standalone.simple_compress(part.reshape(-1), config))
+        parts.append(standalone.simple_compress(np.ascontiguousarray(part).reshape(-1), config))
     return {**coder, "parts": [len(part) for part in parts]}, b"".join(parts)
 
 
-def _parts(values: np.ndarray) -> np.ndarray:
-    """What pcodec compresses one by one, along the first axis: the bands of an image, or all at once.
+def _parts(values: np.ndarray) -> list[np.ndarray]:
+    """Views of what pcodec compresses one by one: the bands, if there are not too many.
 
     Integers are signed there: most are differences.
     """
     if values.dtype.kind == "u":
         values = values.view(np.dtype(f"i{values.dtype.itemsize}"))
-    return values if values.ndim == 3 and len(values) <= _MOST_PARTS else values.reshape(1, 1, -1)
+    if values.ndim < 3 or values.shape[-3] > _MOST_PARTS:
+        return [values.reshape(1, -1)]
+    return [values[..., band, :, :] for band in range(values.shape[-3])]
 
 
 def _delta(kind: str, part: np.ndarray) -> DeltaSpec:
@@ -248,9 +274,12 @@ def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray) 
         raise ValueError(f"its {len(payload)} bytes are not the {len(parts)} parts {sizes}")
     start = 0
     for part, size in zip(parts, sizes):
-        progress = standalone.simple_decompress_into(bytes(payload[start : start + size]), part.reshape(-1))
+        whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
+        progress = standalone.simple_decompress_into(bytes(payload[start : start + size]), whole.reshape(-1))
         if progress.n_processed != part.size or not progress.finished:
             raise ValueError(f"it does not hold {part.size} values")
+        if whole is not part:
+            part[:] = whole
         start += size
 
 

@@ -49,23 +49,41 @@ class PackedBatch:
     places: dict[tuple[str, str], _Place]
     memory: torch.Tensor
 
-    @classmethod
-    def blank(
-        cls,
+    def pin_memory(self) -> PackedBatch:
+        """The batch in pinned memory, one copy (the DataLoader calls this)."""
+        return replace(self, memory=self.memory.pin_memory())
+
+    def batch(self) -> Batch:
+        """The tensors, views of the block."""
+        fields: dict[str, dict[str, torch.Tensor]] = {"values": {}, "present": {}, "dates": {}, "padding": {}}
+        single: dict[str, torch.Tensor] = {}
+        for (field, name), place in self.places.items():
+            flat = self.memory[place.offset : place.offset + place.bytes]
+            fields.get(field, single)[name or field] = flat.view(getattr(torch, place.dtype)).view(place.shape)
+        return Batch(self.keys, self.rois, seeds=single["seeds"], windows=single["windows"], **fields)
+
+
+class BatchWriter:
+    """A batch in the making: ``put`` or ``leave_out`` every modality of every sample.
+
+    Args:
+        keys, rois, seeds, windows: of each sample; the windows have one size.
+        modalities: what the batch holds.
+        longest: by modality with dates, the most dates that a sample has.
+
+    Attributes:
+        packed: the batch.
+    """
+
+    def __init__(
+        self,
         keys: list[str],
         rois: list[str],
         seeds: Sequence[int],
         windows: Sequence[GroundWindow],
         modalities: Sequence[Modality],
         longest: Mapping[str, int],
-    ) -> PackedBatch:
-        """A batch whose values are still to be filled: ``put`` or ``leave_out`` every modality of every sample.
-
-        Args:
-            keys, rois, seeds, windows: of each sample; the windows have one size.
-            modalities: what it holds.
-            longest: by modality with dates, the most dates that a sample has.
-        """
+    ) -> None:
         count = len(keys)
         places: dict[tuple[str, str], _Place] = {}
         end = 0
@@ -87,15 +105,11 @@ class PackedBatch:
                 add("padding", name, "bool", count, longest[name])
                 shape = (longest[name], *shape)
             add("values", name, modality.dtype, count, *shape)
-        packed = cls(keys, rois, places, _block(end))
-        packed.array("seeds")[:] = seeds
-        packed.array("windows")[:] = [(window.left, window.top, window.side) for window in windows]
-        return packed
-
-    def array(self, field: str, name: str = "") -> np.ndarray:
-        """A tensor of the batch as an array in the block."""
-        place = self.places[field, name]
-        return np.ndarray(place.shape, place.dtype, self.memory.numpy(), place.offset)
+        self.packed = PackedBatch(keys, rois, places, _block(end))
+        block = self.packed.memory.numpy()
+        self._arrays = {key: np.ndarray(place.shape, place.dtype, block, place.offset) for key, place in places.items()}
+        self._arrays["seeds", ""][:] = seeds
+        self._arrays["windows", ""][:] = [(window.left, window.top, window.side) for window in windows]
 
     def put(self, index: int, modality: Modality, days: np.ndarray | None) -> np.ndarray:
         """The place of the values of sample ``index``, (C, H, W) or (T, C, H, W), to be written; the rest is padded.
@@ -106,12 +120,12 @@ class PackedBatch:
             days: (T,) for a modality with dates.
         """
         name = modality.name
-        values = self.array("values", name)[index]
-        self.array("present", name)[index] = True
+        values = self._arrays["values", name][index]
+        self._arrays["present", name][index] = True
         if days is None:
             return values
         count = len(days)
-        dates, padding = self.array("dates", name)[index], self.array("padding", name)[index]
+        dates, padding = self._arrays["dates", name][index], self._arrays["padding", name][index]
         dates[:count], dates[count:] = days, 0
         padding[:count], padding[count:] = False, True
         values[count:] = 0
@@ -120,24 +134,11 @@ class PackedBatch:
     def leave_out(self, index: int, modality: Modality) -> None:
         """Sample ``index`` lacks the modality: zeros and no date."""
         name = modality.name
-        self.array("values", name)[index] = 0
-        self.array("present", name)[index] = False
+        self._arrays["values", name][index] = 0
+        self._arrays["present", name][index] = False
         if modality.has_dates:
-            self.array("dates", name)[index] = 0
-            self.array("padding", name)[index] = True
-
-    def pin_memory(self) -> PackedBatch:
-        """The batch in pinned memory, one copy (the DataLoader calls this)."""
-        return replace(self, memory=self.memory.pin_memory())
-
-    def batch(self) -> Batch:
-        """The tensors, views of the block."""
-        fields: dict[str, dict[str, torch.Tensor]] = {"values": {}, "present": {}, "dates": {}, "padding": {}}
-        single: dict[str, torch.Tensor] = {}
-        for (field, name), place in self.places.items():
-            flat = self.memory[place.offset : place.offset + place.bytes]
-            fields.get(field, single)[name or field] = flat.view(getattr(torch, place.dtype)).view(place.shape)
-        return Batch(self.keys, self.rois, seeds=single["seeds"], windows=single["windows"], **fields)
+            self._arrays["dates", name][index] = 0
+            self._arrays["padding", name][index] = True
 
 
 def _block(size: int) -> torch.Tensor:
@@ -160,7 +161,7 @@ def collate(samples: Sequence[Sample], modalities: Sequence[Modality]) -> Batch:
         for item in modalities
         if item.has_dates
     }
-    packed = PackedBatch.blank(
+    writer = BatchWriter(
         [sample.key for sample in samples],
         [sample.roi for sample in samples],
         [sample.seed for sample in samples],
@@ -171,7 +172,7 @@ def collate(samples: Sequence[Sample], modalities: Sequence[Modality]) -> Batch:
     for index, sample in enumerate(samples):
         for modality in modalities:
             if modality.name in sample.arrays:
-                packed.put(index, modality, sample.dates.get(modality.name))[:] = sample.arrays[modality.name]
+                writer.put(index, modality, sample.dates.get(modality.name))[:] = sample.arrays[modality.name]
             else:
-                packed.leave_out(index, modality)
-    return packed.batch()
+                writer.leave_out(index, modality)
+    return writer.packed.batch()

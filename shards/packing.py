@@ -176,7 +176,7 @@ def write_shard(job: Job, tick: Callable[[int, int], None]) -> Part:
     skipped: dict[str, str] = {}
     moments: dict[str, Moments] = {}
     source_bytes = 0
-    with written_atomically(job.shard) as temporary:
+    with written_atomically(job.shard, contested=True) as temporary:
         with temporary.open("wb") as file:
             archive = Archive(file)
             for patch in job.patches:
@@ -229,7 +229,7 @@ def _complete(row: dict[str, Any], key: str, job: Job, offsets: dict[str, int]) 
 def _write_part(path: Path, rows: list[dict[str, Any]], part: Part, columns: pa.Schema) -> None:
     description = {**asdict(part), "moments": {name: item.to_json() for name, item in part.moments.items()}}
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata({_METADATA_KEY: json.dumps(description)}))
-    with written_atomically(path) as temporary:
+    with written_atomically(path, contested=True) as temporary:
         pq.write_table(table, temporary)
 
 

@@ -6,9 +6,10 @@ or here. Nothing is to be prepared by Accelerate: the batches of a rank are that
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bocage.shards.batch import Batch, GroundWindow, Sample
-from bocage.shards.codec import decode
-from bocage.shards.collate import PackedBatch
+from bocage.shards.codec import Member
+from bocage.shards.collate import BatchWriter, PackedBatch
 from bocage.shards.crop import WHOLE_PATCH, check_side, draw_windows, lattice, pixels
 from bocage.shards.errors import InputError
-from bocage.shards.index import LONGEST_SERIES
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.order import EvaluationRequests, Order, Request, TrainingRequests
@@ -98,16 +98,24 @@ class ShardDataset(Dataset[Sample]):
         }
         longest = {name: max(0 if days is None else len(days) for days in lists) for name, lists in dates.items()}
         rois = [self._index.roi(row) for row in rows]
-        packed = PackedBatch.blank(keys, rois, seeds, windows, self.modalities, longest)
-        for place, row in enumerate(rows):
+        writer = BatchWriter(keys, rois, seeds, windows, self.modalities, longest)
+
+        def fill(place: int, members: list[tuple[Modality, memoryview]]) -> None:
             absent = {modality.name: modality for modality in self.modalities}
-            for modality, data in self._members(row):
+            for modality, data in members:
                 del absent[modality.name]
                 days = dates[modality.name][place] if modality.has_dates else None
-                packed.put(place, modality, days)[:] = self._decoded(row, modality, data, windows[place])
+                writer.put(place, modality, days)[:] = self._decoded(rows[place], modality, data, windows[place])
             for modality in absent.values():
-                packed.leave_out(place, modality)
-        return packed
+                writer.leave_out(place, modality)
+
+        # Decoders leave Python alone, so threads share the work; a reading process has one, as torch does there.
+        threads = min(torch.get_num_threads(), len(rows))
+        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+            spread = map if pool is None else pool.map
+            for _ in spread(fill, range(len(rows)), (list(self._members(row)) for row in rows)):
+                pass
+        return writer.packed
 
     def _members(self, row: int) -> Iterator[tuple[Modality, memoryview]]:
         """The wanted modalities that a sample has, encoded, in the order of the tar; neighbours are read at once."""
@@ -131,23 +139,22 @@ class ShardDataset(Dataset[Sample]):
 
     def _decoded(self, row: int, modality: Modality, data: memoryview, window: GroundWindow) -> np.ndarray:
         """The pixels of one member under the window."""
-        # A few hostile bytes could declare, and fill, a gigabyte.
-        most = math.prod(modality.shape(LONGEST_SERIES)) * np.dtype(modality.dtype).itemsize
+        expected: tuple[int, ...] = (len(modality.bands), modality.size, modality.size)
+        if modality.has_dates:
+            expected = (len(self._index.dates(modality.mask_of or modality.name, row)), *expected)
         try:
-            array = decode(data, most)
+            member = Member(data)
+            if (member.shape, member.dtype) == (expected, modality.dtype):
+                return member.array(pixels(modality, window))
         except ValueError as error:
             raise InputError(f"{self._name(row, modality)} is damaged: {error}") from error
-        expected = (len(modality.bands), modality.size, modality.size)
-        if array.shape[-3:] != expected or array.ndim != 3 + modality.has_dates or array.dtype != modality.dtype:
+        if modality.has_dates and member.shape[1:] == expected[1:] and member.dtype == modality.dtype:
             raise InputError(
-                f"{self._name(row, modality)} holds {array.dtype} of shape {array.shape} where {modality.dtype} of "
-                f"{'(dates, ' if modality.has_dates else '('}{', '.join(map(str, expected))}) belongs"
+                f"{self._name(row, modality)} has {member.shape[0]} dates in its shard but {expected[0]} in the index"
             )
-        if modality.has_dates and len(array) != (count := len(self._dates(row, modality))):
-            raise InputError(
-                f"{self._name(row, modality)} has {len(array)} dates in its shard but {count} in the manifest"
-            )
-        return array[..., *pixels(modality, window)]
+        raise InputError(
+            f"{self._name(row, modality)} is {member.dtype} of shape {member.shape}, not {modality.dtype} of {expected}"
+        )
 
     def _name(self, row: int, modality: Modality) -> str:
         return f"{self._files.name(int(self._index.shard[row]))}: {modality.name} of {self._index.key(row)}"

@@ -23,7 +23,7 @@ Step = dict[str, Any]
 
 KNOWN = ("delta", "interpolate", "bands", "round")
 _BLOCK = 1 << 18  # bytes of the planes that are worked on together: they stay in the cache
-_SAMPLED = 1 << 13  # values of a band that its terms are fitted to
+_SAMPLED = 1 << 12  # values of a band that its terms are fitted to
 _EARLIER = 3  # bands that are tried as the earlier one
 _MOST_BANDS = 64
 
@@ -75,6 +75,43 @@ def restored(step: Step, values: np.ndarray) -> np.ndarray:
             for band, earlier, quarters in step["terms"]:
                 signed[..., band, :, :] += _part(signed[..., earlier, :, :], quarters)
     return values
+
+
+def narrowed(
+    steps: list[Step], values: np.ndarray, rows: slice, columns: slice
+) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """A part of transformed values that ``restored`` turns into the pixels under a window, and the window in it.
+
+    Args:
+        steps: those that were applied, in order; each fits ``values``.
+        values: (..., H, W), transformed.
+        rows, columns: the window, within H and W, not empty.
+    """
+    if (rows, columns) == (slice(0, values.shape[-2]), slice(0, values.shape[-1])):
+        return values, (rows, columns)
+    spatial = [step for step in steps if step["id"] == "interpolate" or _axis(step, values) in (-1, -2)]
+    if len(spatial) > 1:
+        return values, (rows, columns)
+    if not spatial:
+        part = values[..., rows, columns]
+        return np.ascontiguousarray(part) if steps else part, (slice(None), slice(None))
+    if spatial[0]["id"] == "interpolate":
+        height = values.shape[-2]
+        even = (height + 1) // 2
+        # Odd rows stand on both neighbours: the part ends with an even row, unless the image ends before.
+        first, last = rows.start // 2, min(rows.stop | 1, height)
+        above, between = values[..., first : (last + 1) // 2, :], values[..., even + first : even + last // 2, :]
+        # Differences along a row add up from its first pixel.
+        part = np.concatenate([above[..., : columns.stop], between[..., : columns.stop]], axis=-2)
+        return part, (slice(rows.start - 2 * first, rows.stop - 2 * first), columns)
+    if _axis(spatial[0], values) == -1:
+        return np.ascontiguousarray(values[..., rows, : columns.stop]), (slice(None), columns)
+    return np.ascontiguousarray(values[..., : rows.stop, columns]), (rows, slice(None))
+
+
+def _axis(step: Step, values: np.ndarray) -> int:
+    """The axis of a difference, counted from the end; 0 for other steps."""
+    return step["axis"] % values.ndim - values.ndim if step["id"] == "delta" else 0
 
 
 def rounded(values: np.ndarray, step: Step) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bocage.shards.codec import CodecError, decode
+from bocage.shards.codec import CodecError, Member
 from bocage.shards.index import LONGEST_SERIES
 from bocage.shards.manifest import Shard, dated
 from bocage.shards.modality import Modality, Registry
@@ -244,15 +244,16 @@ class _Walk:
 
     def _check_array(self, modality: Modality, offset: int, length: int, row: dict[str, Any], member: str) -> None:
         days = row.get(f"dates.{modality.name}") if modality.has_dates else None
-        steps = LONGEST_SERIES if days is None else len(days)
-        most = math.prod(modality.shape(steps)) * np.dtype(modality.dtype).itemsize
-        if length > 2 * most + 4096:
-            raise CodecError(f"{length} bytes for an array of at most {most}")
-        array = decode(self._tar.data(offset, length), most)
-        expected = modality.shape(steps if days is not None or array.ndim == 0 else len(array))
-        if array.dtype != np.dtype(modality.dtype) or array.shape != expected:
-            shape = " x ".join(map(str, array.shape))
-            raise CodecError(f"{array.dtype} of {shape} where {modality.name} is {modality.dtype} of {expected}")
+        most = math.prod(modality.shape(LONGEST_SERIES if days is None else len(days)))
+        if length > 2 * most * np.dtype(modality.dtype).itemsize + 4096:
+            raise CodecError(f"{length} bytes for an array of at most {most} values")
+        found = Member(self._tar.data(offset, length))
+        steps = len(days) if days is not None else found.shape[0] if found.shape else 0
+        expected = modality.shape(min(steps, LONGEST_SERIES))
+        if (found.dtype, found.shape) != (np.dtype(modality.dtype), expected):
+            shape = " x ".join(map(str, found.shape))
+            raise CodecError(f"{found.dtype} of {shape} where {modality.name} is {modality.dtype} of {expected}")
+        array = found.array()
         if modality.is_input:
             with np.errstate(over="ignore"):  # as when it was packed
                 moments = Moments.of(represent(array, modality.representation, modality.nodata_below))

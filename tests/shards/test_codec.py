@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from bocage.shards.codec import CHAINS, MAX_BYTES, CodecError, as_stored, decode, encode, lossy_dem
+from bocage.shards.codec import CHAINS, MAX_BYTES, CodecError, Member, as_stored, decode, encode, lossy_dem
 from bocage.shards.modality import FLAIR_HUB
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
@@ -275,3 +275,21 @@ def test_constant_and_empty_arrays_come_back_small(codec: str, value: float, sha
             data = encode(array, codec)
             assert same_bits(decode(data), array)
             assert len(data) < 4_000
+
+
+@given(
+    st.sampled_from(sorted(CHAINS)),
+    st.sampled_from(["uint8", "int16", "uint16", "float32"]),
+    st.sampled_from([(), (3,), (2, 4)]),
+    st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_window_is_that_of_the_whole(codec: str, dtype: str, leading: tuple[int, ...], data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    window = (slice(top, data.draw(st.integers(top + 1, height))), slice(left, data.draw(st.integers(left + 1, width))))
+    random = np.random.default_rng(height * 41 + width)
+    values = random.integers(0, 255, (*leading, height, width)).cumsum(axis=-1).astype(dtype)
+    member = encode(values, codec)
+    found = Member(member).array(window)
+    assert found.dtype == values.dtype and np.array_equal(found, decode(member)[..., window[0], window[1]])
