@@ -182,7 +182,7 @@ def test_moments_merge_to_those_of_everything() -> None:
     chunks = [torch.randn((3, 2, size, 7), generator=generator) * 50 + 1e4 for size in (1, 5, 9)]
     chunks[1][:, 0, :2] = torch.nan
     empty = torch.full((1, 2, 2, 2), torch.nan)
-    total = merge(Moments.of(represent(chunk, "linear")) for chunk in (empty, *chunks, empty))
+    total = merge(Moments.of(represent(chunk.numpy(), "linear")) for chunk in (empty, *chunks, empty))
     assert total is not None
     for channel in range(2):
         values = np.concatenate([chunk[:, channel].double().numpy().ravel() for chunk in chunks])
