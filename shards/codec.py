@@ -38,6 +38,7 @@ _KINDS = "biufc"
 _PCODEC_DTYPES = frozenset(
     ("float16", "float32", "float64", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
 )
+_PCODEC_BATCH = 256  # values; what it decompresses less of than there are is a multiple
 _MOST_PARTS = 16
 
 
@@ -49,9 +50,9 @@ class CodecError(ValueError):
 class Chain:
     """An encoding: steps (see ``transforms``), then one entropy coder.
 
-    Coders are ``zstd`` with its ``level``, and ``pcodec`` with its ``level`` and how it takes differences: ``auto``
-    leaves it to pcodec, ``none`` is for values that are differences already, ``fitted`` compresses each band for
-    itself with the order of differences that is smallest. ``multiple``: floats are multiples of this.
+    Coders are ``zstd`` with its ``level``, and ``pcodec``, which compresses each band for itself, with its ``level``
+    and how it takes differences: ``auto`` leaves that to pcodec, ``none`` is for values that are differences already,
+    ``fitted`` takes the order whose differences are smallest. ``multiple``: floats are multiples of this.
     """
 
     transforms: tuple[Step, ...]
@@ -59,7 +60,7 @@ class Chain:
 
 
 _PLAIN = {"id": "zstd", "level": 3}
-_HEIGHT = {"id": "pcodec", "level": 8, "delta": "fitted"}
+_HEIGHT = {"id": "pcodec", "level": 9, "delta": "fitted"}
 # A power of two, so that scaling is exact; half of it is the largest error, 3.9 mm. Beyond the limits are no heights.
 _HEIGHT_STEP = 2.0**-7
 _ROUND = {"id": "round", "step": _HEIGHT_STEP, "lowest": -500.0, "highest": 9000.0}
@@ -170,8 +171,10 @@ class Member:
         if self._coder is not None:
             if not _coder_fits(self._coder, values):
                 raise CodecError(f"coder {self._coder['id']} does not fit {self.dtype}")
+            # Without steps a row depends on nothing below it.
+            last = window[0].stop if window is not None and not self._steps else None
             try:
-                _decompress(self._coder, self._payload, values)
+                _decompress(self._coder, self._payload, values, last)
             except (RuntimeError, ValueError, TypeError, OverflowError) as error:
                 raise CodecError(f"payload cannot be decompressed: {error}") from error
         elif values.size or self._payload:
@@ -233,18 +236,20 @@ def _compressed(coder: dict[str, Any], values: np.ndarray) -> tuple[dict[str, An
     parts = []
     for part in _parts(values):
         config = ChunkConfig(compression_level=coder["level"], mode_spec=mode, delta_spec=_delta(coder["delta"], part))
-        parts.append(standalone.simple_compress(part.reshape(-1), config))
+        parts.append(standalone.simple_compress(np.ascontiguousarray(part).reshape(-1), config))
     return {**coder, "parts": [len(part) for part in parts]}, b"".join(parts)
 
 
-def _parts(values: np.ndarray) -> np.ndarray:
-    """What pcodec compresses one by one, along the first axis: the bands of an image, or all at once.
+def _parts(values: np.ndarray) -> list[np.ndarray]:
+    """Views of what pcodec compresses one by one: the bands, if there are not too many.
 
     Integers are signed there: most are differences.
     """
     if values.dtype.kind == "u":
         values = values.view(np.dtype(f"i{values.dtype.itemsize}"))
-    return values if values.ndim == 3 and len(values) <= _MOST_PARTS else values.reshape(1, 1, -1)
+    if values.ndim < 3 or values.shape[-3] > _MOST_PARTS:
+        return [values.reshape(1, -1)]
+    return [values[..., band, :, :] for band in range(values.shape[-3])]
 
 
 def _delta(kind: str, part: np.ndarray) -> DeltaSpec:
@@ -259,8 +264,12 @@ def _delta(kind: str, part: np.ndarray) -> DeltaSpec:
     return DeltaSpec.try_consecutive(1 if np.abs(differences).sum() <= np.abs(np.diff(differences)).sum() else 2)
 
 
-def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray) -> None:
-    """Fills ``values``; raises ``RuntimeError`` or ``ValueError`` on a payload of another size or a damaged one."""
+def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray, last: int | None) -> None:
+    """Fills ``values``, rows from ``last`` on only where that costs nothing.
+
+    Raises:
+        RuntimeError, ValueError: a payload of another size or a damaged one.
+    """
     if coder["id"] == "zstd":
         size = _zstandard_size(payload)
         if size != values.nbytes:
@@ -272,9 +281,12 @@ def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray) 
         raise ValueError(f"its {len(payload)} bytes are not the {len(parts)} parts {sizes}")
     start = 0
     for part, size in zip(parts, sizes):
-        progress = standalone.simple_decompress_into(bytes(payload[start : start + size]), part.reshape(-1))
+        whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
+        progress = standalone.simple_decompress_into(bytes(payload[start : start + size]), whole.reshape(-1))
         if progress.n_processed != part.size or not progress.finished:
             raise ValueError(f"it does not hold {part.size} values")
+        if whole is not part:
+            part[:] = whole
         start += size
 
 

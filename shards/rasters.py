@@ -7,6 +7,7 @@ through tifffile (2.3 against 3.6).
 
 from __future__ import annotations
 
+import math
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def read(source: Source, modality: Modality) -> Raster:
     """
     content = source.read()
     nbytes = len(modality.bands) * modality.size**2 * np.dtype(modality.dtype).itemsize
-    large = modality.role == "image" and nbytes > _SMALL  # labels are large, but hardly more than their blocks' headers
+    large = modality.role == "image" and nbytes > _SMALL  # labels compress to little: opening costs more
     try:
         reader = _read_gdal if large else _read_tifffile
         bands, pixel, crs, left, top, nodata = reader(content)
@@ -68,6 +69,8 @@ def read(source: Source, modality: Modality) -> Raster:
         ) from error
     _check_crs(source, crs)
     _check(source, modality, bands, pixel)
+    if not (math.isfinite(left) and math.isfinite(top)):
+        raise RasterError(f"{source}: its position ({left}, {top}) is no place")
     if nodata is not None and bands.dtype.kind == "f":
         with np.errstate(over="ignore"):  # a value beyond the dtype is infinity there
             bands = np.where(bands == bands.dtype.type(nodata), bands.dtype.type(np.nan), bands)
@@ -82,8 +85,7 @@ _Read = tuple[np.ndarray, tuple[float, float], str, float, float, float | None]
 
 def _read_gdal(content: bytes) -> _Read:
     with MemoryFile(content) as memory, memory.open() as source:
-        transform = source.transform
-        crs = source.crs.to_string() if source.crs else ""
+        pixel, crs, left, top = _georeference(source)
         bands = source.read()
         nodata = source.nodata
         tiled = source.block_shapes[0][1] < source.width
@@ -92,7 +94,15 @@ def _read_gdal(content: bytes) -> _Read:
     if tiled or nodata is not None or not bands.any(axis=2).all():
         with tifffile.TiffFile(BytesIO(content)) as file:
             _refuse_holes(file.pages.first)
-    return bands, (transform.a, -transform.e), crs, transform.c, transform.f, nodata
+    return bands, pixel, crs, left, top, nodata
+
+
+def _georeference(source: Any) -> tuple[tuple[float, float], str, float, float]:
+    """Pixel width and height, CRS, left, top of an open dataset of rasterio."""
+    transform = source.transform
+    if transform.b or transform.d:
+        raise ValueError("its grid is turned against north")
+    return (transform.a, -transform.e), source.crs.to_string() if source.crs else "", transform.c, transform.f
 
 
 def _refuse_holes(page: Any) -> None:
@@ -122,8 +132,8 @@ def _read_tifffile(content: bytes) -> _Read:
     code = keys.get(_PROJECTED_CRS, _USER_DEFINED)
     if scale is None or tie is None or code == _USER_DEFINED:  # the rare ways of saying it are GDAL's to understand
         with MemoryFile(content) as memory, memory.open() as source:
-            transform, crs = source.transform, source.crs.to_string() if source.crs else ""
-        return bands, (transform.a, -transform.e), crs, transform.c, transform.f, nodata
+            pixel, crs, left, top = _georeference(source)
+        return bands, pixel, crs, left, top, nodata
     width, height, _ = scale.value
     column, row, _, easting, northing, _ = tie.value[:6]
     centre = 0.5 if keys.get(_RASTER_TYPE) == _PIXEL_IS_POINT else 0.0
@@ -149,7 +159,8 @@ def _check(source: Source, modality: Modality, bands: np.ndarray, pixel: tuple[f
     if count % expected != 0 if modality.has_dates else count != expected:
         multiple = "a multiple of " if modality.has_dates else ""
         raise RasterError(f"{source}: {count} bands, but {modality.name} has {multiple}{expected}")
-    if any(abs(side - modality.gsd) > _GSD_TOLERANCE * modality.gsd for side in pixel):
+    # Not "any is larger": a NaN is larger than nothing.
+    if not all(abs(side - modality.gsd) <= _GSD_TOLERANCE * modality.gsd for side in pixel):
         raise RasterError(
             f"{source}: pixels of {pixel[0]:g} x {pixel[1]:g} m, but {modality.name} has {modality.gsd:g} m"
         )

@@ -23,7 +23,7 @@ Step = dict[str, Any]
 
 KNOWN = ("delta", "interpolate", "bands", "round")
 _BLOCK = 1 << 18  # bytes of the planes that are worked on together: they stay in the cache
-_SAMPLED = 1 << 13  # values of a band that its terms are fitted to
+_SAMPLED = 1 << 12  # values of a band that its terms are fitted to
 _EARLIER = 3  # bands that are tried as the earlier one
 _MOST_BANDS = 64
 

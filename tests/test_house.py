@@ -106,7 +106,7 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
 
 
 # A sharding worker is to stay under 400 MB, of which torch alone would take most.
-@pytest.mark.parametrize("module", ["modality", "flairhub", "rasters", "codec", "normalize", "packing"])
+@pytest.mark.parametrize("module", ["modality", "flairhub", "rasters", "codec", "normalize", "packing", "writer"])
 def test_sharding_imports_no_torch(module: str) -> None:
     code = f"import bocage.shards.{module}, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

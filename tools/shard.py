@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bocage.shards.codec import lossy_dem
 from bocage.shards.errors import InputError
 from bocage.shards.estimate import Estimate
 from bocage.shards.files import written_atomically
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     content = parser.add_argument_group("what the shards hold")
     content.add_argument(
         "--modalities", nargs="+", metavar="NAME", help=f"what to keep (default: all of {', '.join(FLAIR_HUB)})"
+    )
+    content.add_argument(
+        "--lossy-dem",
+        action="store_true",
+        help="round heights by at most 5 mm: height models take less than half the bytes; all else stays lossless",
     )
     content.add_argument(
         "--max-bad",
@@ -128,7 +134,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _catalogue(arguments: argparse.Namespace) -> Catalogue:
-    catalogue = Catalogue.open(arguments.source, modalities=arguments.modalities)
+    registry = lossy_dem(FLAIR_HUB) if arguments.lossy_dem else FLAIR_HUB
+    catalogue = Catalogue.open(arguments.source, registry, modalities=arguments.modalities)
     if arguments.split_csv:
         return catalogue.with_csv_split(
             arguments.split_name or "split_csv", _pairs("--split-csv", "FILE", arguments.split_csv)

@@ -1,6 +1,8 @@
 """Size and speed of sharding against plain GeoTIFF and plain rasterio: ``python tests/bench/sharding.py TREE``.
 
-TREE is a FLAIR-HUB tree, such as ``bocage sample`` writes. Three tables:
+TREE is a FLAIR-HUB tree, such as ``bocage sample`` writes. Simulated series are short, and what a reader costs depends
+on their length: series get as many dates as FLAIR-HUB's have on average, borrowed from the patches that follow
+(``--dates``; 0 takes the files as they are). Three tables:
 
 - bytes of each modality against LZW GeoTIFF (the file's own size where it is LZW, else written anew), and how many
   patches a second one core encodes and decodes, in process CPU time;
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,29 @@ from bocage.shards.sources import Source
 
 _GDAL = {"GDAL_CACHEMAX": 64, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": 1}
 _MEGABYTE = 1e6
+
+
+def lengthened(catalogue: Catalogue, row: int, dates: int, folder: Path) -> Patch:
+    """The patch with series of so many dates, taken from the patches that follow; LZW, as the simulator writes."""
+    patch = catalogue.patch(row)
+    sources = dict(patch.sources)
+    for modality in catalogue.registry.values():
+        if not modality.has_dates or modality.name not in sources:
+            continue
+        parts: list[np.ndarray] = []
+        following = row
+        while sum(map(len, parts)) < dates:
+            source = catalogue.patch(following % len(catalogue)).sources.get(modality.name)
+            parts += [rasters.read(source, modality).array] if source is not None else []
+            following += 1
+        bands = np.concatenate(parts)[:dates].reshape(-1, modality.size, modality.size)
+        with rasterio.open(sources[modality.name].path) as file:
+            profile = {**file.profile, "count": len(bands)}
+        path = folder / f"{patch.key}_{modality.name}.tif"
+        with rasterio.open(path, "w", **profile) as file:
+            file.write(bands)
+        sources[modality.name] = Source(path)
+    return replace(patch, sources=sources, dates={})
 
 
 def lzw_bytes(content: bytes, bands: np.ndarray) -> int:
@@ -108,30 +134,36 @@ def read_with_rasterio(source: Source, modality: Modality) -> Raster:
 
 
 @contextmanager
+def _here() -> Iterator[None]:
+    with rasterio.Env(**_GDAL):
+        yield
+
+
+@contextmanager
 def _peer() -> Iterator[None]:
     with mock.patch.object(rasters, "read", read_with_rasterio):
         yield
 
 
-def shard(patches: list[Patch], catalogue: Catalogue, registry: Registry, folder: Path) -> Path:
+def shard(patches: list[Patch], registry: Registry, splits: list[str], folder: Path) -> Path:
     """One shard of these patches; the tar."""
     (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    job = Job(0, folder, registry, list(catalogue.splits), patches, tolerated=0)
-    with rasterio.Env(**_GDAL):
-        write_shard(job, lambda _patches, _written: None)
+    job = Job(0, folder, registry, splits, patches, tolerated=0)
+    write_shard(job, lambda _patches, _written: None)
     return job.shard
 
 
-def against_rasterio(patches: list[Patch], catalogue: Catalogue, registry: Registry, repeats: int) -> None:
+def against_rasterio(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
     """Table of sharding speed on one core."""
     times: dict[str, list[float]] = {"here": [], "rasterio": []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats + 1):  # the first turn only warms up
             start = time.process_time()
-            here = shard(patches, catalogue, registry, Path(folder) / "here")
+            with _here():
+                here = shard(patches, registry, splits, Path(folder) / "here")
             between = time.process_time()
             with _peer():
-                peer = shard(patches, catalogue, registry, Path(folder) / "rasterio")
+                peer = shard(patches, registry, splits, Path(folder) / "rasterio")
             end = time.process_time()
             if repeat:
                 times["here"].append(between - start)
@@ -142,20 +174,17 @@ def against_rasterio(patches: list[Patch], catalogue: Catalogue, registry: Regis
     print(f"ratio {speeds['here'] / speeds['rasterio']:.2f}; same bytes: {same}")
 
 
-def _worker(tree: Path, lossy: bool, rows: list[int], barrier: Any, results: Any) -> None:
-    catalogue = Catalogue.open(tree)
-    registry = lossy_dem(catalogue.registry) if lossy else catalogue.registry
-    patches = [catalogue.patch(row) for row in rows]
-    with tempfile.TemporaryDirectory() as folder:
-        shard(patches[:2], catalogue, registry, Path(folder))
+def _worker(patches: list[Patch], registry: Registry, splits: list[str], barrier: Any, results: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder, _here():
+        shard(patches[:2], registry, splits, Path(folder))
         barrier.wait()
         start = time.monotonic()
-        shard(patches, catalogue, registry, Path(folder))
+        shard(patches, registry, splits, Path(folder))
         barrier.wait()
     results.put((time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def processes(tree: Path, lossy: bool, rows: list[int], repeats: int) -> None:
+def processes(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
     """Table of one process against two on the same number of patches each."""
     context = multiprocessing.get_context("spawn")
     speeds: dict[int, list[float]] = {1: [], 2: []}
@@ -164,14 +193,15 @@ def processes(tree: Path, lossy: bool, rows: list[int], repeats: int) -> None:
         for count in speeds:
             barrier, results = context.Barrier(count), context.Queue()
             started = [
-                context.Process(target=_worker, args=(tree, lossy, rows, barrier, results)) for _ in range(count)
+                context.Process(target=_worker, args=(patches, registry, splits, barrier, results))
+                for _ in range(count)
             ]
             for process in started:
                 process.start()
             found = [results.get() for _ in started]
             for process in started:
                 process.join()
-            speeds[count].append(count * len(rows) / max(seconds for seconds, _ in found))
+            speeds[count].append(count * len(patches) / max(seconds for seconds, _ in found))
             memory = max(memory, *(resident for _, resident in found))
     one, two = (statistics.median(found) for found in speeds.values())
     print(f"one process {one:.1f} patches/s, two {two:.1f}: ratio {two / one:.2f}; at most {memory:.0f} MiB a process")
@@ -183,16 +213,21 @@ def main() -> None:
     parser.add_argument("tree", type=Path)
     parser.add_argument("--patches", type=int, default=40, help="that many, spread over the tree (default 40)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dates", type=int, default=91, help="dates of every series (default 91; 0: as they are)")
     parser.add_argument("--lossy-dem", action="store_true", help="heights rounded by at most 5 mm")
     arguments = parser.parse_args()
     catalogue = Catalogue.open(arguments.tree)
     registry = lossy_dem(catalogue.registry) if arguments.lossy_dem else catalogue.registry
-    rows = list(range(0, len(catalogue), max(1, len(catalogue) // arguments.patches)))[: arguments.patches]
-    patches = [catalogue.patch(row) for row in rows]
-    with rasterio.Env(**_GDAL):
-        encodings(patches, registry, arguments.repeats)
-    against_rasterio(patches, catalogue, registry, arguments.repeats)
-    processes(arguments.tree, arguments.lossy_dem, rows, arguments.repeats)
+    splits = list(catalogue.splits)
+    rows = range(0, len(catalogue), max(1, len(catalogue) // arguments.patches))[: arguments.patches]
+    with tempfile.TemporaryDirectory() as folder:
+        patches = [catalogue.patch(row) for row in rows]
+        if arguments.dates:
+            patches = [lengthened(catalogue, row, arguments.dates, Path(folder)) for row in rows]
+        with _here():
+            encodings(patches, registry, arguments.repeats)
+        against_rasterio(patches, registry, splits, arguments.repeats)
+        processes(patches, registry, splits, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,32 @@ def test_a_channel_of_holes_is_packed(tmp_path: Path) -> None:
     assert decode(packed.members[member_name(KEY, "DEM_ELEV")]).tobytes() == heights.tobytes()
     assert packed.moments["DEM_ELEV"].count.tolist() == [512 * 512, 0]
     assert np.isnan(packed.row["mean.DEM_ELEV"][1])
+
+
+# Whoever uses BLAS here gets sums that depend on how many threads share them.
+def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    write_tree(tmp_path, [KEY], ["AERIAL_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"])
+    code = (
+        "import hashlib, json, sys\n"
+        "from bocage.shards.flairhub import Catalogue\n"
+        "from bocage.shards.packing import pack\n"
+        "catalogue = Catalogue.open(sys.argv[1])\n"
+        "packed = pack(catalogue.patch(0), catalogue.registry)\n"
+        "print(json.dumps({name: item.to_json() for name, item in packed.moments.items()}))\n"
+        "print(hashlib.sha256(b''.join(packed.members.values())).hexdigest())\n"
+    )
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2", "7")
+    ]
+    assert printed[0].count("mean") == 3
+    assert printed[0] == printed[1] == printed[2]
 
 
 def test_members_are_described(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from rasterio import Affine
 from small_tree import write_raster
 
@@ -145,7 +146,20 @@ def test_turned_rasters_are_named(tmp_path: Path, name: str) -> None:
     bands = np.ones((len(modality.bands), modality.size, modality.size), modality.dtype)
     turned = Affine(0, modality.gsd, 650_000, modality.gsd, 0, 6_860_000)
     write_raster(path, bands, modality.gsd, transform=turned)
-    with pytest.raises(RasterError, match=r"pixels of 0 x -?0 m"):
+    with pytest.raises(RasterError, match="turned against north"):
+        rasters.read(Source(path), modality)
+
+
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
+@pytest.mark.parametrize("tag", [33550, 33922])
+def test_numbers_that_are_none_are_no_position(tmp_path: Path, name: str, tag: int) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "nowhere.tif"
+    write_raster(path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        entry = file.pages.first.tags[tag]
+        entry.overwrite([*entry.value[:-3], *[float("nan")] * 3])
+    with pytest.raises(RasterError, match=r"nowhere\.tif: (pixels of nan|its position)"):
         rasters.read(Source(path), modality)
 
 

@@ -40,6 +40,20 @@ def test_command_takes_csv_splits(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [manifest.row(int(row))["key"] for row in rows] == ["D051-2019_UN-S0-15_1-1"]
 
 
+def test_command_rounds_heights_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "tree", KEYS[:1], ["DEM_ELEV", "AERIAL_LABEL-COSIA"])
+    sizes = {}
+    for out, options in (("exact", []), ("rounded", ["--lossy-dem"])):
+        assert main(["shard", str(tmp_path / "tree"), str(tmp_path / out), *options]) == 0
+        manifest = Manifest.open(tmp_path / out)
+        assert manifest.registry["DEM_ELEV"].codec == ("height-5mm" if options else "height")
+        sizes[out] = manifest.shards[0].bytes
+    assert sizes["rounded"] < sizes["exact"]
+    # The plan tells them apart: a folder never holds both.
+    assert main(["shard", str(tmp_path / "tree"), str(tmp_path / "exact"), "--lossy-dem"]) == 2
+    assert "another plan" in capsys.readouterr().err
+
+
 # A process that imports torch, and Ctrl-C after its first shard.
 def test_ctrl_c_ends_the_command_quietly_and_it_can_go_on(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", KEYS, ["AERIAL_RGBI", "DEM_ELEV"])
