@@ -257,7 +257,7 @@ def _write_report(path: Path, catalogue: Catalogue) -> None:
 
 def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:
     free = shutil.disk_usage(next(path for path in (arguments.out, *arguments.out.absolute().parents) if path.exists()))
-    table = _table(f"{arguments.out} (dry run: nothing is written)")
+    table = _table("dry run: nothing is written")
     table.add_row("patches", str(estimate.patches))
     table.add_row("shards", str(estimate.shards))
     table.add_row("size, about", _size(estimate.bytes))
