@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -210,6 +210,10 @@ class Catalogue:
         """Keys of all patches, in order."""
         return _keys(self._domains, self._rois, self._codes)
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the domain and of the ROI of each patch, (patches,) int64 each; a ROI's is its alone."""
+        return self._codes >> _DOMAIN_SHIFT, self._codes >> _ROI_SHIFT
+
     def report(self) -> Report:
         """Counts by modality, and what is missing, undated or not understood."""
         return self._report
@@ -225,10 +229,7 @@ class Catalogue:
             InputError: the name is taken or not ``split_...``, a CSV cannot be read, lists no patch of this tree, or
                 lists one that another CSV lists too.
         """
-        if name in self.splits or not name.startswith("split_"):
-            raise InputError(
-                f"split name {name!r}: must start with 'split_' and be new; taken: {', '.join(self.splits) or 'none'}"
-            )
+        self._check_new_split(name)
         keys = pa.array(self.keys(), pa.string())
         column: list[str | None] = [None] * len(self)
         for value, path in files.items():
@@ -240,6 +241,35 @@ class Catalogue:
                     raise InputError(f"{path}: patch {keys[row]} is listed as {column[row]} and as {value}")
                 column[row] = value
         return replace(self, splits={**self.splits, name: pa.array(column, pa.string()).dictionary_encode()})
+
+    def with_domain_split(self, name: str, domains: Mapping[str, Sequence[str]], rest: str | None = None) -> Catalogue:
+        """A copy with one more split, by domain.
+
+        Args:
+            name: of the split; it becomes a column of the manifest.
+            domains: by value (``train``, ``valid``, ``test``), names like ``D012-2019``.
+            rest: value of the patches of all other domains; None leaves them out of the split.
+
+        Raises:
+            InputError: the name is taken or not ``split_...``, or a domain is not in this tree or listed twice.
+        """
+        self._check_new_split(name)
+        value_of: dict[str, str] = {}
+        for value, listed in domains.items():
+            for domain in listed:
+                if domain not in self._domains:
+                    raise InputError(f"{name}: domain {domain!r} is not in {self.root}")
+                if value_of.setdefault(domain, value) != value:
+                    raise InputError(f"{name}: domain {domain} is listed as {value_of[domain]} and as {value}")
+        values = pa.array([value_of.get(domain, rest) for domain in self._domains], pa.string())
+        column = values.take(pa.array(self._codes >> _DOMAIN_SHIFT)).dictionary_encode()
+        return replace(self, splits={**self.splits, name: column})
+
+    def _check_new_split(self, name: str) -> None:
+        if name in self.splits or not name.startswith("split_"):
+            raise InputError(
+                f"split name {name!r}: must start with 'split_' and be new; taken: {', '.join(self.splits) or 'none'}"
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 over everything a patch can tell but the location of the tree."""
