@@ -96,8 +96,6 @@ class Catalogue:
         root = Path(root)
         if modalities is not None:
             registry = registry.subset(modalities)
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder; expected a FLAIR-HUB tree, unzipped or not")
         report = Report()
         scan = Scan(root, registry, report)
         joined = join(scan, registry, report)
@@ -141,9 +139,7 @@ class Catalogue:
         offset, stored, size, crc, method = (
             int(entry[field]) for field in ("offset", "stored", "size", "crc", "method")
         )
-        return Source(
-            self.root / self._zips[entry["zip"]], Member(name.encode("ascii"), offset, stored, size, crc, method)
-        )
+        return Source(self.root / self._zips[entry["zip"]], Member(name.encode(), offset, stored, size, crc, method))
 
     def keys(self) -> list[str]:
         """Keys of all patches, in order."""
@@ -170,16 +166,20 @@ class Catalogue:
         """
         self._check_new_split(name)
         keys = pa.array(self.keys(), pa.string())
-        column: list[str | None] = [None] * len(self)
-        for value, path in files.items():
-            rows = pc.index_in(pa.array(read_csv_split(path), pa.string()), value_set=keys).drop_null().to_pylist()
-            if not rows:
+        values = list(files)
+        column = np.full(len(self), -1, np.int32)  # into the values
+        for code, path in enumerate(files.values()):
+            found = pc.index_in(pa.array(read_csv_split(path), pa.string()), value_set=keys).drop_null()
+            rows = found.to_numpy(zero_copy_only=False)
+            if not len(rows):
                 raise InputError(f"{path}: none of its patches is in {self.root}")
-            for row in rows:
-                if column[row] not in (None, value):
-                    raise InputError(f"{path}: patch {keys[row]} is listed as {column[row]} and as {value}")
-                column[row] = value
-        return replace(self, splits={**self.splits, name: pa.array(column, pa.string()).dictionary_encode()})
+            taken = rows[column[rows] >= 0]
+            if len(taken):
+                other = values[column[taken[0]]]
+                raise InputError(f"{path}: patch {keys[taken[0]]} is listed as {other} and as {values[code]}")
+            column[rows] = code
+        split = pa.array(values, pa.string()).take(pa.array(column, mask=column < 0)).dictionary_encode()
+        return replace(self, splits={**self.splits, name: split})
 
     def with_domain_split(self, name: str, domains: Mapping[str, Sequence[str]], rest: str | None = None) -> Catalogue:
         """A copy with one more split, by domain.

@@ -14,7 +14,7 @@ import numpy as np
 from bocage.shards.modality import Modality
 
 HISTORICAL_YEAR = "195X"
-FOLDER = re.compile(r"(?P<place>D[0-9A-Z]{3,6})-(?P<year>\d{4}|195X)_(?P<modality>.+)")
+FOLDER = re.compile(r"(?P<place>D[0-9A-Z]{3,6})-(?P<year>\d{4}|195X)_(?P<modality>.+)", re.ASCII)
 ROI = re.compile(r"[A-Za-z0-9-]+")
 CELL = re.compile(r"(0|[1-9]\d{0,3})-(0|[1-9]\d{0,3})", re.ASCII)
 # A patch is one integer, in the order of the catalogue: domain (15 bits), ROI (20), row (14), column (14).

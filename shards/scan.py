@@ -70,6 +70,8 @@ class Scan:
         self._numbers: dict[str, int] = {}
         try:
             candidates = sorted(_candidates(root))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{root}: no such folder; expected a FLAIR-HUB tree, unzipped or not") from None
         except OSError as error:
             raise InputError(f"{root}: cannot be read: {error.strerror}") from error
         for kind, name, suffix in candidates:
