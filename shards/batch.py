@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """A batch of B samples of the same ground size.
+    """A batch of B samples of the same ground size. Its tensors may be views of one block of memory.
 
     Attributes:
         keys, rois: B names each.
@@ -80,7 +80,3 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch on ``device``."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """The batch in pinned memory (the DataLoader calls this)."""
-        return self._mapped(lambda tensor: tensor.pin_memory())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -36,16 +36,21 @@ def check_side(side: float, modalities: Iterable[Modality]) -> None:
         )
 
 
-def draw_window(seed: int, side: float, step: float) -> GroundWindow:
-    """The window of ``side`` metres that the sample with this seed sees, on the lattice of ``step`` metres."""
+def draw_windows(seeds: Sequence[int], side: float, step: float) -> list[GroundWindow]:
+    """The windows of ``side`` metres that the samples with these seeds see, on the lattice of ``step`` metres."""
     if math.isclose(side, PATCH_SIZE):
-        return WHOLE_PATCH
+        return [WHOLE_PATCH] * len(seeds)
     positions = round((PATCH_SIZE - side) / step) + 1
-    column, row = integers(torch.tensor([seed]), "window", positions, 2)[0].tolist()
-    return GroundWindow(left=column * step, top=row * step, side=side)
+    drawn = integers(torch.tensor(seeds), "window", positions, 2).tolist()
+    return [GroundWindow(left=column * step, top=row * step, side=side) for column, row in drawn]
+
+
+def pixels(modality: Modality, window: GroundWindow) -> tuple[slice, slice]:
+    """Rows and columns of a raster of ``modality`` under ``window``."""
+    left, top, side = (round(metres / modality.gsd) for metres in (window.left, window.top, window.side))
+    return slice(top, top + side), slice(left, left + side)
 
 
 def crop(array: np.ndarray, modality: Modality, window: GroundWindow) -> np.ndarray:
     """The pixels of ``array`` (..., H, W) under ``window``; a view."""
-    left, top, side = (round(metres / modality.gsd) for metres in (window.left, window.top, window.side))
-    return array[..., top : top + side, left : left + side]
+    return array[..., *pixels(modality, window)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,18 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
+def written_atomically(path: Path, *, contested: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it becomes ``path``, flushed to disk, when the block succeeds.
 
     When the block fails the temporary file is removed and ``path`` stays as it was.
+
+    Args:
+        path: the final name.
+        contested: other processes may be writing the same file. The temporary name is then this call's own, so that
+            they cannot meet in it; the last to succeed stays.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    own = f".{uuid.uuid4().hex[:16]}" if contested else ""
+    temporary = path.with_name(f"{path.name}{own}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -21,7 +21,7 @@ INDEX_FILE = "index.arrow"
 
 _KEY = "[A-Za-z0-9_-]{1,200}"
 _ROI = "[A-Za-z0-9_/-]{1,200}"
-_LONGEST = 1 << 15  # dates of a series: ninety a year are usual
+LONGEST_SERIES = 1 << 15  # dates of a series: ninety a year are usual
 _DATES = pa.dictionary(pa.int32(), pa.list_(pa.int32()))
 
 
@@ -117,8 +117,8 @@ class Index:
                 lengths = pc.list_value_length(dates.dictionary)
                 if dates.dictionary.null_count or dates.dictionary.flatten().null_count:
                     raise InputError(f"{self.path}: a date is missing; shard the tree again")
-                if (pc.max(lengths).as_py() or 0) > _LONGEST:
-                    raise InputError(f"{self.path}: a series of more than {_LONGEST} dates; shard the tree again")
+                if (pc.max(lengths).as_py() or 0) > LONGEST_SERIES:
+                    raise InputError(f"{self.path}: a series of more than {LONGEST_SERIES} dates; shard the tree again")
             self._rois.dictionary.validate(full=True)
         except pa.ArrowException as error:
             raise InputError(f"{self.path}: damaged: {error}; shard the tree again") from error
@@ -137,6 +137,8 @@ class Index:
             # Subtracted, not added: an offset near 2^63 must not wrap around.
             if (offset < 0).any() or (self.length[name] < 0).any() or (offset > ends - self.length[name]).any():
                 raise InputError(f"{self.path}: a member of {name} lies outside its shard")
+        # What the checks took, some 170 bytes a sample, is not to be kept and inherited by every reading process.
+        pa.default_memory_pool().release_unused()
 
 
 def _inside(whole: pa.Buffer, batch: pa.RecordBatch) -> bool:

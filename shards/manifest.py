@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bocage.shards.errors import InputError
-from bocage.shards.index import INDEX_FILE, Index
+from bocage.shards.index import INDEX_FILE, LONGEST_SERIES, Index
+from bocage.shards.local import LocalShards, ShardFiles
 from bocage.shards.modality import Modality, Registry
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ DATASET_FILE = "dataset.json"
 
 EVERY_SAMPLE = "all"
 """Name of the split that every sample belongs to, whatever its value; the only one of a tree without split files."""
+
+_ROWS = 1 << 12  # of the table, read at a time
+_VALUES = 1 << 11  # of a list, on the average of a group of rows: ninety dates are usual
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -85,6 +90,10 @@ class Shard:
     sha256: str
 
 
+class OtherVersionError(InputError):
+    """The shards are of another version of the format."""
+
+
 @dataclass(frozen=True)
 class _File:
     """Size and SHA-256 of one of the files beside ``dataset.json``."""
@@ -107,7 +116,7 @@ class Manifest:
         shards: the tars, by shard index.
         counts: ``samples``, ``skipped``, ``source_bytes`` and, by modality, ``present``.
         skipped: by key, why a patch of the tree is not in the shards.
-        index: what readers need of each sample.
+        files: the bytes of the shards; another place's may be set.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
@@ -115,7 +124,7 @@ class Manifest:
         try:
             version = description["schema_version"]
             if version != SCHEMA_VERSION:
-                raise InputError(
+                raise OtherVersionError(
                     f"{source}: schema version {version}, but this bocage reads {SCHEMA_VERSION}; shard the tree again "
                     "or use the bocage that wrote it"
                 )
@@ -135,12 +144,9 @@ class Manifest:
             raise InputError(f"{source}: not a description of shards: {error!r}; shard the tree again") from error
         self.path = path
         self._opened: pq.ParquetFile | None = None
-        self._table: pa.Table | None = None
+        self._group: tuple[int, pa.Table] | None = None  # the row group that a row was last asked from
         self._check_shards()
-        self._check_file(INDEX_FILE)
-        self._check_size(TABLE_FILE)
-        self.index = Index(path / INDEX_FILE, self.registry)
-        self.index.validate([shard.samples for shard in self.shards], [shard.bytes for shard in self.shards])
+        self.files: ShardFiles = LocalShards([path / shard.name for shard in self.shards])
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
@@ -149,6 +155,14 @@ class Manifest:
         Raises:
             InputError: the path is empty, there is no manifest, it is of another version, or it contradicts itself.
         """
+        manifest = cls.described(path)
+        manifest._check_size(TABLE_FILE)
+        _ = manifest.index
+        return manifest
+
+    @classmethod
+    def described(cls, path: str | Path) -> Manifest:
+        """As ``open``, but index and table may be damaged: each is checked when it is first asked for."""
         if not str(path):
             raise InputError(
                 "shards= is not set: write shards with `bocage shard SRC OUT` (SRC: an unzipped FLAIR-HUB, or a sample "
@@ -172,6 +186,8 @@ class Manifest:
                 raise InputError(f"{self.path / DATASET_FILE}: shard name {shard.name!r} is not a plain name of a tar")
             if not _SHA256.fullmatch(str(shard.sha256)) or not (_is_size(shard.bytes) and _is_size(shard.samples)):
                 raise InputError(f"{self.path / DATASET_FILE}: the entry of {shard.name} is not valid")
+        if not _is_size(sum(shard.samples for shard in self.shards)):
+            raise InputError(f"{self.path / DATASET_FILE}: more samples than there can be")
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise InputError(f"{self.path / DATASET_FILE}: a shard is listed twice")
 
@@ -195,6 +211,14 @@ class Manifest:
         if found != self._files[name].sha256:
             raise InputError(f"{path}: damaged: its SHA-256 is not the one in {DATASET_FILE}; copy or shard it again")
 
+    @cached_property
+    def index(self) -> Index:
+        """What readers need of each sample; raises ``InputError`` when the file is not the one described."""
+        self._check_file(INDEX_FILE)
+        index = Index(self.path / INDEX_FILE, self.registry)
+        index.validate([shard.samples for shard in self.shards], [shard.bytes for shard in self.shards])
+        return index
+
     @property
     def _parquet(self) -> pq.ParquetFile:
         """The open table; its hash is checked once, when it is first needed."""
@@ -215,11 +239,12 @@ class Manifest:
                 raise InputError(f"{path}: columns {names} are not as {DATASET_FILE} says; shard the tree again")
             if file.metadata.num_rows != len(self):
                 raise InputError(f"{path}: {file.metadata.num_rows} rows for {len(self)} samples; shard the tree again")
+            _check_lists(path, file.metadata)
             self._opened = file
         return self._opened
 
     def __len__(self) -> int:
-        return len(self.index)
+        return sum(shard.samples for shard in self.shards)
 
     @property
     def digest(self) -> str:
@@ -233,14 +258,12 @@ class Manifest:
 
     @property
     def table(self) -> pa.Table:
-        """All columns; prefer ``column`` for a few of them."""
-        if self._table is None:
-            self._table = self._read(None)
-        return self._table
+        """All columns of all samples, read anew: some kB a sample; prefer ``column``, ``row`` or ``batches``."""
+        return self._read(self._parquet.read)
 
-    def _read(self, columns: list[str] | None) -> pa.Table:
+    def _read(self, read: Callable[..., pa.Table], *arguments: object, **options: object) -> pa.Table:
         try:
-            return self._parquet.read(columns=columns)
+            return read(*arguments, **options)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
@@ -249,7 +272,14 @@ class Manifest:
         names = self._parquet.schema_arrow.names
         if name not in names:
             raise InputError(f"{self.path}: no column {name!r} in the manifest; columns: {', '.join(names)}")
-        return self.table[name] if self._table is not None else self._read([name])[name]
+        return self._read(self._parquet.read, columns=[name])[name]
+
+    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of the table in order, some thousands at a time; memory holds no more of it."""
+        try:
+            yield from self._parquet.iter_batches(_ROWS, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
     def split(self, column: str, value: str) -> np.ndarray:
         """Rows whose split ``column`` has ``value``, (N,) int64 ascending; all rows for the column ``all``.
@@ -295,7 +325,14 @@ class Manifest:
         """All columns of one sample as Python values."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self.table.slice(index, 1).to_pylist()[0]
+        if self._group is None or not 0 <= index - self._group[0] < len(self._group[1]):
+            metadata = self._parquet.metadata
+            first = number = 0
+            while index - first >= (count := metadata.row_group(number).num_rows):
+                first, number = first + count, number + 1
+            self._group = first, self._read(self._parquet.read_row_group, number)
+        first, group = self._group
+        return group.slice(index - first, 1).to_pylist()[0]
 
     def shard_path(self, shard: int) -> Path:
         """The tar of a shard index."""
@@ -310,6 +347,14 @@ def _channel_statistics(description: Mapping[str, Any], channels: int) -> tuple[
         if not numbers or len(values) != channels:
             raise ValueError(f"statistics {values!r} are not {channels} numbers")
     return tuple(mean), tuple(std)
+
+
+def _check_lists(path: Path, metadata: pq.FileMetaData) -> None:
+    """A few bytes of Parquet can stand for lists that no memory holds."""
+    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+        most = max(_VALUES * group.num_rows, LONGEST_SERIES)
+        if any(group.column(index).num_values > most for index in range(group.num_columns)):
+            raise InputError(f"{path}: lists of more values than a sample can have; shard the tree again")
 
 
 def _is_size(value: object) -> bool:

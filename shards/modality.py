@@ -111,7 +111,7 @@ class Modality:
         historical: the file name carries ``195X`` instead of the image year, and the sensor saw an older landscape.
         mean, std: official statistics of the stored values by band, where IGN publishes them.
         baseline: how the published baselines read it, if they do.
-        codec: name of the lossless codec chain of its shard member (see ``codec.py``).
+        codec: name of the codec chain of its shard member (see ``codec.py``).
         nodata_below: stored values under this are holes (None: every value is valid).
         sensor: what the simulator needs to know.
     """
@@ -154,6 +154,11 @@ class Modality:
     def has_dates(self) -> bool:
         """Whether arrays have a leading time axis."""
         return self.role in ("series", "mask")
+
+    def shape(self, dates: int = 0) -> tuple[int, ...]:
+        """Shape of its array; ``dates`` counts only where arrays have a time axis."""
+        shape = (len(self.bands), self.size, self.size)
+        return (dates, *shape) if self.has_dates else shape
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -310,7 +315,7 @@ FLAIR_HUB = Registry(
             dtype="float32",
             gsd=0.2,
             size=512,
-            codec="float",
+            codec="height",
             representation="relief",
             groups=(("height",), ("relief",)),
             unit=32,
@@ -363,7 +368,7 @@ FLAIR_HUB = Registry(
             dtype="uint16",
             gsd=10.24,
             size=10,
-            codec="spectral",
+            codec="reflectance",
             groups=(("B2", "B3", "B4", "B8"), ("B5", "B6", "B7", "B8A"), ("B11", "B12")),
             unit=5,
             dates_table="SENTINEL2",

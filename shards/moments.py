@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+
+_BLOCK = 1 << 15  # values whose deviations are squared together: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,25 @@ class Moments:
     maximum: np.ndarray
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> Moments:
-        """Moments of ``values``, (..., C, H, W) float32 on the CPU; NaN are holes and do not count.
+    def of(cls, values: np.ndarray) -> Moments:
+        """Moments of ``values``, (..., C, H, W) float32; NaN are holes and do not count.
 
-        The same bits whatever the number of threads.
+        The same bits whatever the number of threads: NumPy has one.
         """
-        channels = values.movedim(-3, 0).flatten(1)
         columns = []
-        # NumPy, not torch: its pairwise sums do not depend on the number of threads.
-        for channel in channels.numpy().astype(np.float64):
+        for channel in np.moveaxis(values, -3, 0):
+            channel = channel.reshape(-1)
             # A minimum shows whether there are holes; without, the usual case, selecting would copy for nothing.
             valid = channel[~np.isnan(channel)] if channel.size and np.isnan(channel.min()) else channel
             if len(valid) == 0:
                 columns.append((0.0, math.nan, 0.0, math.nan, math.nan))
                 continue
-            mean = float(valid.mean())
-            squares = float(np.square(valid - mean).sum())
+            mean = valid.mean(dtype=np.float64)
+            squares = 0.0
+            for start in range(0, len(valid), _BLOCK):
+                apart = valid[start : start + _BLOCK] - mean  # float64, as the mean is
+                squares += float(np.square(apart, out=apart).sum())
+            mean = float(mean)
             columns.append((float(len(valid)), mean, squares, float(valid.min()), float(valid.max())))
         return cls(*np.array(columns, np.float64).reshape(-1, 5).T)
 

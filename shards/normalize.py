@@ -1,15 +1,25 @@
-"""Stored values to what an encoder sees: representation and standardisation, on the device where training runs."""
+"""Stored values to what an encoder sees: representation, also of the statistics, and standardisation.
+
+``represent`` is written against the array API (https://data-apis.org/array-api): packing calls it on NumPy's arrays, in
+processes that never import torch, training on tensors of its device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+import numpy as np
+from array_api_compat import array_namespace
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality, Representation, channels_of
+
+if TYPE_CHECKING:  # sharding has no use for torch, which would double a worker's memory
+    import torch
+
+    Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 _TUPLES = ("bands", "quantities", "wavelengths", "channels", "mean", "std")
 LEAST_STD = 1e-6
@@ -93,36 +103,45 @@ class InputSpec:
             raise InputError(f"input description of an encoder cannot be read: {error}") from error
 
 
-def represent(values: torch.Tensor, representation: Representation, nodata_below: float | None = None) -> torch.Tensor:
-    """The representation of stored values.
+def represent(values: Array, representation: Representation, nodata_below: float | None = None) -> Array:
+    """The representation of stored values, an array of NumPy or of torch like the one given.
 
     Args:
-        values: (..., C, H, W) in any dtype. ``relief`` and ``elevation`` expect the bands surface, terrain.
+        values: (..., C, H, W) in any real dtype. ``relief`` and ``elevation`` expect the bands surface, terrain.
         representation: see ``modality.Modality``.
         nodata_below: stored values under this are holes, as are infinities and NaN.
 
     Returns:
         (..., C, H, W) float32; every value is finite, or NaN for a hole.
     """
-    may_have_holes = values.is_floating_point()
-    values = values.to(torch.float32)
-    if may_have_holes:
-        values = _finite_or_nan(values)
+    xp = array_namespace(values)
+    is_float = xp.isdtype(values.dtype, "real floating")
+    values = xp.astype(values, xp.float32, copy=False)
     if nodata_below is not None:
-        values = torch.where(values < nodata_below, torch.nan, values)
+        values = xp.where(xp.isfinite(values) & (values >= nodata_below), values, xp.nan)
+    elif is_float:
+        values = _finite_or_nan(xp, values)
     if representation == "decibel":
-        return 10.0 * torch.log10(values.clamp_min(_SIGMA0_FLOOR))
+        return 10.0 * xp.log10(xp.clip(values, min=_SIGMA0_FLOOR))
     if representation in ("relief", "elevation"):
-        surface, terrain = values.unbind(dim=-3)
+        surface, terrain = values[..., 0, :, :], values[..., 1, :, :]
         height = surface - terrain
         if representation == "relief":
-            surface = surface - surface.nanmean(dim=(-2, -1), keepdim=True)
-        return _finite_or_nan(torch.stack((surface, height), dim=-3))
+            surface = surface - _window_mean(xp, surface)
+        return _finite_or_nan(xp, xp.stack((surface, height), axis=-3))
     return values
 
 
-def _finite_or_nan(values: torch.Tensor) -> torch.Tensor:
-    return torch.where(values.isfinite(), values, torch.nan)
+def _finite_or_nan(xp: Any, values: Array) -> Array:
+    return xp.where(xp.isfinite(values), values, xp.nan)
+
+
+def _window_mean(xp: Any, values: Array) -> Array:
+    """Means of (..., H, W) over what is not NaN, (..., 1, 1); NaN where nothing is left."""
+    holes = xp.isnan(values)
+    count = xp.sum(xp.astype(~holes, xp.float32), axis=(-2, -1), keepdims=True)
+    total = xp.sum(xp.where(holes, 0.0, values), axis=(-2, -1), keepdims=True)
+    return total / xp.where(count > 0, count, xp.nan)
 
 
 def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
@@ -131,11 +150,11 @@ def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     known = channels_of(spec.representation, spec.bands)
     if spec.channels != known:
         values = values[..., [known.index(channel) for channel in spec.channels], :, :]
-    mean = torch.tensor(spec.mean, device=values.device).view(-1, 1, 1)
-    std = torch.tensor(spec.std, device=values.device).view(-1, 1, 1)
+    mean = values.new_tensor(spec.mean).view(-1, 1, 1)
+    std = values.new_tensor(spec.std).view(-1, 1, 1)
     return (values - mean) / std.clamp_min(LEAST_STD)
 
 
 def fill_holes(values: torch.Tensor) -> torch.Tensor:
     """Standardised values with holes at the mean, so that no NaN reaches an encoder."""
-    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

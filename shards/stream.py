@@ -1,34 +1,33 @@
-"""Shards to batches: a computed global order, exact epochs, resume by position, and reads at known offsets.
+"""Shards to batches: exact epochs in a computed order, resume by position, and reads at known offsets.
 
-The order is a function of (seed, epoch): shards are permuted, taken in blocks of a few, and samples permuted inside a
-block, which shuffles nearly globally while reads stay local. Rank r of R takes every R-th sample of the *global*
-order, so a run that resumes on another number of ranks goes on in the same order. The position of a run is one
-number: the samples of the endless order consumed so far.
+The order is `order.py`'s. A batch is decoded and cropped into one block of memory (`collate.py`), by a reading process
+or here. Nothing is to be prepared by Accelerate: the batches of a rank are that rank's alone as they come.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bocage.shards.batch import Batch, Sample
-from bocage.shards.codec import decode
-from bocage.shards.collate import collate
-from bocage.shards.crop import WHOLE_PATCH, check_side, crop, draw_window, lattice
+from bocage.shards.batch import Batch, GroundWindow, Sample
+from bocage.shards.codec import Member
+from bocage.shards.collate import BatchWriter, PackedBatch
+from bocage.shards.crop import WHOLE_PATCH, check_side, draw_windows, lattice, pixels
 from bocage.shards.errors import InputError
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.order import EvaluationRequests, Order, Request, TrainingRequests
 from bocage.shards.seeds import sample_seed
 
-_OPEN_SHARDS = 64  # file descriptors kept by a reading process
-_BLOCK = 4  # shards whose samples are mixed
+_BRIDGED = 1024
+"""Bytes between two members that are read with them: the padding of one and the tar header of the next."""
 
 
 def days_since_may(days: np.ndarray) -> np.ndarray:
@@ -42,62 +41,11 @@ def days_since_may(days: np.ndarray) -> np.ndarray:
     return (dates - (may.astype("datetime64[D]") + np.timedelta64(14, "D"))).astype(np.int32)
 
 
-class Order:
-    """The endless global order of a set of samples.
-
-    Args:
-        rows: manifest rows that take part.
-        shards: the shard of each of them.
-        seed: of the shuffle.
-    """
-
-    def __init__(self, rows: np.ndarray, shards: np.ndarray, seed: int) -> None:
-        self._rows = rows
-        self._seed = seed
-        by_shard = np.argsort(shards, kind="stable")
-        starts = np.flatnonzero(np.diff(shards[by_shard], prepend=-1))
-        self._groups = np.split(rows[by_shard], starts[1:])
-        self._cached: tuple[int, np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def epoch(self, epoch: int) -> np.ndarray:
-        """The rows of one epoch, each exactly once, in the order of that epoch."""
-        if self._cached is None or self._cached[0] != epoch:
-            random = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-            shards = random.permutation(len(self._groups))
-            blocks = [
-                random.permutation(np.concatenate([self._groups[index] for index in shards[start : start + _BLOCK]]))
-                for start in range(0, len(shards), _BLOCK)
-            ]
-            self._cached = (epoch, np.concatenate(blocks))
-        return self._cached[1]
-
-    def at(self, position: int) -> tuple[int, int]:
-        """Epoch and row of the sample at this position of the endless order."""
-        epoch, index = divmod(position, len(self))
-        return epoch, int(self.epoch(epoch)[index])
-
-
-class _TrainingSampler:
-    """Batches of (epoch, row) of one rank, endless from a position on."""
-
-    def __init__(self, order: Order, batch_size: int, position: int, rank: int, world: int) -> None:
-        self.order, self.batch_size, self.position, self.rank, self.world = order, batch_size, position, rank, world
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        start = self.position
-        while True:
-            yield [self.order.at(start + self.rank + self.world * index) for index in range(self.batch_size)]
-            start += self.batch_size * self.world
-
-
 class ShardDataset(Dataset[Sample]):
-    """Map-style access to the samples of local shards by ``os.pread`` at the manifest's offsets.
+    """Map-style access to the samples of shards at the offsets of the index.
 
     Items are addressed by (epoch, row): the epoch only decides the sample's random view. Only the members of the
-    wanted modalities are read and decoded.
+    wanted modalities are read and decoded. It holds nothing by sample: the index is mapped.
 
     Args:
         manifest: an open manifest.
@@ -116,84 +64,109 @@ class ShardDataset(Dataset[Sample]):
         self.modalities = list(modalities)
         self._window, self._seed = window, seed
         self._step = lattice(modalities)
-        self._paths = [str(manifest.shard_path(index)) for index in range(manifest.shard_count)]
-        table = manifest.table
-        self._keys, self._rois = table["key"].combine_chunks(), table["roi"].combine_chunks()
-        self._shards = table["shard"].to_numpy()
-        self._offsets = {item.name: table[f"offset.{item.name}"].to_numpy() for item in modalities}
-        self._lengths = {item.name: table[f"length.{item.name}"].to_numpy() for item in modalities}
-        # A quality mask has the dates of its series.
-        self._dates = {
-            item.name: table[f"dates.{item.mask_of or item.name}"].combine_chunks()
-            for item in modalities
-            if item.has_dates
-        }
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        self._index, self._files = manifest.index, manifest.files
+        self._told: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._keys)
-
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        descriptor = self._files.pop(shard, None)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self._paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise InputError(f"{self._paths[shard]}: cannot be opened: {error.strerror}") from error
-            if len(self._files) >= _OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = descriptor
-        data = os.pread(descriptor, length, offset)
-        if len(data) != length:
-            raise InputError(f"{self._paths[shard]}: truncated: {length} bytes wanted at {offset}, {len(data)} there")
-        return data
+        return len(self._index)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, row = item
-        key = self._keys[row].as_py()
+        key = self._index.key(row)
         seed = sample_seed(self._seed, epoch, key)
-        window = draw_window(seed, self._window, self._step)
-        shard = int(self._shards[row])
+        [window] = draw_windows([seed], self._window, self._step)
         arrays, dates = {}, {}
-        for modality in self.modalities:
-            name = modality.name
-            length = int(self._lengths[name][row])
-            if length == 0:
-                continue
-            try:
-                array = decode(self._read(shard, int(self._offsets[name][row]), length))
-            except InputError:
-                raise
-            except ValueError as error:
-                raise InputError(f"{self._paths[shard]}: {name} of {key} is damaged: {error}") from error
-            arrays[name] = crop(array, modality, window)
+        for modality, data in self._members(row):
+            arrays[modality.name] = self._decoded(row, modality, data, window)
             if modality.has_dates:
-                dates[name] = self._dates_of(name, row, len(array), key)
-        return Sample(key, self._rois[row].as_py(), seed, window, arrays, dates)
+                dates[modality.name] = self._dates(row, modality)
+        return Sample(key, self._index.roi(row), seed, window, arrays, dates)
 
-    def _dates_of(self, name: str, row: int, count: int, key: str) -> np.ndarray:
-        values = self._dates[name][row].values
-        days = np.zeros(0, np.int32) if values is None else days_since_may(_plain(values))
-        if len(days) != count:
-            raise InputError(f"{key}: {name} has {count} dates in its shard but {len(days)} in the manifest")
-        return days
+    def __getitems__(self, request: Request) -> PackedBatch:
+        """The samples of a batch, decoded and cropped into one block of memory."""
+        if request.ahead != self._told:
+            self._files.ahead(request.ahead)
+            self._told = request.ahead
+        rows = [row for _, row in request.samples]
+        keys = [self._index.key(row) for row in rows]
+        seeds = [sample_seed(self._seed, epoch, key) for key, (epoch, _) in zip(keys, request.samples)]
+        windows = draw_windows(seeds, self._window, self._step)
+        dates = {
+            item.name: [self._dates(row, item) if self._index.length[item.name][row] else None for row in rows]
+            for item in self.modalities
+            if item.has_dates
+        }
+        longest = {name: max(0 if days is None else len(days) for days in lists) for name, lists in dates.items()}
+        rois = [self._index.roi(row) for row in rows]
+        writer = BatchWriter(keys, rois, seeds, windows, self.modalities, longest)
+
+        def fill(place: int, members: list[tuple[Modality, memoryview]]) -> None:
+            absent = {modality.name: modality for modality in self.modalities}
+            for modality, data in members:
+                del absent[modality.name]
+                days = dates[modality.name][place] if modality.has_dates else None
+                writer.put(place, modality, days)[:] = self._decoded(rows[place], modality, data, windows[place])
+            for modality in absent.values():
+                writer.leave_out(place, modality)
+
+        # Decoders leave Python alone, so threads share the work; a reading process has one, as torch does there.
+        threads = min(torch.get_num_threads(), len(rows))
+        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+            spread = map if pool is None else pool.map
+            for _ in spread(fill, range(len(rows)), (list(self._members(row)) for row in rows)):
+                pass
+        return writer.packed
+
+    def _members(self, row: int) -> Iterator[tuple[Modality, memoryview]]:
+        """The wanted modalities that a sample has, encoded, in the order of the tar; neighbours are read at once."""
+        shard = int(self._index.shard[row])
+        found = [
+            (int(self._index.offset[item.name][row]), length, item)
+            for item in self.modalities
+            if (length := int(self._index.length[item.name][row]))
+        ]
+        found.sort(key=lambda member: member[0])
+        while found:
+            start, end, count = found[0][0], 0, 0
+            for offset, length, _ in found:
+                if count and offset - end > _BRIDGED:
+                    break
+                end, count = max(end, offset + length), count + 1
+            data = memoryview(self._files.read(shard, start, end - start))
+            for offset, length, modality in found[:count]:
+                yield modality, data[offset - start : offset - start + length]
+            found = found[count:]
+
+    def _decoded(self, row: int, modality: Modality, data: memoryview, window: GroundWindow) -> np.ndarray:
+        """The pixels of one member under the window."""
+        expected: tuple[int, ...] = (len(modality.bands), modality.size, modality.size)
+        if modality.has_dates:
+            expected = (len(self._index.dates(modality.mask_of or modality.name, row)), *expected)
+        try:
+            member = Member(data)
+            if (member.shape, member.dtype) == (expected, modality.dtype):
+                return member.array(pixels(modality, window))
+        except ValueError as error:
+            raise InputError(f"{self._name(row, modality)} is damaged: {error}") from error
+        if modality.has_dates and member.shape[1:] == expected[1:] and member.dtype == modality.dtype:
+            raise InputError(
+                f"{self._name(row, modality)} has {member.shape[0]} dates in its shard but {expected[0]} in the index"
+            )
+        raise InputError(
+            f"{self._name(row, modality)} is {member.dtype} of shape {member.shape}, not {modality.dtype} of {expected}"
+        )
+
+    def _name(self, row: int, modality: Modality) -> str:
+        return f"{self._files.name(int(self._index.shard[row]))}: {modality.name} of {self._index.key(row)}"
+
+    def _dates(self, row: int, modality: Modality) -> np.ndarray:
+        # A quality mask has the dates of its series.
+        return days_since_may(self._index.dates(modality.mask_of or modality.name, row))
 
 
-def _plain(values: pa.Array) -> np.ndarray:
-    return values.to_numpy(zero_copy_only=False)
-
-
-class _Collate:
-    """A picklable ``collate`` for worker processes."""
-
-    def __init__(self, modalities: Sequence[Modality]) -> None:
-        self.modalities = list(modalities)
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        return collate(samples, self.modalities)
+def _as_it_is(batch: Any) -> Any:
+    """What the loader does with a batch: it is collated already."""
+    return batch
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:
@@ -202,16 +175,18 @@ def _leave_signals_to_the_trainer(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _loader(dataset: ShardDataset, batches: object, workers: int) -> DataLoader[Sample]:
-    return DataLoader(
+def _read(dataset: ShardDataset, requests: Iterable[Request], workers: int) -> Iterator[Batch]:
+    loader: DataLoader[Sample] = DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # torch types it as Sampler; any iterable of batches works
+        batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as Sampler; any iterable of batches works
         num_workers=workers,
-        collate_fn=_Collate(dataset.modalities),
+        collate_fn=_as_it_is,
         worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that starting a loader leaves the global state as it was
     )
+    for packed in loader:
+        yield packed.batch()
 
 
 class TrainingStream:
@@ -246,12 +221,12 @@ class TrainingStream:
         self.batch_size = batch_size
         self._workers = workers
         self._dataset = ShardDataset(manifest, modalities, window, seed)
-        self.order = Order(rows, manifest.table["shard"].to_numpy()[rows], seed)
+        self.order = Order(rows, manifest.index.shard, seed)
 
     def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
         """Batches of one rank from a position of the global order on, for ever."""
-        sampler = _TrainingSampler(self.order, self.batch_size, position, rank, world)
-        yield from _loader(self._dataset, sampler, self._workers)
+        requests = TrainingRequests(self.order, self.batch_size, position, rank, world)
+        yield from _read(self._dataset, requests, self._workers)
 
 
 def evaluation_batches(
@@ -266,6 +241,5 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Whole patches, each exactly once over all ranks, in the order of ``rows``; the last batch may be short."""
     dataset = ShardDataset(manifest, modalities, WHOLE_PATCH.side, seed=0)
-    mine = [(0, int(row)) for row in rows[rank::world]]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    yield from _loader(dataset, batches, workers)
+    requests = EvaluationRequests(rows, manifest.index.shard, batch_size, rank, world)
+    yield from _read(dataset, requests, workers)

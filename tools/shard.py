@@ -1,120 +1,236 @@
-"""``bocage shard SRC OUT``: a FLAIR-HUB tree to WebDataset shards with a manifest."""
+"""``bocage shard SRC OUT``: FLAIR-HUB to WebDataset shards with a manifest, on one machine or on many."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bocage.shards.codec import lossy_dem
 from bocage.shards.errors import InputError
+from bocage.shards.estimate import Estimate
+from bocage.shards.files import written_atomically
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.writer import write_shards
+from bocage.shards.plan import ORDERS
+from bocage.shards.writer import Sharding
 from bocage.tools.arguments import positive, share
+from bocage.tools.interrupts import InterruptedCommand, Interrupts
 
 _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
+_LINE_SECONDS = 30  # between lines of progress where there is no terminal
+_REST = "rest"
+_EPILOG = """\
+The same command goes on after any interruption: finished shards are kept, and written again only when they had to
+leave out a patch that can be read now. Given a complete OUT it rewrites shards that were deleted, bit for bit, and
+leaves the rest alone. Exit status: 0 done, 2 wrong input or a fault that the message names, 130 ended by Ctrl-C,
+143 by SIGTERM; a second one ends at once.
+
+On SLURM, with SRC and OUT on a shared file system:
+  sbatch --array=1-16 --wrap 'bocage shard SRC OUT --slice $SLURM_ARRAY_TASK_ID/16 --workers 8'
+  bocage shard SRC OUT --merge      (when the array has ended; give both commands the same options)
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("source", metavar="SRC", type=Path, help="unzipped FLAIR-HUB tree")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or that of an interrupted run to go on with")
-    parser.add_argument(
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("source", metavar="SRC", type=Path, help="FLAIR-HUB tree")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or that of an earlier run to go on with")
+
+    content = parser.add_argument_group("what the shards hold")
+    content.add_argument(
         "--modalities", nargs="+", metavar="NAME", help=f"what to keep (default: all of {', '.join(FLAIR_HUB)})"
     )
-    parser.add_argument(
-        "--split-csv",
-        nargs="+",
-        default=[],
-        metavar="VALUE=FILE",
-        help="CSV files of the official code that list patches, e.g. train=TRAIN.csv valid=VALID.csv test=TEST.csv",
+    content.add_argument(
+        "--lossy-dem",
+        action="store_true",
+        help="round heights by at most 5 mm: height models take less than half the bytes; all else stays lossless",
     )
-    parser.add_argument("--split-name", default="split_csv", help="column for --split-csv (default: %(default)s)")
-    parser.add_argument("--workers", type=positive, default=1, help="processes (default: %(default)s)")
-    parser.add_argument("--shard-mb", type=positive, default=512, help="size of a shard, MB (default: %(default)s)")
-    parser.add_argument(
-        "--order",
-        choices=("shuffled", "roi"),
-        default="shuffled",
-        help="spread patches over the shards, or keep each ROI together (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffled order (default: %(default)s)")
-    parser.add_argument(
+    content.add_argument(
         "--max-bad",
         type=share,
         default=0.001,
         metavar="SHARE",
         help="share of unreadable patches to leave out before giving up (default: %(default)s; one at least unless 0)",
     )
+    splits = content.add_mutually_exclusive_group()
+    splits.add_argument(
+        "--split-csv",
+        nargs="+",
+        default=[],
+        metavar="VALUE=FILE",
+        help="one more split, from CSV files of the official code that list patches, e.g. train=TRAIN.csv "
+        "valid=VALID.csv test=TEST.csv",
+    )
+    splits.add_argument(
+        "--split-domains",
+        nargs="+",
+        default=[],
+        metavar="VALUE=DOMAINS",
+        help="one more split, by domain, e.g. test=D004-2021,D031-2019 valid=D012-2019 train=rest",
+    )
+    content.add_argument(
+        "--split-name", metavar="NAME", help="its column (default: split_csv or split_domains, as it is made)"
+    )
+
+    layout = parser.add_argument_group("how they are cut")
+    layout.add_argument(
+        "--order",
+        choices=ORDERS,
+        default="shuffled",
+        help="shuffled: patches anywhere, for training; stratified: as that, and every shard a fair mix of domains; "
+        "roi: neighbours together, no ROI cut between shards unless it is larger than one (default: %(default)s)",
+    )
+    layout.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of a shuffled or stratified order (default: %(default)s)"
+    )
+    layout.add_argument(
+        "--shard-mb", type=positive, metavar="MB", default=512, help="size of a shard (default: %(default)s)"
+    )
+
+    running = parser.add_argument_group("how they are made (does not change a byte)")
+    running.add_argument("--workers", type=positive, metavar="N", default=1, help="processes (default: %(default)s)")
+    running.add_argument("--scheduler", metavar="ADDRESS", help="Dask scheduler to work on, e.g. tcp://head:8786")
+    running.add_argument("--report", metavar="FILE", type=Path, help="write what is wrong with SRC there, as JSON")
+    stages = running.add_mutually_exclusive_group()
+    stages.add_argument("--dry-run", action="store_true", help="only tell sizes and time, from encoding a few patches")
+    stages.add_argument(
+        "--slice", type=_slice, metavar="I/N", help="write only the I-th (from 1) of N slices of the shards"
+    )
+    stages.add_argument("--merge", action="store_true", help="only write the manifest of what slices have written")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; 130 when interrupted."""
+    """Runs the command; 130 or 143 when interrupted."""
     console = Console(stderr=True)
     try:
-        with console.status(f"reading the catalogue of {arguments.source}"):
-            catalogue = Catalogue.open(arguments.source, modalities=arguments.modalities)
-            if arguments.split_csv:
-                catalogue = catalogue.with_csv_split(arguments.split_name, _split_files(arguments.split_csv))
-        _print_report(console, catalogue)
-        manifest = _write(console, catalogue, arguments)
-    except KeyboardInterrupt:
-        print("bocage: interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    _print_summary(manifest)
+        with Interrupts() as interrupts:
+            with console.status(f"reading the catalogue of {arguments.source}"):
+                catalogue = _catalogue(arguments)
+            _print_report(console, catalogue)
+            if arguments.report is not None:
+                _write_report(arguments.report, catalogue)
+            _shard(console, interrupts, catalogue, arguments)
+    except InterruptedCommand as stopped:
+        print(
+            f"bocage: interrupted by {stopped.name}; finished shards are kept, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return stopped.exit_code
     return 0
 
 
-def _write(console: Console, catalogue: Catalogue, arguments: argparse.Namespace) -> Manifest:
-    """Writes the shards with a progress bar on a terminal, or one line every half minute elsewhere."""
-    columns = (
-        TextColumn("sharding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    started = time.monotonic()
-    first: int | None = None
-    last_line = started
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(catalogue), rate="")
-
-        def progress(done: int, total: int, written: int) -> None:
-            nonlocal first, last_line
-            first = done if first is None else first  # what an earlier run did says nothing about the rate
-            now = time.monotonic()
-            seconds = max(now - started, 1e-6)
-            rate = f"{(done - first) / seconds:.1f} patches/s, {written / _MEGABYTE / seconds:.1f} MB/s"
-            bar.update(task, completed=done, total=total, rate=rate)
-            if not console.is_terminal and now - last_line >= 30:
-                last_line = now
-                console.print(f"sharding: {done} of {total} patches, {rate}", highlight=False)
-
-        return write_shards(
-            catalogue,
-            arguments.out,
-            shard_bytes=arguments.shard_mb * 1_000_000,
-            order=arguments.order,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            max_bad=arguments.max_bad,
-            progress=progress,
+def _catalogue(arguments: argparse.Namespace) -> Catalogue:
+    registry = lossy_dem(FLAIR_HUB) if arguments.lossy_dem else FLAIR_HUB
+    catalogue = Catalogue.open(arguments.source, registry, modalities=arguments.modalities)
+    if arguments.split_csv:
+        return catalogue.with_csv_split(
+            arguments.split_name or "split_csv", _pairs("--split-csv", "FILE", arguments.split_csv)
         )
+    if arguments.split_domains:
+        pairs = _pairs("--split-domains", "DOMAINS", arguments.split_domains)
+        rest = [value for value, text in pairs.items() if text == _REST]
+        if len(rest) > 1:
+            raise InputError(f"--split-domains: {' and '.join(rest)} cannot both take the rest")
+        domains = {value: text.split(",") for value, text in pairs.items() if text != _REST}
+        return catalogue.with_domain_split(
+            arguments.split_name or "split_domains", domains, rest=rest[0] if rest else None
+        )
+    if arguments.split_name:
+        raise InputError("--split-name: needs --split-csv or --split-domains")
+    return catalogue
+
+
+def _shard(console: Console, interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Namespace) -> None:
+    sharding = Sharding(
+        catalogue,
+        arguments.out,
+        shard_bytes=arguments.shard_mb * 1_000_000,
+        order=arguments.order,
+        seed=arguments.seed,
+        max_bad=arguments.max_bad,
+    )
+    if arguments.dry_run:
+        _print_estimate(sharding.estimate(), arguments)
+    elif arguments.merge:
+        _print_summary(sharding.merge())
+    else:
+        how = {"workers": arguments.workers, "scheduler": arguments.scheduler}
+        with _Display(console, interrupts) as display:
+            if arguments.slice is not None:
+                shards = sharding.write_slice(*arguments.slice, **how, progress=display.show)
+            else:
+                manifest = sharding.write(**how, progress=display.show)
+        if arguments.slice is None:
+            _print_summary(manifest)
+        else:
+            number, of = arguments.slice
+            print(f"slice {number} of {of}: {len(shards)} shards are written; --merge when all slices are")
+
+
+class _Display:
+    """Progress as a bar on a terminal, as a line every half minute elsewhere."""
+
+    def __init__(self, console: Console, interrupts: Interrupts) -> None:
+        self._console, self._interrupts = console, interrupts
+        self._bar = Progress(
+            TextColumn("sharding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, rate="")
+        self._started = self._line = time.monotonic()
+        self._first: int | None = None
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, total: int, written: int) -> None:
+        """See ``writer.Progress``."""
+        self._interrupts.check()
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = done, now  # what an earlier run did says nothing about the rate
+        seconds = max(now - self._started, 1e-6)
+        speed = (done - self._first) / seconds
+        rate = f"{speed:.1f} patches/s, {written / _MEGABYTE / seconds:.1f} MB/s"
+        self._bar.update(self._task, completed=done, total=total, rate=rate)
+        if not self._console.is_terminal and now - self._line >= _LINE_SECONDS:
+            self._line = now
+            left = f", {_duration((total - done) / speed)} left" if speed else ""
+            self._console.print(f"sharding: {done} of {total} patches, {rate}{left}", highlight=False, soft_wrap=True)
 
 
 def _print_report(console: Console, catalogue: Catalogue) -> None:
     """What the catalogue did not understand or had to leave out; nothing when all is well."""
     report = catalogue.report()
-    remarks = [f"{count} files of {name} left out: no dates known" for name, count in report.undated.items()]
+    total, missing = report.patches, report.missing
+    remarks = [f"{count} of {total} patches without {name}" for name, count in missing.items() if 0 < count < total]
+    absent = [name for name, count in missing.items() if count == total]
+    remarks += [f"no patch has {', '.join(absent)}"] if absent else []
+    remarks += [f"{count} files of {name} left out: no dates known" for name, count in report.undated.items()]
     remarks += [f"{count} files of {name} left out: no series beside them" for name, count in report.lone.items()]
     if report.unparsable:
         remarks.append(f"{report.unparsable} names not understood, e.g. {', '.join(report.examples)}")
@@ -127,19 +243,44 @@ def _print_report(console: Console, catalogue: Catalogue) -> None:
     if report.unreadable_dates:
         remarks.append(f"{report.unreadable_dates} metadata rows without readable dates")
     for remark in remarks:
-        console.print(f"note: {remark}", highlight=False)
+        console.print(f"note: {remark}", highlight=False, soft_wrap=True)
+
+
+def _write_report(path: Path, catalogue: Catalogue) -> None:
+    report = catalogue.report()
+    try:
+        with written_atomically(path) as temporary:
+            temporary.write_text(json.dumps(asdict(report) | {"missing": report.missing}, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--report {path}: cannot be written: {error.strerror}") from error
+
+
+def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:
+    free = shutil.disk_usage(next(path for path in (arguments.out, *arguments.out.absolute().parents) if path.exists()))
+    table = _table(f"{arguments.out} (dry run: nothing is written)")
+    table.add_row("patches", str(estimate.patches))
+    table.add_row("shards", str(estimate.shards))
+    table.add_row("size, about", _size(estimate.bytes))
+    table.add_row("free there", _size(free.free))
+    if estimate.waiting < estimate.patches:
+        table.add_row("patches not written yet", str(estimate.waiting))
+    if arguments.scheduler is None:
+        table.add_row(
+            f"time with --workers {arguments.workers}, about", _duration(estimate.seconds / arguments.workers)
+        )
+    else:
+        table.add_row("time of one process, about", _duration(estimate.seconds))
+    Console().print(table)
 
 
 def _print_summary(manifest: Manifest) -> None:
     counts = manifest.counts
     written = sum(shard.bytes for shard in manifest.shards)
-    table = Table(title=str(manifest.path), title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("value", justify="right")
+    table = _table(str(manifest.path))
     table.add_row("patches", str(counts["samples"]))
     table.add_row("skipped as unreadable", str(counts["skipped"]))
     table.add_row("shards", str(manifest.shard_count))
-    table.add_row("size", f"{written / _MEGABYTE:.1f} MB")
+    table.add_row("size", _size(written))
     if counts["samples"]:
         table.add_row("per patch", f"{written / counts['samples'] / _MEGABYTE:.2f} MB")
         table.add_row("share of the GeoTIFFs", f"{written / max(counts['source_bytes'], 1):.2f}")
@@ -155,11 +296,35 @@ def _print_summary(manifest: Manifest) -> None:
         console.print(f"skipped: {reason}", highlight=False, soft_wrap=True)
 
 
-def _split_files(words: list[str]) -> dict[str, str]:
-    files = {}
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    return table
+
+
+def _size(count: int) -> str:
+    megabytes = count / _MEGABYTE
+    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds > 60 else f"{math.ceil(seconds)} s"
+
+
+def _slice(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, e.g. 3/16")
+    return int(number), int(of)
+
+
+def _pairs(option: str, what: str, words: list[str]) -> dict[str, str]:
+    pairs = {}
     for word in words:
-        value, separator, path = word.partition("=")
-        if not separator or not value or not path or value in files:
-            raise InputError(f"--split-csv {word}: expected VALUE=FILE, each value once, e.g. train=TRAIN.csv")
-        files[value] = path
-    return files
+        value, separator, text = word.partition("=")
+        if not separator or not value or not text or value in pairs:
+            raise InputError(f"{option} {word}: expected VALUE={what}, each value once; see `bocage shard --help`")
+        pairs[value] = text
+    return pairs

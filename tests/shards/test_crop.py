@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from bocage.shards.batch import GroundWindow
-from bocage.shards.crop import check_side, crop, draw_window, lattice
+from bocage.shards.codec import Member, encode
+from bocage.shards.crop import check_side, crop, draw_windows, lattice, pixels
 from bocage.shards.errors import InputError
-from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.modality import FLAIR_HUB, Modality
 from bocage.shards.seeds import sample_seed
 
 ALL = list(FLAIR_HUB.values())
@@ -27,7 +28,7 @@ def test_a_side_that_is_not_whole_pixels_is_refused_with_the_valid_ones() -> Non
 def test_windows_cover_the_same_ground_in_every_modality() -> None:
     positions = set()
     for index in range(64):
-        window = draw_window(sample_seed(0, 0, str(index)), 51.2, lattice(ALL))
+        [window] = draw_windows([sample_seed(0, 0, str(index))], 51.2, lattice(ALL))
         positions.add((window.left, window.top))
         for modality in ALL:
             # Each pixel holds the position of its own centre on the ground.
@@ -41,4 +42,19 @@ def test_windows_cover_the_same_ground_in_every_modality() -> None:
 
 
 def test_the_whole_patch_is_one_window() -> None:
-    assert draw_window(1, 102.4, 51.2) == GroundWindow(0.0, 0.0, 102.4)
+    assert draw_windows([1, 2], 102.4, 51.2) == [GroundWindow(0.0, 0.0, 102.4)] * 2
+
+
+@pytest.mark.parametrize("modality", ALL, ids=lambda modality: modality.name)
+def test_a_window_of_an_encoded_raster_is_that_of_the_raster(modality: Modality) -> None:
+    random = np.random.default_rng(0)
+    leading = (3, len(modality.bands)) if modality.has_dates else (len(modality.bands),)
+    values = random.integers(0, 200, (*leading, modality.size, modality.size)).astype(modality.dtype)
+    member = Member(encode(values, modality.codec))
+    for left, top in ((0.0, 0.0), (51.2, 0.0), (0.0, 51.2), (51.2, 51.2)):
+        window = GroundWindow(left, top, 51.2)
+        found = member.array(pixels(modality, window))
+        assert found.dtype == values.dtype
+        assert np.array_equal(found, crop(values, modality, window))
+    whole = member.array(pixels(modality, GroundWindow(0.0, 0.0, 102.4)))
+    assert np.array_equal(whole, values)

@@ -111,7 +111,7 @@ def test_one_value_that_is_no_number_costs_no_more_than_its_place(name: str, val
     stored[0, 0, 2, 3] = value
     represented = represent(stored, modality.representation, modality.nodata_below)
     assert not represented.isinf().any()
-    moments = Moments.of(represented)
+    moments = Moments.of(represented.numpy())
     assert np.isfinite([moments.mean[1], moments.squares[1]]).all()
     if abs(value) != 3e38:
         assert moments.count[0] == 63
@@ -119,17 +119,38 @@ def test_one_value_that_is_no_number_costs_no_more_than_its_place(name: str, val
         assert represented.isnan().sum() == (2 if name == "DEM_ELEV" else 1)
 
 
-def test_moments_do_not_depend_on_the_number_of_threads() -> None:
-    values = torch.randn(1, 1, 512, 512, generator=torch.Generator().manual_seed(3)) * 7 + 1e3
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(Moments.of(values).to_json())
-    finally:
-        torch.set_num_threads(before)
-    assert found[0] == found[1]
+@pytest.mark.parametrize("name", [modality.name for modality in FLAIR_HUB.inputs])
+@pytest.mark.parametrize("dates", [0, 3])
+def test_numpy_and_torch_represent_the_same(name: str, dates: int) -> None:
+    modality = FLAIR_HUB[name]
+    shape = (dates, len(modality.bands), 8, 9) if modality.has_dates else (len(modality.bands), 8, 9)
+    random = np.random.default_rng(5)
+    stored = random.uniform(0, 200, shape).astype(modality.dtype)
+    if modality.dtype == "float32":
+        special = np.array([np.nan, np.inf, -np.inf, -9999.0, 0.0], np.float32)
+        stored = np.where(random.random(shape) < 0.3, random.choice(special, shape), stored)
+    expected = represent(torch.from_numpy(stored), modality.representation, modality.nodata_below)
+    found = represent(stored, modality.representation, modality.nodata_below)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float32
+    assert found.shape == tuple(expected.shape)
+    assert np.allclose(found, expected.numpy(), rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def test_a_channel_of_holes_or_a_series_without_dates_has_no_mean() -> None:
+    holed = np.stack([np.full((8, 8), np.nan, np.float32), np.arange(64, dtype=np.float32).reshape(8, 8)])
+    moments = Moments.of(represent(holed, "linear"))
+    assert moments.count.tolist() == [0, 64]
+    assert moments.mean[1] == 31.5
+    assert moments.squares.tolist() == [0.0, 64 * (64**2 - 1) / 12]
+    assert np.isnan([moments.mean[0], moments.minimum[0], moments.maximum[0], moments.std[0]]).all()
+    for representation in ("relief", "elevation"):
+        assert Moments.of(represent(holed, representation)).count.tolist() == [0, 0]
+    empty = Moments.of(represent(np.zeros((0, 2, 10, 10), np.float32), "decibel"))
+    assert empty.count.tolist() == [0, 0]
+    merged = empty.merged(moments)
+    assert merged.to_json() == moments.to_json()
+    assert moments.merged(empty).to_json() == moments.to_json()
 
 
 def test_orientation_is_shared_by_modalities_and_covers_the_square() -> None:

@@ -2,6 +2,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
+from rasterio import Affine
 from small_tree import write_raster
 
 from bocage.shards import rasters
@@ -86,6 +88,86 @@ def test_blocks_that_were_never_written_are_not_zeros(tmp_path: Path, name: str)
     write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=True)
     with pytest.raises(RasterError, match="never written"):
         rasters.read(Source(path), modality)
+
+
+@pytest.mark.parametrize("nodata", [None, -9999.0, float("nan")])
+def test_tiles_that_were_never_written_are_not_heights(tmp_path: Path, nodata: float | None) -> None:
+    bands = np.full((2, 512, 512), 120.0, np.float32)
+    bands[:, :256, 256:] = 0 if nodata is None else nodata
+    path = tmp_path / "sparse.tif"
+    for options in ({"blockxsize": 256, "blockysize": 256, "tiled": True}, {"blockysize": 64}):
+        if "tiled" not in options:
+            bands[:, :256] = 0 if nodata is None else nodata
+        write_raster(path, bands, 0.2, nodata=nodata, sparse_ok=False, **options)
+        found = rasters.read(Source(path), FLAIR_HUB["DEM_ELEV"]).array
+        assert np.isnan(found).sum() == (0 if nodata is None else (bands != 120).sum())
+        write_raster(path, bands, 0.2, nodata=nodata, sparse_ok=True, **options)
+        with pytest.raises(RasterError, match="never written"):
+            rasters.read(Source(path), FLAIR_HUB["DEM_ELEV"])
+
+
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"])
+@pytest.mark.parametrize(
+    ("crs", "said"),
+    [
+        ("EPSG:32631", "coordinates in EPSG:32631"),
+        ("EPSG:4326", "coordinates in EPSG:4326"),
+        ("EPSG:3857", "Lambert-93"),
+        ('GEOGCS["mine",DATUM["mine",SPHEROID["mine",6378137,298]],PRIMEM["G",0],UNIT["degree",0.0174]]', "geographic"),
+    ],
+)
+def test_other_coordinate_systems_are_named(tmp_path: Path, name: str, crs: str, said: str) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "elsewhere.tif"
+    write_raster(
+        path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd, crs=crs
+    )
+    with pytest.raises(RasterError, match=said) as error:
+        rasters.read(Source(path), modality)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
+@pytest.mark.parametrize("crs", ["EPSG:9794", None])
+def test_lambert_by_another_code_and_no_system_are_accepted(tmp_path: Path, name: str, crs: str | None) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "same.tif"
+    write_raster(
+        path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd, crs=crs
+    )
+    raster = rasters.read(Source(path), modality)
+    assert raster[1:4] == (crs or "", 650_000.0, 6_860_000.0)
+
+
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
+def test_turned_rasters_are_named(tmp_path: Path, name: str) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "turned.tif"
+    bands = np.ones((len(modality.bands), modality.size, modality.size), modality.dtype)
+    turned = Affine(0, modality.gsd, 650_000, modality.gsd, 0, 6_860_000)
+    write_raster(path, bands, modality.gsd, transform=turned)
+    with pytest.raises(RasterError, match="turned against north"):
+        rasters.read(Source(path), modality)
+
+
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
+@pytest.mark.parametrize("tag", [33550, 33922])
+def test_numbers_that_are_none_are_no_position(tmp_path: Path, name: str, tag: int) -> None:
+    modality = FLAIR_HUB[name]
+    path = tmp_path / "nowhere.tif"
+    write_raster(path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        entry = file.pages.first.tags[tag]
+        entry.overwrite([*entry.value[:-3], *[float("nan")] * 3])
+    with pytest.raises(RasterError, match=r"nowhere\.tif: (pixels of nan|its position)"):
+        rasters.read(Source(path), modality)
+
+
+def test_what_the_system_says_about_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RasterError, match=r"gone\.tif: cannot be read: No such file"):
+        rasters.read(Source(tmp_path / "gone.tif"), FLAIR_HUB["DEM_ELEV"])
+    with pytest.raises(RasterError, match="cannot be read: Is a directory"):
+        rasters.read(Source(tmp_path), FLAIR_HUB["DEM_ELEV"])
 
 
 def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from bocage.shards.codec import decode
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
-from bocage.shards.stream import Order, TrainingStream, days_since_may, evaluation_batches
+from bocage.shards.order import Order, TrainingRequests
+from bocage.shards.stream import TrainingStream, days_since_may, evaluation_batches
 from bocage.shards.writer import write_shards
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
@@ -28,7 +29,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def make_order(count: int, shards: int, seed: int) -> Order:
     rows = np.arange(count) * 3 + 1
-    return Order(rows, np.sort(np.random.default_rng(0).integers(0, shards, count)), seed)
+    return Order(rows, np.sort(np.random.default_rng(0).integers(0, shards, 3 * count)).astype(np.int32), seed)
 
 
 @settings(max_examples=50, deadline=None)
@@ -55,16 +56,14 @@ def test_epochs_and_seeds_differ_and_mix_shards() -> None:
     cut=st.integers(0, 9),
 )
 def test_another_number_of_ranks_continues_the_same_order(batch: int, before: int, after: int, cut: int) -> None:
-    from bocage.shards.stream import _TrainingSampler
-
     order = make_order(23, 5, seed=3)
 
     def taken(position: int, world: int, rounds: int) -> list[tuple[int, int]]:
-        ranks = [iter(_TrainingSampler(order, batch, position, rank, world)) for rank in range(world)]
+        ranks = [iter(TrainingRequests(order, batch, position, rank, world)) for rank in range(world)]
         samples = []
         for _ in range(rounds):
             batches = [next(rank) for rank in ranks]
-            samples += [batches[rank][index] for index in range(batch) for rank in range(world)]
+            samples += [batches[rank].samples[index] for index in range(batch) for rank in range(world)]
         return samples
 
     head = taken(0, before, cut)
@@ -144,6 +143,7 @@ def test_damage_is_named(real: Manifest, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{shard.name}: truncated"):
         list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
     shard.unlink()
+    manifest = Manifest.open(folder)  # the first one holds the file open
     with pytest.raises(InputError, match=f"{shard.name}: cannot be opened"):
         list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
     assert len(list(evaluation_batches(manifest, np.array([1, 2]), modality, batch_size=1))) == 2

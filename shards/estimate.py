@@ -1,0 +1,71 @@
+"""How large the shards of a catalogue will be and how long they will take, from encoding a few of its patches."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.jobs import check_source, gdal
+from bocage.shards.packing import pack
+from bocage.shards.sources import RasterError
+
+_PROBES = 8
+_TAR_OVERHEAD = 1024  # bytes a member: its header, and padding of half a block or so
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few patches, read and encoded, tell of all.
+
+    Attributes:
+        patch_bytes: in a shard, mean.
+        patch_seconds: of one process, mean.
+    """
+
+    patch_bytes: float
+    patch_seconds: float
+
+
+def probe(catalogue: Catalogue, rows: np.ndarray) -> Probe:
+    """Encodes a few of the patches ``rows``, evenly spread; raises ``RasterError`` when none of them is readable."""
+    check_source(catalogue.root)
+    sizes: list[int] = []
+    seconds: list[float] = []
+    failure: RasterError | None = None
+    with gdal():
+        for row in rows[:: max(1, len(rows) // _PROBES)][:_PROBES].tolist():
+            try:
+                # The first is read twice: what a library does once must not count for every patch.
+                for _ in range(1 if sizes else 2):
+                    started = time.perf_counter()
+                    members = pack(catalogue.patch(row), catalogue.registry).members
+                seconds.append(time.perf_counter() - started)
+                sizes.append(sum(len(data) + _TAR_OVERHEAD for data in members.values()))
+            except RasterError as error:
+                failure = error
+    if not sizes:
+        assert failure is not None
+        raise failure
+    return Probe(float(np.mean(sizes)), float(np.mean(seconds)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would do.
+
+    Attributes:
+        patches: of the catalogue.
+        shards: they make.
+        bytes: of all shards, roughly.
+        waiting: patches in shards that are not written yet.
+        seconds: that ``waiting`` takes one process, roughly.
+    """
+
+    patches: int
+    shards: int
+    bytes: int
+    waiting: int
+    seconds: float

@@ -1,0 +1,308 @@
+"""Running the jobs of a plan, one for each shard, in this process or in several.
+
+A job leaves its tar and then its part of the manifest, each under its final name only when whole. Whatever breaks off a
+run therefore leaves finished shards and nothing else that counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext
+from pathlib import Path
+
+import pyarrow as pa
+import rasterio
+
+from bocage.shards.errors import InputError
+from bocage.shards.files import TEMPORARY_SUFFIX
+from bocage.shards.flairhub import Catalogue, Patch
+from bocage.shards.packing import PARTS_FOLDER, Job, Part, pack, part_path, read_part, shard_path, write_shard
+from bocage.shards.plan import Plan
+from bocage.shards.sources import RasterError
+
+Tick = Callable[[int, int], None]
+"""Called with patches done and bytes written since the last call; may raise to stop."""
+
+Progress = Callable[[int, int, int], None]
+"""Called with patches done, patches in all, bytes of shards written by this run; may raise to stop."""
+
+_NOT_WRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
+    *(errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO),
+)
+_HELD = {signal.SIGINT, signal.SIGTERM}
+_RUN, _STOP, _DIE = 0, 1, 2
+
+
+class Jobs:
+    """The planned shards; patches of a job are looked up only when it is asked for.
+
+    Args:
+        catalogue: where the patches come from.
+        out: the folder of the shards.
+        plan: which patches go into which shard.
+        tolerated: unreadable patches that may be skipped in the whole dataset.
+        left_out: keys of planned patches that shall not be in the shards.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, out: Path, plan: Plan, tolerated: int, left_out: Collection[str] = ()
+    ) -> None:
+        self.catalogue, self.out, self.plan, self.tolerated = catalogue, out, plan, tolerated
+        self._left_out = left_out
+
+    def __getitem__(self, index: int) -> Job:
+        rows = self.plan.rows[self.plan.bounds[index] : self.plan.bounds[index + 1]]
+        patches = [self.catalogue.patch(int(row)) for row in rows]
+        patches = [patch for patch in patches if patch.key not in self._left_out]
+        registry, splits = self.catalogue.registry, list(self.catalogue.splits)
+        return Job(index, self.out, registry, splits, patches, self.tolerated)
+
+    def parts(self, shards: range) -> Iterator[tuple[int, Part | None]]:
+        """The part of each of ``shards``, or None where it is not written."""
+        # Folders are listed, not asked for each file: on NFS that is also what shows the files of other machines.
+        names = {name for folder in (self.out, self.out / PARTS_FOLDER) for name in os.listdir(folder)}
+        for index in shards:
+            part, shard = part_path(self.out, index), shard_path(self.out, index)
+            found = _part_or_none(part) if part.name in names and shard.name in names else None
+            yield index, found if found is not None and found.shard.bytes == shard.stat().st_size else None
+
+    def repaired(self, index: int, part: Part) -> bool:
+        """Whether a patch that a finished shard had to leave out can be read now."""
+        return any(self._readable(patch) for patch in self[index].patches if patch.key in part.skipped)
+
+    def _readable(self, patch: Patch) -> bool:
+        try:
+            with gdal():
+                pack(patch, self.catalogue.registry)
+        except RasterError:
+            return False
+        return True
+
+    def discard(self, index: int) -> None:
+        """Removes a shard, the part first: a tar without its part does not count."""
+        part_path(self.out, index).unlink(missing_ok=True)
+        shard_path(self.out, index).unlink(missing_ok=True)
+
+    def remove_leftovers(self, shards: range) -> None:
+        """Removes what killed processes left half-written of ``shards``."""
+        stems = {shard_path(self.out, index).stem for index in shards}
+        for folder in (self.out, self.out / PARTS_FOLDER):
+            for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+                if path.name.split(".")[0] in stems:
+                    path.unlink(missing_ok=True)
+
+
+Runner = Callable[[Jobs, list[int], Tick], Generator[Part, None, None]]
+"""Writes the shards that the list names and yields their parts in any order; closed early, it stops the work."""
+
+
+def counted(progress: Progress | None, plan: Plan, shards: range, missing: list[int]) -> Tick:
+    """A tick that passes ``progress`` on for ``shards``, of which only ``missing`` are to be written."""
+    total = plan.patches(shards)
+    state = [total - sum(plan.patches(range(index, index + 1)) for index in missing), 0]
+
+    def tick(patches: int, written: int) -> None:
+        state[0] += patches
+        state[1] += written
+        if progress is not None:
+            progress(state[0], total, state[1])
+
+    tick(0, 0)
+    return tick
+
+
+def gdal() -> rasterio.Env:
+    """The context in which patches are read: little memory, one thread, no listing of folders."""
+    return rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS=1)
+
+
+def _part_or_none(path: Path) -> Part | None:
+    try:
+        return read_part(path)
+    except (pa.ArrowException, ValueError, KeyError, TypeError):  # damaged: written again
+        return None
+
+
+@contextmanager
+def faults_of(out: Path) -> Iterator[None]:
+    """What the system refuses inside, where only ``out`` is written, becomes one sentence that names it.
+
+    Readers of the source raise ``RasterError`` or ``InputError``, which pass; so do faults that name other files.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            blamed = error.errno in _NOT_WRITABLE
+        else:
+            named = Path(os.fsdecode(error.filename))
+            blamed = out in (named, *named.parents) or named in out.parents
+        if not blamed:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        hint = " (is the file system mounted?)" if error.errno in (errno.ENOTCONN, errno.ESTALE) else ""
+        raise InputError(
+            f"{out}: cannot be written: {reason}{hint}; finished shards are kept, the same command resumes"
+        ) from error
+
+
+def check_source(root: Path) -> None:
+    """Raises ``InputError`` when the whole tree is gone, as when a disk is unmounted: no patch is to blame then."""
+    try:
+        with os.scandir(root) as entries:
+            reason = None if next(entries, None) is not None else "it is empty"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise InputError(
+            f"{root}: the source is gone ({reason}); finished shards are kept, bring it back and run the same command"
+        )
+
+
+def run_job(job: Job, root: Path, tick: Tick) -> Part:
+    """Writes one shard from the tree at ``root``.
+
+    Raises:
+        InputError: the shards' folder cannot be written, the tree is gone, or too many patches are unreadable.
+    """
+
+    def watched(patches: int, written: int) -> None:
+        if written == 0:  # the patch was left out
+            check_source(root)
+        tick(patches, written)
+
+    try:
+        with gdal(), faults_of(job.out):
+            return write_shard(job, watched)
+    except InputError:
+        check_source(root)
+        raise
+
+
+def run_here(jobs: Jobs, missing: list[int], tick: Tick) -> Generator[Part, None, None]:
+    """Parts of the shards ``missing``, written one after the other by this process."""
+    for index in missing:
+        yield run_job(jobs[index], jobs.catalogue.root, tick)
+
+
+def run_pool(workers: int, jobs: Jobs, missing: list[int], tick: Tick) -> Generator[Part, None, None]:
+    """Parts of the shards ``missing`` as ``workers`` processes finish them, in any order.
+
+    At most two jobs a worker are looked up and under way, however many there are.
+
+    Raises:
+        InputError: as ``run_job``, or a worker was killed.
+    """
+    # Spawned, not forked: GDAL does not survive a fork with its threads.
+    context = multiprocessing.get_context("spawn")
+    workers = min(workers, max(1, len(missing)))
+    board = _Board(context, 2 * workers)
+    waiting = iter(missing)
+    running: dict[Future[Part], int] = {}
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (board,))
+    try:
+        while True:
+            while board.free and (index := next(waiting, None)) is not None:
+                job, slot = jobs[index], board.free.pop()
+                with _signals_held():
+                    running[pool.submit(_work, job, jobs.catalogue.root, slot)] = slot
+            if not running:
+                return
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            tick(*board.news())
+            for future in finished:
+                board.free.append(running.pop(future))
+                yield future.result()
+    except BrokenProcessPool as error:
+        board.order(_DIE)
+        raise InputError(
+            f"a worker process was killed, perhaps for want of memory; finished shards are kept in {jobs.out}, run the "
+            "same command with fewer workers (--workers)"
+        ) from error
+    except BaseException:
+        board.order(_STOP)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Board:
+    """What workers tell the main process, and it them, in shared memory.
+
+    Without a lock, since a worker that is killed while it holds one would stop all others: each job under way has a
+    slot of its own that one worker writes.
+    """
+
+    def __init__(self, context: SpawnContext, slots: int) -> None:
+        self._numbers = context.RawArray("q", 2 * slots + 1)  # patches and bytes by slot, then the order
+        self._seen = [0, 0]
+        self.free = list(range(slots))
+
+    def count(self, slot: int, patches: int, written: int) -> None:
+        self._numbers[2 * slot] += patches
+        self._numbers[2 * slot + 1] += written
+
+    def news(self) -> tuple[int, int]:
+        """Patches and bytes since the last call."""
+        now = [sum(self._numbers[:-1:2]), sum(self._numbers[1:-1:2])]
+        before, self._seen = self._seen, now
+        return now[0] - before[0], now[1] - before[1]
+
+    def order(self, what: int) -> None:
+        self._numbers[-1] = what
+
+    @property
+    def ordered(self) -> int:
+        return self._numbers[-1]
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and schedulers reach the whole process group, but the main process decides: workers start with the signals
+    blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_board: _Board
+
+
+class _StopError(Exception):
+    """The main process asked this worker to stop."""
+
+
+def _start_worker(board: _Board) -> None:
+    global _board
+    _board = board
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process was killed would wait for work for ever; one whose pool is broken, too, because it
+    holds the signal that the pool ends it with."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while parent.is_alive() and _board.ordered != _DIE:
+        parent.join(0.5)
+    os._exit(1)
+
+
+def _work(job: Job, root: Path, slot: int) -> Part:
+    def tick(patches: int, written: int) -> None:
+        _board.count(slot, patches, written)
+        if _board.ordered != _RUN:
+            raise _StopError
+
+    return run_job(job, root, tick)

@@ -1,0 +1,43 @@
+"""Two real ranks of the training loop share out the shards: every sample once, and in the order of one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from small_tree import write_tree
+
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.order import Order
+from bocage.shards.writer import write_shards
+
+SCRIPT = Path(__file__).with_name("rank_run.py")
+COUNT = 42
+
+
+# 10 to 20 s: torchrun starts two interpreters that import torch.
+def test_ranks_of_the_training_loop_share_the_samples(tmp_path: Path) -> None:
+    keys = [f"D001-2020_AA-S1-1_0-{column}" for column in range(COUNT)]
+    write_tree(tmp_path / "tree", keys, ["SENTINEL1-ASC_TS"])
+    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards", samples_per_shard=8)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    # Seven steps of two batches of three are one epoch; the eighth begins the next.
+    words += [str(manifest.path), str(tmp_path / "run"), "8"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    ranks = json.loads((tmp_path / "run" / "ranks.json").read_text())
+
+    evaluated = [rank["evaluated"] for rank in ranks]
+    assert [len(found) for found in evaluated] == [21, 21]
+    assert Counter(key for found in evaluated for key in found) == Counter(keys)
+
+    rounds = zip(*(rank["trained"] for rank in ranks), strict=True)
+    trained = [batch[index] for batches in rounds for index in range(3) for batch in batches]
+    order = Order(np.arange(COUNT), manifest.index.shard, seed=2)
+    expected = [manifest.index.key(order.at(position)[1]) for position in range(len(trained))]
+    assert trained == expected
+    assert Counter(trained[:COUNT]) == Counter(keys)

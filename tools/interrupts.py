@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM as an exception that ends a command in order; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+# Launchers pass a terminal's Ctrl-C on to processes that already had it: that is not a second request.
+_DEBOUNCE_SECONDS = 0.5
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class InterruptedCommand(BaseException):
+    """Raised where the command is when the signal comes.
+
+    Attributes:
+        exit_code: 130 for Ctrl-C, 143 for SIGTERM, as shells report them.
+        name: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+        self.name = signal.Signals(number).name
+
+
+class Interrupts:
+    """Context of the main thread in which the signals raise ``InterruptedCommand``."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._when = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises again: an exception that comes up inside a destructor or a callback of a library is lost there."""
+        if self._received:
+            raise InterruptedCommand(self._received)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._when = number, now
+            raise InterruptedCommand(number)
+        if now - self._when > _DEBOUNCE_SECONDS:
+            if sys.stderr.isatty():
+                os.write(2, _SHOW_CURSOR)
+            os._exit(128 + number)

@@ -1,0 +1,111 @@
+"""``bocage verify SHARDS``: whether shards and manifest are sound, and what is broken."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bocage.shards.manifest import DATASET_FILE
+from bocage.shards.verify import Verification, verify
+from bocage.shards.verify_shard import Problem
+from bocage.tools.arguments import not_negative, positive
+from bocage.tools.reports import write_json
+
+_SHOWN = 50  # lines about what is broken
+_MEGABYTE = 1e6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder written by `bocage shard`")
+    parser.add_argument(
+        "--decode",
+        type=_samples,
+        default=8,
+        metavar="N|all",
+        help="samples of each shard to decode and compare with the manifest (default: %(default)s); "
+        "hashes, headers and descriptions are always checked for all",
+    )
+    parser.add_argument("--workers", type=positive, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there as JSON")
+
+
+def _samples(text: str) -> int | None:
+    return None if text == "all" else not_negative(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command: 0 sound, 1 broken, 130 interrupted."""
+    try:
+        found = _verified(Console(stderr=True), arguments)
+    except KeyboardInterrupt:
+        print("bocage: interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    if arguments.json is not None:
+        write_json(arguments.json, found.to_json())
+    _print(found, arguments.shards)
+    return 0 if found.sound else 1
+
+
+def _verified(console: Console, arguments: argparse.Namespace) -> Verification:
+    """Checks with a progress bar on a terminal, or one line every half minute elsewhere."""
+    columns = (
+        TextColumn("verifying"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[state]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    started = last_line = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, state="")
+
+        def progress(done: int, total: int, problems: int) -> None:
+            nonlocal last_line
+            now = time.monotonic()
+            state = f"{done / _MEGABYTE / max(now - started, 1e-6):.0f} MB/s" + f", {problems} broken" * bool(problems)
+            bar.update(task, completed=done, total=total, state=state)
+            if not console.is_terminal and now - last_line >= 30:
+                last_line = now
+                console.print(f"verifying: {done / max(total, 1):.0%}, {state}", highlight=False)
+
+        return verify(arguments.shards, decode=arguments.decode, workers=arguments.workers, progress=progress)
+
+
+def _print(found: Verification, path: Path) -> None:
+    print(
+        f"{path}: {found.samples} patches in {found.shards} shards, {found.bytes / _MEGABYTE:.1f} MB; "
+        f"{found.decoded} patches decoded"
+    )
+    for problem in found.warnings[:_SHOWN]:
+        print(f"warning: {_line(problem)}")
+    for problem in found.problems[:_SHOWN]:
+        print(f"broken: {_line(problem)}")
+    hidden = len(found.problems[_SHOWN:]) + found.more
+    if hidden:
+        print(f"broken: {hidden} more like these" + ("" if found.more else "; --json FILE lists them"))
+    if found.sound:
+        print("sound")
+        return
+    tars = [name for name in found.broken if name.endswith(".tar")]
+    if tars:
+        shown = ", ".join(tars[:10]) + f" and {len(tars) - 10} more" * (len(tars) > 10)
+        print(
+            f"repair: delete {shown} and run the same `bocage shard SRC {path}` again; the rest can be used meanwhile"
+        )
+    if len(tars) < len(found.broken):
+        others = ", ".join(name for name in found.broken if not name.endswith(".tar"))
+        print(
+            f"repair: copy {others} again from where the shards came from, or shard the tree again into a new folder "
+            f"({DATASET_FILE} and both files that it describes belong together)"
+        )
+
+
+def _line(problem: Problem) -> str:
+    return ": ".join(filter(None, (problem.file, problem.member, problem.what)))
