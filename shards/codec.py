@@ -38,6 +38,7 @@ _KINDS = "biufc"
 _PCODEC_DTYPES = frozenset(
     ("float16", "float32", "float64", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
 )
+_PCODEC_BATCH = 256  # values; what it decompresses less of than there are is a multiple
 _MOST_PARTS = 16
 
 
@@ -170,8 +171,10 @@ class Member:
         if self._coder is not None:
             if not _coder_fits(self._coder, values):
                 raise CodecError(f"coder {self._coder['id']} does not fit {self.dtype}")
+            # Without steps a row depends on nothing below it.
+            last = window[0].stop if window is not None and not self._steps else None
             try:
-                _decompress(self._coder, self._payload, values)
+                _decompress(self._coder, self._payload, values, last)
             except (RuntimeError, ValueError, TypeError, OverflowError) as error:
                 raise CodecError(f"payload cannot be decompressed: {error}") from error
         elif values.size or self._payload:
@@ -261,8 +264,12 @@ def _delta(kind: str, part: np.ndarray) -> DeltaSpec:
     return DeltaSpec.try_consecutive(1 if np.abs(differences).sum() <= np.abs(np.diff(differences)).sum() else 2)
 
 
-def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray) -> None:
-    """Fills ``values``; raises ``RuntimeError`` or ``ValueError`` on a payload of another size or a damaged one."""
+def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray, last: int | None) -> None:
+    """Fills ``values``, rows from ``last`` on only where that costs nothing.
+
+    Raises:
+        RuntimeError, ValueError: a payload of another size or a damaged one.
+    """
     if coder["id"] == "zstd":
         size = _zstandard_size(payload)
         if size != values.nbytes:

@@ -137,6 +137,8 @@ class Index:
             # Subtracted, not added: an offset near 2^63 must not wrap around.
             if (offset < 0).any() or (self.length[name] < 0).any() or (offset > ends - self.length[name]).any():
                 raise InputError(f"{self.path}: a member of {name} lies outside its shard")
+        # What the checks took, some 170 bytes a sample, is not to be kept and inherited by every reading process.
+        pa.default_memory_pool().release_unused()
 
 
 def _inside(whole: pa.Buffer, batch: pa.RecordBatch) -> bool:

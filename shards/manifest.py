@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +144,7 @@ class Manifest:
             raise InputError(f"{source}: not a description of shards: {error!r}; shard the tree again") from error
         self.path = path
         self._opened: pq.ParquetFile | None = None
-        self._table: pa.Table | None = None
+        self._group: tuple[int, pa.Table] | None = None  # the row group that a row was last asked from
         self._check_shards()
         self.files: ShardFiles = LocalShards([path / shard.name for shard in self.shards])
 
@@ -258,14 +258,12 @@ class Manifest:
 
     @property
     def table(self) -> pa.Table:
-        """All columns; prefer ``column`` for a few of them."""
-        if self._table is None:
-            self._table = self._read(None)
-        return self._table
+        """All columns of all samples, read anew: some kB a sample; prefer ``column``, ``row`` or ``batches``."""
+        return self._read(self._parquet.read)
 
-    def _read(self, columns: list[str] | None) -> pa.Table:
+    def _read(self, read: Callable[..., pa.Table], *arguments: object, **options: object) -> pa.Table:
         try:
-            return self._parquet.read(columns=columns)
+            return read(*arguments, **options)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
@@ -274,7 +272,7 @@ class Manifest:
         names = self._parquet.schema_arrow.names
         if name not in names:
             raise InputError(f"{self.path}: no column {name!r} in the manifest; columns: {', '.join(names)}")
-        return self.table[name] if self._table is not None else self._read([name])[name]
+        return self._read(self._parquet.read, columns=[name])[name]
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of the table in order, some thousands at a time; memory holds no more of it."""
@@ -327,7 +325,14 @@ class Manifest:
         """All columns of one sample as Python values."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self.table.slice(index, 1).to_pylist()[0]
+        if self._group is None or not 0 <= index - self._group[0] < len(self._group[1]):
+            metadata = self._parquet.metadata
+            first = number = 0
+            while index - first >= (count := metadata.row_group(number).num_rows):
+                first, number = first + count, number + 1
+            self._group = first, self._read(self._parquet.read_row_group, number)
+        first, group = self._group
+        return group.slice(index - first, 1).to_pylist()[0]
 
     def shard_path(self, shard: int) -> Path:
         """The tar of a shard index."""

@@ -14,6 +14,7 @@ the page cache.
 
     python tests/bench/data.py                   on a sample of its own, with 40 to 100 dates a series, as FLAIR-HUB has
     python tests/bench/data.py TREE SHARDS       on a tree and the shards made of it
+    python tests/bench/data.py --cpu             by the CPU time of one process, for a machine that others use
 """
 
 from __future__ import annotations
@@ -221,27 +222,27 @@ def by_mosaicml(content: Content, folder: Path) -> Loader | None:
     return loader
 
 
-def limit(content: Content, decoding: bool) -> float:
+def limit(content: Content, decoding: bool, clock: Callable[[], float]) -> float:
     """Samples a second of reading the members, and with ``decoding`` of decoding them as well."""
-    started = time.perf_counter()
+    started = clock()
     for row in range(len(content.keys)):
         for item in content.modalities:
             data = content.member(row, item.name)
             if decoding and data:
                 decode(data)
-    return len(content.keys) / (time.perf_counter() - started)
+    return len(content.keys) / (clock() - started)
 
 
-def rate(loader: Loader, workers: int, batches: int) -> float:
+def rate(loader: Loader, workers: int, batches: int, clock: Callable[[], float]) -> float:
     """Samples a second of a loader that is in full swing."""
     torch.set_num_threads(1)
     delivered = loader(workers)
     for _ in range(WARM_UP):
         next(delivered)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(batches):
         next(delivered)
-    return batches * BATCH / (time.perf_counter() - started)
+    return batches * BATCH / (clock() - started)
 
 
 def tensors(batch: Batch, index: int) -> dict[tuple[str, str], torch.Tensor]:
@@ -286,6 +287,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=96, help="size of a sample of its own")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--cpu", action="store_true", help="CPU time of this process in place of time; no workers")
     parser.add_argument("--batches", type=int, default=20, help="measured a turn; rasterio reads a third of them")
     words = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bocage-bench-"))
@@ -318,16 +320,17 @@ def compare(loaders: dict[str, Loader], content: Content, words: argparse.Namesp
         f"{len(content.modalities)} modalities, windows of {WINDOW:g} m, batches of {BATCH}"
     )
     check_equal(loaders, len(content.keys))
+    clock = time.process_time if words.cpu else time.perf_counter
     rates: dict[tuple[str, int], list[float]] = {}
     for _ in range(words.repeats):
-        for workers in words.workers:
+        for workers in [0] if words.cpu else words.workers:
             for name, loader in loaders.items():
-                if workers and name == "bocage, all cores":
+                if (workers or words.cpu) and name == "bocage, all cores":
                     continue  # a reading process has one thread
                 batches = max(2, words.batches // 3) if name.startswith("rasterio") else words.batches
-                rates.setdefault((name, workers), []).append(rate(loader, workers, batches))
+                rates.setdefault((name, workers), []).append(rate(loader, workers, batches, clock))
         for name, decoding in (("limit: pread", False), ("limit: pread and decode", True)):
-            rates.setdefault((name, 0), []).append(limit(content, decoding))
+            rates.setdefault((name, 0), []).append(limit(content, decoding, clock))
     print(f"{'':<26}{'workers':>8}{'samples/s':>11}{'bocage is':>11}   (least to most)")
     for (name, workers), values in rates.items():
         ratios = [mine / other for mine, other in zip(rates["bocage", workers], values)]
