@@ -129,6 +129,8 @@ class Manifest:
                     "or use the bocage that wrote it"
                 )
             self.registry = Registry(tuple(Modality.from_json(item) for item in description["registry"]))
+            for item in self.registry.values():
+                np.dtype(item.dtype)  # a TypeError for what is none
             self.splits = [str(name) for name in description["splits"]]
             self.shards = [Shard(**item) for item in description["shards"]]
             self.counts: dict[str, Any] = dict(description["counts"])
