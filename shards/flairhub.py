@@ -1,7 +1,4 @@
-"""The published dataset as a catalogue of patches. Nothing else in bocage knows FLAIR-HUB's folder and file names.
-
-A file is ``{D}-{YYYY}_{MODALITY}/{ROI}/{D}-{YYYY}_{MODALITY}_{ROI}_{row}-{column}.tif``. Historical modalities have
-``195X`` in place of the year; where a domain has two image years, both share the historical file of the same place.
+"""The published dataset as a catalogue of patches: as folders, as the hub's zips, or a mix of both.
 
 The catalogue keeps NumPy and Arrow columns, no Python object for a patch: paths and keys are computed when asked for.
 """
@@ -11,28 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bocage.shards import metadata
+from bocage.shards import metadata, naming
 from bocage.shards.errors import InputError
 from bocage.shards.metadata import Dates
 from bocage.shards.modality import FLAIR_HUB, Registry
+from bocage.shards.naming import DOMAIN_SHIFT as _DOMAIN_SHIFT
+from bocage.shards.naming import ROI_SHIFT as _ROI_SHIFT
+from bocage.shards.report import Report
+from bocage.shards.scan import Joined, Scan, join
 from bocage.shards.sources import Source
+from bocage.shards.zips import Member
 
-_HISTORICAL_YEAR = "195X"
-_FOLDER = re.compile(r"(?P<place>D[0-9A-Z]{3,6})-(?P<year>\d{4}|195X)_(?P<modality>.+)")
-_ROI = re.compile(r"[A-Za-z0-9-]+")
-_CELL = re.compile(r"(0|[1-9]\d{0,3})-(0|[1-9]\d{0,3})")
 _EXAMPLES = 5
-# A patch is one integer, in the order of the catalogue: domain (15 bits), ROI (20), row (14), column (14).
-_DOMAIN_SHIFT, _ROI_SHIFT, _ROW_SHIFT = 48, 28, 14
+_CHUNK = 1 << 16  # patches at a time
 
 
 @dataclass(frozen=True)
@@ -57,40 +53,6 @@ class Patch:
     splits: dict[str, str | None]
 
 
-@dataclass
-class Report:
-    """What a tree holds and what is wrong with it.
-
-    Attributes:
-        patches: number of patches.
-        present: by modality, patches that have it.
-        undated: by series and mask, files left out because the metadata give no dates for them.
-        lone: by mask, files left out because their patch lacks the series.
-        orphans: historical files whose place has no patch of any year.
-        unparsable: files and folders inside modality folders whose names do not follow the pattern.
-        examples: a few of these, relative to the root.
-        unknown_folders: folders named like a modality's that the registry does not list.
-        duplicate_rows: metadata rows about a patch that already had one; the first counts.
-        unreadable_dates: metadata rows whose dates cannot be parsed.
-    """
-
-    patches: int = 0
-    present: dict[str, int] = field(default_factory=dict)
-    undated: dict[str, int] = field(default_factory=dict)
-    lone: dict[str, int] = field(default_factory=dict)
-    orphans: int = 0
-    unparsable: int = 0
-    examples: list[str] = field(default_factory=list)
-    unknown_folders: list[str] = field(default_factory=list)
-    duplicate_rows: int = 0
-    unreadable_dates: int = 0
-
-    @property
-    def missing(self) -> dict[str, int]:
-        """By modality, patches that lack it."""
-        return {name: self.patches - count for name, count in self.present.items()}
-
-
 @dataclass(frozen=True)
 class Catalogue:
     """The patches of a FLAIR-HUB tree, sorted by domain, ROI, row and column.
@@ -106,8 +68,11 @@ class Catalogue:
     splits: dict[str, pa.DictionaryArray]
     _domains: list[str]
     _rois: list[str]
-    _codes: np.ndarray  # (patches,) int64, see above
+    _codes: np.ndarray  # (patches,) int64, see naming
     _presence: np.ndarray  # (patches,) uint64, bit k for the registry's k-th modality
+    _places: np.ndarray  # (patches, modalities) int32 into the entries; -1 for a file in a folder, or none
+    _entries: np.ndarray  # what is in zips, see scan
+    _zips: list[str]
     _dates: dict[str, Dates]
     _report: Report
 
@@ -115,10 +80,13 @@ class Catalogue:
     def open(
         cls, root: str | Path, registry: Registry = FLAIR_HUB, modalities: tuple[str, ...] | list[str] | None = None
     ) -> Catalogue:
-        """The catalogue of the unzipped tree at ``root``.
+        """The catalogue of the tree at ``root``.
+
+        What is missing, there twice or unreadable does not stop it: see ``report``.
 
         Args:
-            root: the folder that holds the ``D012-2019_AERIAL_RGBI``-like folders and, if there, ``GLOBAL_ALL_MTD``.
+            root: the folder that holds the ``D012-2019_AERIAL_RGBI``-like folders, the zips of these names, or some of
+                both, and, if there, ``GLOBAL_ALL_MTD`` or its zip.
             registry: the modalities to look for.
             modalities: names of those to keep; all when None.
 
@@ -128,75 +96,31 @@ class Catalogue:
         root = Path(root)
         if modalities is not None:
             registry = registry.subset(modalities)
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder; expected an unzipped FLAIR-HUB tree")
         report = Report()
-        tiles = list(_tiles(root, registry, report))
-        domains, rois, codes, presence = _joined(tiles, list(registry), report)
-        keys = pa.array(_keys(domains, rois, codes), pa.string())
+        scan = Scan(root, registry, report)
+        joined = join(scan, registry, report)
+        keys = pa.array(naming.keys_of(joined.domains, joined.rois, joined.codes), pa.string())
         dates = _read_dates(root, registry, keys, report)
-        # A series without dates cannot be placed in time: it counts as missing, and the report says so.
-        for bit, modality in enumerate(registry.values()):
-            if modality.has_dates:
-                known = dates[modality.name].index >= 0 if modality.name in dates else np.zeros(len(codes), bool)
-                undated = (presence >> np.uint64(bit) & np.uint64(1)).astype(bool) & ~known
-                presence[undated] &= ~np.uint64(1 << bit)
-                if undated.any():
-                    report.undated[modality.name] = int(undated.sum())
-        # A mask tells the quality of its series: without it, it has neither dates nor use.
-        bits = {name: np.uint64(1 << bit) for bit, name in enumerate(registry)}
-        for mask in registry.by_role("mask"):
-            assert mask.mask_of is not None
-            lone = ((presence & bits[mask.name]) != 0) & ((presence & bits[mask.mask_of]) == 0)
-            presence[lone] &= ~bits[mask.name]
-            if lone.any():
-                report.lone[mask.name] = int(lone.sum())
+        _drop_useless(joined.presence, registry, dates, report)
         split_file = metadata.find(root, metadata.SPLIT_FILE)
         splits = metadata.read_splits(split_file, keys) if split_file else {}
-        catalogue = cls(root, registry, splits, domains, rois, codes, presence, dates, report)
-        return catalogue._trimmed()
-
-    def _trimmed(self) -> Catalogue:
-        """Without patches that hold nothing and modalities that do not occur."""
-        kept = np.flatnonzero(self._presence)
-        if len(kept) == 0:
-            raise InputError(_why_empty(self.root, self._report))
-        bits = {name: np.uint64(1 << bit) for bit, name in enumerate(self.registry)}
-        present = {name: int(np.count_nonzero(self._presence & bit)) for name, bit in bits.items()}
-        occurring = [name for name in self.registry if present[name]]
-        presence = np.zeros(len(kept), np.uint64)
-        for position, name in enumerate(occurring):
-            presence |= ((self._presence[kept] & bits[name]) != 0).astype(np.uint64) << np.uint64(position)
-        return replace(
-            self,
-            registry=self.registry.subset(occurring),
-            splits={name: column.take(pa.array(kept)) for name, column in self.splits.items()},
-            _codes=self._codes[kept],
-            _presence=presence,
-            _dates={
-                name: replace(dates, index=dates.index[kept])
-                for name, dates in self._dates.items()
-                if name in occurring
-            },
-            _report=replace(self._report, patches=len(kept), present=present),
-        )
+        return _trimmed(root, registry, joined, scan.zips, dates, splits, report)
 
     def __len__(self) -> int:
         return len(self._codes)
 
     def patch(self, index: int) -> Patch:
         """The patch at ``index``."""
-        which_domain, which_roi, cell = _unpacked(int(self._codes[index]))
+        which_domain, which_roi, cell = naming.unpacked(int(self._codes[index]))
         domain, roi = self._domains[which_domain], self._rois[which_roi]
         sources, dates = {}, {}
         for bit, modality in enumerate(self.registry.values()):
             if int(self._presence[index]) >> bit & 1:
-                year = f"{domain.split('-')[0]}-{_HISTORICAL_YEAR}" if modality.historical else domain
-                folder = f"{year}_{modality.name}"
-                sources[modality.name] = Source(self.root / folder / roi / f"{folder}_{roi}_{cell}.tif")
-                known = self._dates.get(modality.name)
-                if known is not None and known.index[index] >= 0:
-                    dates[modality.name] = known.lists[known.index[index]]
+                folder = naming.folder_of(domain, modality)
+                sources[modality.name] = self._source(folder, naming.file_of(folder, roi, cell), index, bit)
+                known = self._dates[modality.name].of(index) if modality.name in self._dates else None
+                if known is not None:
+                    dates[modality.name] = known
         return Patch(
             key=f"{domain}_{roi}_{cell}",
             domain=domain,
@@ -206,9 +130,20 @@ class Catalogue:
             splits={name: column[index].as_py() for name, column in self.splits.items()},
         )
 
+    def _source(self, folder: str, file: str, index: int, bit: int) -> Source:
+        place = self._places[index, bit]
+        if place < 0:
+            return Source(self.root / folder / file)
+        entry = self._entries[place]
+        name = f"{folder}/{file}" if entry["nested"] else file
+        offset, stored, size, crc, method = (
+            int(entry[field]) for field in ("offset", "stored", "size", "crc", "method")
+        )
+        return Source(self.root / self._zips[entry["zip"]], Member(name.encode(), offset, stored, size, crc, method))
+
     def keys(self) -> list[str]:
         """Keys of all patches, in order."""
-        return _keys(self._domains, self._rois, self._codes)
+        return naming.keys_of(self._domains, self._rois, self._codes)
 
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the domain and of the ROI of each patch, (patches,) int64 each; a ROI's is its alone."""
@@ -231,16 +166,20 @@ class Catalogue:
         """
         self._check_new_split(name)
         keys = pa.array(self.keys(), pa.string())
-        column: list[str | None] = [None] * len(self)
-        for value, path in files.items():
-            rows = pc.index_in(pa.array(read_csv_split(path), pa.string()), value_set=keys).drop_null().to_pylist()
-            if not rows:
+        values = list(files)
+        column = np.full(len(self), -1, np.int32)  # into the values
+        for code, path in enumerate(files.values()):
+            found = pc.index_in(pa.array(read_csv_split(path), pa.string()), value_set=keys).drop_null()
+            rows = found.to_numpy(zero_copy_only=False)
+            if not len(rows):
                 raise InputError(f"{path}: none of its patches is in {self.root}")
-            for row in rows:
-                if column[row] not in (None, value):
-                    raise InputError(f"{path}: patch {keys[row]} is listed as {column[row]} and as {value}")
-                column[row] = value
-        return replace(self, splits={**self.splits, name: pa.array(column, pa.string()).dictionary_encode()})
+            taken = rows[column[rows] >= 0]
+            if len(taken):
+                other = values[column[taken[0]]]
+                raise InputError(f"{path}: patch {keys[taken[0]]} is listed as {other} and as {values[code]}")
+            column[rows] = code
+        split = pa.array(values, pa.string()).take(pa.array(column, mask=column < 0)).dictionary_encode()
+        return replace(self, splits={**self.splits, name: split})
 
     def with_domain_split(self, name: str, domains: Mapping[str, Sequence[str]], rest: str | None = None) -> Catalogue:
         """A copy with one more split, by domain.
@@ -272,16 +211,20 @@ class Catalogue:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything a patch can tell but the location of the tree."""
+        """SHA-256 over everything a patch can tell but where its files lie: in which tree, in folders or in zips."""
         digest = hashlib.sha256()
         registry = [modality.to_json() for modality in self.registry.values()]
         digest.update(json.dumps([registry, self._domains, self._rois]).encode())
         for array in (self._codes, self._presence):
             digest.update(array.tobytes())
         for name, dates in self._dates.items():
-            digest.update(f"{name} {[days.tolist() for days in dates.lists]}".encode() + dates.index.tobytes())
+            digest.update(name.encode())
+            for array in (dates.days, dates.bounds, dates.index):
+                digest.update(array.tobytes())
         for name, column in self.splits.items():
-            digest.update(json.dumps([name, column.to_pylist()]).encode())
+            digest.update(name.encode())
+            for start in range(0, len(column), _CHUNK):
+                digest.update(json.dumps(column.slice(start, _CHUNK).to_pylist()).encode())
         return digest.hexdigest()
 
 
@@ -289,137 +232,86 @@ def read_csv_split(path: str | Path) -> list[str]:
     """Keys of the patches that a split CSV of the official code lists; raises ``InputError``."""
     keys = []
     for number, row in enumerate(metadata.read_csv_paths(Path(path)), start=2):
-        found = [_key_of(cell) for cell in row.values() if isinstance(cell, str)]
-        key = next((key for key in found if key is not None), None)
+        key = next((key for cell in row if (key := naming.key_of_path(cell)) is not None), None)
         if key is None:
             raise InputError(f"{path}, line {number}: no column holds the path of a patch's GeoTIFF")
         keys.append(key)
     return keys
 
 
-def _key_of(cell: str) -> str | None:
-    """Key of the patch that a path like ``../D012-2019_SPOT_RGBI/AF-S1-27/..._5-10.tif`` belongs to.
-
-    None where the path does not tell: an empty cell, or a historical file, which has no image year.
-    """
-    parts = cell.strip().replace("\\", "/").split("/")
-    if len(parts) < 3 or not parts[-1].endswith(".tif"):
-        return None
-    folder, roi, place = _FOLDER.fullmatch(parts[-3]), parts[-2], parts[-1][:-4].rsplit("_", 1)[-1]
-    if folder is None or folder["year"] == _HISTORICAL_YEAR or not _CELL.fullmatch(place):
-        return None
-    return f"{folder['place']}-{folder['year']}_{roi}_{place}"
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Files of one modality in one ROI: ``cells`` holds row << 14 | column, int64."""
-
-    place: str
-    year: str
-    modality: str
-    roi: str
-    cells: np.ndarray
+def _drop_useless(presence: np.ndarray, registry: Registry, dates: dict[str, Dates], report: Report) -> None:
+    """Takes out of ``presence`` what cannot be used, and counts it."""
+    bits = {name: np.uint64(1 << bit) for bit, name in enumerate(registry)}
+    # A series without dates cannot be placed in time: it counts as missing, and the report says so.
+    for modality in registry.values():
+        if modality.has_dates:
+            known = dates[modality.name].index >= 0 if modality.name in dates else np.zeros(len(presence), bool)
+            undated = ((presence & bits[modality.name]) != 0) & ~known
+            presence[undated] &= ~bits[modality.name]
+            if undated.any():
+                report.undated[modality.name] = int(undated.sum())
+    # A mask tells the quality of its series: without it, it has neither dates nor use.
+    for mask in registry.by_role("mask"):
+        assert mask.mask_of is not None
+        lone = ((presence & bits[mask.name]) != 0) & ((presence & bits[mask.mask_of]) == 0)
+        presence[lone] &= ~bits[mask.name]
+        if lone.any():
+            report.lone[mask.name] = int(lone.sum())
 
 
-def _tiles(root: Path, registry: Registry, report: Report) -> Iterator[_Tile]:
-    """What lies in the tree; fills the report's counts of names that are not understood."""
-    for folder in sorted((entry for entry in os.scandir(root) if entry.is_dir()), key=lambda entry: entry.name):
-        match = _FOLDER.fullmatch(folder.name)
-        if match is None:
-            continue
-        name = match["modality"]
-        if name not in registry:
-            report.unknown_folders += [folder.name] if name not in FLAIR_HUB else []
-            continue
-        if registry[name].historical != (match["year"] == _HISTORICAL_YEAR):
-            _not_understood(report, folder.name)
-            continue
-        for roi in os.scandir(folder):
-            if not roi.is_dir() or not _ROI.fullmatch(roi.name):
-                _not_understood(report, f"{folder.name}/{roi.name}")
-                continue
-            prefix = f"{folder.name}_{roi.name}_"
-            cells = []
-            for file in os.scandir(roi):
-                inner = file.name.removeprefix(prefix).removesuffix(".tif")
-                cell = _CELL.fullmatch(inner)
-                if cell is None or len(inner) + len(prefix) + 4 != len(file.name):
-                    _not_understood(report, f"{folder.name}/{roi.name}/{file.name}")
-                else:
-                    cells.append(int(cell[1]) << _ROW_SHIFT | int(cell[2]))
-            yield _Tile(match["place"], match["year"], name, roi.name, np.array(cells, np.int64))
-
-
-def _not_understood(report: Report, name: str) -> None:
-    report.unparsable += 1
-    if len(report.examples) < _EXAMPLES:
-        report.examples.append(name)
-
-
-def _joined(
-    tiles: list[_Tile], modalities: list[str], report: Report
-) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
-    """Domains, ROI names, and (patches,) codes and presence bits, sorted."""
-    dated = [tile for tile in tiles if tile.year != _HISTORICAL_YEAR]
-    domains = sorted({f"{tile.place}-{tile.year}" for tile in dated})
-    rois = sorted({tile.roi for tile in tiles}, key=_natural)
-    domain_of = {domain: index for index, domain in enumerate(domains)}
-    roi_of = {roi: index for index, roi in enumerate(rois)}
-    if len(domains) >= 1 << 15 or len(rois) >= 1 << 20:
-        raise InputError(f"{len(domains)} domains and {len(rois)} ROI names are too many for one catalogue")
-
-    def codes_of(tile: _Tile, domain: str) -> np.ndarray:
-        return tile.cells + (domain_of[domain] << _DOMAIN_SHIFT | roi_of[tile.roi] << _ROI_SHIFT)
-
-    empty = np.zeros(0, np.int64)
-    every = np.concatenate([empty, *(codes_of(tile, f"{tile.place}-{tile.year}") for tile in dated)])
-    codes, inverse = np.unique(every, return_inverse=True)
-    presence = np.zeros(len(codes), np.uint64)
-    start = 0
-    for tile in dated:
-        # One modality of one ROI: its rows are distinct, so plain indexing sets every bit.
-        rows = inverse[start : start + len(tile.cells)]
-        presence[rows] |= np.uint64(1 << modalities.index(tile.modality))
-        start += len(tile.cells)
-    for tile in tiles:
-        if tile.year == _HISTORICAL_YEAR:
-            attached = np.zeros(len(tile.cells), bool)
-            for domain in domains:
-                if domain.split("-")[0] == tile.place:
-                    wanted = codes_of(tile, domain)
-                    rows = np.searchsorted(codes, wanted)
-                    found = rows < len(codes)
-                    found[found] = codes[rows[found]] == wanted[found]
-                    presence[rows[found]] |= np.uint64(1 << modalities.index(tile.modality))
-                    attached |= found
-            report.orphans += int((~attached).sum())
-    return domains, rois, codes, presence
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts ``AF-S1-2`` before ``AF-S1-10``; the name itself decides between equal numbers."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
-
-
-def _unpacked(code: int) -> tuple[int, int, str]:
-    """Index of the domain, index of the ROI name, and ``row-column`` of a patch."""
-    return code >> _DOMAIN_SHIFT, code >> _ROI_SHIFT & 0xFFFFF, f"{code >> _ROW_SHIFT & 0x3FFF}-{code & 0x3FFF}"
-
-
-def _keys(domains: list[str], rois: list[str], codes: np.ndarray) -> list[str]:
-    patches = map(_unpacked, codes.tolist())
-    return [f"{domains[domain]}_{rois[roi]}_{cell}" for domain, roi, cell in patches]
+def _trimmed(
+    root: Path,
+    registry: Registry,
+    joined: Joined,
+    zips: list[str],
+    dates: dict[str, Dates],
+    splits: dict[str, pa.DictionaryArray],
+    report: Report,
+) -> Catalogue:
+    """The catalogue without patches that hold nothing, and without modalities, domains and ROIs that do not occur."""
+    kept = np.flatnonzero(joined.presence)
+    if len(kept) == 0:
+        raise InputError(_why_empty(root, report))
+    domains, domain_of = np.unique(joined.codes[kept] >> _DOMAIN_SHIFT, return_inverse=True)
+    rois, roi_of = np.unique(joined.codes[kept] >> _ROI_SHIFT & naming.MOST_ROIS - 1, return_inverse=True)
+    codes = domain_of << _DOMAIN_SHIFT | roi_of << _ROI_SHIFT | joined.codes[kept] & (1 << _ROI_SHIFT) - 1
+    names = ([joined.domains[index] for index in domains], [joined.rois[index] for index in rois])
+    occurring: list[str] = []
+    columns: list[int] = []
+    presence = np.zeros(len(kept), np.uint64)
+    for bit, name in enumerate(registry):
+        held = (joined.presence[kept] & np.uint64(1 << bit)) != 0
+        report.present[name] = int(held.sum())
+        if report.present[name]:
+            presence |= held.astype(np.uint64) << np.uint64(len(occurring))
+            occurring.append(name)
+            columns.append(bit)
+        if 0 < report.present[name] < len(kept):
+            report.missing_examples[name] = naming.keys_of(*names, codes[np.flatnonzero(~held)[:_EXAMPLES]])
+    report.patches = len(kept)
+    return Catalogue(
+        root=root,
+        registry=registry.subset(occurring),
+        splits={name: column.take(pa.array(kept)) for name, column in splits.items()},
+        _domains=names[0],
+        _rois=names[1],
+        _codes=codes,
+        _presence=presence,
+        _places=joined.places[kept][:, columns],
+        _entries=joined.entries,
+        _zips=zips,
+        _dates={name: replace(dates[name], index=dates[name].index[kept]) for name in occurring if name in dates},
+        _report=report,
+    )
 
 
 def _read_dates(root: Path, registry: Registry, keys: pa.Array, report: Report) -> dict[str, Dates]:
     """Dates by modality, those of a mask from its series."""
     dates: dict[str, Dates] = {}
     for modality in registry.values():
-        path = metadata.find(root, f"GLOBAL_{modality.dates_table}_MTD_DATES.gpkg") if modality.dates_table else None
-        if path is not None:
-            dates[modality.name] = metadata.read_dates(path, modality, keys)
+        table = metadata.find(root, f"GLOBAL_{modality.dates_table}_MTD_DATES.gpkg") if modality.dates_table else None
+        if table is not None:
+            dates[modality.name] = metadata.read_dates(table, modality, keys)
             report.duplicate_rows += dates[modality.name].duplicates
             report.unreadable_dates += dates[modality.name].unreadable
     for modality in registry.values():
@@ -431,22 +323,30 @@ def _read_dates(root: Path, registry: Registry, keys: pa.Array, report: Report) 
 def _why_empty(root: Path, report: Report) -> str:
     """One sentence on why there is no patch in ``root`` and what to give instead."""
     expected = "expected folders like D012-2019_AERIAL_RGBI/AF-S1-27/D012-2019_AERIAL_RGBI_AF-S1-27_5-10.tif"
+    expected += ", or zips of them"
+    if report.unreadable:
+        return report.unreadable_examples[0]
     if report.undated:
         return f"{root}: only series without dates ({', '.join(report.undated)}); {metadata.FOLDER} is missing"
     if report.lone:
         return f"{root}: only {', '.join(report.lone)} without its series"
     if report.orphans:
         return f"{root}: only historical images; they need a modality with an image year beside them"
-    if _FOLDER.fullmatch(root.resolve().name):
+    if naming.FOLDER.fullmatch(root.resolve().name):
         return f"{root}: this is the folder of one modality; give the one above, {root.resolve().parent}"
-    if _FOLDER.fullmatch(root.resolve().parent.name):
+    if naming.FOLDER.fullmatch(root.resolve().parent.name):
         return f"{root}: this is one ROI of one modality; give {root.resolve().parent.parent}"
     children = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     for child in children:
-        if any(_FOLDER.fullmatch(entry.name) for entry in os.scandir(root / child) if entry.is_dir()):
+        if any(naming.FOLDER.fullmatch(name.removesuffix(".zip")) for name in _names(root / child)):
             return f"{root}: no patch here, but {root / child} looks like a FLAIR-HUB tree; give that folder"
-    if any(entry.name.endswith(".zip") and _FOLDER.fullmatch(entry.name[:-4]) for entry in os.scandir(root)):
-        return f"{root}: holds FLAIR-HUB's zips; unzip them first"
     if report.examples:
         return f"{root}: no patch found; names such as {report.examples[0]} are not understood; {expected}"
     return f"{root}: no patch of the chosen modalities found; {expected}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

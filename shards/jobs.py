@@ -155,13 +155,21 @@ def faults_of(out: Path) -> Iterator[None]:
         ) from error
 
 
-def check_source(root: Path) -> None:
-    """Raises ``InputError`` when the whole tree is gone, as when a disk is unmounted: no patch is to blame then."""
+def check_source(root: Path, patches: Collection[Patch] = ()) -> None:
+    """Raises ``InputError`` when the tree, or a folder or zip of ``patches``, is gone, as when a disk is unmounted.
+
+    No patch is to blame then.
+    """
     try:
         with os.scandir(root) as entries:
             reason = None if next(entries, None) is not None else "it is empty"
     except OSError as error:
         reason = error.strerror or str(error)
+    if reason is None:
+        sources = [source for patch in patches for source in patch.sources.values()]
+        holders = {source.path.parent if source.member is None else source.path for source in sources}
+        lost = next((holder for holder in sorted(holders) if not holder.exists()), None)
+        reason = None if lost is None else f"{lost} is not there any more"
     if reason is not None:
         raise InputError(
             f"{root}: the source is gone ({reason}); finished shards are kept, bring it back and run the same command"
@@ -177,14 +185,14 @@ def run_job(job: Job, root: Path, tick: Tick) -> Part:
 
     def watched(patches: int, written: int) -> None:
         if written == 0:  # the patch was left out
-            check_source(root)
+            check_source(root, job.patches)
         tick(patches, written)
 
     try:
         with gdal(), faults_of(job.out):
             return write_shard(job, watched)
     except InputError:
-        check_source(root)
+        check_source(root, job.patches)
         raise
 
 

@@ -1,10 +1,11 @@
-"""Where the bytes of one raster lie."""
+"""Where the bytes of one raster lie: in a file of its own or in a zip."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from bocage.shards import zips
 from bocage.shards.errors import InputError
 
 
@@ -17,17 +18,21 @@ class Source:
     """One raster's file. As text it is the name that messages give.
 
     Attributes:
-        path: the GeoTIFF.
+        path: the GeoTIFF, or the zip that holds it.
+        member: where in the zip; None when ``path`` is the GeoTIFF.
     """
 
     path: Path
+    member: zips.Member | None = None
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self.path) if self.member is None else f"{self.path}/{self.member.name.decode('utf-8', 'replace')}"
 
     def read(self) -> bytes:
         """The GeoTIFF's bytes; raises ``RasterError``."""
         try:
-            return self.path.read_bytes()
+            return self.path.read_bytes() if self.member is None else zips.read(self.path, self.member)
+        except zips.ZipError as error:
+            raise RasterError(str(error)) from error
         except OSError as error:
             raise RasterError(f"{self}: cannot be read: {error.strerror}") from error

@@ -124,3 +124,26 @@ def test_a_second_ctrl_c_ends_at_once(tree: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=5) == 130
     process.communicate()
     wait_until_gone(process.pid)
+
+
+# Three processes start. As when the system runs out of memory.
+def test_a_worker_that_is_killed_ends_the_run_in_one_sentence(
+    tree: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = started(tree, out, SLOWLY="0.5")
+    while process.poll() is None and not list(out.glob("*.tmp")):
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == (
+        "bocage: error: a worker process was killed, perhaps for want of memory; finished shards are kept in "
+        f"{out}, run the same command with fewer workers (--workers)"
+    )
+    wait_until_gone(process.pid)
+    assert main(["shard", str(tree), str(out), *OPTIONS[:2]]) == 0
+    assert contents(out) == undisturbed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_shards import KEYS, contents, small
-from small_tree import raster_path
+from small_tree import content, raster_path, write_raster
 
 from bocage.shards.errors import InputError
 from bocage.shards.manifest import Manifest
@@ -37,7 +37,7 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("left", ["nothing", "an empty mount point"])
+@pytest.mark.parametrize("left", ["nothing", "an empty mount point", "all but one modality"])
 def test_a_source_that_vanishes_half_way_ends_the_run_and_no_patch_is_blamed(tmp_path: Path, left: str) -> None:
     catalogue = small(tmp_path)
     whole = contents(write_shards(catalogue, tmp_path / "whole", samples_per_shard=2).path)
@@ -48,6 +48,10 @@ def test_a_source_that_vanishes_half_way_ends_the_run_and_no_patch_is_blamed(tmp
             tree.rename(away)
             if left != "nothing":
                 tree.mkdir()
+            if left == "all but one modality":
+                for folder in away.iterdir():
+                    if not folder.name.endswith("SENTINEL2_TS"):
+                        shutil.copytree(folder, tree / folder.name)
 
     # All patches may be bad: what is missing must not become one that is skipped.
     sharding = Sharding(catalogue, tmp_path / "out", samples_per_shard=2, max_bad=1)
@@ -77,7 +81,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
 ) -> None:
     catalogue = small(tmp_path)
     whole = contents(write_shards(catalogue, tmp_path / "whole", samples_per_shard=1).path)
-    with tmpfs(tmp_path / "disk", "300k") as disk:
+    with tmpfs(tmp_path / "disk", "100k") as disk:
         sharding = Sharding(catalogue, disk / "out", samples_per_shard=1)
         with pytest.raises(InputError, match=rf"^{disk / 'out'}: cannot be written: No space left on device; finished"):
             sharding.write()
@@ -156,9 +160,10 @@ def test_a_lost_shard_whose_source_has_changed_is_not_replaced(tmp_path: Path) -
     lost = tmp_path / "out" / "shard-000000.tar"
     lost.unlink()
     before = contents(tmp_path / "out")
-    raster, other = (raster_path(tmp_path / "tree", FLAIR_HUB["SPOT_RGBI"], key) for key in KEYS[:2])
+    spot = FLAIR_HUB["SPOT_RGBI"]
+    raster = raster_path(tmp_path / "tree", spot, KEYS[0])
     data = raster.read_bytes()
-    raster.write_bytes(other.read_bytes())
+    write_raster(raster, content(spot, 1, seed=999), spot.gsd)
     with pytest.raises(InputError, match=rf"^{lost}: cannot be restored, its bytes are others than .*: the source"):
         sharding.write()
     dataset = tmp_path / "out" / "dataset.json"

@@ -1,8 +1,4 @@
-import os
-import signal
-import subprocess
-import sys
-import time
+import json
 from pathlib import Path
 
 import pytest
@@ -54,27 +50,68 @@ def test_command_rounds_heights_only_when_asked_to(tmp_path: Path, capsys: pytes
     assert "another plan" in capsys.readouterr().err
 
 
-# A process that imports torch, and Ctrl-C after its first shard.
-def test_ctrl_c_ends_the_command_quietly_and_it_can_go_on(tmp_path: Path) -> None:
-    write_tree(tmp_path / "tree", KEYS, ["AERIAL_RGBI", "DEM_ELEV"])
-    words = ["shard", str(tmp_path / "tree"), str(tmp_path / "out"), "--shard-mb", "1", "--workers", "2"]
-    script = f"import sys; from bocage.tools.main import main\nif __name__ == '__main__': sys.exit(main({words!r}))"
-    (tmp_path / "run.py").write_text(script)
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py")],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/shard-*.tar")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, errors = process.communicate(timeout=30)
-    if process.returncode == 0:
-        pytest.skip("the run was faster than the signal")
-    assert process.returncode == 130
-    assert "same command goes on" in errors
-    assert "Traceback" not in errors
-    assert main(words[:-2]) == 0
-    assert len(Manifest.open(tmp_path / "out")) == 6
+def test_dry_run_tells_sizes_and_time_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard", str(REAL), str(tmp_path / "new" / "out"), "--dry-run", "--workers", "3"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "dry run: nothing is written",
+        "patches",
+        "shards",
+        "size, about",
+        "free there",
+        "--workers 3, about",
+    ):
+        assert words in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_slices_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["shard", str(REAL), str(tmp_path / "out")]
+    assert main([*words, "--slice", "2/2"]) == 0
+    assert "slice 2 of 2: 1 shards are written; --merge when all slices are" in capsys.readouterr().out
+    assert main([*words, "--slice", "1/2"]) == 0
+    assert main([*words, "--merge"]) == 0
+    assert len(Manifest.open(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "-1/2", "1/"])
+def test_a_slice_is_one_of_several(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["shard", "tree", "out", f"--slice={text}"])
+    assert f"{text!r} is not I/N with 1 <= I <= N" in capsys.readouterr().err
+
+
+def test_splits_by_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["D012-2019_AF-S1-27_0-0", "D031-2019_AF-S1-1_0-0", "D004-2021_AF-S1-2_0-0"]
+    tree = write_tree(tmp_path / "tree", keys, ["SPOT_RGBI"])
+    words = ["shard", str(tree), str(tmp_path / "out"), "--split-domains"]
+    assert main([*words, "test=D999-2019"]) == 2
+    assert "D999-2019" in capsys.readouterr().err
+    assert main([*words, "test=rest", "train=rest"]) == 2
+    assert "cannot both take the rest" in capsys.readouterr().err
+    assert main([*words, "test=D031-2019,D004-2021", "train=rest"]) == 0
+    table = Manifest.open(tmp_path / "out").table
+    assert dict(zip(table["domain"].to_pylist(), table["split_domains"].to_pylist())) == {
+        "D012-2019": "train",
+        "D031-2019": "test",
+        "D004-2021": "test",
+    }
+    assert main(["shard", str(tree), str(tmp_path / "more"), "--split-name", "split_x"]) == 2
+    assert "--split-name: needs" in capsys.readouterr().err
+
+
+def test_report_is_printed_first_and_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = write_tree(tmp_path / "tree", KEYS[:3], ["SPOT_RGBI", "AERIAL_RGBI"])
+    next(tree.glob("*AERIAL_RGBI/*/*.tif")).unlink()
+    (tree / "D012-2019_SPOT_RGBI" / "AF-S1-27" / "notes.txt").touch()
+    words = ["shard", str(tree), str(tmp_path / "out"), "--dry-run", "--report"]
+    assert main([*words, str(tmp_path / "report.json")]) == 0
+    errors = capsys.readouterr().err
+    assert "note: 1 of 3 patches without AERIAL_RGBI" in errors
+    assert "note: 1 names not understood, e.g. D012-2019_SPOT_RGBI/AF-S1-27/notes.txt" in errors
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["patches"] == 3
+    assert report["missing"]["AERIAL_RGBI"] == 1
+    assert report["unparsable"] == 1
+    assert main([*words, str(tmp_path / "none" / "report.json")]) == 2
+    assert f"--report {tmp_path}/none/report.json: cannot be written: No such file" in capsys.readouterr().err
