@@ -8,7 +8,6 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("source", metavar="SRC", type=Path, help="FLAIR-HUB tree")
+    parser.add_argument("source", metavar="SRC", type=Path, help="FLAIR-HUB: its folders, its zips, or a mix")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or that of an earlier run to go on with")
 
     content = parser.add_argument_group("what the shards hold")
@@ -225,32 +224,14 @@ class _Display:
 
 def _print_report(console: Console, catalogue: Catalogue) -> None:
     """What the catalogue did not understand or had to leave out; nothing when all is well."""
-    report = catalogue.report()
-    total, missing = report.patches, report.missing
-    remarks = [f"{count} of {total} patches without {name}" for name, count in missing.items() if 0 < count < total]
-    absent = [name for name, count in missing.items() if count == total]
-    remarks += [f"no patch has {', '.join(absent)}"] if absent else []
-    remarks += [f"{count} files of {name} left out: no dates known" for name, count in report.undated.items()]
-    remarks += [f"{count} files of {name} left out: no series beside them" for name, count in report.lone.items()]
-    if report.unparsable:
-        remarks.append(f"{report.unparsable} names not understood, e.g. {', '.join(report.examples)}")
-    if report.unknown_folders:
-        remarks.append(f"unknown modalities: {', '.join(report.unknown_folders)}")
-    if report.orphans:
-        remarks.append(f"{report.orphans} historical images without a patch")
-    if report.duplicate_rows:
-        remarks.append(f"{report.duplicate_rows} repeated metadata rows ignored")
-    if report.unreadable_dates:
-        remarks.append(f"{report.unreadable_dates} metadata rows without readable dates")
-    for remark in remarks:
+    for remark in catalogue.report().remarks():
         console.print(f"note: {remark}", highlight=False, soft_wrap=True)
 
 
 def _write_report(path: Path, catalogue: Catalogue) -> None:
-    report = catalogue.report()
     try:
         with written_atomically(path) as temporary:
-            temporary.write_text(json.dumps(asdict(report) | {"missing": report.missing}, indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps(catalogue.report().to_json(), indent=1), encoding="utf-8")
     except OSError as error:
         raise InputError(f"--report {path}: cannot be written: {error.strerror}") from error
 
