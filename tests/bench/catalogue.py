@@ -28,9 +28,9 @@ from bocage.shards.flairhub import Catalogue
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-before, started = peak(), time.perf_counter()
+before, started, idle = peak(), time.perf_counter(), time.process_time()
 catalogue = Catalogue.open(sys.argv[1])
-seconds, opened = time.perf_counter() - started, peak()
+seconds, busy, opened = time.perf_counter() - started, time.process_time() - idle, peak()
 started = time.perf_counter()
 fingerprint = catalogue.fingerprint()
 dates = catalogue._dates.values()
@@ -41,6 +41,7 @@ print(json.dumps({
     "patches": len(catalogue),
     "rasters": sum(catalogue.report().present.values()),
     "seconds": round(seconds, 1),
+    "seconds of CPU": round(busy, 1),
     "MB imported": round(before),
     "MB peak": round(opened),
     "bytes kept a patch": round(kept / len(catalogue)),
