@@ -13,7 +13,7 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.writer import write_shards
 
 
-# Two spawned processes import torch and rasterio: several seconds.
+# Two spawned processes import rasterio and the codecs.
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
     seen: list[tuple[int, int, int]] = []
