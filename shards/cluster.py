@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bocage.shards.errors import InputError
-from bocage.shards.jobs import Jobs, Tick, run_job
+from bocage.shards.jobs import Jobs, run_job
 from bocage.shards.packing import PARTS_FOLDER, Job, Part
 from bocage.shards.plan import differing_libraries, libraries
+from bocage.shards.pool import Tick
 
 _PATIENCE = 30  # seconds to wait for the scheduler, and for its first worker
 _POLL = 0.5  # seconds

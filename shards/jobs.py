@@ -7,15 +7,9 @@ run therefore leaves finished shards and nothing else that counts.
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.context import SpawnContext
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,10 +20,8 @@ from bocage.shards.files import TEMPORARY_SUFFIX
 from bocage.shards.flairhub import Catalogue, Patch
 from bocage.shards.packing import PARTS_FOLDER, Job, Part, pack, part_path, read_part, shard_path, write_shard
 from bocage.shards.plan import Plan
+from bocage.shards.pool import Tick, WorkerKilledError, results
 from bocage.shards.sources import RasterError
-
-Tick = Callable[[int, int], None]
-"""Called with patches done and bytes written since the last call; may raise to stop."""
 
 Progress = Callable[[int, int, int], None]
 """Called with patches done, patches in all, bytes of shards written by this run; may raise to stop."""
@@ -38,8 +30,6 @@ _NOT_WRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
     *(errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO),
 )
-_HELD = {signal.SIGINT, signal.SIGTERM}
-_RUN, _STOP, _DIE = 0, 1, 2
 
 
 class Jobs:
@@ -102,7 +92,8 @@ class Jobs:
 
 
 Runner = Callable[[Jobs, list[int], Tick], Generator[Part, None, None]]
-"""Writes the shards that the list names and yields their parts in any order; closed early, it stops the work."""
+"""Writes the shards that the list names and yields their parts in any order; closed early, it stops the work. What it
+ticks are patches done and bytes written."""
 
 
 def counted(progress: Progress | None, plan: Plan, shards: range, missing: list[int]) -> Tick:
@@ -196,121 +187,21 @@ def run_job(job: Job, root: Path, tick: Tick) -> Part:
         raise
 
 
-def run_here(jobs: Jobs, missing: list[int], tick: Tick) -> Generator[Part, None, None]:
-    """Parts of the shards ``missing``, written one after the other by this process."""
-    for index in missing:
-        yield run_job(jobs[index], jobs.catalogue.root, tick)
-
-
-def run_pool(workers: int, jobs: Jobs, missing: list[int], tick: Tick) -> Generator[Part, None, None]:
-    """Parts of the shards ``missing`` as ``workers`` processes finish them, in any order.
-
-    At most two jobs a worker are looked up and under way, however many there are.
+def run_local(workers: int, jobs: Jobs, missing: list[int], tick: Tick) -> Generator[Part, None, None]:
+    """Parts of the shards ``missing`` as ``workers`` processes finish them; 1 works in this one, in order.
 
     Raises:
         InputError: as ``run_job``, or a worker was killed.
     """
-    # Spawned, not forked: GDAL does not survive a fork with its threads.
-    context = multiprocessing.get_context("spawn")
-    workers = min(workers, max(1, len(missing)))
-    board = _Board(context, 2 * workers)
-    waiting = iter(missing)
-    running: dict[Future[Part], int] = {}
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (board,))
+    root = jobs.catalogue.root
+    tasks = ((jobs[index], root) for index in missing)
     try:
-        while True:
-            while board.free and (index := next(waiting, None)) is not None:
-                job, slot = jobs[index], board.free.pop()
-                with _signals_held():
-                    running[pool.submit(_work, job, jobs.catalogue.root, slot)] = slot
-            if not running:
-                return
-            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            tick(*board.news())
-            for future in finished:
-                board.free.append(running.pop(future))
-                yield future.result()
-    except BrokenProcessPool as error:
-        board.order(_DIE)
-        raise InputError(
-            f"a worker process was killed, perhaps for want of memory; finished shards are kept in {jobs.out}, run the "
-            "same command with fewer workers (--workers)"
-        ) from error
-    except BaseException:
-        board.order(_STOP)
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with closing(results(_run_task, tasks, min(workers, max(1, len(missing))), tick)) as parts:
+            for _, part in parts:
+                yield part
+    except WorkerKilledError as error:
+        raise InputError(f"{jobs.out}: {error}; finished shards are kept") from error
 
 
-class _Board:
-    """What workers tell the main process, and it them, in shared memory.
-
-    Without a lock, since a worker that is killed while it holds one would stop all others: each job under way has a
-    slot of its own that one worker writes.
-    """
-
-    def __init__(self, context: SpawnContext, slots: int) -> None:
-        self._numbers = context.RawArray("q", 2 * slots + 1)  # patches and bytes by slot, then the order
-        self._seen = [0, 0]
-        self.free = list(range(slots))
-
-    def count(self, slot: int, patches: int, written: int) -> None:
-        self._numbers[2 * slot] += patches
-        self._numbers[2 * slot + 1] += written
-
-    def news(self) -> tuple[int, int]:
-        """Patches and bytes since the last call."""
-        now = [sum(self._numbers[:-1:2]), sum(self._numbers[1:-1:2])]
-        before, self._seen = self._seen, now
-        return now[0] - before[0], now[1] - before[1]
-
-    def order(self, what: int) -> None:
-        self._numbers[-1] = what
-
-    @property
-    def ordered(self) -> int:
-        return self._numbers[-1]
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Ctrl-C and schedulers reach the whole process group, but the main process decides: workers start with the signals
-    blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_board: _Board
-
-
-class _StopError(Exception):
-    """The main process asked this worker to stop."""
-
-
-def _start_worker(board: _Board) -> None:
-    global _board
-    _board = board
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work for ever; one whose pool is broken, too, because it
-    holds the signal that the pool ends it with."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while parent.is_alive() and _board.ordered != _DIE:
-        parent.join(0.5)
-    os._exit(1)
-
-
-def _work(job: Job, root: Path, slot: int) -> Part:
-    def tick(patches: int, written: int) -> None:
-        _board.count(slot, patches, written)
-        if _board.ordered != _RUN:
-            raise _StopError
-
-    return run_job(job, root, tick)
+def _run_task(task: tuple[Job, Path], tick: Tick) -> Part:
+    return run_job(*task, tick)

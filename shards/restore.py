@@ -8,10 +8,11 @@ import shutil
 from bocage.shards.errors import InputError
 from bocage.shards.files import flush
 from bocage.shards.flairhub import Catalogue
-from bocage.shards.jobs import Jobs, Runner, Tick
+from bocage.shards.jobs import Jobs, Runner
 from bocage.shards.manifest import Manifest
 from bocage.shards.packing import PARTS_FOLDER, shard_path
 from bocage.shards.plan import Plan
+from bocage.shards.pool import Tick
 
 _ASIDE = "restored"
 
@@ -38,7 +39,7 @@ def restore(
         plan: the one of the shards.
         others: which libraries here are not those that the shards were made with, for messages; or empty.
         run: runs jobs.
-        tick: see ``jobs.Tick``.
+        tick: see ``jobs.Runner``.
 
     Raises:
         InputError: a patch cannot be read any more, or a shard gets other bytes than the manifest says. That shard is

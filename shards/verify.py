@@ -99,14 +99,18 @@ def verify(
     rows = _check_manifest(manifest, found)
     moments = {}
     done = 0
+
+    def tick(_: int, size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, found.bytes, len(found.problems) + found.more)
+
     pages = Findings(TABLE_FILE)
-    for job, report in results(check_shard, _jobs(manifest, rows, decode, pages), workers):
+    for job, report in results(check_shard, _jobs(manifest, rows, decode, pages), workers, tick):
         found.add(report.findings)
         found.decoded += report.decoded
         moments[job.shard.name] = report.moments
-        done += job.shard.bytes
-        if progress is not None:
-            progress(done, found.bytes, len(found.problems) + found.more)
     found.add(pages)
     if decode is None and rows and found.sound:
         found.add(_check_statistics(manifest, [moments[shard.name] for shard in manifest.shards]))

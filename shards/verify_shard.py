@@ -7,7 +7,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from bocage.shards.modality import Modality, Registry
 from bocage.shards.moments import Moments
 from bocage.shards.normalize import represent
 from bocage.shards.packing import member_name
-from bocage.shards.pool import check_stop
+from bocage.shards.pool import Tick
 from bocage.shards.tarcheck import BLOCK, TarError, TarReader, printable
 
 _KEPT = 20  # problems of one file that are listed; the rest is counted
@@ -91,58 +91,83 @@ class ShardReport:
     moments: dict[str, Moments] = field(default_factory=dict)
 
 
-def check_shard(job: ShardJob) -> ShardReport:
-    """Checks one shard; whatever is wrong with it is in the report, not raised."""
+def check_shard(job: ShardJob, tick: Tick) -> ShardReport:
+    """Checks one shard; whatever is wrong with it is in the report, not raised.
+
+    Args:
+        job: the shard.
+        tick: called with 0 and bytes that were checked; they sum up to the size of the shard in its description.
+    """
     report = ShardReport(Findings(job.shard.name))
+    left = job.shard.bytes
+
+    def checked(size: int) -> None:
+        nonlocal left
+        size = min(size, left)
+        left -= size
+        tick(0, size)
+
+    _check(job, report, checked)
+    tick(0, left)
+    return report
+
+
+def _check(job: ShardJob, report: ShardReport, checked: Callable[[int], None]) -> None:
     try:
         # Without waiting: opening a pipe would wait for a writer.
         descriptor = os.open(job.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         report.findings.add("missing")
-        return report
+        return
     except OSError as error:
         report.findings.add(f"cannot be opened: {error.strerror}")
-        return report
+        return
     try:
-        _check_open(job, descriptor, report)
+        _check_open(job, descriptor, report, checked)
     except OSError as error:
         report.findings.add(f"cannot be read: {error.strerror}")
     finally:
         os.close(descriptor)
-    return report
 
 
-def _check_open(job: ShardJob, descriptor: int, report: ShardReport) -> None:
+def _check_open(job: ShardJob, descriptor: int, report: ShardReport, checked: Callable[[int], None]) -> None:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         report.findings.add("not a regular file")
         return
     if found.st_size != job.shard.bytes:
         report.findings.add(f"{found.st_size} bytes where the dataset's description says {job.shard.bytes}")
-    elif _digest(descriptor) != job.shard.sha256:
+    elif _digest(descriptor, checked) != job.shard.sha256:
         report.findings.add("damaged: its SHA-256 is not the one in the dataset's description")
     if job.rows is not None:
         count = len(job.rows)
         # Damaged: the checksum of every member tells where.
         some = None if report.findings.problems else job.decode
         chosen = range(count) if some is None else np.unique(np.linspace(0, count - 1, min(some, count), dtype=int))
-        _Walk(TarReader(descriptor, found.st_size), job.registry, job.rows, report).run(set(map(int, chosen)))
+        _Walk(TarReader(descriptor, found.st_size), job.registry, job.rows, report, checked).run(set(map(int, chosen)))
 
 
-def _digest(descriptor: int) -> str:
+def _digest(descriptor: int, checked: Callable[[int], None]) -> str:
     digest, place = hashlib.sha256(), 0
     while chunk := os.pread(descriptor, _CHUNK, place):
         digest.update(chunk)
         place += len(chunk)
-        check_stop()
+        checked(0)  # hashing is the smaller part of the work
     return digest.hexdigest()
 
 
 class _Walk:
     """From the first header of a tar to its end, with the rows of the manifest beside it."""
 
-    def __init__(self, tar: TarReader, registry: Registry, rows: pa.Table, report: ShardReport) -> None:
-        self._tar, self._registry, self._rows = tar, registry, rows
+    def __init__(
+        self,
+        tar: TarReader,
+        registry: Registry,
+        rows: pa.Table,
+        report: ShardReport,
+        checked: Callable[[int], None],
+    ) -> None:
+        self._tar, self._registry, self._rows, self._checked = tar, registry, rows, checked
         self._report, self._findings = report, report.findings
         self._place: int | None = 0  # where the next header must be; None after one that says nothing to rely on
         texts = [*_TEXTS, *(f"dates.{item.name}" for item in registry.values() if dated(item))]
@@ -152,7 +177,6 @@ class _Walk:
 
     def run(self, decoded: set[int]) -> None:
         for row in range(len(self._rows)):
-            check_stop()
             texts = self._texts.slice(row, 1).to_pylist()[0]
             key = texts["key"]
             members = sorted(
@@ -180,9 +204,10 @@ class _Walk:
             except TarError as error:
                 self._findings.add(str(error), f"{key}.json")
                 self._place = None
+            self._checked(sum(length + BLOCK for _, length, _ in members))
         if self._place is not None:
             try:
-                self._tar.check_end(self._place, check_stop)
+                self._tar.check_end(self._place, lambda: self._checked(0))
             except TarError as error:
                 self._findings.add(str(error))
 

@@ -17,7 +17,7 @@ from bocage.shards.cluster import run_cluster
 from bocage.shards.errors import InputError
 from bocage.shards.estimate import Estimate, probe
 from bocage.shards.flairhub import Catalogue
-from bocage.shards.jobs import Jobs, Progress, Runner, counted, faults_of, run_here, run_pool
+from bocage.shards.jobs import Jobs, Progress, Runner, counted, faults_of, run_local
 from bocage.shards.manifest import DATASET_FILE, Manifest
 from bocage.shards.packing import PARTS_FOLDER, part_path, too_many_skipped
 from bocage.shards.plan import (
@@ -284,7 +284,7 @@ class Sharding:
 def _runner(workers: int, scheduler: str | None) -> Runner:
     if scheduler is not None:
         return partial(run_cluster, scheduler)
-    return run_here if workers == 1 else partial(run_pool, workers)
+    return partial(run_local, workers)
 
 
 def _slice(number: int, of: int, shards: int) -> range:

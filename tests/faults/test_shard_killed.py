@@ -141,8 +141,8 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_sentence(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.splitlines()[-1] == (
-        "bocage: error: a worker process was killed, perhaps for want of memory; finished shards are kept in "
-        f"{out}, run the same command with fewer workers (--workers)"
+        f"bocage: error: {out}: a worker process was killed, perhaps for want of memory; run the same command with "
+        "fewer --workers; finished shards are kept"
     )
     wait_until_gone(process.pid)
     assert main(["shard", str(tree), str(out), *OPTIONS[:2]]) == 0

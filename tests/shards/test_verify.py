@@ -53,7 +53,7 @@ def test_what_was_written_is_sound(sound: Path, decode: int | None) -> None:
     assert (found.samples, found.shards) == (6, 3)
     assert found.decoded == {0: 0, 1: 3, None: 6}[decode]
     assert found.bytes == sum(path.stat().st_size for path in sound.glob("*.tar"))
-    assert seen[-1] == (found.bytes, found.bytes, 0) and len(seen) == 3
+    assert seen[-1] == (found.bytes, found.bytes, 0) and len(seen) >= 3
 
 
 def test_processes_find_the_same(shards: Path) -> None:
