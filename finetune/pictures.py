@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bocage.shards.classes import ClassScheme
+from bocage.shards.composites import colour_bands, palette
 from bocage.shards.files import written_atomically
 from bocage.shards.modality import Modality
-from bocage.ssl.composites import colour_bands
 
 _STRETCH = (2.0, 98.0)  # percentiles shown as black and white
 _INCHES = 2.6  # side of one picture
@@ -35,11 +35,6 @@ class Panel:
     image: np.ndarray | None
     truth: np.ndarray | None
     predicted: np.ndarray
-
-
-def palette(scheme: ClassScheme) -> np.ndarray:
-    """(classes, 3) uint8, the official colours."""
-    return np.array([tuple(bytes.fromhex(colour)) for colour in scheme.colours], np.uint8)
 
 
 def render(values: np.ndarray, modality: Modality) -> np.ndarray:

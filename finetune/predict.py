@@ -15,10 +15,11 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.transform import Affine
 
-from bocage.finetune.pictures import Panel, draw_panels, palette, render
+from bocage.finetune.pictures import Panel, draw_panels, render
 from bocage.finetune.task import Segmentation
 from bocage.shards.batch import Batch
 from bocage.shards.classes import ClassScheme
+from bocage.shards.composites import palette
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.inputs import wanted_modalities

@@ -89,7 +89,8 @@ def _results(
             return
         finished: Any = ()
         try:
-            finished = wait(list(running), timeout=_POLL, return_when="FIRST_COMPLETED").done
+            with client.as_current():  # ``wait`` asks the current client
+                finished = wait(list(running), timeout=_POLL, return_when="FIRST_COMPLETED").done
         except TimeoutError:
             tick(0, 0)
         except CancelledError:

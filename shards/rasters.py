@@ -55,7 +55,7 @@ def read(source: Source, modality: Modality) -> Raster:
     """
     content = source.read()
     nbytes = len(modality.bands) * modality.size**2 * np.dtype(modality.dtype).itemsize
-    large = modality.role == "image" and nbytes > _SMALL  # labels are large, but hardly more than their blocks' headers
+    large = modality.role == "image" and nbytes > _SMALL  # labels compress to little: opening costs more
     try:
         reader = _read_gdal if large else _read_tifffile
         bands, pixel, crs, left, top, nodata = reader(content)

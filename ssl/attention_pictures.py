@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from bocage.shards.composites import date_pictures
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import Modality
 from bocage.ssl.attention import DateAttention, attend
-from bocage.ssl.composites import date_pictures
 from bocage.ssl.encoders.utae import UTAE
 from bocage.ssl.pictures import save_figure
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bocage.shards.batch import Batch
+from bocage.shards.composites import hillshade
 from bocage.shards.files import written_atomically
 from bocage.shards.modality import Modality
 from bocage.shards.normalize import InputSpec
@@ -20,14 +21,6 @@ from bocage.ssl.targets import from_units
 
 _STRIP = 6  # dates shown of a series
 _HIDDEN = 0.35  # grey level of what the encoder did not see
-
-
-def hillshade(heights: np.ndarray, gsd: float) -> np.ndarray:
-    """Shaded relief in 0..1 of (H, W) heights in metres, light from the north-west at 45 degrees."""
-    rows, columns = np.gradient(heights, gsd)
-    normal = np.stack([-columns, rows, np.ones_like(heights)])  # rows grow to the south
-    light = np.array([-0.5, 0.5, np.sqrt(0.5)])
-    return np.clip(np.tensordot(light, normal, axes=1) / np.linalg.norm(normal, axis=0), 0, 1)
 
 
 def _display(spec: InputSpec) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "write simulated patches in FLAIR-HUB's own format",
     "shard": "turn a FLAIR-HUB tree into WebDataset shards with a manifest",
     "verify": "check shards against their manifest and name what is broken",
+    "inspect": "print what shards hold, and draw a patch in all its modalities",
     "finetune": "train UPerFuse on labels, from pretrained encoders or from scratch",
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
     "attention": "draw which dates of a series an encoder looks at",

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from small_series import OPTICAL, RADAR, series_encoder, write_series
 
+from bocage.shards.composites import colour_bands, date_pictures
 from bocage.shards.errors import InputError
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB, Band, Modality
@@ -21,7 +22,6 @@ from bocage.shards.normalize import fill_holes, standardize
 from bocage.shards.stream import ShardDataset, days_since_may
 from bocage.ssl.attention import DateAttention, attend, rows_of_keys, rows_with_dates
 from bocage.ssl.attention_pictures import attention_figure, write_attention
-from bocage.ssl.composites import colour_bands, date_pictures
 
 
 @pytest.fixture(scope="module")

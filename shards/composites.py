@@ -1,9 +1,10 @@
-"""Series of a sensor to pictures of its dates: true colour where it sees colours, else a radar composite, else grey."""
+"""Stored arrays to pictures: true colour, radar composites, shaded relief, and the colours of classes."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from bocage.shards.classes import ClassScheme
 from bocage.shards.modality import Modality
 
 _RED_GREEN_BLUE = (650.0, 550.0, 460.0)  # nm
@@ -50,3 +51,16 @@ def date_pictures(frames: np.ndarray, modality: Modality, reference: np.ndarray)
     low, high = np.nanpercentile(measured, _STRETCH, axis=together, keepdims=True)
     stretched = (shown - low) / np.maximum(high - low, 1e-6)
     return np.nan_to_num(stretched).clip(0.0, 1.0).transpose(0, 2, 3, 1)
+
+
+def hillshade(heights: np.ndarray, gsd: float) -> np.ndarray:
+    """Shaded relief in 0..1 of (H, W) heights in metres, light from the north-west at 45 degrees."""
+    rows, columns = np.gradient(heights, gsd)
+    normal = np.stack([-columns, rows, np.ones_like(heights)])  # rows grow to the south
+    light = np.array([-0.5, 0.5, np.sqrt(0.5)])
+    return np.clip(np.tensordot(light, normal, axes=1) / np.linalg.norm(normal, axis=0), 0, 1)
+
+
+def palette(scheme: ClassScheme) -> np.ndarray:
+    """(classes, 3) uint8, the official colours."""
+    return np.array([tuple(bytes.fromhex(colour)) for colour in scheme.colours], np.uint8)

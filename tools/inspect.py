@@ -1,0 +1,142 @@
+"""``bocage inspect SHARDS``: what shards hold, in numbers and as a picture of one patch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+
+from bocage.shards.errors import InputError
+from bocage.shards.manifest import Manifest
+from bocage.shards.summary import fullest, summarize
+from bocage.tools.reports import write_json
+
+_MEGABYTE = 1e6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder written by `bocage shard`")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="draw a patch in all its modalities, with legends"
+    )
+    parser.add_argument("--key", metavar="KEY", help="the patch (default: the first that has every modality, or most)")
+    parser.add_argument("--rows", action="store_true", help="print the patch's row of the manifest")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the tables; returns the exit status."""
+    manifest = Manifest.open(arguments.shards)
+    if len(manifest) == 0:
+        raise InputError(f"{arguments.shards}: the shards hold no patch: all of them were skipped")
+    row = fullest(manifest) if arguments.key is None else _row(manifest, arguments.key)
+    numbers = summarize(manifest)
+    if arguments.json is not None:
+        write_json(arguments.json, numbers)
+    console = Console()
+    for table in _tables(numbers):
+        console.print(table)
+    if arguments.rows:
+        console.print(_row_table(manifest, row))
+    if arguments.picture is not None:
+        from bocage.shards.contact_sheet import draw_contact_sheet  # brings matplotlib
+
+        draw_contact_sheet(manifest, row, arguments.picture)
+        print(f"{manifest.index.key(row)}: {arguments.picture}")
+    return 0
+
+
+def _row(manifest: Manifest, key: str) -> int:
+    row = pc.index(manifest.index.keys, pa.scalar(key)).as_py()
+    if row < 0:
+        raise InputError(f"{manifest.path}: no patch {key!r}; they are named like {manifest.index.key(0)}")
+    return int(row)
+
+
+def _tables(numbers: dict[str, Any]) -> list[Table]:
+    patches = numbers["patches"]
+    whole = Table(title=numbers["path"], title_justify="left", show_header=False)
+    whole.add_column("what")
+    whole.add_column("value", justify="right")
+    whole.add_row("patches", str(patches))
+    whole.add_row("skipped as unreadable", str(numbers["skipped"]))
+    whole.add_row("shards", str(numbers["shards"]))
+    whole.add_row("size", f"{numbers['bytes'] / _MEGABYTE:.1f} MB")
+    whole.add_row("share of the GeoTIFFs", f"{numbers['bytes'] / max(numbers['source_bytes'], 1):.3f}")
+    whole.add_row("domains, regions of interest", f"{len(numbers['domains'])}, {numbers['rois']}")
+    tables = [whole, _modality_table(numbers["modalities"], patches), _channel_table(numbers["modalities"])]
+    tables.append(_counts("patches by domain", ("domain",), [((name,), n) for name, n in numbers["domains"].items()]))
+    splits = [((name, value), count) for name, values in numbers["splits"].items() for value, count in values.items()]
+    if splits:
+        tables.append(_counts("patches by split", ("split", "value"), splits))
+    if numbers["dates"]:
+        dates = Table("series", "least", "median", "greatest", title="dates of a series", title_justify="left")
+        for name, spread in numbers["dates"].items():
+            dates.add_row(name, str(spread["least"]), f"{spread['median']:g}", str(spread["greatest"]))
+        tables.append(dates)
+    for name, shares in numbers["classes"].items():
+        table = Table("class", "% of pixels", title=name, title_justify="left")
+        for label, part in sorted(shares.items(), key=lambda item: -item[1]):
+            if part:
+                table.add_row(label, f"{100 * part:.2f}")
+        tables.append(table)
+    return tables
+
+
+def _modality_table(modalities: dict[str, Any], patches: int) -> Table:
+    table = Table(title="modalities", title_justify="left")
+    table.add_column("name", no_wrap=True)
+    for name in ("dtype", "bands", "pixels"):
+        table.add_column(name, no_wrap=True)
+    for name in ("patches", "%", "kB"):
+        table.add_column(name, justify="right")
+    for name, item in modalities.items():
+        present = item["present"]
+        each = item["bytes"] / max(present, 1) / 1e3
+        pixels = f"{item['pixels']} x {item['gsd']:g} m"
+        share = f"{100 * present / patches:.1f}"
+        table.add_row(name, item["dtype"], str(len(item["bands"])), pixels, str(present), share, f"{each:.1f}")
+    return table
+
+
+def _channel_table(modalities: dict[str, Any]) -> Table:
+    table = Table(title="statistics by channel", title_justify="left")
+    table.add_column("modality")
+    table.add_column("channel")
+    for name in ("mean", "std"):
+        table.add_column(name, justify="right")
+    for name, item in modalities.items():
+        for channel, mean, std in zip(item.get("channels", ()), item.get("mean", ()), item.get("std", ())):
+            table.add_row(name, channel, *("none" if value is None else f"{value:.3f}" for value in (mean, std)))
+    return table
+
+
+def _counts(title: str, columns: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], int]]) -> Table:
+    table = Table(*columns, title=title, title_justify="left")
+    table.add_column("patches", justify="right")
+    for words, count in rows:
+        table.add_row(*words, str(count))
+    return table
+
+
+def _row_table(manifest: Manifest, row: int) -> Table:
+    place = 0
+    for batch in manifest.batches():
+        if row < place + len(batch):
+            break
+        place += len(batch)
+    values = batch.slice(row - place, 1).to_pylist()[0]
+    table = Table("column", "value", title=f"row {row}: {values['key']}", title_justify="left")
+    for name, value in values.items():
+        if name.startswith("dates.") and value is not None:
+            value = ", ".join(np.array(value, "datetime64[D]").astype(str))
+        table.add_row(name, str(value))
+    return table
