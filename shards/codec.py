@@ -280,11 +280,14 @@ def _decompress(coder: dict[str, Any], payload: memoryview, values: np.ndarray, 
     if not isinstance(sizes, list) or len(sizes) != len(parts) or sum(sizes) != len(payload) or min(sizes) < 0:
         raise ValueError(f"its {len(payload)} bytes are not the {len(parts)} parts {sizes}")
     start = 0
-    for part, size in zip(parts, sizes):
+    for band, size in zip(parts, sizes):
+        part, count = band, band.size
+        if last is not None and part.ndim == 2 and part[:last].size % _PCODEC_BATCH == 0:
+            part = part[:last]
         whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
         progress = standalone.simple_decompress_into(bytes(payload[start : start + size]), whole.reshape(-1))
-        if progress.n_processed != part.size or not progress.finished:
-            raise ValueError(f"it does not hold {part.size} values")
+        if progress.n_processed != part.size or progress.finished != (part.size == count):
+            raise ValueError(f"it does not hold {count} values")
         if whole is not part:
             part[:] = whole
         start += size
