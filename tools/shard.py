@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of unreadable patches to leave out before giving up (default: %(default)s; one at least unless 0)",
     )
+    content.add_argument(
+        "--leave-out-unreadable",
+        action="store_true",
+        help="go on without folders and zips that cannot be read as a whole; otherwise they end the command",
+    )
     splits = content.add_mutually_exclusive_group()
     splits.add_argument(
         "--split-csv",
@@ -122,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
             _print_report(console, catalogue)
             if arguments.report is not None:
                 _write_report(arguments.report, catalogue)
+            _check_readable(arguments, catalogue)
             _shard(console, interrupts, catalogue, arguments)
     except InterruptedCommand as stopped:
         print(
@@ -226,6 +232,17 @@ def _print_report(console: Console, catalogue: Catalogue) -> None:
     """What the catalogue did not understand or had to leave out; nothing when all is well."""
     for remark in catalogue.report().remarks():
         console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_readable(arguments: argparse.Namespace, catalogue: Catalogue) -> None:
+    """A zip that is still being downloaded must not become thousands of patches without a sensor."""
+    report = catalogue.report()
+    if report.unreadable and not arguments.leave_out_unreadable:
+        others = f" (and {report.unreadable - 1} more, see the notes)" if report.unreadable > 1 else ""
+        raise InputError(
+            f"{report.unreadable_examples[0]}{others}; repair or download again, or pass --leave-out-unreadable to "
+            "shard without what they hold"
+        )
 
 
 def _write_report(path: Path, catalogue: Catalogue) -> None:

@@ -115,3 +115,17 @@ def test_report_is_printed_first_and_written_as_json(tmp_path: Path, capsys: pyt
     assert report["unparsable"] == 1
     assert main([*words, str(tmp_path / "none" / "report.json")]) == 2
     assert f"--report {tmp_path}/none/report.json: cannot be written: No such file" in capsys.readouterr().err
+
+
+def test_a_zip_that_cannot_be_read_ends_the_command_unless_told_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = write_tree(tmp_path / "tree", KEYS[:3], ["SPOT_RGBI", "AERIAL_RGBI"])
+    (tree / "D031-2019_SPOT_RGBI.zip").write_bytes(b"PK\3\4, and then the network went away")
+    command = ["shard", str(tree), str(tmp_path / "out")]
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tree}/D031-2019_SPOT_RGBI.zip: has no directory at its end" in error
+    assert "--leave-out-unreadable" in error and not (tmp_path / "out").exists()
+    assert main([*command, "--leave-out-unreadable"]) == 0
+    assert len(Manifest.open(tmp_path / "out")) == 3
