@@ -164,8 +164,6 @@ class Cache:
                 else:
                     time.sleep(0.02)  # every byte is being fetched or read by others, who will finish
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise self._unwritable(error) from error
 
     def bring(self, wanted: Wanted) -> None:
@@ -177,8 +175,6 @@ class Cache:
                     if _is_at(descriptor, part):
                         self._complete(descriptor, part, wanted, path)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise self._unwritable(error) from error
 
     def _has(self, wanted: Wanted) -> bool:
@@ -199,22 +195,28 @@ class Cache:
 
     def _complete(self, descriptor: int, part: Path, wanted: Wanted, path: Path) -> None:
         """Fetch what the locked part lacks, verify it, and give it its name."""
-        with os.fdopen(descriptor, "rb+", buffering=0, closefd=False) as out:
-            for _ in range(2):
-                self.place.download(wanted.name, wanted.bytes, out)
-                if _is_right(descriptor, wanted):
-                    break
-                out.truncate(0)
-            else:
+        try:
+            with os.fdopen(descriptor, "rb+", buffering=0, closefd=False) as out:
+                for _ in range(2):
+                    self.place.download(wanted.name, wanted.bytes, out)
+                    if _is_right(descriptor, wanted):
+                        break
+                    out.truncate(0)
+                else:
+                    part.unlink()
+                    raise InputError(
+                        f"{self.place.name_of(wanted.name)}: damaged: its SHA-256 is not the one in the dataset's "
+                        "description; copy it there again"
+                    )
+            os.fsync(descriptor)
+            with self._accounts():
+                os.utime(descriptor)
+                os.replace(part, path)
+        except OSError:
+            # Only here, under its lock, is the part this process's to remove.
+            with suppress(OSError):
                 part.unlink()
-                raise InputError(
-                    f"{self.place.name_of(wanted.name)}: damaged: its SHA-256 is not the one in the dataset's "
-                    "description; copy it there again"
-                )
-        os.fsync(descriptor)
-        with self._accounts():
-            os.utime(descriptor)
-            os.replace(part, path)
+            raise
         flush(path.parent)
 
     def _make_room(self, size: int, keep: Collection[str] | None) -> bool:

@@ -38,7 +38,6 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         for name, lengths in steps.items():
             lengths.append(pc.list_value_length(batch[f"dates.{name}"].drop_null()).to_numpy())
     return {
-        "path": str(manifest.path),
         "patches": len(manifest),
         "skipped": int(manifest.counts["skipped"]),
         "shards": manifest.shard_count,

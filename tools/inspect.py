@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bocage.shards.errors import InputError
 from bocage.shards.manifest import Manifest
+from bocage.shards.remote import open_shards
 from bocage.shards.summary import fullest, summarize
 from bocage.tools.reports import write_json
 
@@ -23,7 +24,7 @@ _MEGABYTE = 1e6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("shards", metavar="SHARDS", type=Path, help="folder written by `bocage shard`")
+    parser.add_argument("shards", metavar="SHARDS", help="folder written by `bocage shard`, or its address")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="draw a patch in all its modalities, with legends"
     )
@@ -34,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the tables; returns the exit status."""
-    manifest = Manifest.open(arguments.shards)
+    manifest = open_shards(arguments.shards)
     if len(manifest) == 0:
         raise InputError(f"{arguments.shards}: the shards hold no patch: all of them were skipped")
     row = fullest(manifest) if arguments.key is None else _row(manifest, arguments.key)
-    numbers = summarize(manifest)
+    numbers = {"path": arguments.shards, **summarize(manifest)}
     if arguments.json is not None:
         write_json(arguments.json, numbers)
     console = Console()
