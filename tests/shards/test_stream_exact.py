@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from small_tree import write_tree
 
 from bocage.shards.batch import Batch
+from bocage.shards.codec import encode
+from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.stream import TrainingStream, evaluation_batches
@@ -197,3 +199,27 @@ def test_only_the_wanted_members_are_read_and_neighbours_at_once(tmp_path: Path)
     assert reads(names[3], names[0]) == [spans[names[0]], spans[names[3]]]
     first, last = (row[f"offset.{name}"] for name in (names[0], names[2]))
     assert reads(*names[:3]) == [(0, first, last + row[f"length.{names[2]}"] - first)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (
+            np.zeros((3, 1, 10, 10), np.float32),
+            r"is float32 of shape \(3, 1, 10, 10\), not float32 of \(3, 2,",
+        ),
+        (np.zeros((3, 2, 10, 10), np.float64), r"is float64 of shape"),
+        (np.zeros((4, 2, 10, 10), np.float32), r"has 4 dates in its shard but 3 in the index"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_named_and_never_spread(
+    manifest: Manifest, stored: np.ndarray, message: str
+) -> None:
+    class Swapped(Recorded):
+        def read(self, shard: int, offset: int, length: int) -> bytes:
+            return encode(stored, manifest.registry[SERIES].codec)
+
+    opened = Manifest.open(manifest.path)
+    opened.files = Swapped(manifest)
+    with pytest.raises(InputError, match=rf"shard-000000\.tar: {SERIES} of {opened.index.key(0)} {message}"):
+        list(evaluation_batches(opened, np.arange(1), [opened.registry[SERIES]], batch_size=1))
