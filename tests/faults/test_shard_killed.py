@@ -15,7 +15,7 @@ from small_tree import write_tree
 from bocage.tools.main import main
 
 SCRIPT = Path(__file__).parent / "killed_sharding.py"
-KEYS = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(4) for column in range(4)]
+KEYS = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(6) for column in range(4)]
 OPTIONS = ("--shard-mb", "1", "--workers", "2")
 
 
@@ -53,21 +53,19 @@ def undisturbed(tree: Path) -> dict[str, str]:
     out = tree.parent / "whole"
     assert main(["shard", str(tree), str(out), *OPTIONS[:2]]) == 0
     found = contents(out)
-    assert len(found) == 16 + 3  # a patch is larger than a shard may be
+    assert len(found) == len(KEYS) + 3  # a patch is larger than a shard may be
     return found
 
 
-# Eleven runs of three processes, one after the other, each with its imports: 15 to 35 s.
-def test_sigkill_at_ten_random_points_then_resume(tree: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    generator = random.Random(0)
-    tars = [f"shard-{number:06d}.tar" for number in generator.sample(range(2, 8), 2)]
-    parts = [f"shard-{number:06d}.parquet" for number in generator.sample(range(8, 16), 2)]
-    points = [f"{name}:1:{generator.choice(('before', 'after'))}" for name in (*tars, *parts)]
-    # Half-way through the manifest; the last is a folder that is complete but for the parts that should have gone.
-    points += ["manifest.parquet:1:before", "index.arrow:1:after", "dataset.json:1:before", "dataset.json:1:after"]
+# Each run starts three processes with their imports: three runs, 8 s, or eleven, 30 s.
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_sigkill_at_random_points_then_resume(
+    kills: int, tree: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    generator = random.Random(kills)
     out = tmp_path / "out"
-    for seconds in (generator.uniform(0.3, 3), generator.uniform(0.01, 0.1)):
-        process = started(tree, out)
+    for seconds in (generator.uniform(0.3, 2), generator.uniform(0.01, 0.1)):
+        process = started(tree, out, SLOWLY="0.4")  # so that the points below are still to come
         if seconds < 0.3:  # as soon as something is being written
             while process.poll() is None and not list(out.glob("*.tmp")):
                 time.sleep(0.002)
@@ -76,9 +74,20 @@ def test_sigkill_at_ten_random_points_then_resume(tree: Path, undisturbed: dict[
         assert process.wait() == -signal.SIGKILL
         process.communicate()
         wait_until_gone(process.pid)
+    # Far enough apart that the other worker has not passed the next one.
+    missing = [number for number in range(len(KEYS)) if not (out / f"shard-{number:06d}.tar").exists()][1::4][:4]
+    extensions = generator.sample(["tar", "tar", "parquet", "parquet"], 4)
+    points = [
+        f"shard-{number:06d}.{extension}:1:{generator.choice(('before', 'after'))}"
+        for number, extension in zip(missing, extensions)
+    ]
+    # Half-way through the manifest; the last is a folder that is complete but for the parts that should have gone.
+    points += ["manifest.parquet:1:before", "index.arrow:1:after", "dataset.json:1:before", "dataset.json:1:after"]
+    assert len(points) == 8
+    points = sorted(generator.sample(points, kills - 2), key=points.index)
     reached = 0
     for point in points:
-        process = started(tree, out, KILL_AT=point)
+        process = started(tree, out, KILL_AT=point, SLOWLY="0.15")  # workers keep pace with each other
         _, errors = process.communicate(timeout=120)
         assert process.returncode in (0, -signal.SIGKILL), errors
         reached += process.returncode == -signal.SIGKILL

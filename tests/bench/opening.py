@@ -1,6 +1,6 @@
 """Seconds and memory that the catalogue of the whole of FLAIR-HUB takes, from folders and from zips.
 
-    python tests/bench/catalogue.py FOLDER [--patches 241100] [--what folders zips] [--keep]
+    python tests/bench/opening.py FOLDER [--patches 241100] [--what folders zips] [--keep]
 
 Makes trees of the dataset's names in ``FOLDER`` and GeoPackages with a row a patch, opens each tree in a process of its
 own, and prints seconds, the process's peak memory, and the bytes that the catalogue keeps for a patch. Folders hold
