@@ -2,12 +2,13 @@
 
 A member is ``magic (4) | CRC-32 (4) | header length (2) | header | payload``, numbers little-endian; the checksum
 covers everything after itself. The header holds dtype, shape and the steps that were applied (``transforms``), so that
-a member is decoded without any registry. Chains were chosen by measurement on FLAIR-HUB's own kinds of content, real
-and simulated (``tests/bench/sharding.py``); a step that does not fit an array is left out, and the header then does
-not list it. All are lossless but ``height-5mm``, which nothing uses unless it is asked for (``lossy_dem``).
+a member is decoded without any registry. An image of more than 256 rows is a payload of strips, each a member of 256
+rows, so that a window costs no more than the strips that it touches. Chains were chosen by measurement on FLAIR-HUB's
+own kinds of content, real and simulated (``tests/bench/sharding.py``); a step that does not fit an array is left out,
+and the header then does not list it. All are lossless but ``height-5mm``, which nothing uses unless it is asked for
+(``lossy_dem``).
 
-Entropy coders are numcodecs' Zstandard and Blosc (Alted, https://blosc.org) and pcodec (Loncaric et al.,
-arXiv 2502.06112).
+Entropy coders are numcodecs' Zstandard and pcodec (Loncaric et al., arXiv 2502.06112).
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ _PCODEC_DTYPES = frozenset(
 )
 _PCODEC_BATCH = 256  # values; what it decompresses less of than there are is a multiple
 _MOST_PARTS = 16
+_STRIP = 256  # rows
+_CODERS_OF_STRIPS = ("zstd", "pcodec")
+_CODERS = (*_CODERS_OF_STRIPS, "strips")
 
 
 class CodecError(ValueError):
@@ -119,7 +123,12 @@ def encode(array: np.ndarray, codec: str) -> bytes:
     applied = []
     coder: dict[str, Any] | None = None
     payload = b""
-    if values.size:
+    # Labels are decoded faster than a second header.
+    if values.ndim >= 3 and values.size and values.shape[-2] > _STRIP and chain.coder != _PLAIN:
+        starts = range(0, values.shape[-2], _STRIP)
+        strips = [encode(values[..., start : start + _STRIP, :], codec) for start in starts]
+        coder, payload = {"id": "strips", "rows": _STRIP, "sizes": [len(strip) for strip in strips]}, b"".join(strips)
+    elif values.size:
         for step in chain.transforms:
             if transforms.fits(step, values):
                 values, done = transforms.applied(step, values)
@@ -146,6 +155,10 @@ def decode(data: bytes | memoryview) -> np.ndarray:
 class Member:
     """An encoded array whose checksum and header are good.
 
+    Args:
+        data: of the member.
+        coders: those that may have made it.
+
     Attributes:
         shape, dtype: of the array, in native byte order; known before it takes any memory.
 
@@ -153,8 +166,8 @@ class Member:
         CodecError: the bytes are not an intact member.
     """
 
-    def __init__(self, data: bytes | memoryview) -> None:
-        self.shape, self.dtype, self._steps, self._coder, self._payload = _parsed(data)
+    def __init__(self, data: bytes | memoryview, coders: tuple[str, ...] = _CODERS) -> None:
+        self.shape, self.dtype, self._steps, self._coder, self._payload = _parsed(data, coders)
 
     def array(self, window: tuple[slice, slice] | None = None) -> np.ndarray:
         """The array, writable.
@@ -166,6 +179,8 @@ class Member:
         Raises:
             CodecError: the payload is not what the header says.
         """
+        if self._coder is not None and self._coder["id"] == "strips":
+            return self._joined(self._coder, window)
         # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
         values = np.zeros(self.shape, self.dtype)
         if self._coder is not None:
@@ -188,9 +203,40 @@ class Member:
             values = transforms.restored(step, values)
         return values if window is None else values[..., window[0], window[1]]
 
+    def _joined(self, coder: dict[str, Any], window: tuple[slice, slice] | None) -> np.ndarray:
+        """The array, or its window, from the strips that hold it; the others are not looked at."""
+        if self._steps or len(self.shape) < 3:
+            raise CodecError(f"strips do not fit {self.dtype} of shape {self.shape}")
+        *leading, height, width = self.shape
+        try:
+            rows, sizes = int(coder["rows"]), [int(size) for size in coder["sizes"]]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CodecError(f"header cannot be read: {error!r}") from error
+        if (
+            rows < 1
+            or len(sizes) != -(-height // rows)
+            or sum(sizes) != len(self._payload)
+            or min(sizes, default=0) < 0
+        ):
+            raise CodecError(f"its {len(self._payload)} bytes are not strips {sizes} of {rows} rows out of {height}")
+        wanted, columns = window or (slice(0, height), slice(0, width))
+        # Empty: every strip under the window fills its rows, or raises.
+        values = np.empty((*leading, wanted.stop - wanted.start, columns.stop - columns.start), self.dtype)
+        place = 0
+        for start, size in zip(range(0, height, rows), sizes):
+            first, last = max(start, wanted.start), min(start + rows, height, wanted.stop)
+            if first < last:
+                strip = Member(self._payload[place : place + size], _CODERS_OF_STRIPS)
+                if (strip.shape, strip.dtype) != ((*leading, min(rows, height - start), width), self.dtype):
+                    raise CodecError(f"a strip of {self.dtype} {self.shape} holds {strip.dtype} {strip.shape}")
+                part = strip.array((slice(first - start, last - start), columns))
+                values[..., first - wanted.start : last - wanted.start, :] = part
+            place += size
+        return values
+
 
 def _parsed(
-    data: bytes | memoryview,
+    data: bytes | memoryview, coders: tuple[str, ...]
 ) -> tuple[tuple[int, ...], np.dtype[Any], list[Step], dict[str, Any] | None, memoryview]:
     if len(data) < _PREFIX.size:
         raise CodecError(f"{len(data)} bytes are too few for a member")
@@ -207,7 +253,7 @@ def _parsed(
         dtype = np.dtype(str(header["dtype"]))
         steps, coder = list(header["transforms"]), header["coder"]
         known = all(step["id"] in transforms.KNOWN for step in steps)
-        known &= coder is None or coder["id"] in ("zstd", "pcodec")
+        known &= coder is None or coder["id"] in coders
     # NumPy parses the dtype as Python where it does not know it: hence SyntaxError.
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SyntaxError) as error:
         raise CodecError(f"header cannot be read: {error!r}") from error

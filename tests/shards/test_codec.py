@@ -259,7 +259,7 @@ def test_lossy_heights_are_only_for_who_asks() -> None:
     changed = {name for name, modality in lossy_dem(FLAIR_HUB).items() if modality != FLAIR_HUB[name]}
     assert changed == {"DEM_ELEV"}
     assert lossy_dem(FLAIR_HUB)["DEM_ELEV"].codec == "height-5mm"
-    rough = np.random.default_rng(0).normal(120, 0.04, (2, 512, 512)).astype(np.float32)
+    rough = np.random.default_rng(0).normal(120, 0.04, (2, 256, 512)).astype(np.float32)
     header, _ = split(data := encode(rough, "height-5mm"))
     assert header["transforms"] == [{"id": "round", "step": 2**-7, "lowest": -500.0, "highest": 9000.0}]
     assert len(data) < 0.5 * len(encode(rough, "height"))
@@ -293,3 +293,46 @@ def test_a_window_is_that_of_the_whole(codec: str, dtype: str, leading: tuple[in
     member = encode(values, codec)
     found = Member(member).array(window)
     assert found.dtype == values.dtype and np.array_equal(found, decode(member)[..., window[0], window[1]])
+
+
+def test_an_image_of_many_rows_is_in_strips_and_a_window_costs_those_it_touches() -> None:
+    values = np.random.default_rng(0).integers(0, 9, (4, 600, 300), dtype=np.uint8)
+    data = encode(values, "colour")
+    header, payload = split(data)
+    assert (header["coder"]["id"], header["coder"]["rows"], len(header["coder"]["sizes"])) == ("strips", 256, 3)
+    assert same_bits(decode(data), values)
+    damaged = payload[:-20] + bytes(20)  # in the last strip, under a checksum that is right
+    window = (slice(100, 400), slice(7, 290))
+    assert np.array_equal(Member(member(header, damaged)).array(window), values[:, 100:400, 7:290])
+    with pytest.raises(CodecError):
+        decode(member(header, damaged))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 0},
+        {"rows": 300},
+        {"rows": "many"},
+        {"rows": None},
+        {"sizes": []},
+        {"sizes": None},
+        {"sizes": [1, 2, 3]},
+        {"sizes": [-1, 1]},
+        {"sizes": {"a": 1}},
+    ],
+)
+def test_strips_that_do_not_fit_are_refused(change: dict[str, Any]) -> None:
+    header, payload = split(encode(np.zeros((1, 512, 8), np.uint8), "grey"))
+    with pytest.raises(CodecError):
+        decode(member({**header, "coder": {**header["coder"], **change}}, payload))
+
+
+def test_strips_hold_no_strips_and_are_of_the_image() -> None:
+    inner = encode(np.zeros((1, 512, 8), np.uint8), "grey")
+    other = encode(np.zeros((1, 256, 8), np.int8), "plain")
+    for strip, shape in ((inner, [1, 1024, 8]), (other, [1, 512, 8])):
+        coder = {"id": "strips", "rows": shape[1] // 2, "sizes": [len(strip)] * 2}
+        header = {"dtype": "|u1", "shape": shape, "transforms": [], "coder": coder}
+        with pytest.raises(CodecError):
+            decode(member(header, strip * 2))
