@@ -1,4 +1,4 @@
-"""A training command stopped by Ctrl-C goes on where it stopped, with the same bits; a scheduler's SIGTERM saves too."""
+"""A training command stopped by Ctrl-C goes on where it stopped, with the same bits; SIGTERM to all of it saves too."""
 
 import json
 import os

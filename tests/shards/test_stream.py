@@ -147,6 +147,10 @@ def test_damage_is_named(real: Manifest, tmp_path: Path) -> None:
     manifest = Manifest.open(folder)  # the first one holds the file open
     with pytest.raises(InputError, match=f"{shard.name}: cannot be opened"):
         list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
+    shard.mkdir()
+    manifest = Manifest.open(folder)
+    with pytest.raises(InputError, match=f"{shard.name}: cannot be read: Is a directory"):
+        list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
     assert len(list(evaluation_batches(manifest, np.array([1, 2]), modality, batch_size=1))) == 2
 
 
