@@ -88,11 +88,12 @@ class Cache:
     def __init__(self, place: Place, config: CacheConfig, digest: str) -> None:
         self.place, self.bound = place, config.bytes
         self._root, self.folder = config.path, config.path / digest[:32]
-        self._since = time.time_ns()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._accounts():
-                pass
+                # What the file system makes of now: some keep whole seconds.
+                os.utime(self._root / "lock")
+                self._since = (self._root / "lock").stat().st_mtime_ns
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -283,7 +284,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _remove(path: Path) -> bool:
     """Remove a file unless someone holds its lock."""
     try:
-        with _locked(path, os.O_RDONLY, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        # Open for writing: NFS grants no exclusive lock otherwise (flock(2)).
+        with _locked(path, os.O_RDWR, fcntl.LOCK_EX | fcntl.LOCK_NB):
             path.unlink()
     except FileNotFoundError:
         return True

@@ -59,7 +59,10 @@ class LocalShards:
             if len(self._files) >= _OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
         self._files[shard] = descriptor
-        data = os.pread(descriptor, length, offset)
+        try:
+            data = os.pread(descriptor, length, offset)
+        except OSError as error:
+            raise InputError(f"{self._paths[shard]}: cannot be read: {error.strerror}") from error
         if len(data) != length:
             raise InputError(f"{self._paths[shard]}: truncated: {length} bytes wanted at {offset}, {len(data)} there")
         return data

@@ -138,8 +138,14 @@ class Modality:
     def __post_init__(self) -> None:
         if "." in self.name or "/" in self.name:
             raise ValueError(f"modality name {self.name!r} must not contain '.' or '/'")
-        if abs(self.size * self.gsd - PATCH_SIZE) > 1e-6:
-            raise ValueError(f"{self.name}: {self.size} px of {self.gsd} m is not a patch of {PATCH_SIZE} m")
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"{self.name}: size {self.size!r} is not a number of pixels")
+        # Windows lie on a lattice of whole millimetres (``crop.lattice``).
+        whole = self.gsd > 0 and abs(self.gsd - round(self.gsd, 3)) <= 1e-9
+        if not whole or abs(self.size * self.gsd - PATCH_SIZE) > 1e-6:
+            raise ValueError(
+                f"{self.name}: {self.size} px of {self.gsd} m are not whole mm or not a patch of {PATCH_SIZE} m"
+            )
         if self.is_input:
             named = [name for group in self.groups for name in group]
             if sorted(named) != sorted(self.channels):

@@ -29,7 +29,7 @@ _NEEDS = {
 
 def is_remote(where: str) -> bool:
     """Whether ``where`` is an address of another machine, not a local folder."""
-    return re.match(r"[a-z][a-z0-9+]*://", where) is not None and not where.startswith("file://")
+    return re.match(r"(?i:(?!file:)[a-z][a-z0-9+]*://)", where) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def open_shards(where: str | Path, cache: CacheConfig | None = None, patience: P
     """
     text = str(where)
     if not is_remote(text):
-        return Manifest.open(unquote(urlsplit(text).path) if text.startswith("file://") else where)
+        return Manifest.open(unquote(urlsplit(text).path) if text.lower().startswith("file://") else where)
     place, cache = Place(text, patience), cache or CacheConfig()
     content = place.read(DATASET_FILE)
     files = _files_beside(place, content)

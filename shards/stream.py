@@ -6,10 +6,13 @@ or here. Nothing is to be prepared by Accelerate: the batches of a rank are that
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
@@ -164,6 +167,19 @@ class ShardDataset(Dataset[Sample]):
         return days_since_may(self._index.dates(modality.mask_of or modality.name, row))
 
 
+class _Reader(Dataset[Any]):
+    """What a reading process runs. A wrong file goes back as an answer: raised there, torch would wrap its sentence."""
+
+    def __init__(self, dataset: ShardDataset) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, request: Request) -> PackedBatch | InputError:
+        try:
+            return self._dataset.__getitems__(request)
+        except InputError as error:
+            return error
+
+
 def _as_it_is(batch: Any) -> Any:
     """What the loader does with a batch: it is collated already."""
     return batch
@@ -173,11 +189,23 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     """Ctrl-C and SLURM's signals reach every process of a job; the training process decides when its readers end."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    trainer = parent_process()
+    assert trainer is not None
+
+    def end_on_request() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
+            pass
+        os._exit(0)
+
+    # SIGTERM is also how a reader that hangs is ended, by the training process alone. A reader that was spawned, not
+    # forked, may have threads of libraries that receive it before this one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_on_request, name="SIGTERM", daemon=True).start()
 
 
 def _read(dataset: ShardDataset, requests: Iterable[Request], workers: int) -> Iterator[Batch]:
-    loader: DataLoader[Sample] = DataLoader(
-        dataset,
+    loader: DataLoader[Any] = DataLoader(
+        _Reader(dataset),
         batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as Sampler; any iterable of batches works
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -185,8 +213,10 @@ def _read(dataset: ShardDataset, requests: Iterable[Request], workers: int) -> I
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that starting a loader leaves the global state as it was
     )
-    for packed in loader:
-        yield packed.batch()
+    for answer in loader:
+        if isinstance(answer, InputError):
+            raise answer
+        yield answer.batch()
 
 
 class TrainingStream:

@@ -1,4 +1,4 @@
-"""The launcher's command, interrupted by Ctrl-C, goes on where it stopped and ends with the same bits."""
+"""A training command stopped by Ctrl-C goes on where it stopped, with the same bits; SIGTERM to all of it saves too."""
 
 import json
 import os
@@ -75,3 +75,17 @@ def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     expected, found = load_file(tmp_path / "whole" / last), load_file(output / last)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+# About 10 s: a training process imports torch.
+def test_a_schedulers_sigterm_to_every_process_saves(shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "pretrain.py", *PRETRAIN, f"shards={shards}", f"output={tmp_path}", "split=all"]
+    command += ["workers=2", "engine.steps=1000", "engine.save_every=0"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=-1, text=True, start_new_session=True)
+    while len(recorded(tmp_path)) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert list((tmp_path / "checkpoints").glob("step-*/complete.json"))

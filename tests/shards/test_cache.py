@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -347,3 +349,44 @@ def test_recipes_have_keys_for_the_cache() -> None:
     with pytest.raises(InputError, match=r"size='much' is not a size such as 100GB"):
         recipes.resolve(PretrainConfig, ["recipe=quickstart", "cache.size=much"])
     assert recipes.resolve(PretrainConfig, ["recipe=quickstart", "cache.size=123456"]).cache.bytes == 123456
+
+
+def test_a_shard_is_verified_once_where_times_are_whole_seconds(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre and ext3 keep them; SMB keeps 100 ns."""
+    precise, digest, verified = os.utime, hashlib.file_digest, []
+
+    def coarse(path: int | Path, ns: tuple[int, int] | None = None) -> None:
+        precise(path, ns=tuple(value // 10**9 * 10**9 for value in ns or (time.time_ns(),) * 2))  # type: ignore[arg-type]
+
+    def counted(file: object, name: str) -> object:
+        verified.append(file)
+        return digest(file, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "utime", coarse)
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    wanted = shards[1][0]
+    make_cache(server, tmp_path).read(wanted, 0, 10)
+    time.sleep(1.0)
+    again = make_cache(server, tmp_path)
+    for _ in range(10):
+        again.read(wanted, 0, 10)
+    assert len(verified) == 2  # when it came, and by the second cache
+
+
+def test_room_is_made_where_exclusive_locks_need_a_file_open_for_writing(
+    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS."""
+    flock = fcntl.flock
+
+    def as_nfs(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    cache = make_cache(server, tmp_path, count=1)
+    for wanted in shards[1][:3]:
+        assert len(cache.read(wanted, 0, 10)) == 10

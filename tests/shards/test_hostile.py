@@ -251,3 +251,16 @@ def test_no_flipped_byte_crashes(shards: Path, name: str) -> None:
 def test_descriptions_that_count_wrong(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
     with_description(shards, change)
     assert not bounded(verify, shards).sound
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"gsd": float("nan")}, {"gsd": 1e-4, "size": 1_024_000}, {"gsd": -1.6, "size": -64}, {"size": 64.0}],
+)
+def test_descriptions_of_impossible_pixels(shards: Path, fields: dict[str, Any]) -> None:
+    def change(description: dict[str, Any]) -> None:
+        next(item for item in description["registry"] if item["name"] == "SPOT_RGBI").update(fields)
+
+    with_description(shards, change)
+    with pytest.raises(InputError, match="SPOT_RGBI"):
+        Manifest.open(shards)

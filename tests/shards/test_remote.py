@@ -278,6 +278,7 @@ def test_folders_are_read_where_they_are(local: Manifest, tmp_path: Path, monkey
     with pytest.raises(InputError, match="shards= is not set"):
         open_shards("")
     assert not is_remote("C:/shards") and not is_remote("a/b")
+    assert is_remote("HTTPS://user:secret@host/path") and not is_remote("file:///a")
 
 
 def test_other_kinds_of_address_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

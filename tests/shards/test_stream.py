@@ -137,14 +137,19 @@ def test_damage_is_named(real: Manifest, tmp_path: Path) -> None:
     content[offset + 5000] ^= 0x10
     shard.write_bytes(content)
     modality = [manifest.registry["AERIAL_RGBI"]]
-    with pytest.raises(InputError, match=rf"{shard.name}.*AERIAL_RGBI of {manifest.row(0)['key']} is damaged"):
-        list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
+    for workers in (0, 1):
+        with pytest.raises(InputError, match=rf"^{shard}: AERIAL_RGBI of {manifest.row(0)['key']} is damaged: .*$"):
+            list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1, workers=workers))
     shard.write_bytes(content[: offset + 100])
     with pytest.raises(InputError, match=f"{shard.name}: truncated"):
         list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
     shard.unlink()
     manifest = Manifest.open(folder)  # the first one holds the file open
     with pytest.raises(InputError, match=f"{shard.name}: cannot be opened"):
+        list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
+    shard.mkdir()
+    manifest = Manifest.open(folder)
+    with pytest.raises(InputError, match=f"{shard.name}: cannot be read: Is a directory"):
         list(evaluation_batches(manifest, np.array([0]), modality, batch_size=1))
     assert len(list(evaluation_batches(manifest, np.array([1, 2]), modality, batch_size=1))) == 2
 
