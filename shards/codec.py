@@ -124,7 +124,7 @@ def encode(array: np.ndarray, codec: str) -> bytes:
     coder: dict[str, Any] | None = None
     payload = b""
     # Labels are decoded faster than a second header.
-    if values.ndim >= 3 and values.size and values.shape[-2] > _STRIP and chain.coder != _PLAIN:
+    if values.ndim == 3 and values.size and values.shape[-2] > _STRIP and chain.coder != _PLAIN:
         starts = range(0, values.shape[-2], _STRIP)
         strips = [encode(values[..., start : start + _STRIP, :], codec) for start in starts]
         coder, payload = {"id": "strips", "rows": _STRIP, "sizes": [len(strip) for strip in strips]}, b"".join(strips)
@@ -169,20 +169,24 @@ class Member:
     def __init__(self, data: bytes | memoryview, coders: tuple[str, ...] = _CODERS) -> None:
         self.shape, self.dtype, self._steps, self._coder, self._payload = _parsed(data, coders)
 
-    def array(self, window: tuple[slice, slice] | None = None) -> np.ndarray:
+    def array(self, window: tuple[slice, slice] | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """The array, writable.
 
         Args:
             window: rows and columns of the last two axes that are wanted; steps are undone for little more than them.
                 What is returned may then be a view.
+            out: where to put what is wanted, of its shape and dtype; returned.
 
         Raises:
             CodecError: the payload is not what the header says.
         """
         if self._coder is not None and self._coder["id"] == "strips":
-            return self._joined(self._coder, window)
-        # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
-        values = np.zeros(self.shape, self.dtype)
+            return self._joined(self._coder, window, out)
+        if out is not None and window is None and not self._steps and (self._coder or _PLAIN)["id"] == "pcodec":
+            values = out  # decompressed where it belongs
+        else:
+            # Zeros, not empty: whatever a hostile payload leaves unwritten must not show this process's memory.
+            values = np.zeros(self.shape, self.dtype)
         if self._coder is not None:
             if not _coder_fits(self._coder, values):
                 raise CodecError(f"coder {self._coder['id']} does not fit {self.dtype}")
@@ -201,11 +205,15 @@ class Member:
             values, window = transforms.narrowed(self._steps, values, *window)
         for step in reversed(self._steps):
             values = transforms.restored(step, values)
-        return values if window is None else values[..., window[0], window[1]]
+        values = values if window is None else values[..., window[0], window[1]]
+        if out is None or out is values:
+            return values
+        out[...] = values
+        return out
 
-    def _joined(self, coder: dict[str, Any], window: tuple[slice, slice] | None) -> np.ndarray:
+    def _joined(self, coder: dict[str, Any], window: tuple[slice, slice] | None, out: np.ndarray | None) -> np.ndarray:
         """The array, or its window, from the strips that hold it; the others are not looked at."""
-        if self._steps or len(self.shape) < 3:
+        if self._steps or len(self.shape) != 3:
             raise CodecError(f"strips do not fit {self.dtype} of shape {self.shape}")
         *leading, height, width = self.shape
         try:
@@ -221,7 +229,8 @@ class Member:
             raise CodecError(f"its {len(self._payload)} bytes are not strips {sizes} of {rows} rows out of {height}")
         wanted, columns = window or (slice(0, height), slice(0, width))
         # Empty: every strip under the window fills its rows, or raises.
-        values = np.empty((*leading, wanted.stop - wanted.start, columns.stop - columns.start), self.dtype)
+        shape = (*leading, wanted.stop - wanted.start, columns.stop - columns.start)
+        values = np.empty(shape, self.dtype) if out is None else out
         place = 0
         for start, size in zip(range(0, height, rows), sizes):
             first, last = max(start, wanted.start), min(start + rows, height, wanted.stop)
@@ -229,8 +238,9 @@ class Member:
                 strip = Member(self._payload[place : place + size], _CODERS_OF_STRIPS)
                 if (strip.shape, strip.dtype) != ((*leading, min(rows, height - start), width), self.dtype):
                     raise CodecError(f"a strip of {self.dtype} {self.shape} holds {strip.dtype} {strip.shape}")
-                part = strip.array((slice(first - start, last - start), columns))
-                values[..., first - wanted.start : last - wanted.start, :] = part
+                whole = shape[-1] == width and (first, last) == (start, start + strip.shape[-2])
+                part = None if whole else (slice(first - start, last - start), columns)
+                strip.array(part, values[..., first - wanted.start : last - wanted.start, :])
             place += size
         return values
 

@@ -108,7 +108,8 @@ class ShardDataset(Dataset[Sample]):
             for modality, data in members:
                 del absent[modality.name]
                 days = dates[modality.name][place] if modality.has_dates else None
-                writer.put(place, modality, days)[:] = self._decoded(rows[place], modality, data, windows[place])
+                out = writer.put(place, modality, days)
+                self._decoded(rows[place], modality, data, windows[place], out)
             for modality in absent.values():
                 writer.leave_out(place, modality)
 
@@ -140,15 +141,17 @@ class ShardDataset(Dataset[Sample]):
                 yield modality, data[offset - start : offset - start + length]
             found = found[count:]
 
-    def _decoded(self, row: int, modality: Modality, data: memoryview, window: GroundWindow) -> np.ndarray:
-        """The pixels of one member under the window."""
+    def _decoded(
+        self, row: int, modality: Modality, data: memoryview, window: GroundWindow, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The pixels of one member under the window, in ``out`` if it is given."""
         expected: tuple[int, ...] = (len(modality.bands), modality.size, modality.size)
         if modality.has_dates:
             expected = (len(self._index.dates(modality.mask_of or modality.name, row)), *expected)
         try:
             member = Member(data)
             if (member.shape, member.dtype) == (expected, modality.dtype):
-                return member.array(pixels(modality, window))
+                return member.array(pixels(modality, window), out)
         except ValueError as error:
             raise InputError(f"{self._name(row, modality)} is damaged: {error}") from error
         if modality.has_dates and member.shape[1:] == expected[1:] and member.dtype == modality.dtype:
