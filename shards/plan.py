@@ -26,7 +26,7 @@ ORDERS: tuple[str, ...] = get_args(Order)
 
 _PLAN_FILE = "plan.json"
 _SMALLEST, _FEWEST = 16, 8  # samples in a shard, and shards, that a small dataset is cut into
-_LIBRARIES = ("imagecodecs", "numcodecs", "pcodec", "rasterio")  # another version of one may give other bytes
+_LIBRARIES = ("imagecodecs", "pcodec", "rasterio", "zstandard")  # another version of one may give other bytes
 
 
 @dataclass(frozen=True)
