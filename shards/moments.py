@@ -29,13 +29,16 @@ class Moments:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Moments:
-        """Moments of ``values``, (..., C, H, W) float32; NaN are holes and do not count.
+        """Moments of ``values``, (..., C, H, W) float32, NaN being holes that do not count, or ``exact`` ones.
 
         The same bits whatever the number of threads: NumPy has one.
         """
         columns = []
         for channel in np.moveaxis(values, -3, 0):
             channel = channel.reshape(-1)
+            if cls.exact(values) and channel.size:
+                columns.append(_of_integers(channel))
+                continue
             # A minimum shows whether there are holes; without, the usual case, selecting would copy for nothing.
             valid = channel[~np.isnan(channel)] if channel.size and np.isnan(channel.min()) else channel
             if len(valid) == 0:
@@ -49,6 +52,11 @@ class Moments:
             mean = float(mean)
             columns.append((float(len(valid)), mean, squares, float(valid.min()), float(valid.max())))
         return cls(*np.array(columns, np.float64).reshape(-1, 5).T)
+
+    @staticmethod
+    def exact(values: np.ndarray) -> bool:
+        """Whether these are integers of which sums are exact: unsigned ones of 8 or 16 bits."""
+        return values.dtype.kind == "u" and values.dtype.itemsize <= 2
 
     def merged(self, other: Moments) -> Moments:
         """Moments of both sets of values together."""
@@ -87,6 +95,16 @@ class Moments:
                 for name, values in description.items()
             }
         )
+
+
+def _of_integers(channel: np.ndarray) -> tuple[float, float, float, float, float]:
+    """A column of ``Moments``, each number the float next to the true one; half the time of floats."""
+    count, total = channel.size, int(channel.sum(dtype=np.uint64))
+    wide = channel.astype(np.uint32)
+    squares = int(np.square(wide, out=wide).sum(dtype=np.uint64))
+    # Python's integers do not overflow, and their quotient is rounded once.
+    apart = (squares * count - total * total) / count
+    return float(count), total / count, apart, float(channel.min()), float(channel.max())
 
 
 def merge(parts: Iterable[Moments]) -> Moments | None:

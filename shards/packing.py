@@ -27,7 +27,7 @@ from bocage.shards.flairhub import Patch
 from bocage.shards.manifest import Shard, dated, schema
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.moments import Moments
-from bocage.shards.normalize import represent
+from bocage.shards.normalize import moments_of
 from bocage.shards.rasters import Raster
 from bocage.shards.sources import RasterError, Source
 
@@ -147,9 +147,7 @@ def pack(patch: Patch, registry: Registry) -> Packed:
                 assert band.scheme is not None
                 row[f"histogram.{name}.{band.name}"] = _histogram(values, len(band.scheme))
         if modality.is_input:
-            # Heights that are nodata may be too large to be subtracted: the difference is a hole.
-            with np.errstate(over="ignore"):
-                moments[name] = Moments.of(represent(array, modality.representation, modality.nodata_below))
+            moments[name] = moments_of(array, modality)
             for what in ("minimum", "maximum", "mean"):
                 row[f"{what}.{name}"] = getattr(moments[name], what)
     description = {
@@ -234,12 +232,11 @@ def _write_part(path: Path, rows: list[dict[str, Any]], part: Part, columns: pa.
 
 
 def _histogram(values: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels by class, (classes,), of uint8 values that are all classes."""
-    if values.size % 2:
-        return np.bincount(values.reshape(-1), minlength=classes)
-    # Counting pairs of neighbours takes half the time: each pair is the row and column of a square table.
-    pairs = np.bincount(values.reshape(-1).view(np.uint16), minlength=1 << 16).reshape(256, 256)
-    return (pairs.sum(axis=0) + pairs.sum(axis=1))[:classes]
+    """Pixels by class, (classes,) int64, of uint8 values that are all classes."""
+    # Neighbours are mostly of one class: runs are counted in a quarter of the time that pixels take.
+    flat = values.reshape(-1)
+    last = np.append(np.flatnonzero(flat[1:] != flat[:-1]), flat.size - 1)
+    return np.bincount(flat[last], np.diff(last, prepend=-1), minlength=classes).astype(np.int64)
 
 
 def _check_dates(source: Source, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:

@@ -21,7 +21,7 @@ from bocage.shards.index import LONGEST_SERIES
 from bocage.shards.manifest import Shard, dated
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.moments import Moments
-from bocage.shards.normalize import represent
+from bocage.shards.normalize import moments_of
 from bocage.shards.packing import member_name
 from bocage.shards.pool import Tick
 from bocage.shards.tarcheck import BLOCK, TarError, TarReader, printable
@@ -280,8 +280,7 @@ class _Walk:
             raise CodecError(f"{found.dtype} of {shape} where {modality.name} is {modality.dtype} of {expected}")
         array = found.array()
         if modality.is_input:
-            with np.errstate(over="ignore"):  # as when it was packed
-                moments = Moments.of(represent(array, modality.representation, modality.nodata_below))
+            moments = moments_of(array, modality)
             before = self._report.moments.get(modality.name)
             self._report.moments[modality.name] = moments if before is None else before.merged(moments)
             problems = _statistics_problems(moments, modality.name, row)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -214,3 +215,18 @@ def test_elevation_keeps_the_height_above_sea_and_relief_does_not() -> None:
 def test_a_registry_keeps_its_baselines_in_a_file() -> None:
     for modality in FLAIR_HUB.values():
         assert Modality.from_json(json.loads(json.dumps(modality.to_json()))) == modality
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_statistics_of_integers_are_the_numbers_next_to_the_true_ones(dtype: str) -> None:
+    largest = np.iinfo(dtype).max
+    values = np.full((3, 2, 500, 500), largest, dtype)
+    values[0, 0, 0, :3] = 0, 1, 2
+    values[:, 1] = np.random.default_rng(0).integers(0, largest, (3, 500, 500), endpoint=True)
+    moments = Moments.of(values)
+    for channel in range(2):
+        numbers = values[:, channel].reshape(-1).tolist()
+        mean = Fraction(sum(numbers), len(numbers))
+        assert moments.mean[channel] == float(mean)
+        assert moments.squares[channel] == float(sum(number**2 for number in numbers) - mean**2 * len(numbers))
+        assert (moments.minimum[channel], moments.maximum[channel]) == (min(numbers), max(numbers))
