@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.jobs import check_source, gdal
 from bocage.shards.packing import pack
@@ -30,13 +31,14 @@ class Probe:
 
 
 def probe(catalogue: Catalogue, rows: np.ndarray) -> Probe:
-    """Encodes a few of the patches ``rows``, evenly spread; raises ``RasterError`` when none of them is readable."""
+    """Encodes a few of the patches ``rows``, evenly spread; raises ``InputError`` when none of them is readable."""
     check_source(catalogue.root)
+    tried = rows[:: max(1, len(rows) // _PROBES)][:_PROBES].tolist()
     sizes: list[int] = []
     seconds: list[float] = []
     failure: RasterError | None = None
     with gdal():
-        for row in rows[:: max(1, len(rows) // _PROBES)][:_PROBES].tolist():
+        for row in tried:
             try:
                 # The first is read twice: what a library does once must not count for every patch.
                 for _ in range(1 if sizes else 2):
@@ -47,8 +49,7 @@ def probe(catalogue: Catalogue, rows: np.ndarray) -> Probe:
             except RasterError as error:
                 failure = error
     if not sizes:
-        assert failure is not None
-        raise failure
+        raise InputError(f"none of the {len(tried)} patches that were tried can be read, e.g. {failure}") from failure
     return Probe(float(np.mean(sizes)), float(np.mean(seconds)))
 
 

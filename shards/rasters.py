@@ -18,6 +18,7 @@ from rasterio.io import MemoryFile
 from bocage.shards.modality import Modality
 from bocage.shards.sources import RasterError, Source
 
+_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order; the last two are BigTIFF's
 _GSD_TOLERANCE = 0.01  # relative
 _SMALL = 400_000  # bytes of an array under which opening a file costs more than decoding it
 _PROJECTED_CRS, _USER_DEFINED = 3072, 32767  # GeoTIFF key and value (OGC 19-008r4)
@@ -57,6 +58,7 @@ def read(source: Source, modality: Modality) -> Raster:
     nbytes = len(modality.bands) * modality.size**2 * np.dtype(modality.dtype).itemsize
     large = modality.role == "image" and nbytes > _SMALL  # labels compress to little: opening costs more
     try:
+        _refuse_what_is_no_tiff(content)
         reader = _read_gdal if large else _read_tifffile
         bands, pixel, crs, left, top, nodata = reader(content)
     # tifffile and its codecs raise whatever their parsing meets in a damaged file: ValueError, IndexError, KeyError,
@@ -103,6 +105,14 @@ def _georeference(source: Any) -> tuple[tuple[float, float], str, float, float]:
     if transform.b or transform.d:
         raise ValueError("its grid is turned against north")
     return (transform.a, -transform.e), source.crs.to_string() if source.crs else "", transform.c, transform.f
+
+
+def _refuse_what_is_no_tiff(content: bytes) -> None:
+    """GDAL would say that it needs a driver."""
+    if not content:
+        raise ValueError("it is empty")
+    if not content.startswith(_SIGNATURES):
+        raise ValueError(f"it begins with {content[:4]!r}, which is no TIFF")
 
 
 def _refuse_holes(page: Any) -> None:

@@ -190,7 +190,11 @@ def test_truncated_files_are_named(tmp_path: Path, name: str, keep: float) -> No
     write_raster(path, bands, modality.gsd, interleave="pixel")
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(RasterError, match=r"cut\.tif: cannot be read"):
+    reason = "" if keep else "it is empty"
+    with pytest.raises(RasterError, match=rf"cut\.tif: cannot be read: {reason}"):
+        rasters.read(Source(path), modality)
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(RasterError, match=r"cut\.tif: cannot be read: it begins with b'<htm', which is no TIFF"):
         rasters.read(Source(path), modality)
     path.unlink()
     with pytest.raises(RasterError, match="cannot be read"):

@@ -97,6 +97,14 @@ def test_unreadable_patches_of_all_slices_count_together(tmp_path: Path) -> None
         sharding.merge()
 
 
+def test_a_tree_of_unreadable_patches_is_named_before_anything_is_written(domains: Catalogue, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"^none of the 8 patches that were tried can be read, e\.g\. .*: it is empty$"
+    ):
+        write_shards(domains, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def _hold(path: Path, shards: range, held: Any) -> None:
     with Claim(path, shards):
         held.set()
