@@ -182,11 +182,11 @@ def save_checkpoint(
     return final
 
 
-def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints and the best one. Rank 0 only."""
+def prune(root: Path, keep: int, best_step: int | None, milestone_every: int = 0) -> None:
+    """Delete all but the newest ``keep`` checkpoints, the best one and milestones. Rank 0 only."""
     folders = _steps(root)
     for step in sorted(folders)[:-keep]:
-        if step != best_step:
+        if step != best_step and not (milestone_every and step % milestone_every == 0):
             shutil.rmtree(folders[step])
 
 

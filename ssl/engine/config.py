@@ -24,8 +24,13 @@ class EngineConfig:
         optimizer: see ``OptimizerConfig``.
         resume: ``auto`` continues from the newest intact checkpoint of the output folder; ``never`` starts anew and
             refuses a folder that has checkpoints.
+        resume_allow: keys of the configuration, ``*`` standing for any text, that a resumed run may change although
+            they matter, e.g. ``[engine.optimizer.*]``; changes of other keys are refused.
         save_every: steps between checkpoints; 0 saves only the last, the best and what a signal stops.
-        keep: newest checkpoints to keep, beside the best one.
+        save_minutes: minutes after which a checkpoint is written whatever the step; 0 leaves that to ``save_every``.
+        keep: newest checkpoints to keep, beside the best one and milestones.
+        milestone_every: checkpoints of multiples of so many steps are kept for good; 0 keeps none. They are written
+            also where ``save_every`` would not.
         log_every: steps between records of the metrics.
         evaluate_every: steps between evaluations; 0 evaluates only at the end.
         max_bad_steps: abort after so many steps in a row whose loss or gradient is not finite.
@@ -41,8 +46,11 @@ class EngineConfig:
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     resume: Literal["auto", "never"] = "auto"
+    resume_allow: list[str] = field(default_factory=list)
     save_every: int = 1000
+    save_minutes: float = 0.0
     keep: int = 2
+    milestone_every: int = 0
     log_every: int = 20
     evaluate_every: int = 0
     max_bad_steps: int = 10
@@ -53,7 +61,7 @@ class EngineConfig:
         for key in ("steps", "accumulation", "keep", "log_every", "max_bad_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"engine.{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("clip_norm", "seed", "save_every", "evaluate_every"):
+        for key in ("clip_norm", "seed", "save_every", "save_minutes", "milestone_every", "evaluate_every"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"engine.{key} must not be negative, not {getattr(self, key)}")
         for key, allowed in (

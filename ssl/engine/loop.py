@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from bocage.ssl.engine.checkpoint import TrainingState
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import build_accelerator, from_main, gathered, largest
 from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
-from bocage.ssl.engine.provenance import differences, git_revision, library_versions, plain
+from bocage.ssl.engine.provenance import differences, git_revision, library_versions, matches, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.signals import StopSignals, exit_code
 from bocage.ssl.engine.tracking import Journal, MetricWindow, check_tracker, finite_or_none
@@ -172,11 +172,17 @@ def _checkpoint_to_resume(
             )
         elif config.resume == "auto" and (found := checkpoint.newest_intact(root)) is not None:
             _, saved = checkpoint.read_state(found)
-            if changed := differences(saved["config"], description["config"]):
+            changed = differences(saved["config"], description["config"])
+            if refused := [
+                f"{key}: {change}" for key, change in changed.items() if not matches(key, config.resume_allow)
+            ]:
                 problem = (
-                    f"{found} was made with another configuration ({'; '.join(changed)}): restore these keys, "
-                    "or choose another output"
+                    f"{found} was made with another configuration ({'; '.join(refused)}): restore these keys, choose "
+                    "another output, or accept the change by engine.resume_allow=[KEY,...]"
                 )
+            elif changed:
+                accepted = "; ".join(f"{key}: {change}" for key, change in changed.items())
+                print(f"bocage: resuming with changes that engine.resume_allow accepts: {accepted}", file=sys.stderr)
     found, problem = from_main((found, problem))
     if problem is not None:
         raise InputError(problem)
@@ -200,6 +206,7 @@ class _Run:
     signals: StopSignals
     state: TrainingState
     window: MetricWindow
+    saved: float = field(default_factory=time.monotonic)
 
     @property
     def checkpoints(self) -> Path:
@@ -213,7 +220,12 @@ class _Run:
         if best is not None and not checkpoint.step_folder(self.checkpoints, best).is_dir():
             self.state.best_step = self.state.best_value = None
         saved = checkpoint.load_tensors(folder / "optimizer.pt")
+        # Peak rates, decay and betas are the configuration's, which may have changed where the user accepted it.
+        kept = ("params", "lr")
+        chosen = [{key: group[key] for key in group if key not in kept} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(settings)
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         ranks = checkpoint.load_tensors(folder / "ranks.pt")
@@ -254,19 +266,21 @@ class _Run:
             if state.reported_step < state.step and (self._report(journal) or state.step >= config.steps):
                 self._save(journal)
             while state.step < config.steps:
-                received = self._step(batches, source.batch_size, buffers, journal)
+                received, late = self._step(batches, source.batch_size, buffers, journal)
                 if received:
                     self._save(journal)
                     journal.message(f"stopped at step {state.step} of {config.steps}, saved; the same command resumes")
                     break
                 improved = self._report(journal)
-                due = config.save_every > 0 and state.step % config.save_every == 0
-                if improved or due or state.step == config.steps:
+                due = any(
+                    every > 0 and state.step % every == 0 for every in (config.save_every, config.milestone_every)
+                )
+                if improved or due or late or state.step == config.steps:
                     self._save(journal)
         return self._outcome(received)
 
-    def _step(self, batches: Iterator[Batch], batch_size: int, buffers: _Buffers, journal: Journal) -> int:
-        """One optimiser step; returns the signal on which all ranks agreed to stop, or 0."""
+    def _step(self, batches: Iterator[Batch], batch_size: int, buffers: _Buffers, journal: Journal) -> tuple[int, bool]:
+        """One optimiser step; what all ranks agree on: the signal to stop on, or 0, and whether it is time to save."""
         config, state, accelerator = self.config, self.state, self.accelerator
         began, waited = time.perf_counter(), 0.0
         set_learning_rate(self.optimizer, learning_rate_factor(state.step, config.steps, config.optimizer))
@@ -289,8 +303,11 @@ class _Run:
         norm = accelerator.clip_grad_norm_(self.task.parameters(), config.clip_norm or math.inf)
         loss = torch.stack(losses).mean()
         # The one wait of the host for the device in a step: whether to update is decided by all ranks, before it.
-        bad, received = largest(
-            accelerator, ~(torch.isfinite(loss) & torch.isfinite(norm)), torch.tensor(self.signals.received)
+        bad, received, late = largest(
+            accelerator,
+            ~(torch.isfinite(loss) & torch.isfinite(norm)),
+            torch.tensor(self.signals.received),
+            torch.tensor(0 < config.save_minutes * 60 <= time.monotonic() - self.saved),
         )
         if bad:
             buffers.restore()
@@ -307,7 +324,7 @@ class _Run:
         state.position += samples * accelerator.num_processes
         self.window.add_step(samples, time.perf_counter() - began, waited)
         self._count_bad(bool(bad), journal)
-        return received
+        return received, bool(late)
 
     def _count_bad(self, bad: bool, journal: Journal) -> None:
         state, limit = self.state, self.config.max_bad_steps
@@ -390,11 +407,12 @@ class _Run:
                     description=self.description,
                     export=self.export,
                 )
-                checkpoint.prune(self.checkpoints, self.config.keep, self.state.best_step)
+                checkpoint.prune(self.checkpoints, self.config.keep, self.state.best_step, self.config.milestone_every)
             except InputError as error:
                 problem = str(error)
         if problem := from_main(problem):
             raise InputError(problem)
+        self.saved = time.monotonic()
 
     def _outcome(self, received: int) -> Outcome:
         best = self.state.best_step

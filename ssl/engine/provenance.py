@@ -7,7 +7,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ CHANGEABLE_KEYS = (
     "*.workers",
     "engine.steps",
     "engine.resume",
+    "engine.resume_allow",
     "engine.save_every",
+    "engine.save_minutes",
     "engine.keep",
+    "engine.milestone_every",
     "engine.log_every",
     "engine.evaluate_every",
     "engine.max_bad_steps",
@@ -101,11 +104,16 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line ``key: saved -> current`` for each leaf that differs and is not among ``CHANGEABLE_KEYS``."""
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """By key, ``saved -> current`` for each leaf that differs and is not among ``CHANGEABLE_KEYS``."""
     old, new = flat(saved), flat(current)
-    return [
-        f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}"
+    return {
+        key: f"{old.get(key, '(not set)')} -> {new.get(key, '(not set)')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE_KEYS)
-    ]
+        if old.get(key) != new.get(key) and not matches(key, CHANGEABLE_KEYS)
+    }
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a key fits one of the patterns, ``*`` standing for any text."""
+    return any(fnmatchcase(key, pattern) for pattern in patterns)

@@ -17,7 +17,7 @@ from torch import nn
 
 from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
-from bocage.ssl.engine.optim import OptimizerConfig
+from bocage.ssl.engine.optim import OptimizerConfig, learning_rate_factor
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait"}
 
@@ -149,6 +149,37 @@ def test_a_changed_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
             optimizer=OptimizerConfig(learning_rate=0.02),
             options={"resolved": {"width": 4, "workers": 2}},
         )
+
+
+def test_an_accepted_change_is_named_and_takes_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = {
+        "optimizer": OptimizerConfig(learning_rate=0.02, weight_decay=0.3),
+        "options": {"resolved": {"width": 4}},
+    }
+    run(tmp_path, TinySource(interrupt_at=8), options={"resolved": {"width": 3}})
+    with pytest.raises(InputError, match=r"\(width: 3 -> 4\).* by engine\.resume_allow=\[KEY,\.\.\.\]"):
+        run(tmp_path, resume_allow=["engine.optimizer.*"], **changed)
+    outcome, _ = run(tmp_path, resume_allow=["engine.optimizer.*", "width"], log_every=1, **changed)
+    said = capsys.readouterr().err
+    assert "engine.optimizer.learning_rate: 0.01 -> 0.02; engine.optimizer.weight_decay: 0.05 -> 0.3; width: 3" in said
+    rates = [line["learning_rate"] for line in records(tmp_path)]
+    factor = learning_rate_factor(outcome.step - 1, outcome.step, OptimizerConfig())
+    assert rates[-1] == pytest.approx(0.02 * factor)
+    saved = torch.load(outcome.last / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in saved] == [0.3, 0.0]
+    # What was accepted once is the run's configuration from then on.
+    run(tmp_path, steps=13, **changed)
+
+
+def test_milestones_stay_and_minutes_save(tmp_path: Path) -> None:
+    run(tmp_path / "milestones", save_every=0, keep=1, milestone_every=5)
+    assert sorted(item.name for item in (tmp_path / "milestones" / "checkpoints").iterdir()) == [
+        "step-00000005",
+        "step-00000010",
+        "step-00000012",
+    ]
+    run(tmp_path / "minutes", TinySource(pause=0.05), save_every=0, keep=99, save_minutes=0.2 / 60)
+    assert 2 <= len(list((tmp_path / "minutes" / "checkpoints").iterdir())) <= 5
 
 
 def test_steps_and_logging_may_change_on_resume(tmp_path: Path) -> None:

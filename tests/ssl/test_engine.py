@@ -234,7 +234,7 @@ def test_secrets_are_replaced_by_name_value_argument_and_url(monkeypatch: pytest
 def test_differences_name_keys_and_ignore_what_may_change() -> None:
     saved = {"batch_size": 4, "engine": {"steps": 10, "clip_norm": 1.0}, "data": {"workers": 1}}
     current = {"batch_size": 8, "engine": {"steps": 20, "clip_norm": 1.0}, "data": {"workers": 3}, "new": 1}
-    assert differences(saved, current) == ["batch_size: 4 -> 8", "new: (not set) -> 1"]
+    assert differences(saved, current) == {"batch_size": "4 -> 8", "new": "(not set) -> 1"}
 
 
 def environment(**more: str) -> dict[str, str]:
