@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bocage.shards.modality import Modality
+from bocage.shards.normalize import represent
+
 _BLOCK = 1 << 15  # values whose deviations are squared together: they stay in the cache
 
 
@@ -95,6 +98,15 @@ class Moments:
                 for name, values in description.items()
             }
         )
+
+
+def moments_of(array: np.ndarray, modality: Modality) -> Moments:
+    """Moments of the representation of a stored array of ``modality``, (..., C, H, W)."""
+    if modality.representation == "linear" and modality.nodata_below is None and Moments.exact(array):
+        return Moments.of(array)  # the representation holds the same numbers
+    # Heights that are nodata may be too large to be subtracted: the difference is a hole.
+    with np.errstate(over="ignore"):
+        return Moments.of(represent(array, modality.representation, modality.nodata_below))
 
 
 def _of_integers(channel: np.ndarray) -> tuple[float, float, float, float, float]:

@@ -15,7 +15,6 @@ from array_api_compat import array_namespace
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality, Representation, channels_of
-from bocage.shards.moments import Moments
 
 if TYPE_CHECKING:  # sharding has no use for torch, which would double a worker's memory
     import torch
@@ -131,15 +130,6 @@ def represent(values: Array, representation: Representation, nodata_below: float
             surface = surface - _window_mean(xp, surface)
         return _finite_or_nan(xp, xp.stack((surface, height), axis=-3))
     return values
-
-
-def moments_of(array: np.ndarray, modality: Modality) -> Moments:
-    """Statistics of the representation of a stored array of ``modality``, (..., C, H, W)."""
-    if modality.representation == "linear" and modality.nodata_below is None and Moments.exact(array):
-        return Moments.of(array)  # the representation holds the same numbers
-    # Heights that are nodata may be too large to be subtracted: the difference is a hole.
-    with np.errstate(over="ignore"):
-        return Moments.of(represent(array, modality.representation, modality.nodata_below))
 
 
 def _finite_or_nan(xp: Any, values: Array) -> Array:

@@ -26,8 +26,7 @@ from bocage.shards.files import written_atomically
 from bocage.shards.flairhub import Patch
 from bocage.shards.manifest import Shard, dated, schema
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.moments import Moments
-from bocage.shards.normalize import moments_of
+from bocage.shards.moments import Moments, moments_of
 from bocage.shards.rasters import Raster
 from bocage.shards.sources import RasterError, Source
 

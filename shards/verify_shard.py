@@ -20,8 +20,7 @@ from bocage.shards.codec import CodecError, Member
 from bocage.shards.index import LONGEST_SERIES
 from bocage.shards.manifest import Shard, dated
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.moments import Moments
-from bocage.shards.normalize import moments_of
+from bocage.shards.moments import Moments, moments_of
 from bocage.shards.packing import member_name
 from bocage.shards.pool import Tick
 from bocage.shards.tarcheck import BLOCK, TarError, TarReader, printable

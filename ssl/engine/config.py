@@ -7,6 +7,7 @@ from typing import Literal
 
 from bocage.ssl.engine.distributed import Precision
 from bocage.ssl.engine.optim import OptimizerConfig
+from bocage.ssl.engine.regions import COMPILE_BACKENDS, CompileBackend
 from bocage.ssl.engine.tracking import TrackerName
 
 
@@ -19,6 +20,9 @@ class EngineConfig:
         accumulation: micro-batches a rank averages the gradient over in each step. It multiplies the batch of losses
             that are means over samples; it adds no negatives to contrastive ones.
         precision: of the forward pass; weights and optimiser stay float32.
+        compile: backend of ``torch.compile`` for the blocks that the model repeats; ``none`` runs them as they are.
+        activation_checkpointing: Swin encoders compute the activations of their blocks again in the backward pass: less
+            memory for about a third more time.
         clip_norm: largest norm of the whole gradient; 0 does not clip.
         seed: of the global random generators; rank r uses ``seed + r``.
         optimizer: see ``OptimizerConfig``.
@@ -42,6 +46,8 @@ class EngineConfig:
     steps: int = 10_000
     accumulation: int = 1
     precision: Precision = "fp32"
+    compile: CompileBackend = "none"
+    activation_checkpointing: bool = False
     clip_norm: float = 1.0
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -66,6 +72,7 @@ class EngineConfig:
                 raise ValueError(f"engine.{key} must not be negative, not {getattr(self, key)}")
         for key, allowed in (
             ("precision", ("fp32", "bf16", "fp16")),
+            ("compile", COMPILE_BACKENDS),
             ("resume", ("auto", "never")),
             ("tracker", ("none", "wandb", "tensorboard")),
         ):

@@ -26,6 +26,7 @@ from bocage.ssl.engine.distributed import build_accelerator, from_main, gathered
 from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
 from bocage.ssl.engine.provenance import differences, git_revision, library_versions, matches, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
+from bocage.ssl.engine.regions import compiled, recomputed
 from bocage.ssl.engine.signals import StopSignals, exit_code
 from bocage.ssl.engine.tracking import Journal, MetricWindow, check_tracker, finite_or_none
 
@@ -132,7 +133,11 @@ def train(
         checkpoint.load_task(folder, task)
     model, prepared = accelerator.prepare(task, optimizer)
     try:
-        with StopSignals() as signals:
+        with (
+            compiled(task, config.compile),
+            recomputed(task, config.activation_checkpointing),
+            StopSignals() as signals,
+        ):
             run = _Run(
                 accelerator=accelerator,
                 task=task,

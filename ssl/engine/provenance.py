@@ -19,6 +19,7 @@ CHANGEABLE_KEYS = (
     "engine.steps",
     "engine.resume",
     "engine.resume_allow",
+    "engine.activation_checkpointing",
     "engine.save_every",
     "engine.save_minutes",
     "engine.keep",

@@ -237,7 +237,7 @@ def test_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 # Starts three processes and waits until they work.
 def test_interrupt_ends_all_processes(shards: Path) -> None:
-    size = 6 << 30  # a sparse file: hashing it takes far longer than this test waits
+    size = 64 << 30  # a sparse file: hashing it takes far longer than this test waits, on a busy machine too
     for name in ("shard-000000.tar", SECOND):
         os.truncate(shards / name, size)
     with_description(shards, lambda description: [entry.update(bytes=size) for entry in description["shards"][:2]])

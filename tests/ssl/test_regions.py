@@ -1,0 +1,118 @@
+"""Compiled blocks and recomputed activations train to what plain ones do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_recipes import PRETRAIN
+from tiny_run import MODALITY, TinySource, TinyTask, run
+from torch import nn
+
+from bocage import recipes
+from bocage.shards.batch import Batch
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.engine.regions import repeated_blocks
+from bocage.ssl.pretrain import PretrainConfig, build_task, pretrain
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Some seconds: patches are simulated and sharded."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tree(folder / "tree", patches=4, seed=0, dates=(4, 5))
+    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+
+
+def trained(manifest: Manifest, output: Path, *words: str) -> dict[str, torch.Tensor]:
+    words = (
+        f"shards={manifest.path}",
+        f"output={output}",
+        "split=all",
+        "engine.steps=2",
+        "modalities=[AERIAL_RGBI]",
+        *words,
+    )
+    last = pretrain(recipes.resolve(PretrainConfig, [*PRETRAIN, "swin.options.depths=[2,1,1,1]", *words])).last
+    return load_file(last / "model.safetensors")
+
+
+# Some 10 s: two trainings each.
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("engine.activation_checkpointing=true",),
+        # A minute: graphs of all kinds of blocks are captured.
+        pytest.param(("engine.compile=eager",), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_the_same_comes_out(words: tuple[str, ...], manifest: Manifest, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    plain = trained(manifest, tmp_path / "plain")
+    found = trained(manifest, tmp_path / "other", *words)
+    assert found.keys() == plain.keys()
+    for name, expected in plain.items():
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5, msg=name)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self.convolution(values).relu()
+
+
+class BlockTask(TinyTask):
+    """A ``TinyTask`` behind two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(plain=True)
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        values = batch.values[MODALITY]
+        return super().forward(replace(batch, values={MODALITY: self.blocks(values)}))
+
+
+def test_compiled_blocks_train_to_the_same_and_are_plain_again(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    counts = torch._dynamo.utils.counters
+    tasks = []
+    for backend in ("none", "eager"):
+        counts.clear()
+        torch.manual_seed(1)
+        _, task = run(tmp_path / backend, task=BlockTask(), compile=backend)
+        assert (counts["stats"]["unique_graphs"] > 0) == (backend == "eager")
+        tasks.append(task.state_dict())
+    assert tasks[0].keys() == tasks[1].keys()
+    assert all(torch.equal(tasks[0][name], tasks[1][name]) for name in tasks[0])
+    counts.clear()
+    task(next(TinySource().batches(0, 0, 1)))
+    assert not counts["stats"]
+
+
+def test_repeated_blocks_hold_most_of_a_task_and_none_lies_in_another(manifest: Manifest) -> None:
+    task = build_task(recipes.resolve(PretrainConfig, ["recipe=quickstart"]), manifest)
+    blocks = repeated_blocks(task)
+    names = {type(block).__name__ for block in blocks}
+    assert "SwinTransformerBlock" in names
+    parameters = [parameter for block in blocks for parameter in block.parameters()]
+    assert len({id(parameter) for parameter in parameters}) == len(parameters)
+    assert sum(map(torch.Tensor.numel, parameters)) > 0.6 * sum(map(torch.Tensor.numel, task.parameters()))
+
+
+def test_a_model_without_blocks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^engine\.compile=eager: TinyTask has no repeated blocks"):
+        run(tmp_path, compile="eager")
+    with pytest.raises(InputError, match=r"^engine\.activation_checkpointing: only Swin encoders can"):
+        run(tmp_path, activation_checkpointing=True)
