@@ -175,6 +175,8 @@ class Place:
                     return
                 failures, reached = 0, progress()
                 continue
+            except TypeError:  # a call that fits no signature is a fault of ours, not of the network
+                raise
             except Exception as error:  # the transports share no base class
                 if sink is not None and sink.error is not None:
                     raise sink.error from None
@@ -218,7 +220,10 @@ class _Sink:
         self.furthest = max(self.furthest, self.position)
         return len(data)
 
-    def read(self) -> bytes:  # fsspec asks for it before it believes that this is a file
+    def tell(self) -> int:  # fsspec asks for this and for ``read`` before it believes that this is a file
+        return self.position
+
+    def read(self) -> bytes:
         raise OSError("write only")
 
     def close(self) -> None:

@@ -85,6 +85,14 @@ def test_epochs_over_http_equal_local_ones(local: Manifest, tmp_path: Path, work
     assert 0 < kept <= cache_of(tmp_path, local).bytes < sum(shard.bytes for shard in local.shards)
 
 
+def test_a_server_without_ranges_sends_shards_larger_than_a_request(
+    local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_REQUEST", 10_000)
+    with FaultyServer(local.path, ranges=False) as server:
+        assert_same_epochs(local, open_shards(server.address, cache_of(tmp_path, local), QUICK), workers=0)
+
+
 @pytest.fixture(scope="module")
 def s3(local: Manifest) -> Iterator[str]:
     """Address of the shards on an S3 server of its own process; the environment says how to reach it."""
