@@ -20,13 +20,15 @@ from torch import nn
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
+from bocage.ssl.engine.buffers import Buffers
 from bocage.ssl.engine.checkpoint import TrainingState
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import build_accelerator, from_main, gathered, largest
 from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
-from bocage.ssl.engine.provenance import differences, git_revision, library_versions, matches, plain
+from bocage.ssl.engine.provenance import git_revision, library_versions, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.regions import compiled, recomputed
+from bocage.ssl.engine.resume import checkpoint_to_resume
 from bocage.ssl.engine.signals import StopSignals, exit_code
 from bocage.ssl.engine.tracking import Journal, MetricWindow, check_tracker, finite_or_none
 
@@ -127,7 +129,7 @@ def train(
         "git": git_revision(),
         "ranks": accelerator.num_processes,
     }
-    folder = _checkpoint_to_resume(output / "checkpoints", config, description, accelerator)
+    folder = checkpoint_to_resume(output / "checkpoints", config, description, accelerator)
     optimizer = build_optimizer(task, config.optimizer, parameter_groups)
     if folder is not None:
         checkpoint.load_task(folder, task)
@@ -161,37 +163,6 @@ def train(
     finally:
         # The task leaves as it came: Accelerate replaces its `forward` by one that runs under autocast.
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-
-
-def _checkpoint_to_resume(
-    root: Path, config: EngineConfig, description: dict[str, Any], accelerator: Accelerator
-) -> Path | None:
-    """The checkpoint to continue from, agreed by all ranks, or None for a new run; refuses what must not go on."""
-    found: Path | None = None
-    problem: str | None = None
-    if accelerator.is_main_process:
-        if config.resume == "never" and checkpoint.has_checkpoints(root):
-            problem = (
-                f"engine.resume=never, but {root} has checkpoints: choose another output, delete them, "
-                "or use engine.resume=auto"
-            )
-        elif config.resume == "auto" and (found := checkpoint.newest_intact(root)) is not None:
-            _, saved = checkpoint.read_state(found)
-            changed = differences(saved["config"], description["config"])
-            if refused := [
-                f"{key}: {change}" for key, change in changed.items() if not matches(key, config.resume_allow)
-            ]:
-                problem = (
-                    f"{found} was made with another configuration ({'; '.join(refused)}): restore these keys, choose "
-                    "another output, or accept the change by engine.resume_allow=[KEY,...]"
-                )
-            elif changed:
-                accepted = "; ".join(f"{key}: {change}" for key, change in changed.items())
-                print(f"bocage: resuming with changes that engine.resume_allow accepts: {accepted}", file=sys.stderr)
-    found, problem = from_main((found, problem))
-    if problem is not None:
-        raise InputError(problem)
-    return found
 
 
 @dataclass(kw_only=True)
@@ -266,7 +237,7 @@ class _Run:
             if state.step:
                 journal.message(f"resuming at step {state.step} of {config.steps}")
             self.task.train()
-            buffers = _Buffers(self.task)
+            buffers = Buffers(self.task)
             # A signal saved the run before its last step was recorded and evaluated.
             if state.reported_step < state.step and (self._report(journal) or state.step >= config.steps):
                 self._save(journal)
@@ -284,7 +255,7 @@ class _Run:
                     self._save(journal)
         return self._outcome(received)
 
-    def _step(self, batches: Iterator[Batch], batch_size: int, buffers: _Buffers, journal: Journal) -> tuple[int, bool]:
+    def _step(self, batches: Iterator[Batch], batch_size: int, buffers: Buffers, journal: Journal) -> tuple[int, bool]:
         """One optimiser step; what all ranks agree on: the signal to stop on, or 0, and whether it is time to save."""
         config, state, accelerator = self.config, self.state, self.accelerator
         began, waited = time.perf_counter(), 0.0
@@ -429,24 +400,3 @@ class _Run:
             best=checkpoint.step_folder(self.checkpoints, best) if best is not None else None,
             metrics=dict(self.state.metrics),
         )
-
-
-class _Buffers:
-    """Persistent buffers as they were before a step: a bad batch spoils running statistics in the forward pass."""
-
-    def __init__(self, task: nn.Module) -> None:
-        kept = task.state_dict().keys()
-        self._places = [
-            (module, name)
-            for prefix, module in task.named_modules()
-            for name, _ in module.named_buffers(recurse=False)
-            if (f"{prefix}.{name}" if prefix else name) in kept
-        ]
-        self._values: list[torch.Tensor] = []
-
-    def remember(self) -> None:
-        self._values = [getattr(module, name).clone() for module, name in self._places]
-
-    def restore(self) -> None:
-        for (module, name), value in zip(self._places, self._values, strict=True):
-            getattr(module, name).copy_(value)
