@@ -38,6 +38,8 @@ class EngineConfig:
         log_every: steps between records of the metrics.
         evaluate_every: steps between evaluations; 0 evaluates only at the end.
         max_bad_steps: abort after so many steps in a row whose loss or gradient is not finite.
+        rank_timeout: seconds after which ranks give up waiting for one that is dead or hangs, and name it; longer than
+            any save or evaluation, during which the others wait for rank 0.
         tracker: ``metrics.jsonl`` is always written; ``wandb`` (offline when there is no API key) and ``tensorboard``
             come in addition.
         project: name of the tracker's project.
@@ -60,6 +62,7 @@ class EngineConfig:
     log_every: int = 20
     evaluate_every: int = 0
     max_bad_steps: int = 10
+    rank_timeout: float = 1800.0
     tracker: TrackerName = "none"
     project: str = "bocage"
 
@@ -70,6 +73,8 @@ class EngineConfig:
         for key in ("clip_norm", "seed", "save_every", "save_minutes", "milestone_every", "evaluate_every"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"engine.{key} must not be negative, not {getattr(self, key)}")
+        if not self.rank_timeout > 0:
+            raise ValueError(f"engine.rank_timeout is in seconds and positive, not {self.rank_timeout}")
         for key, allowed in (
             ("precision", ("fp32", "bf16", "fp16")),
             ("compile", COMPILE_BACKENDS),

@@ -5,13 +5,19 @@ from __future__ import annotations
 import atexit
 import gc
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from bocage.shards.errors import InputError
 
@@ -21,7 +27,7 @@ Value = TypeVar("Value")
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def build_accelerator(precision: Precision, tracker: str, folder: Path) -> Accelerator:
+def build_accelerator(precision: Precision, tracker: str, folder: Path, rank_timeout: float) -> Accelerator:
     """The Accelerator of this process: GPU when there is one, DDP when a launcher started several ranks.
 
     On machines without a GPU several ranks are started by ``torchrun --nproc_per_node N`` and talk through gloo.
@@ -31,6 +37,7 @@ def build_accelerator(precision: Precision, tracker: str, folder: Path) -> Accel
         precision: of the forward pass.
         tracker: ``none`` or the name of an Accelerate tracker.
         folder: where trackers write.
+        rank_timeout: seconds after which a rank gives up waiting for another.
 
     Raises:
         InputError: fp16 without a GPU.
@@ -49,7 +56,10 @@ def build_accelerator(precision: Precision, tracker: str, folder: Path) -> Accel
             log_with=None if tracker == "none" else tracker,
             project_dir=folder,
             # A sensor absent from a whole batch leaves its encoder without a gradient in that step.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout)),
+            ],
         )
     if torch.distributed.is_initialized():
         atexit.register(_leave)

@@ -25,6 +25,7 @@ from bocage.ssl.engine.checkpoint import TrainingState
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import build_accelerator, from_main, gathered, largest
 from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
+from bocage.ssl.engine.peers import Peers
 from bocage.ssl.engine.provenance import git_revision, library_versions, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.regions import compiled, recomputed
@@ -119,7 +120,7 @@ def train(
     if monitor is not None and evaluate is None:
         raise ValueError(f"monitor={monitor!r} needs evaluate")
     check_tracker(config.tracker)
-    accelerator = build_accelerator(config.precision, config.tracker, output)
+    accelerator = build_accelerator(config.precision, config.tracker, output, config.rank_timeout)
     set_seed(config.seed, device_specific=True)
     # What a run may change when resumed includes engine.*, wherever the caller keeps the engine's configuration.
     description = {
@@ -134,10 +135,12 @@ def train(
     if folder is not None:
         checkpoint.load_task(folder, task)
     model, prepared = accelerator.prepare(task, optimizer)
+    peers = Peers()
     try:
         with (
             compiled(task, config.compile),
             recomputed(task, config.activation_checkpointing),
+            peers.watched(),
             StopSignals() as signals,
         ):
             run = _Run(
@@ -152,6 +155,7 @@ def train(
                 monitor=monitor,
                 export=export,
                 signals=signals,
+                peers=peers,
                 state=TrainingState(run=from_main(uuid.uuid4().hex[:12])),
                 window=MetricWindow(),
             )
@@ -180,6 +184,7 @@ class _Run:
     monitor: str | None
     export: Export | None
     signals: StopSignals
+    peers: Peers
     state: TrainingState
     window: MetricWindow
     saved: float = field(default_factory=time.monotonic)
@@ -260,6 +265,7 @@ class _Run:
         config, state, accelerator = self.config, self.state, self.accelerator
         began, waited = time.perf_counter(), 0.0
         set_learning_rate(self.optimizer, learning_rate_factor(state.step, config.steps, config.optimizer))
+        self.peers.step = state.step + 1
         buffers.remember()
         losses, logs = [], []
         for micro_batch in range(1, config.accumulation + 1):

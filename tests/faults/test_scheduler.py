@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "ssl" / "tiny_run.py"
 
 
@@ -48,3 +50,36 @@ def test_a_warning_that_one_rank_gets_stops_all_and_the_same_command_goes_on(tmp
     assert [process.returncode for process in processes] == [0, 0], said
     assert f"resuming at step {stopped} of {stopped + 4}" in said[0]
     assert steps(tmp_path) == list(range(1, stopped + 5))
+
+
+# About 20 s each: two ranks import torch, and the one that is left waits for the timeout and for signs of life.
+@pytest.mark.parametrize(
+    ("how", "lost"),
+    [
+        (signal.SIGSTOP, 1),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(tmp_path: Path, how: int, lost: int) -> None:
+    words = ["--steps", "400", "--pause", "0.05", "--save-every", "2", "--rank-timeout", "5"]
+    processes = start(tmp_path, *words)
+    try:
+        deadline = time.monotonic() + 60
+        while len(steps(tmp_path)) < 4:
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.02)
+        processes[lost].send_signal(how)
+        _, said = processes[1 - lost].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1 - lost].returncode not in (0, None)
+    last = said.strip().splitlines()[-1]
+    # Rank 0 holds the store where ranks tell that they live.
+    assert ("rank 1 (on " if lost else "the rank that holds the store") in last, said
+    processes = start(tmp_path, "--steps", str(len(steps(tmp_path)) + 2))
+    said = "".join(process.communicate(timeout=60)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "resuming at step" in said

@@ -152,6 +152,7 @@ def main() -> int:
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--save-every", type=int, default=4)
     parser.add_argument("--tracker", default="none")
+    parser.add_argument("--rank-timeout", type=float, default=1800.0)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--slow-export", action="store_true")
     parser.add_argument("--broken", type=int, nargs="*", default=[])
@@ -170,6 +171,7 @@ def main() -> int:
             steps=words.steps,
             save_every=words.save_every,
             log_every=1,
+            rank_timeout=words.rank_timeout,
             tracker=words.tracker,
         )
         return outcome.exit_code
