@@ -20,6 +20,7 @@ from torch import nn
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
+from bocage.ssl.engine.alarms import Starvation
 from bocage.ssl.engine.buffers import Buffers
 from bocage.ssl.engine.checkpoint import TrainingState
 from bocage.ssl.engine.config import EngineConfig
@@ -187,6 +188,7 @@ class _Run:
     peers: Peers
     state: TrainingState
     window: MetricWindow
+    starvation: Starvation = field(default_factory=Starvation)
     saved: float = field(default_factory=time.monotonic)
 
     @property
@@ -332,6 +334,8 @@ class _Run:
         improved = False
         if final or state.step % config.log_every == 0:
             values.update(self.window.averages())
+            if message := self.starvation.message(values):
+                journal.message(message)
             values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
             values["skipped_steps"] = state.skipped
             self.window = MetricWindow()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
 
+import psutil
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -76,7 +77,7 @@ class MetricWindow:
         names = list(self._sums)
         values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
         sums = dict(zip(names, values, strict=True))
-        ranks = gathered((sums, self._counts, self._samples, self._seconds, self._waited))
+        ranks = gathered((sums, self._counts, self._samples, memory_in_use(), self._seconds, self._waited))
         averages = {}
         for name in sorted({name for rank_sums, *_ in ranks for name in rank_sums}):
             total = sum(rank_sums.get(name, 0.0) for rank_sums, *_ in ranks)
@@ -86,7 +87,16 @@ class MetricWindow:
             averages["samples_per_second"] = sum(samples for _, _, samples, *_ in ranks) / seconds
             averages["step_seconds"] = seconds / self._steps
             averages["data_wait"] = max(waited for *_, waited in ranks) / seconds
+            averages["memory_gb"] = max(memory for *_, memory, _, _ in ranks)
         return averages
+
+
+def memory_in_use() -> float:
+    """GB of this rank: the most its accelerator ever held, without one what the process has now."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return float(psutil.Process().memory_info().rss) / 1e9
 
 
 class Journal:

@@ -19,7 +19,7 @@ from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
 from bocage.ssl.engine.optim import OptimizerConfig, learning_rate_factor
 
-TIMES = {"samples_per_second", "step_seconds", "data_wait"}
+TIMES = {"samples_per_second", "step_seconds", "data_wait", "memory_gb"}
 
 
 def weights(task: nn.Module) -> dict[str, torch.Tensor]:
@@ -27,7 +27,7 @@ def weights(task: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def numbers(output: Path) -> list[dict[str, Any]]:
-    """Records without what the clock decides."""
+    """Records without what the machine decides."""
     return [{name: value for name, value in line.items() if name not in TIMES} for line in records(output)]
 
 

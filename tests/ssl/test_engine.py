@@ -38,6 +38,7 @@ def test_loss_falls_and_every_record_has_its_own_step(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(2, 61, 2))
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert {"error", "gradient_norm", "samples_per_second", "data_wait", "learning_rate"} <= lines[-1].keys()
+    assert 0.05 < lines[-1]["memory_gb"] < 50
     assert (outcome.step, outcome.stopped, outcome.exit_code, outcome.best) == (60, False, 0, None)
     assert outcome.last == tmp_path / "checkpoints" / "step-00000060"
     assert outcome.metrics["loss"] == lines[-1]["loss"]
@@ -194,6 +195,13 @@ def test_plain_lines_have_no_control_characters(tmp_path: Path, capsys: pytest.C
     text = capsys.readouterr().err
     assert len(text.splitlines()) == 6
     assert text.replace("\n", "").isprintable()
+
+
+def test_waiting_for_data_is_told_once_and_what_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "slow", TinySource(pause=0.1))
+    assert capsys.readouterr().err.count("waits for data") == 1
+    run(tmp_path / "fast")
+    assert "waits for data" not in capsys.readouterr().err
 
 
 def test_a_source_must_keep_its_promised_batch_size(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""What a run says by itself when something is amiss though nothing is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_WAIT = 0.2  # share of a step
+_SECONDS = 0.01  # of waiting a step: less is not worth a word
+_WINDOWS = 2  # in a row; the first one holds the start of the readers
+
+
+class Starvation:
+    """Notices that training waits for data. Says so once."""
+
+    def __init__(self) -> None:
+        self._windows = 0
+
+    def message(self, averages: Mapping[str, float]) -> str | None:
+        """What to tell the user after a window of steps (``MetricWindow.averages``), if anything."""
+        if "data_wait" not in averages or self._windows >= _WINDOWS:
+            return None
+        waited = averages["data_wait"] * averages["step_seconds"]
+        self._windows = self._windows + 1 if averages["data_wait"] > _WAIT and waited > _SECONDS else 0
+        if self._windows < _WINDOWS:
+            return None
+        return (
+            f"training waits for data {averages['data_wait']:.0%} of the time: more reading processes a rank "
+            "(workers=), a local copy or a larger cache of the shards (cache.size=), or a smaller window would help"
+        )
