@@ -2,10 +2,10 @@
 
 ``checkpoints/step-00000120/`` holds ``model.safetensors`` (every parameter and buffer), ``optimizer.pt`` (and the loss
 scaler), ``ranks.pt`` (random generators and metric window of every rank), ``ema.safetensors`` (the moving average of
-the weights, where one is kept), ``state.json`` (where the run stands and what it is), ``export/`` (what the caller exports, such as encoders) and, written last, ``complete.json``: size and
-SHA-256 of every other file. A folder is written under a temporary name, flushed and renamed, by rank 0 alone; every
-rank reads it, so several machines need a shared file system. The ``.pt`` files hold tensors and plain containers
-only and are read with ``weights_only=True``.
+the weights, where one is kept), ``state.json`` (where the run stands and what it is), ``export/`` (what the caller
+exports, such as encoders) and, written last, ``complete.json``: size and SHA-256 of every other file. A folder is
+written under a temporary name, flushed and renamed, by rank 0 alone; every rank reads it, so several machines need a
+shared file system. The ``.pt`` files hold tensors and plain containers only and are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
