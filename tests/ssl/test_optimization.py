@@ -13,7 +13,12 @@ from test_masked import make_batch, make_task
 from tiny_run import TinySource, TinyTask, records, run
 from torch import nn
 
+from bocage.finetune.task import Segmentation
+from bocage.finetune.train import FinetuneConfig, _parameter_groups
+from bocage.finetune.upernet import DecoderConfig as UPerNetConfig
 from bocage.shards.errors import InputError
+from bocage.shards.inputs import quality_masks
+from bocage.shards.modality import FLAIR_HUB
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.ema import MovingAverage
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, decay_groups, layer_scales
@@ -128,7 +133,7 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated_exported_and_l
     }
     torch.manual_seed(1)
     expected = {name: value.double() for name, value in TinyTask().state_dict().items()}
-    outcome, task = run(tmp_path, steps=6, save_every=1, keep=9, options=options, evaluate_every=1, ema_decay=0.75)
+    _, task = run(tmp_path, steps=6, save_every=1, keep=9, options=options, evaluate_every=1, ema_decay=0.75)
     for step in range(1, 7):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         last, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
@@ -184,12 +189,28 @@ def test_a_decay_of_the_average_out_of_range_is_named(value: float) -> None:
         EngineConfig(ema_decay=value)
 
 
+# Averaged in floating point and cut to integers, 0.999 * 3 + 0.001 * 3 would be 2.
 def test_index_tables_survive_averaging() -> None:
-    task = make_task(names=["AERIAL_RGBI"])
+    task = TinyTask()
+    table = torch.arange(50)
+    task.register_buffer("table", table.clone())
     average = MovingAverage(task, 0.999)
-    tables = {name: value.clone() for name, value in task.named_buffers() if not value.is_floating_point()}
-    assert tables
     for _ in range(20):
         average.update()
-    average.apply()
-    assert all(torch.equal(value, tables[name]) for name, value in task.named_buffers() if name in tables)
+    assert torch.equal(average.tensors()["table"], table)
+
+
+def test_encoders_being_fine_tuned_have_both_their_own_rate_and_layers() -> None:
+    masks = quality_masks(FLAIR_HUB, INPUTS)
+    encoders = {name: make_task(names=[name]).encoder(name) for name in INPUTS}
+    task = Segmentation(encoders, FLAIR_HUB["AERIAL_LABEL-COSIA"], 0, UPerNetConfig(pyramid_width=32, width=16), masks)
+    engine = EngineConfig(optimizer=OptimizerConfig(learning_rate=1.0, layer_decay=0.5, base_batch=4))
+    groups = _parameter_groups(FinetuneConfig(encoder_lr=0.1, engine=engine))
+    optimizer = build_optimizer(task, engine.optimizer, global_batch=8, device=CPU, parameter_groups=groups)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(rates) == len(list(task.parameters()))
+    encoder = task.model.encoders["AERIAL_RGBI"]
+    assert rates[id(next(encoder.model.patch_embed.parameters()))] == pytest.approx(2 * 0.1 * 0.5**5)
+    inside = {id(parameter) for parameter in task.model.encoders.parameters()}
+    assert {rate for key, rate in rates.items() if key not in inside} == {2.0}
+    assert optimizer.param_groups[0]["lr"] == 2.0  # the rate that is recorded
