@@ -323,11 +323,11 @@ def _parameter_groups(config: FinetuneConfig) -> Callable[[nn.Module], list[dict
         assert isinstance(module, Segmentation)
         encoders = {id(parameter) for parameter in module.model.encoders.parameters()}
         parted = []
-        for group in decay_groups(module, optimizer.weight_decay):
+        for group in decay_groups(module, optimizer):
             for inside, rate in ((False, 1.0), (True, config.encoder_lr)):
                 parameters = [parameter for parameter in group["params"] if (id(parameter) in encoders) == inside]
                 if parameters:
-                    parted.append({**group, "params": parameters, "lr": optimizer.learning_rate * rate})
+                    parted.append({**group, "params": parameters, "lr_scale": group["lr_scale"] * rate})
         return parted
 
     return groups

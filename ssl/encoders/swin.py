@@ -103,6 +103,11 @@ class SwinEncoder(Encoder):
             if name.startswith("layers_"):
                 module.grad_checkpointing = enable
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters by depth, as timm's Swins have it: the stem, then each block (``coarse``: each stage)."""
+        blocks = [(r"^model\.layers_(\d+)\.downsample", (0,)), (r"^model\.layers_(\d+)\.\w+\.(\d+)", None)]
+        return {"stem": r"^(?:model\.patch_embed|mask_token)", "blocks": r"^model\.layers_(\d+)" if coarse else blocks}
+
     def features(
         self,
         values: torch.Tensor,

@@ -8,7 +8,7 @@ Networks" (arXiv 2107.07933), in the variant of IGN's FLAIR-HUB code: stride 1 a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -219,6 +219,16 @@ class UTAE(Encoder):
         )
         self.out_conv = _ConvolutionBlock((decoder_widths[0], *out_conv), "batch", padding_mode) if head else None
         self.head_classes = out_conv[-1] if head else None
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters by depth, for timm's ``group_parameters``: down the U, through time, and up again."""
+        return {
+            "stem": r"^(?:in_conv|mask_token)",
+            "down": r"^down_blocks" if coarse else r"^down_blocks\.(\d+)",
+            "time": r"^temporal_encoder",
+            "up": r"^up_blocks" if coarse else r"^up_blocks\.(\d+)",
+            "head": r"^out_conv",
+        }
 
     def _resized(self, attention: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """Attention at the size of a skip; a wide border can make maps grow with depth, which att_group averages."""

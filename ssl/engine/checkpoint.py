@@ -1,11 +1,11 @@
 """Checkpoints: folders that are either complete and proven by hashes, or not there.
 
 ``checkpoints/step-00000120/`` holds ``model.safetensors`` (every parameter and buffer), ``optimizer.pt`` (and the loss
-scaler), ``ranks.pt`` (random generators and metric window of every rank), ``state.json`` (where the run stands and
-what it is), ``export/`` (what the caller exports, such as encoders) and, written last, ``complete.json``: size and
-SHA-256 of every other file. A folder is written under a temporary name, flushed and renamed, by rank 0 alone; every
-rank reads it, so several machines need a shared file system. The ``.pt`` files hold tensors and plain containers
-only and are read with ``weights_only=True``.
+scaler), ``ranks.pt`` (random generators and metric window of every rank), ``ema.safetensors`` (the moving average of
+the weights, where one is kept), ``state.json`` (where the run stands and what it is), ``export/`` (what the caller
+exports, such as encoders) and, written last, ``complete.json``: size and SHA-256 of every other file. A folder is
+written under a temporary name, flushed and renamed, by rank 0 alone; every rank reads it, so several machines need a
+shared file system. The ``.pt`` files hold tensors and plain containers only and are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import flush
+from bocage.ssl.engine import ema
 
 _NAME = re.compile(r"step-(\d{8,})")
 _MARKER = "complete.json"
@@ -138,6 +139,7 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     ranks: list[dict[str, Any]],
     description: Mapping[str, Any],
+    average: Mapping[str, torch.Tensor] | None = None,
     export: Callable[[nn.Module, Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint of ``state.step``. Rank 0 only.
@@ -149,6 +151,7 @@ def save_checkpoint(
         optimizer: tensors and plain containers, for ``optimizer.pt``.
         ranks: one such mapping a rank, for ``ranks.pt``.
         description: JSON-serialisable facts about the run, stored beside the state.
+        average: the moving average of the weights by name, for ``ema.safetensors``.
         export: called with ``task`` and an empty folder ``export/``.
 
     Raises:
@@ -162,6 +165,8 @@ def save_checkpoint(
         save_model(task, str(partial / "model.safetensors"))
         _save_tensors(dict(optimizer), partial / "optimizer.pt")
         _save_tensors(ranks, partial / "ranks.pt")
+        if average is not None:
+            save_file(dict(average), partial / ema.FILE)
         _write_json({"format": _FORMAT, **description, "state": asdict(state)}, partial / "state.json")
         if export is not None:
             (partial / "export").mkdir()

@@ -26,6 +26,8 @@ class EngineConfig:
         clip_norm: largest norm of the whole gradient; 0 does not clip.
         seed: of the global random generators; rank r uses ``seed + r``.
         optimizer: see ``OptimizerConfig``.
+        ema_decay: decay per step of a moving average of weights and running statistics, in [0, 1); evaluation, exports
+            and what the run ends with use it. It spans about ``1 / (1 - ema_decay)`` steps; 0 keeps none.
         resume: ``auto`` continues from the newest intact checkpoint of the output folder; ``never`` starts anew and
             refuses a folder that has checkpoints.
         resume_allow: keys of the configuration, ``*`` standing for any text, that a resumed run may change although
@@ -53,6 +55,7 @@ class EngineConfig:
     clip_norm: float = 1.0
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decay: float = 0.0
     resume: Literal["auto", "never"] = "auto"
     resume_allow: list[str] = field(default_factory=list)
     save_every: int = 1000
@@ -75,6 +78,8 @@ class EngineConfig:
                 raise ValueError(f"engine.{key} must not be negative, not {getattr(self, key)}")
         if not self.rank_timeout > 0:
             raise ValueError(f"engine.rank_timeout is in seconds and positive, not {self.rank_timeout}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"engine.ema_decay must be in [0, 1), not {self.ema_decay}")
         for key, allowed in (
             ("precision", ("fp32", "bf16", "fp16")),
             ("compile", COMPILE_BACKENDS),

@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,14 @@ from bocage.ssl.engine.buffers import Buffers
 from bocage.ssl.engine.checkpoint import TrainingState
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import build_accelerator, from_main, gathered, largest
-from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
+from bocage.ssl.engine.ema import MovingAverage
+from bocage.ssl.engine.optim import (
+    ParameterGroups,
+    build_optimizer,
+    learning_rate_factor,
+    load_optimizer,
+    set_learning_rate,
+)
 from bocage.ssl.engine.peers import Peers
 from bocage.ssl.engine.provenance import git_revision, library_versions, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
@@ -99,6 +106,8 @@ def train(
     The call is the same for a new run, a resumed one and a finished one (which returns at once). On the CPU in fp32
     an interrupted and resumed run ends with the same bits as an undisturbed one.
 
+    With ``engine.ema_decay`` the task of a finished run has the averaged weights.
+
     Args:
         task: ``loss, logs = task(batch)``: a scalar to minimise, and one-element tensors to record by name. Some
             parameters may receive no gradient in some steps. Every rank must build it with the same weights.
@@ -132,7 +141,13 @@ def train(
         "ranks": accelerator.num_processes,
     }
     folder = checkpoint_to_resume(output / "checkpoints", config, description, accelerator)
-    optimizer = build_optimizer(task, config.optimizer, parameter_groups)
+    optimizer = build_optimizer(
+        task,
+        config.optimizer,
+        global_batch=source.batch_size * config.accumulation * accelerator.num_processes,
+        device=accelerator.device,
+        parameter_groups=parameter_groups,
+    )
     if folder is not None:
         checkpoint.load_task(folder, task)
     model, prepared = accelerator.prepare(task, optimizer)
@@ -157,12 +172,15 @@ def train(
                 export=export,
                 signals=signals,
                 peers=peers,
+                average=MovingAverage(task, config.ema_decay) if config.ema_decay else None,
                 state=TrainingState(run=from_main(uuid.uuid4().hex[:12])),
                 window=MetricWindow(),
             )
             if folder is not None:
                 run.restore(folder)
             outcome = run.go(source)
+            if run.average is not None and not outcome.stopped:
+                run.average.apply()
         accelerator.wait_for_everyone()  # ranks leave together: gloo aborts when a peer goes first
         return outcome
     finally:
@@ -186,6 +204,7 @@ class _Run:
     export: Export | None
     signals: StopSignals
     peers: Peers
+    average: MovingAverage | None
     state: TrainingState
     window: MetricWindow
     starvation: Starvation = field(default_factory=Starvation)
@@ -203,12 +222,9 @@ class _Run:
         if best is not None and not checkpoint.step_folder(self.checkpoints, best).is_dir():
             self.state.best_step = self.state.best_value = None
         saved = checkpoint.load_tensors(folder / "optimizer.pt")
-        # Peak rates, decay and betas are the configuration's, which may have changed where the user accepted it.
-        kept = ("params", "lr")
-        chosen = [{key: group[key] for key in group if key not in kept} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, chosen, strict=True):
-            group.update(settings)
+        load_optimizer(self.optimizer, saved["optimizer"], folder)
+        if self.average is not None:
+            self.average.load(folder)
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         ranks = checkpoint.load_tensors(folder / "ranks.pt")
@@ -299,6 +315,8 @@ class _Run:
                 accelerator.scaler.update()
         else:
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
             self.window.add({"loss": loss, "gradient_norm": norm})
             for terms in logs:
                 self.window.add({name: value for name, value in terms.items() if name != "loss"})
@@ -356,11 +374,19 @@ class _Run:
 
     def _evaluated(self, evaluate: Evaluate) -> dict[str, float]:
         self.task.eval()
-        with preserved_random_state(), torch.no_grad(), self.accelerator.autocast():
+        with preserved_random_state(), torch.no_grad(), self.accelerator.autocast(), self._averaged():
             result = evaluate(self.task, self.state.step)
         self.task.train()
         answer: dict[str, float] = from_main({name: float(value) for name, value in result.items()})
         return answer
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def _exported(self, task: nn.Module, folder: Path) -> None:
+        if self.export is not None:
+            with self._averaged():
+                self.export(task, folder)
 
     def _is_best(self, result: dict[str, float]) -> bool:
         if self.monitor is None:
@@ -391,7 +417,8 @@ class _Run:
                     },
                     ranks=ranks,
                     description=self.description,
-                    export=self.export,
+                    average=self.average.tensors() if self.average is not None else None,
+                    export=self._exported if self.export is not None else None,
                 )
                 checkpoint.prune(self.checkpoints, self.config.keep, self.state.best_step, self.config.milestone_every)
             except InputError as error:

@@ -1,37 +1,62 @@
-"""The optimiser: AdamW, which parameters decay, and the learning rate as a function of the step."""
+"""The optimiser: AdamW or LARS, which parameters decay, and the learning rate by depth, batch and step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from timm.models import group_parameters
+from timm.optim import Lars
 from torch import nn
 
+from bocage.shards.errors import InputError
+
+OptimizerName = Literal["adamw", "lars"]
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
+# Fused AdamW on the CPU gives the same bits in every run and on any number of threads, and is several times faster.
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 ParameterGroups = Callable[[nn.Module], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with linear warm-up and a cosine (arXiv 1608.03983).
+    """AdamW or LARS with linear warm-up and a cosine (arXiv 1608.03983).
 
     Attributes:
+        name: ``adamw`` (Loshchilov & Hutter, arXiv 1711.05101), or ``lars`` (You et al., arXiv 1708.03888) for global
+            batches of thousands; LARS wants rates about a thousand times as high and leaves the step of parameters
+            that do not decay unscaled.
         learning_rate: peak rate, reached at the end of the warm-up.
+        base_batch: global batch, in samples, that ``learning_rate`` is meant for; the peak rate is in proportion to
+            the batch of a step over all ranks and micro-batches (Goyal et al., arXiv 1706.02677). 0 leaves it as it is.
+        layer_decay: factor of the rate from each layer of an encoder to the one below it; what is on top of the
+            encoders learns at the full rate (Clark et al., arXiv 2003.10555; Bao et al., arXiv 2106.08254). 1 is off.
         weight_decay: decoupled decay of weight matrices and kernels; see ``decay_groups`` for what never decays.
-        betas: AdamW's moving averages.
+        betas: AdamW's moving averages; the first is the momentum of LARS, which has no second.
         warmup_steps: optimiser steps of linear warm-up.
         final_learning_rate: where the cosine ends, as a fraction of ``learning_rate``.
     """
 
+    name: OptimizerName = "adamw"
     learning_rate: float = 1e-4
+    base_batch: int = 0
+    layer_decay: float = 1.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 0
     final_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, not {self.name!r}")
+        if self.base_batch < 0:
+            raise ValueError(f"optimizer.base_batch must not be negative, not {self.base_batch}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay must be in (0, 1], not {self.layer_decay}")
         if not self.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate must be positive, not {self.learning_rate}")
         if not self.weight_decay >= 0:
@@ -88,31 +113,97 @@ def undecayed_names(task: nn.Module) -> set[str]:
     return names & {name for name, parameter in task.named_parameters() if parameter.requires_grad}
 
 
-def decay_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: those that decay and those that do not (``undecayed_names``)."""
-    undecayed = undecayed_names(task)
-    trainable = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in trainable if name not in undecayed], "weight_decay": weight_decay},
-        {"params": [parameter for name, parameter in trainable if name in undecayed], "weight_decay": 0.0},
+def layer_scales(task: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The rate of each parameter of the encoders of ``task`` as a fraction of the peak rate, by full name.
+
+    An encoder is a module with timm's ``group_matcher``, which numbers layers from the input; of L layers, layer i
+    (0 is the stem) has ``layer_decay ** (L - i)``. Parameters of no encoder are not listed: theirs is 1.
+
+    Raises:
+        InputError: ``layer_decay`` is not 1 and ``task`` has no encoder.
+    """
+    scales: dict[str, float] = {}
+    if layer_decay == 1:
+        return scales
+    for prefix, module in task.named_modules():
+        matcher = getattr(module, "group_matcher", None)
+        start = f"{prefix}." if prefix else ""
+        if matcher is None or any(name.startswith(start) for name in scales):
+            continue
+        layers = group_parameters(module, matcher(coarse=False), reverse=True)
+        count = max(layers.values()) + 1
+        scales.update((start + name, layer_decay ** (count - layer)) for name, layer in layers.items())
+    if not scales:
+        raise InputError(
+            f"engine.optimizer.layer_decay={layer_decay}: {type(task).__name__} has no encoder with layers; use 1"
+        )
+    return scales
+
+
+def decay_groups(task: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by rate (``layer_scales``; the highest first), and by whether they decay (first) or not.
+
+    Each group has ``params``, ``weight_decay`` and ``lr_scale``, its rate as a fraction of the peak rate.
+    """
+    undecayed, scales = undecayed_names(task), layer_scales(task, config.layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((-scales.get(name, 1.0), name in undecayed), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay, "lr_scale": -key[0]}
+        for key in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
-    task: nn.Module, config: OptimizerConfig, parameter_groups: ParameterGroups | None = None
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of ``task``.
+    task: nn.Module,
+    config: OptimizerConfig,
+    *,
+    global_batch: int,
+    device: torch.device,
+    parameter_groups: ParameterGroups | None = None,
+) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters of ``task``.
 
     Args:
         task: the module to train.
         config: see ``OptimizerConfig``.
-        parameter_groups: replaces ``decay_groups``; each group may set its own peak ``lr`` and ``weight_decay``.
+        global_batch: samples of one step over all ranks and micro-batches, for ``base_batch``.
+        device: where the task will be. AdamW is one fused kernel where that device has it.
+        parameter_groups: replaces ``decay_groups``; each group may set its own ``weight_decay`` and ``lr_scale``.
     """
-    groups = parameter_groups(task) if parameter_groups is not None else decay_groups(task, config.weight_decay)
-    if not groups:
+    found = parameter_groups(task) if parameter_groups is not None else decay_groups(task, config)
+    if not found:
         raise ValueError(f"{type(task).__name__} has no parameter to train")
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-    for group in optimizer.param_groups:
+    peak = config.learning_rate * (global_batch / config.base_batch if config.base_batch else 1.0)
+    groups = [{**group, "lr": peak * group.get("lr_scale", 1.0)} for group in found]
+    for group in groups:
+        group.pop("lr_scale", None)
         group["initial_lr"] = group["lr"]
-    return optimizer
+    if config.name == "lars":
+        return Lars(groups, lr=peak, momentum=config.betas[0], weight_decay=config.weight_decay)
+    fused = device.type in _FUSED_DEVICES
+    return torch.optim.AdamW(groups, lr=peak, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], folder: Path) -> None:
+    """Load the moving averages that the checkpoint ``folder`` has in ``saved``.
+
+    Rates, decay and everything else of the groups is the configuration's: it may have changed where the user accepted
+    it, and what a device can do (fused or not) decides where the state must lie.
+
+    Raises:
+        InputError: another optimiser, or other groups of parameters.
+    """
+    groups, kept = optimizer.param_groups, saved["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in kept] or any(
+        ("betas" in group) != ("betas" in other) for group, other in zip(groups, kept, strict=True)
+    ):
+        raise InputError(
+            f"{folder} was made with another optimiser or other parameter groups: engine.optimizer.name, "
+            "engine.optimizer.layer_decay and what is frozen must stay as they were; choose another output for new ones"
+        )
+    for group, other in zip(groups, kept, strict=True):
+        other.update({key: value for key, value in group.items() if key not in ("params", "lr")})
+    optimizer.load_state_dict(saved)

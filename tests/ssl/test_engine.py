@@ -173,7 +173,8 @@ def test_weight_decay_leaves_vectors_tables_tokens_and_embeddings_alone(features
     tables = [name for name, _ in model.named_parameters() if "relative_position_bias_table" in name]
     assert tables
     assert set(tables) < undecayed
-    decay, rest = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3), global_batch=1, device=torch.device("cpu"))
+    decay, rest = optimizer.param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert all(parameter.ndim >= 2 for parameter in decay["params"])
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters())) - 1
@@ -181,7 +182,7 @@ def test_weight_decay_leaves_vectors_tables_tokens_and_embeddings_alone(features
 
 def test_own_parameter_groups_keep_their_peak_rates(tmp_path: Path) -> None:
     def groups(task: nn.Module) -> list[dict[str, Any]]:
-        return [{"params": list(task.head.parameters()), "lr": 1e-3}, {"params": list(task.first.parameters())}]
+        return [{"params": list(task.head.parameters()), "lr_scale": 0.1}, {"params": list(task.first.parameters())}]
 
     outcome, task = run(tmp_path, options={"parameter_groups": groups}, optimizer=CONSTANT)
     start = (torch.manual_seed(1), TinyTask())[1]
