@@ -40,6 +40,8 @@ class EngineConfig:
         log_every: steps between records of the metrics.
         evaluate_every: steps between evaluations; 0 evaluates only at the end.
         max_bad_steps: abort after so many steps in a row whose loss or gradient is not finite.
+        profile_steps: steps of rank 0 that torch's profiler records, from the fourth of the process on, into
+            ``output/profile``; 0 records none.
         rank_timeout: seconds after which ranks give up waiting for one that is dead or hangs, and name it; longer than
             any save or evaluation, during which the others wait for rank 0.
         tracker: ``metrics.jsonl`` is always written; ``wandb`` (offline when there is no API key) and ``tensorboard``
@@ -65,6 +67,7 @@ class EngineConfig:
     log_every: int = 20
     evaluate_every: int = 0
     max_bad_steps: int = 10
+    profile_steps: int = 0
     rank_timeout: float = 1800.0
     tracker: TrackerName = "none"
     project: str = "bocage"
@@ -73,7 +76,15 @@ class EngineConfig:
         for key in ("steps", "accumulation", "keep", "log_every", "max_bad_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"engine.{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("clip_norm", "seed", "save_every", "save_minutes", "milestone_every", "evaluate_every"):
+        for key in (
+            "clip_norm",
+            "seed",
+            "save_every",
+            "save_minutes",
+            "milestone_every",
+            "evaluate_every",
+            "profile_steps",
+        ):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"engine.{key} must not be negative, not {getattr(self, key)}")
         if not self.rank_timeout > 0:

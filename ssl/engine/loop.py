@@ -34,6 +34,7 @@ from bocage.ssl.engine.optim import (
     set_learning_rate,
 )
 from bocage.ssl.engine.peers import Peers
+from bocage.ssl.engine.profiling import profiled
 from bocage.ssl.engine.provenance import git_revision, library_versions, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.regions import compiled, recomputed
@@ -261,11 +262,13 @@ class _Run:
                 journal.message(f"resuming at step {state.step} of {config.steps}")
             self.task.train()
             buffers = Buffers(self.task)
+            step_is_done = stack.enter_context(profiled(config.profile_steps if main else 0, self.output / "profile"))
             # A signal saved the run before its last step was recorded and evaluated.
             if state.reported_step < state.step and (self._report(journal) or state.step >= config.steps):
                 self._save(journal)
             while state.step < config.steps:
                 received, late = self._step(batches, source.batch_size, buffers, journal)
+                step_is_done()
                 if received:
                     self._save(journal)
                     journal.message(f"stopped at step {state.step} of {config.steps}, saved; the same command resumes")

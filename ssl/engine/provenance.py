@@ -27,6 +27,7 @@ CHANGEABLE_KEYS = (
     "engine.log_every",
     "engine.evaluate_every",
     "engine.max_bad_steps",
+    "engine.profile_steps",
     "engine.rank_timeout",
     "engine.tracker",
     "engine.project",

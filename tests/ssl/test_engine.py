@@ -205,6 +205,16 @@ def test_waiting_for_data_is_told_once_and_what_helps(tmp_path: Path, capsys: py
     assert "waits for data" not in capsys.readouterr().err
 
 
+def test_profiled_steps_leave_a_trace_and_a_table(tmp_path: Path) -> None:
+    run(tmp_path, steps=8, profile_steps=2)
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#3", "ProfilerStep#4"}
+    assert "aten::convolution_backward" in (tmp_path / "profile" / "operators.txt").read_text()
+    run(tmp_path / "without")
+    assert not (tmp_path / "without" / "profile").exists()
+
+
 def test_a_source_must_keep_its_promised_batch_size(tmp_path: Path) -> None:
     class Careless(TinySource):
         def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
