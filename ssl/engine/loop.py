@@ -288,7 +288,7 @@ class _Run:
         set_learning_rate(self.optimizer, learning_rate_factor(state.step, config.steps, config.optimizer))
         self.peers.step = state.step + 1
         buffers.remember()
-        losses, logs = [], []
+        losses, logs, keys = [], [], list[str]()
         for micro_batch in range(1, config.accumulation + 1):
             asked = time.perf_counter()
             # A DataLoader draws a seed from the global generator whenever it starts: a resumed run starts it at
@@ -301,6 +301,7 @@ class _Run:
             with nullcontext() if micro_batch == config.accumulation else accelerator.no_sync(self.model):
                 loss, terms = self.model(batch)
                 accelerator.backward(loss / config.accumulation)
+            keys += batch.keys
             losses.append(loss.detach().float())
             logs.append(terms)
         norm = accelerator.clip_grad_norm_(self.task.parameters(), config.clip_norm or math.inf)
@@ -328,17 +329,24 @@ class _Run:
         state.step += 1
         state.position += samples * accelerator.num_processes
         self.window.add_step(samples, time.perf_counter() - began, waited)
-        self._count_bad(bool(bad), journal)
+        self._count_bad(gathered((math.isfinite(loss), keys)) if bad else None, journal)
         return received, bool(late)
 
-    def _count_bad(self, bad: bool, journal: Journal) -> None:
+    def _count_bad(self, ranks: list[tuple[bool, list[str]]] | None, journal: Journal) -> None:
+        """Count a step; for a bad one ``ranks`` say whether their loss was finite, and of which samples it was."""
         state, limit = self.state, self.config.max_bad_steps
-        state.skipped += bad
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if bad else 0
-        if not bad:
+        state.skipped += ranks is not None
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if ranks is not None else 0
+        if ranks is None:
             return
+        what = [
+            f"loss is not finite on rank {rank} (samples {', '.join(keys)})"
+            for rank, (finite, keys) in enumerate(ranks)
+            if not finite
+        ]
         journal.message(
-            f"step {state.step}: loss or gradient is not finite; no update ({state.skipped_in_a_row} in a row)"
+            f"step {state.step}: {'; '.join(what) or 'gradient is not finite'}; no update "
+            f"({state.skipped_in_a_row} in a row)"
         )
         if state.skipped_in_a_row >= limit:
             raise DivergenceError(
