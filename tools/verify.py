@@ -14,6 +14,7 @@ from bocage.shards.manifest import DATASET_FILE
 from bocage.shards.verify import Verification, verify
 from bocage.shards.verify_shard import Problem
 from bocage.tools.arguments import not_negative, positive
+from bocage.tools.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.reports import write_json
 
 _SHOWN = 50  # lines about what is broken
@@ -40,19 +41,20 @@ def _samples(text: str) -> int | None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command: 0 sound, 1 broken, 130 interrupted."""
+    """Runs the command: 0 sound, 1 broken, 130 interrupted, 143 ended by SIGTERM."""
     try:
-        found = _verified(Console(stderr=True), arguments)
-    except KeyboardInterrupt:
-        print("bocage: interrupted; nothing was changed", file=sys.stderr)
-        return 130
+        with Interrupts() as interrupts:
+            found = _verified(Console(stderr=True), interrupts, arguments)
+    except InterruptedCommand as stop:
+        print(f"bocage: interrupted by {stop.name}; nothing was changed", file=sys.stderr)
+        return stop.exit_code
     if arguments.json is not None:
         write_json(arguments.json, found.to_json())
     _print(found, arguments.shards)
     return 0 if found.sound else 1
 
 
-def _verified(console: Console, arguments: argparse.Namespace) -> Verification:
+def _verified(console: Console, interrupts: Interrupts, arguments: argparse.Namespace) -> Verification:
     """Checks with a progress bar on a terminal, or one line every half minute elsewhere."""
     columns = (
         TextColumn("verifying"),
@@ -68,6 +70,7 @@ def _verified(console: Console, arguments: argparse.Namespace) -> Verification:
 
         def progress(done: int, total: int, problems: int) -> None:
             nonlocal last_line
+            interrupts.check()
             now = time.monotonic()
             state = f"{done / _MEGABYTE / max(now - started, 1e-6):.0f} MB/s" + f", {problems} broken" * bool(problems)
             bar.update(task, completed=done, total=total, state=state)

@@ -43,6 +43,8 @@ class Peers:
         threading.Thread(target=self._tell, args=(store,), daemon=True).start()
         try:
             yield
+        except torch.OutOfMemoryError:  # this rank's own
+            raise
         except RuntimeError as error:  # gloo's and NCCL's errors have no class of their own
             answer: list[str] = []
             # In a thread: a store whose host is stopped never answers.
