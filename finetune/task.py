@@ -120,7 +120,9 @@ class Segmentation(nn.Module):
         targets = scored_targets(labels, batch.present[name], self.scheme)
         loss = cross_entropy(predictions.logits[name], targets)
         logs = {"scored_pixels": (targets != IGNORED).float().mean()}
-        found = predictions.auxiliary.get(name, {}).values()
+        supervised = predictions.auxiliary.get(name, {}).values()
+        loss = loss + sum(logits.sum() for rows, logits in supervised if not len(rows))  # nothing, but with gradients
+        found = [(rows, logits) for rows, logits in supervised if len(rows)]
         if found:
             losses = [cross_entropy(logits, targets[rows.to(targets.device)]) for rows, logits in found]
             auxiliary = torch.stack(losses).mean()

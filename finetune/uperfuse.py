@@ -105,7 +105,7 @@ class Predictions(NamedTuple):
     Attributes:
         logits: by task, (B, classes, size, size).
         auxiliary: by task and modality, which samples the auxiliary decoder saw, (R,), and their logits
-            (R, classes, size, size). Empty in evaluation mode.
+            (R, classes, size, size); R may be 0. Empty in evaluation mode.
     """
 
     logits: dict[str, torch.Tensor]
@@ -258,9 +258,15 @@ class UPerFuse(nn.Module):
         """Logits of the auxiliary decoders, see ``Predictions.auxiliary``."""
         found: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {task: {} for task in self.decoders}
         for name, decoders in self.auxiliary.items():
-            if name not in encoded or (self.training and len(encoded[name].rows) < self._least_rows):
+            if name not in encoded:
                 continue
             rows, maps, head = encoded[name]
+            idle = self.training and len(rows) < self._least_rows
+            if idle and not self.encoder(name).runs_always:
+                continue
+            if idle:  # other ranks wait for its weights
+                maps = [features.new_zeros(1, *features.shape[1:]) for features in maps]
+                decoders.eval()
             assert isinstance(decoders, nn.ModuleDict)
             for task, decoder in decoders.items():
                 if isinstance(decoder, UPerNet):
@@ -268,7 +274,8 @@ class UPerFuse(nn.Module):
                 else:
                     assert head is not None
                     logits = decoder(resize(head, (size, size)))
-                found[task][name] = (rows, logits)
+                found[task][name] = (rows[:0], logits[:0]) if idle else (rows, logits)
+            decoders.train(self.training)
         return found
 
     def _enlarged(self, logits: torch.Tensor, size: int) -> torch.Tensor:
@@ -292,7 +299,7 @@ class UPerFuse(nn.Module):
         found = {}
         for (name, item), here in zip(given.items(), present, strict=True):
             rows = here.nonzero()[:, 0]
-            if len(rows):
+            if len(rows) or self.encoder(name).runs_always:
                 found[name] = self._found(name, item, rows)
         return found, present.shape[1]
 
@@ -300,7 +307,8 @@ class UPerFuse(nn.Module):
         """What an encoder finds in the samples that have its modality: absent ones reach no batch statistics."""
         values, dates, padding = given.values, given.dates, given.padding
         if len(rows) < len(values):
-            index = rows.to(values.device)
+            # With no row at all the encoder looks at one in vain (``Encoder.runs_always``).
+            index = (rows if len(rows) else rows.new_zeros(1)).to(values.device)
             values = values[index]
             dates = None if dates is None else dates[index]
             padding = None if padding is None else padding[index]
@@ -324,7 +332,7 @@ class UPerFuse(nn.Module):
             output = encoder(values, dates, padding)
             maps, logits = output.maps[::-1], output.logits
         else:
-            maps = encoder.features(values, dates, padding)
+            maps = (encoder.features if len(rows) else encoder.features_of_none)(values, dates, padding)
         return Encoded(rows, [maps[index] for index in self._maps_of_stages[name]], logits)
 
     def fuse(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid]) -> list[torch.Tensor]:

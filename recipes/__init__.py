@@ -144,6 +144,24 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
         raise InputError(f"recipe {chosen[0]}: {error}") from error
 
 
+def restored(schema: type[Config], values: dict[str, Any], source: str) -> Config:
+    """The configuration that ``dataclasses.asdict`` gave, read back from JSON.
+
+    Args:
+        schema: its dataclass.
+        values: by key.
+        source: the file they are from, for messages.
+
+    Raises:
+        InputError: keys or values that do not fit, e.g. of another version.
+    """
+    config = _merge(OmegaConf.structured(schema), values, source)
+    try:
+        return cast(Config, OmegaConf.to_object(config))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
 def to_yaml(config: Any) -> str:
     """A resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

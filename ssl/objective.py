@@ -91,28 +91,29 @@ class Pretraining(nn.Module):
         Absent and hidden samples would otherwise enter the batch statistics of U-TAE's decoder, and cost as much.
         """
         encoder = self.encoder(name)
-        if mask.units is None:
-            assert given.padding is not None
-            assert given.dates is not None
-            assert mask.dates is not None
-            side = given.values.shape[-1]
-            padding = given.padding | mask.dates
-            found = encoder.features(given.values[rows], given.dates[rows], padding[rows]) if len(rows) else None
-        else:
-            values = given.values
-            if encoder.spec.representation == "relief":
-                channel = encoder.spec.channels.index("relief")
-                centre = -encoder.spec.mean[channel] / encoder.spec.std[channel]
-                values = recentred(values, channel, centre, given.valid, mask)
-            unit = self.modalities[name].unit
-            if self.masking.images == "packed":
-                side = values.shape[-1] // 2
-                found = encoder.features(pack(values[rows], mask.units[rows], unit)) if len(rows) else None
+        values, dates, padding, tokens = given.values, given.dates, given.padding, None
+        side = values.shape[-1]
+        found = None
+        seen = rows if len(rows) or not encoder.runs_always else rows.new_zeros(1)
+        if len(seen):
+            if mask.units is None:
+                assert dates is not None and padding is not None and mask.dates is not None
+                values, dates, padding = values[seen], dates[seen], (padding | mask.dates)[seen]
             else:
-                side = values.shape[-1]
-                repeats = unit // encoder.strides[0]
-                tokens = mask.units.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
-                found = encoder.features(values[rows], mask=tokens[rows]) if len(rows) else None
+                if encoder.spec.representation == "relief":
+                    channel = encoder.spec.channels.index("relief")
+                    centre = -encoder.spec.mean[channel] / encoder.spec.std[channel]
+                    values = recentred(values, channel, centre, given.valid, mask)
+                values, units, unit = values[seen], mask.units[seen], self.modalities[name].unit
+                if self.masking.images == "packed":
+                    values = pack(values, units, unit)
+                else:
+                    repeats = unit // encoder.strides[0]
+                    tokens = units.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
+            encode = encoder.features if len(rows) else encoder.features_of_none
+            found = encode(values, dates, padding, tokens)
+        if mask.units is not None and self.masking.images == "packed":
+            side //= 2
         maps = []
         for index, (width, stride) in enumerate(zip(encoder.widths, encoder.strides, strict=True)):
             cells = math.ceil(side / stride)

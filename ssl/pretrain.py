@@ -155,6 +155,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
             "shards": manifest.digest,
         },
         export=export_encoders,
+        rebuild={"command": "pretrain", "config": asdict(config)},
     )
     if outcome.exit_code == 0 and is_main():
         output = Path(config.output)

@@ -41,12 +41,15 @@ class Encoder(nn.Module):
         widths: channels of each feature map, finest map first.
         strides: input pixels per feature cell of each map, finest map first. U-TAE's maps all have stride 1 when it
             is built without down-sampling, as FLAIR-HUB's 10 x 10 series need.
+        runs_always: a batch without the sensor shall involve it all the same (``features_of_none``), because other
+            ranks wait for its weights.
     """
 
     spec: InputSpec
     config: EncoderConfig
     widths: tuple[int, ...]
     strides: tuple[int, ...]
+    runs_always = False
 
     def features(
         self,
@@ -69,3 +72,23 @@ class Encoder(nn.Module):
             (B, widths[i], H / strides[i], W / strides[i]) for each i; sizes round up.
         """
         raise NotImplementedError
+
+    def features_of_none(
+        self,
+        values: torch.Tensor,
+        dates: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Feature maps of no sample, (0, widths[i], ...), whose backward pass gives every weight a gradient of zero.
+
+        Arguments as for ``features``, of at least one sample, which leaves no trace in running statistics.
+        """
+        training = self.training
+        self.eval()
+        try:
+            if dates is not None and padding is not None:
+                values, dates, padding = values[:, :1], dates[:, :1], torch.zeros_like(padding[:, :1])
+            return [features[:0] for features in self.features(values, dates, padding, mask)]
+        finally:
+            self.train(training)

@@ -4,18 +4,21 @@
 scaler), ``ranks.pt`` (random generators and metric window of every rank), ``ema.safetensors`` (the moving average of
 the weights, where one is kept), ``state.json`` (where the run stands and what it is), ``export/`` (what the caller
 exports, such as encoders) and, written last, ``complete.json``: size and SHA-256 of every other file. A folder is
-written under a temporary name, flushed and renamed, by rank 0 alone; every rank reads it, so several machines need a
-shared file system. The ``.pt`` files hold tensors and plain containers only and are read with ``weights_only=True``.
+written under a temporary name, flushed and renamed, by rank 0 alone, but for ``optimizer-RANK-of-RANKS.safetensors``
+where the averages of the optimiser are divided; every rank reads it, so several machines need a shared file system. The
+``.pt`` files hold tensors and plain containers only and are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ _NAME = re.compile(r"step-(\d{8,})")
 _MARKER = "complete.json"
 _REQUIRED = {"model.safetensors", "optimizer.pt", "ranks.pt", "state.json"}
 _FORMAT = 1
+Inventory = dict[str, Any]
+"""Size and SHA-256 of a file."""
 
 
 @dataclass
@@ -131,7 +136,60 @@ def _clear_leftovers(root: Path) -> None:
             shutil.rmtree(item)
 
 
-def save_checkpoint(
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+@contextmanager
+def disk_faults(what: Path, advice: str = "") -> Iterator[None]:
+    """Context that ends with ``InputError`` naming ``what`` when the disk is full or cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError raised while it handled the OSError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        raise InputError(f"cannot write {what}: {cause}{advice}") from error
+
+
+def _writing(final: Path) -> AbstractContextManager[None]:
+    advice = "; free or change the disk, then run the same command again: it resumes from the checkpoint before"
+    return disk_faults(final, advice)
+
+
+def start_checkpoint(root: Path, step: int) -> None:
+    """Make the folder that the checkpoint of ``step`` is written in. Rank 0 only.
+
+    Raises:
+        InputError: it cannot be made; earlier checkpoints are intact, as after the calls that follow.
+    """
+    final = step_folder(root, step)
+    with _writing(final):
+        shutil.rmtree(_partial(final), ignore_errors=True)
+        _partial(final).mkdir(parents=True)
+
+
+def abandon_checkpoint(root: Path, step: int) -> None:
+    """Remove what there is of a checkpoint that could not be written whole. Rank 0 only."""
+    shutil.rmtree(_partial(step_folder(root, step)), ignore_errors=True)
+
+
+def write_part(root: Path, step: int, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Inventory]:
+    """Write a file of one rank, ``name``, into a checkpoint that was started; returns what to tell about it.
+
+    Raises:
+        InputError: the disk is full or cannot be written.
+    """
+    final = step_folder(root, step)
+    with _writing(final):
+        path = _partial(final) / name
+        save_file(tensors, path)
+        flush(path)
+        return {name: _entry(path)}
+
+
+def finish_checkpoint(
     root: Path,
     state: TrainingState,
     *,
@@ -139,10 +197,11 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     ranks: list[dict[str, Any]],
     description: Mapping[str, Any],
+    parts: Mapping[str, Inventory],
     average: Mapping[str, torch.Tensor] | None = None,
     export: Callable[[nn.Module, Path], None] | None = None,
 ) -> Path:
-    """Write the checkpoint of ``state.step``. Rank 0 only.
+    """Write the checkpoint of ``state.step``, which was started. Rank 0 only.
 
     Args:
         root: the folder of checkpoints.
@@ -151,39 +210,31 @@ def save_checkpoint(
         optimizer: tensors and plain containers, for ``optimizer.pt``.
         ranks: one such mapping a rank, for ``ranks.pt``.
         description: JSON-serialisable facts about the run, stored beside the state.
+        parts: what ``write_part`` of every rank told.
         average: the moving average of the weights by name, for ``ema.safetensors``.
         export: called with ``task`` and an empty folder ``export/``.
 
     Raises:
-        InputError: the disk is full or cannot be written; earlier checkpoints are intact.
+        InputError: the disk is full or cannot be written.
     """
     final = step_folder(root, state.step)
-    partial = root / f".{final.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    partial = _partial(final)
+    with _writing(final):
         save_model(task, str(partial / "model.safetensors"))
-        _save_tensors(dict(optimizer), partial / "optimizer.pt")
-        _save_tensors(ranks, partial / "ranks.pt")
+        save_tensors(dict(optimizer), partial / "optimizer.pt")
+        save_tensors(ranks, partial / "ranks.pt")
         if average is not None:
             save_file(dict(average), partial / ema.FILE)
         _write_json({"format": _FORMAT, **description, "state": asdict(state)}, partial / "state.json")
         if export is not None:
             (partial / "export").mkdir()
             export(task, partial / "export")
-        _write_json({"files": _inventory(partial)}, partial / _MARKER)
+        own = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.name not in parts]
+        files = {path.relative_to(partial).as_posix(): _entry(path) for path in own}
+        _write_json({"files": {**files, **parts}}, partial / _MARKER)
         for path in (*partial.rglob("*"), partial):
             flush(path)
         _move_into_place(partial, final)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError raised while it handled the OSError.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError | SafetensorError):
-            raise
-        message = f"cannot write checkpoint {final}: {cause}; free or change the disk, then run the same command again"
-        raise InputError(f"{message}: it resumes from the checkpoint before") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
@@ -222,11 +273,21 @@ def load_task(folder: Path, task: nn.Module) -> None:
 
 
 def load_tensors(path: Path) -> Any:
-    """What ``_save_tensors`` wrote, on the CPU; nothing but tensors and plain containers can come out."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What ``save_tensors`` wrote, on the CPU; nothing but tensors and plain containers can come out.
+
+    Raises:
+        InputError: the file holds something else, which was not executed, or cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"{path} is damaged or holds something else than tensors; nothing in it was executed. Delete its folder"
+        ) from error
 
 
-def _save_tensors(content: Any, path: Path) -> None:
+def save_tensors(content: Any, path: Path) -> None:
+    """Write tensors and plain containers for ``load_tensors``."""
     with path.open("wb") as file:
         torch.save(content, file)
 
@@ -235,12 +296,8 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def _entry(path: Path) -> Inventory:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

@@ -21,6 +21,12 @@ class EngineConfig:
             that are means over samples; it adds no negatives to contrastive ones.
         precision: of the forward pass; weights and optimiser stay float32.
         compile: backend of ``torch.compile`` for the blocks that the model repeats; ``none`` runs them as they are.
+        parallel: ``ddp`` gives each rank all weights; ``fsdp`` (FSDP2) divides weights, gradients and optimiser state
+            among them, for models that do not fit beside their activations. Tasks must use the same
+            weights on every rank in every step, as pretraining and fine-tuning do.
+        checkpoint: with ``fsdp``, ``sharded`` has every rank write its part of the optimiser's state into a file of its
+            own; ``full`` gathers it on rank 0. Weights are always whole, and either resumes on any number of ranks,
+            under ``ddp`` too.
         activation_checkpointing: Swin encoders compute the activations of their blocks again in the backward pass: less
             memory for about a third more time.
         clip_norm: largest norm of the whole gradient; 0 does not clip.
@@ -40,6 +46,8 @@ class EngineConfig:
         log_every: steps between records of the metrics.
         evaluate_every: steps between evaluations; 0 evaluates only at the end.
         max_bad_steps: abort after so many steps in a row whose loss or gradient is not finite.
+        dump_bad_steps: bad steps of a run whose weights, batches and random state are kept in ``output/bad_steps`` for
+            ``bocage replay``; 0 keeps none.
         profile_steps: steps of rank 0 that torch's profiler records, from the fourth of the process on, into
             ``output/profile``; 0 records none.
         rank_timeout: seconds after which ranks give up waiting for one that is dead or hangs, and name it; longer than
@@ -53,6 +61,8 @@ class EngineConfig:
     accumulation: int = 1
     precision: Precision = "fp32"
     compile: CompileBackend = "none"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    checkpoint: Literal["full", "sharded"] = "full"
     activation_checkpointing: bool = False
     clip_norm: float = 1.0
     seed: int = 0
@@ -67,6 +77,7 @@ class EngineConfig:
     log_every: int = 20
     evaluate_every: int = 0
     max_bad_steps: int = 10
+    dump_bad_steps: int = 3
     profile_steps: int = 0
     rank_timeout: float = 1800.0
     tracker: TrackerName = "none"
@@ -83,6 +94,7 @@ class EngineConfig:
             "save_minutes",
             "milestone_every",
             "evaluate_every",
+            "dump_bad_steps",
             "profile_steps",
         ):
             if not getattr(self, key) >= 0:
@@ -94,11 +106,15 @@ class EngineConfig:
         for key, allowed in (
             ("precision", ("fp32", "bf16", "fp16")),
             ("compile", COMPILE_BACKENDS),
+            ("parallel", ("ddp", "fsdp")),
+            ("checkpoint", ("full", "sharded")),
             ("resume", ("auto", "never")),
             ("tracker", ("none", "wandb", "tensorboard")),
         ):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"engine.{key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
+        if self.checkpoint == "sharded" and self.parallel != "fsdp":
+            raise ValueError("engine.checkpoint=sharded needs engine.parallel=fsdp: without it nothing is divided")
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
                 f"engine.optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds engine.steps ({self.steps})"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -18,8 +21,10 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from torch import nn
 
 from bocage.shards.errors import InputError
+from bocage.ssl.engine.fsdp import divide, gradients_averaged, is_divided
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Value = TypeVar("Value")
@@ -40,8 +45,13 @@ def build_accelerator(precision: Precision, tracker: str, folder: Path, rank_tim
         rank_timeout: seconds after which a rank gives up waiting for another.
 
     Raises:
-        InputError: fp16 without a GPU.
+        InputError: fp16 without a GPU, or a launcher that asks for Accelerate's FSDP.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise InputError(
+            "the launcher asks for Accelerate's own FSDP (ACCELERATE_USE_FSDP): take fsdp_config and --use_fsdp out of "
+            "its configuration and set engine.parallel=fsdp instead"
+        )
     cpu = not torch.accelerator.is_available()
     if cpu and precision == "fp16":
         raise InputError("engine.precision=fp16 needs a GPU; use bf16 or fp32")
@@ -66,6 +76,32 @@ def build_accelerator(precision: Precision, tracker: str, folder: Path, rank_tim
     return accelerator
 
 
+@contextmanager
+def prepared(accelerator: Accelerator, learner: nn.Module, divides: bool) -> Iterator[nn.Module]:
+    """Context with ``learner`` on its device, in its precision, copied to all ranks (DDP) or divided among them.
+
+    Args:
+        accelerator: of this process.
+        learner: what the optimiser will train; it leaves as it came, but on the device.
+        divides: by ``fsdp.divide``, for good.
+    """
+    model = accelerator.prepare_model(learner, evaluation_mode=divides)
+    try:
+        if divides:
+            divide(learner, accelerator.device, accelerator.num_processes)
+        yield model
+    finally:
+        # Accelerate replaced `forward` by one that runs under autocast.
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Context of one forward and backward pass; ranks average their gradients in the ``last`` of a step."""
+    if is_divided(model):
+        return gradients_averaged(model, last)
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
 def _leave() -> None:
     # DDP's reference cycles hold on to the process group: a group destroyed before them now and then aborts the exit.
     gc.collect()
@@ -87,6 +123,20 @@ def largest(accelerator: Accelerator, *flags: torch.Tensor) -> list[int]:
 def gathered(value: Value) -> list[Value]:
     """``value`` of every rank, by rank, on all of them (pickled between our own processes only)."""
     return list(gather_object([value]))
+
+
+def agreed(action: Callable[[], Value]) -> list[Value]:
+    """What ``action`` gives on every rank, by rank. An ``InputError`` on any of them is raised on all."""
+    value, problem = None, None
+    try:
+        value = action()
+    except InputError as error:
+        problem = str(error)
+    answers = gathered((value, problem))
+    for _, said in answers:
+        if said is not None:
+            raise InputError(said)
+    return [cast(Value, answer) for answer, _ in answers]
 
 
 def from_main(value: Any) -> Any:

@@ -5,14 +5,17 @@ Polyak & Juditsky, "Acceleration of stochastic approximation by averaging" (1992
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from bocage.ssl.engine.fsdp import part, part_of_rows, whole
 
 FILE = "ema.safetensors"
 
@@ -40,35 +43,45 @@ class MovingAverage:
     def update(self) -> None:
         """Take in the weights of the step just done."""
         floating = [name for name, value in self._live.items() if value.is_floating_point()]
-        self._blend([self._average[name] for name in floating], [self._live[name].detach() for name in floating], 0)
+        averages = [part(self._average[name]) for name in floating]
+        self._blend(averages, [part(self._live[name].detach()) for name in floating], 0)
         for name in self._live.keys() - set(floating):
             self._average[name].copy_(self._live[name])
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Context in which the task has the averaged weights."""
-        last = {name: value.detach().clone() for name, value in self._live.items()}
-        self.apply()
-        try:
-            yield
-        finally:
-            self._write(last)
-
-    def apply(self) -> None:
-        """Give the task the averaged weights for good."""
-        self._write(self._average)
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, torch.Tensor]) -> None:
-        for name, value in self._live.items():
-            value.copy_(values[name])
-
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What ``FILE`` of a checkpoint holds."""
-        return {name: value.contiguous() for name, value in self._average.items()}
+        """The averages by name, put together where ranks divide them (all take part): what ``FILE`` holds."""
+        return {name: whole(value).contiguous() for name, value in self._average.items()}
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint; one of a run that kept no average leaves it at the weights of that checkpoint."""
         if (folder / FILE).is_file():
-            for name, value in load_file(folder / FILE).items():
-                self._average[name].copy_(value)
+            saved = load_file(folder / FILE)
+            for name, own in self._average.items():
+                value = saved[name]
+                own.copy_(part_of_rows(own, value.__getitem__) if isinstance(own, DTensor) else value)
+
+
+@contextmanager
+def substituted(task: nn.Module, tensors: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
+    """Context in which ``task`` has other parameters and buffers, by name; None leaves it as it is."""
+    if tensors is None:
+        yield
+        return
+    last = {name: value.detach().clone() for name, value in _values(task, tensors).items()}
+    substitute(task, tensors)
+    try:
+        yield
+    finally:
+        substitute(task, last)
+
+
+@torch.no_grad()
+def substitute(task: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give ``task`` other parameters and buffers for good."""
+    for name, value in _values(task, tensors).items():
+        value.copy_(tensors[name])
+
+
+def _values(task: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    found = {**dict(task.named_parameters()), **dict(task.named_buffers())}
+    return {name: found[name] for name in names}

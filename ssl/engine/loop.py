@@ -6,8 +6,8 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,26 +24,31 @@ from bocage.ssl.engine.alarms import Starvation
 from bocage.ssl.engine.buffers import Buffers
 from bocage.ssl.engine.checkpoint import TrainingState
 from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.engine.distributed import build_accelerator, from_main, gathered, largest
-from bocage.ssl.engine.ema import MovingAverage
-from bocage.ssl.engine.optim import (
-    ParameterGroups,
-    build_optimizer,
-    learning_rate_factor,
-    load_optimizer,
-    set_learning_rate,
+from bocage.ssl.engine.distributed import (
+    build_accelerator,
+    from_main,
+    gathered,
+    largest,
+    micro_batch,
+    prepared,
 )
+from bocage.ssl.engine.dumps import RankDump, write_dump
+from bocage.ssl.engine.ema import MovingAverage
+from bocage.ssl.engine.fsdp import learner_of, whole
+from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
+from bocage.ssl.engine.optimizer_state import load_optimizer
 from bocage.ssl.engine.peers import Peers
 from bocage.ssl.engine.profiling import profiled
 from bocage.ssl.engine.provenance import git_revision, library_versions, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.regions import compiled, recomputed
 from bocage.ssl.engine.resume import checkpoint_to_resume
+from bocage.ssl.engine.saving import Export, save
 from bocage.ssl.engine.signals import StopSignals, exit_code
 from bocage.ssl.engine.tracking import Journal, MetricWindow, check_tracker, finite_or_none
+from bocage.ssl.engine.weights import Weights
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
-Export = Callable[[nn.Module, Path], None]
 
 
 class BatchSource(Protocol):
@@ -101,6 +106,7 @@ def train(
     monitor: str | None = None,
     export: Export | None = None,
     parameter_groups: ParameterGroups | None = None,
+    rebuild: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train ``task``, or finish training it, and leave checkpoints and ``metrics.jsonl`` in ``output``.
 
@@ -123,6 +129,8 @@ def train(
         monitor: the name of an evaluated metric, the higher the better, that selects the best checkpoint.
         export: called on rank 0 at every save with the bare task and an empty folder of the checkpoint, ``export/``.
         parameter_groups: replaces the default groups of ``optim.decay_groups``.
+        rebuild: what ``bocage replay`` needs to build the task again, kept with dumps of bad steps without secrets:
+            ``command`` and ``config``.
 
     Raises:
         InputError: the output holds a run of another configuration, or cannot be written.
@@ -141,52 +149,55 @@ def train(
         "git": git_revision(),
         "ranks": accelerator.num_processes,
     }
-    folder = checkpoint_to_resume(output / "checkpoints", config, description, accelerator)
-    optimizer = build_optimizer(
-        task,
-        config.optimizer,
-        global_batch=source.batch_size * config.accumulation * accelerator.num_processes,
-        device=accelerator.device,
-        parameter_groups=parameter_groups,
-    )
-    if folder is not None:
-        checkpoint.load_task(folder, task)
-    model, prepared = accelerator.prepare(task, optimizer)
+    divides = config.parallel == "fsdp" and accelerator.num_processes > 1
     peers = Peers()
-    try:
+    with peers.watched():
+        folder = checkpoint_to_resume(output / "checkpoints", config, description, accelerator)
+        if folder is not None:
+            checkpoint.load_task(folder, task)
         with (
-            compiled(task, config.compile),
-            recomputed(task, config.activation_checkpointing),
-            peers.watched(),
+            learner_of(task, divides) as learner,
+            compiled(learner, config.compile),
+            recomputed(learner, config.activation_checkpointing),
+            prepared(accelerator, learner, divides) as model,
             StopSignals() as signals,
         ):
+            optimizer = build_optimizer(
+                learner,
+                config.optimizer,
+                global_batch=source.batch_size * config.accumulation * accelerator.num_processes,
+                device=accelerator.device,
+                parameter_groups=parameter_groups,
+            )
             run = _Run(
                 accelerator=accelerator,
-                task=task,
+                weights=Weights(
+                    accelerator=accelerator,
+                    task=task,
+                    learner=learner,
+                    average=MovingAverage(learner, config.ema_decay) if config.ema_decay else None,
+                ),
                 model=model,
-                optimizer=prepared,
+                optimizer=accelerator.prepare_optimizer(optimizer),
                 config=config,
                 output=output,
                 description=description,
+                rebuild=plain(rebuild) if rebuild is not None else None,
                 evaluate=evaluate,
                 monitor=monitor,
                 export=export,
                 signals=signals,
                 peers=peers,
-                average=MovingAverage(task, config.ema_decay) if config.ema_decay else None,
                 state=TrainingState(run=from_main(uuid.uuid4().hex[:12])),
                 window=MetricWindow(),
             )
             if folder is not None:
                 run.restore(folder)
             outcome = run.go(source)
-            if run.average is not None and not outcome.stopped:
-                run.average.apply()
+            if not outcome.stopped:
+                run.weights.hand_over()
         accelerator.wait_for_everyone()  # ranks leave together: gloo aborts when a peer goes first
-        return outcome
-    finally:
-        # The task leaves as it came: Accelerate replaces its `forward` by one that runs under autocast.
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return outcome
 
 
 @dataclass(kw_only=True)
@@ -194,18 +205,18 @@ class _Run:
     """One run in progress: what its steps, reports and saves share."""
 
     accelerator: Accelerator
-    task: nn.Module
+    weights: Weights
     model: nn.Module
     optimizer: Any
     config: EngineConfig
     output: Path
     description: dict[str, Any]
+    rebuild: dict[str, Any] | None
     evaluate: Evaluate | None
     monitor: str | None
     export: Export | None
     signals: StopSignals
     peers: Peers
-    average: MovingAverage | None
     state: TrainingState
     window: MetricWindow
     starvation: Starvation = field(default_factory=Starvation)
@@ -224,8 +235,8 @@ class _Run:
             self.state.best_step = self.state.best_value = None
         saved = checkpoint.load_tensors(folder / "optimizer.pt")
         load_optimizer(self.optimizer, saved["optimizer"], folder)
-        if self.average is not None:
-            self.average.load(folder)
+        if self.weights.average is not None:
+            self.weights.average.load(folder)
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         ranks = checkpoint.load_tensors(folder / "ranks.pt")
@@ -260,8 +271,8 @@ class _Run:
                 stack.callback(batches.close)
             if state.step:
                 journal.message(f"resuming at step {state.step} of {config.steps}")
-            self.task.train()
-            buffers = Buffers(self.task)
+            self.weights.learner.train()
+            buffers = Buffers(self.weights.learner)
             step_is_done = stack.enter_context(profiled(config.profile_steps if main else 0, self.output / "profile"))
             # A signal saved the run before its last step was recorded and evaluated.
             if state.reported_step < state.step and (self._report(journal) or state.step >= config.steps):
@@ -288,23 +299,24 @@ class _Run:
         set_learning_rate(self.optimizer, learning_rate_factor(state.step, config.steps, config.optimizer))
         self.peers.step = state.step + 1
         buffers.remember()
-        losses, logs, keys = [], [], list[str]()
-        for micro_batch in range(1, config.accumulation + 1):
+        losses, logs, given = [], [], list[Batch]()
+        random = random_state()
+        for index in range(1, config.accumulation + 1):
             asked = time.perf_counter()
             # A DataLoader draws a seed from the global generator whenever it starts: a resumed run starts it at
             # another step than an undisturbed one, and its dropout must not notice.
             with preserved_random_state():
-                batch = next(batches).to(accelerator.device)
+                given.append(next(batches))
+            batch = given[-1].to(accelerator.device)
             waited += time.perf_counter() - asked
             if len(batch) != batch_size:
                 raise RuntimeError(f"the source gave a batch of {len(batch)} samples; it promised {batch_size}")
-            with nullcontext() if micro_batch == config.accumulation else accelerator.no_sync(self.model):
+            with micro_batch(accelerator, self.model, last=index == config.accumulation):
                 loss, terms = self.model(batch)
                 accelerator.backward(loss / config.accumulation)
-            keys += batch.keys
             losses.append(loss.detach().float())
             logs.append(terms)
-        norm = accelerator.clip_grad_norm_(self.task.parameters(), config.clip_norm or math.inf)
+        norm = whole(accelerator.clip_grad_norm_(self.weights.learner.parameters(), config.clip_norm or math.inf))
         loss = torch.stack(losses).mean()
         # The one wait of the host for the device in a step: whether to update is decided by all ranks, before it.
         bad, received, late = largest(
@@ -313,14 +325,16 @@ class _Run:
             torch.tensor(self.signals.received),
             torch.tensor(0 < config.save_minutes * 60 <= time.monotonic() - self.saved),
         )
+        scale = 1.0
         if bad:
             buffers.restore()
             if accelerator.scaler is not None:
+                scale = accelerator.scaler.get_scale()
                 accelerator.scaler.update()
         else:
             self.optimizer.step()
-            if self.average is not None:
-                self.average.update()
+            if self.weights.average is not None:
+                self.weights.average.update()
             self.window.add({"loss": loss, "gradient_norm": norm})
             for terms in logs:
                 self.window.add({name: value for name, value in terms.items() if name != "loss"})
@@ -329,16 +343,20 @@ class _Run:
         state.step += 1
         state.position += samples * accelerator.num_processes
         self.window.add_step(samples, time.perf_counter() - began, waited)
-        self._count_bad(gathered((math.isfinite(loss), keys)) if bad else None, journal)
+        if bad:
+            told = [finite_or_none({"": float(value)})[""] for value in losses]
+            own = RankDump(accelerator.process_index, math.isfinite(loss), told, given, random)
+            self._bad_step(own, scale, journal)
+        else:
+            state.skipped_in_a_row = 0
         return received, bool(late)
 
-    def _count_bad(self, ranks: list[tuple[bool, list[str]]] | None, journal: Journal) -> None:
-        """Count a step; for a bad one ``ranks`` say whether their loss was finite, and of which samples it was."""
+    def _bad_step(self, own: RankDump, scale: float, journal: Journal) -> None:
+        """Count, name and keep a step without update; ``own`` is what this rank had, ``scale`` that of its loss."""
         state, limit = self.state, self.config.max_bad_steps
-        state.skipped += ranks is not None
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if ranks is not None else 0
-        if ranks is None:
-            return
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        ranks = gathered((own.finite, [key for batch in own.batches for key in batch.keys]))
         what = [
             f"loss is not finite on rank {rank} (samples {', '.join(keys)})"
             for rank, (finite, keys) in enumerate(ranks)
@@ -348,6 +366,15 @@ class _Run:
             f"step {state.step}: {'; '.join(what) or 'gradient is not finite'}; no update "
             f"({state.skipped_in_a_row} in a row)"
         )
+        facts = {**self.description, "rebuild": self.rebuild, "scale": scale}
+        try:
+            kept = write_dump(
+                self.output / "bad_steps", state.step, self.weights, own, limit=self.config.dump_bad_steps, facts=facts
+            )
+            if kept is not None:
+                journal.message(f"what it had is kept: bocage replay {kept}")
+        except InputError as error:  # training matters more
+            journal.message(str(error))
         if state.skipped_in_a_row >= limit:
             raise DivergenceError(
                 f"loss or gradient was not finite in {limit} steps in a row, up to step {state.step} of {self.output}: "
@@ -384,20 +411,10 @@ class _Run:
         return improved
 
     def _evaluated(self, evaluate: Evaluate) -> dict[str, float]:
-        self.task.eval()
-        with preserved_random_state(), torch.no_grad(), self.accelerator.autocast(), self._averaged():
-            result = evaluate(self.task, self.state.step)
-        self.task.train()
+        with preserved_random_state(), self.weights.evaluated() as task:
+            result = evaluate(task, self.state.step)
         answer: dict[str, float] = from_main({name: float(value) for name, value in result.items()})
         return answer
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.average is None else self.average.applied()
-
-    def _exported(self, task: nn.Module, folder: Path) -> None:
-        if self.export is not None:
-            with self._averaged():
-                self.export(task, folder)
 
     def _is_best(self, result: dict[str, float]) -> bool:
         if self.monitor is None:
@@ -411,31 +428,17 @@ class _Run:
         return True
 
     def _save(self, journal: Journal) -> None:
-        """Write a checkpoint on rank 0 with what every rank needs to continue; all ranks raise when it fails."""
-        scaler = self.accelerator.scaler
-        ranks = gathered({"random": random_state(), "window": self.window.state()})
-        problem = None
-        if self.accelerator.is_main_process:
-            journal.flush()
-            try:
-                checkpoint.save_checkpoint(
-                    self.checkpoints,
-                    self.state,
-                    task=self.task,
-                    optimizer={
-                        "optimizer": self.optimizer.state_dict(),
-                        "scaler": scaler.state_dict() if scaler is not None else None,
-                    },
-                    ranks=ranks,
-                    description=self.description,
-                    average=self.average.tensors() if self.average is not None else None,
-                    export=self._exported if self.export is not None else None,
-                )
-                checkpoint.prune(self.checkpoints, self.config.keep, self.state.best_step, self.config.milestone_every)
-            except InputError as error:
-                problem = str(error)
-        if problem := from_main(problem):
-            raise InputError(problem)
+        journal.flush()
+        save(
+            self.checkpoints,
+            self.state,
+            self.weights,
+            self.optimizer,
+            window=self.window.state(),
+            description=self.description,
+            config=self.config,
+            export=self.export,
+        )
         self.saved = time.monotonic()
 
     def _outcome(self, received: int) -> Outcome:

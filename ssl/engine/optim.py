@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -185,25 +184,3 @@ def build_optimizer(
         return Lars(groups, lr=peak, momentum=config.betas[0], weight_decay=config.weight_decay)
     fused = device.type in _FUSED_DEVICES
     return torch.optim.AdamW(groups, lr=peak, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], folder: Path) -> None:
-    """Load the moving averages that the checkpoint ``folder`` has in ``saved``.
-
-    Rates, decay and everything else of the groups is the configuration's: it may have changed where the user accepted
-    it, and what a device can do (fused or not) decides where the state must lie.
-
-    Raises:
-        InputError: another optimiser, or other groups of parameters.
-    """
-    groups, kept = optimizer.param_groups, saved["param_groups"]
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in kept] or any(
-        ("betas" in group) != ("betas" in other) for group, other in zip(groups, kept, strict=True)
-    ):
-        raise InputError(
-            f"{folder} was made with another optimiser or other parameter groups: engine.optimizer.name, "
-            "engine.optimizer.layer_decay and what is frozen must stay as they were; choose another output for new ones"
-        )
-    for group, other in zip(groups, kept, strict=True):
-        other.update({key: value for key, value in group.items() if key not in ("params", "lr")})
-    optimizer.load_state_dict(saved)

@@ -1,0 +1,96 @@
+"""FSDP2: weights, gradients and optimiser state divided among ranks (Zhao et al., arXiv 2304.11277).
+
+torch's ``fully_shard`` is called here and not by Accelerate, which has no FSDP without a GPU, tells blocks by the names
+of classes, and writes its checkpoints with pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.engine.regions import repeated_blocks
+
+
+@contextmanager
+def learner_of(task: nn.Module, divided: bool) -> Iterator[nn.Module]:
+    """Context with the module whose weights the optimiser changes: ``task`` itself, or a copy of it to be divided.
+
+    While it is divided, ``task`` only receives whole weights when they are evaluated, exported or saved
+    (``copy_whole``): so evaluation needs no other rank, and what reads a task need not know how it was trained.
+    """
+    if not divided:
+        yield task
+        return
+    learner = copy.deepcopy(task)
+    # All ranks must run the same blocks and have the same gradients, also one whose batch lacks a sensor.
+    for module in learner.modules():
+        if isinstance(module, Encoder):
+            module.runs_always = True
+    with warnings.catch_warnings():
+        # Said of every Swin block: nothing here changes their outputs in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        yield learner
+
+
+def divide(learner: nn.Module, device: torch.device, ranks: int) -> None:
+    """Divide the weights of a module on ``device`` among ``ranks``: by block, and in one go what does not repeat."""
+    mesh = init_device_mesh(device.type, (ranks,))
+    for block in repeated_blocks(learner):
+        fully_shard(block, mesh=mesh)
+    fully_shard(learner, mesh=mesh)
+
+
+def is_divided(module: nn.Module) -> bool:
+    """Whether ``divide`` had it."""
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def gradients_averaged(learner: nn.Module, wanted: bool) -> Iterator[None]:
+    """Context of a micro-batch: whether ranks average their gradients at the end of its backward pass."""
+    assert isinstance(learner, FSDPModule)
+    learner.set_requires_gradient_sync(wanted)
+    yield
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A divided tensor put together (all ranks take part); any other one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of_rows(like: torch.Tensor, rows: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """A tensor divided as ``like`` is, from what ``rows`` gives of the whole one, on the device of ``like``."""
+    if not isinstance(like, DTensor):
+        return rows(slice(0, like.shape[0])).to(like.device)
+    local, mesh = like.to_local(), like.device_mesh
+    # fully_shard divides rows as torch.chunk does: equal chunks, the last ones smaller or empty.
+    chunk = -(-like.shape[0] // mesh.size())
+    start = min(chunk * mesh.get_local_rank(), like.shape[0])
+    own = rows(slice(start, start + local.shape[0])).to(local.device).contiguous()
+    return DTensor.from_local(own, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+@torch.no_grad()
+def copy_whole(learner: nn.Module, task: nn.Module) -> None:
+    """Give ``task`` the weights of a divided copy of it, and both the running statistics of rank 0 (all take part)."""
+    own: dict[str, Any] = task.state_dict()
+    for name, tensor in learner.state_dict().items():
+        if not isinstance(tensor, DTensor):
+            torch.distributed.broadcast(tensor, src=0)
+        own[name].copy_(whole(tensor))

@@ -1,0 +1,159 @@
+"""A patch that breaks a training is found again from the dump of the step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from safetensors.torch import load_file, save_file
+from small_recipes import PRETRAIN
+
+from bocage import recipes
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.tools.main import main
+
+ROOT = Path(__file__).parents[2]
+WORDS = [*PRETRAIN, "modalities=[DEM_ELEV]", "split=all", "window=51.2", "pictures=0", "engine.save_every=0"]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """Key of a patch with absurd heights, and words of a run that meets it with statistics of sane ones (seconds)."""
+    folder = tmp_path_factory.mktemp("broken")
+    write_tree(folder / "tree", patches=4, seed=5, dates=(3, 4))
+    sane = write_shards(Catalogue.open(folder / "tree"), folder / "sane").path
+    words = [*WORDS, "engine.steps=1"]
+    pretrain(recipes.resolve(PretrainConfig, [*words, f"shards={sane}", f"output={folder / 'first'}"]))
+    path = sorted((folder / "tree").rglob("*DEM_ELEV*.tif"))[1]
+    with rasterio.open(path, "r+") as file:
+        file.write(np.random.default_rng(0).choice([-1e30, 1e30], file.read().shape).astype(np.float32))
+    shards = write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+    encoder = folder / "first" / "encoders" / "DEM_ELEV"
+    key = path.stem.replace("_DEM_ELEV", "")
+    return key, [*WORDS, f"shards={shards}", f"encoders.DEM_ELEV={encoder}", "masking.modality_ratio=0"]
+
+
+@pytest.fixture(scope="module")
+def dump(broken: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    words = ["batch_size=1", "engine.accumulation=2", "engine.steps=4", "engine.ema_decay=0.9"]
+    outcome = pretrain(recipes.resolve(PretrainConfig, [*broken[1], *words, f"output={output}"]))
+    assert outcome.metrics["skipped_steps"] == 1
+    (folder,) = sorted((output / "bad_steps").iterdir())
+    return folder
+
+
+def test_the_sample_and_the_module_are_named(
+    dump: Path, broken: tuple[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(dump), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert f"step {int(dump.name[5:])} of recipe quickstart, 1 ranks, fp32; here on cpu" in said
+    assert f"samples with which this happens alone: {broken[0]}\n" in said
+    assert "first module whose output is not finite: terms.masked\n" in said
+    assert said.count("was not finite") == 1
+    # The sane micro-batch of the same step gives what it gave.
+    (sane,) = [line for line in said.splitlines() if line.startswith("rank") and "was not finite" not in line]
+    assert sane.split("loss ")[1].split(", was ")[0] == sane.split(", was ")[1]
+
+
+def test_without_the_cause_everything_is_finite(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / dump.name
+    shutil.copytree(dump, copy)
+    content = torch.load(copy / "rank-00000.pt", weights_only=True)
+    for batch in content["batches"]:
+        batch["values"]["DEM_ELEV"].clamp_(max=100.0)
+    torch.save(content, copy / "rank-00000.pt")
+    assert main(["replay", str(copy)]) == 0
+    assert "everything is finite here" in capsys.readouterr().out
+
+
+def test_weights_that_are_broken_themselves_are_told_from_gradients(
+    dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / dump.name
+    shutil.copytree(dump, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["terms.masked.heads.DEM_ELEV.bias"][0] = torch.nan
+    save_file(weights, copy / "model.safetensors")
+    assert main(["replay", str(copy)]) == 0
+    assert "first module whose output is not finite: terms.masked.heads.DEM_ELEV" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["none", "other shards", "no rank", "payload", "no weights", "json", "device"])
+def test_what_cannot_be_replayed_is_one_sentence(
+    what: str, dump: Path, broken: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, words = tmp_path / dump.name, list[str]()
+    shutil.copytree(dump, copy)
+    expected = {
+        "none": "no dump here",
+        "other shards": "are not the shards of this run",
+        "no rank": "rank-00000.pt is missing",
+        "payload": "nothing in it was executed",
+        "no weights": "model.safetensors",
+        "json": "dump.json is not readable JSON",
+        "device": "--device nowhere",
+    }[what]
+    match what:
+        case "none":
+            copy = tmp_path / "nowhere"
+        case "other shards":
+            (shards,) = [word[7:] for word in broken[1] if word.startswith("shards=")]
+            words = ["--shards", str(Path(shards).with_name("sane"))]
+        case "no rank":
+            (copy / "rank-00000.pt").unlink()
+        case "payload":
+            torch.save({"random": Payload()}, copy / "rank-00000.pt")
+        case "no weights":
+            (copy / "model.safetensors").unlink()
+        case "json":
+            (copy / "dump.json").write_text("{")
+        case "device":
+            words = ["--device", "nowhere"]
+    assert main(["replay", str(copy), *words]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1
+    assert not Path("executed").exists()
+
+
+class Payload:
+    """Makes a file when unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("executed"),)  # type: ignore[return-value]
+
+
+# About 30 s: torchrun starts two interpreters, and the dump of both ranks is replayed.
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_step_of_two_ranks_replays(
+    parallel: str, broken: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, words = broken
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "pretrain.py"]
+    command += [*words, "batch_size=1", "engine.steps=2", f"output={tmp_path}", f"engine.parallel={parallel}"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "bad_steps").iterdir()
+    found = json.loads((folder / "dump.json").read_text())["found"]
+    (bad,) = [rank for rank, entry in enumerate(found) if not entry["finite"]]
+    assert f"loss is not finite on rank {bad} (samples {key})" in result.stderr
+    assert f"bocage replay {folder}" in result.stderr
+    assert main(["replay", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"rank {bad}, micro-batch 1: loss nan, was not finite" in said
+    assert f"samples with which this happens alone: {key}" in said
