@@ -1,4 +1,4 @@
-"""Who may write which shards of a folder, among processes on one machine or on several that share a file system."""
+"""Who may write in a folder, among processes on one machine or on several that share a file system."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Claim:
-    """Context in which this process alone writes some neighbouring shards of a folder.
+    """Context in which this process alone writes some neighbouring shards of a folder, or all that is in it.
 
     A claim is a POSIX lock on one byte of ``path`` for each shard: disjoint claims stand side by side, the system gives
     up those of a process that died, and NFS passes them on to its server. Nothing depends on it but that work is not
@@ -24,15 +24,16 @@ class Claim:
     The lock belongs to the process: a second claim of the same folder in the same process is granted too.
 
     Args:
-        path: the file of the claims, in a folder inside that of the shards; made when missing.
-        shards: what to claim.
+        path: the file of the claims; made when missing.
+        shards: what to claim; range(1) where a folder is claimed as a whole.
+        folder: what holds them, for the message.
 
     Raises:
         InputError: on entry, when another process holds some of these shards.
     """
 
-    def __init__(self, path: Path, shards: range) -> None:
-        self._path, self._shards = path, shards
+    def __init__(self, path: Path, shards: range, folder: Path) -> None:
+        self._path, self._shards, self._folder = path, shards, folder
 
     def __enter__(self) -> Claim:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ class Claim:
             os.close(self._file)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise InputError(
-                    f"{self._path.parent.parent}: another run is writing there; wait until it ends, or stop it, and "
+                    f"{self._folder}: another run is writing there; wait until it ends, or stop it, and "
                     "run the same command again"
                 ) from error
             raise

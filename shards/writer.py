@@ -209,7 +209,7 @@ class Sharding:
         return Plan(self._settings, size, rows, cut(self.catalogue, rows, self._order, size))
 
     def _claim(self, shards: range) -> Claim:
-        return Claim(self.out / PARTS_FOLDER / _CLAIMS_FILE, shards)
+        return Claim(self.out / PARTS_FOLDER / _CLAIMS_FILE, shards, self.out)
 
     def _jobs(self, plan: Plan) -> Jobs:
         return Jobs(self.catalogue, self.out, plan, self._tolerated)

@@ -14,6 +14,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.inputs import EncoderInput, encoder_inputs
 from bocage.shards.modality import Modality
 from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.engine.collapse import sampled
 from bocage.ssl.masking import Mask, MaskingConfig, draw_masks, pack, recentred
 
 
@@ -139,7 +140,7 @@ class Pretraining(nn.Module):
         return View(inputs, masks, maps, rows, seeds, side, self.masking.images == "packed")
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted sum of the terms, and what to log: each term's loss and figures, each encoder's feature spread."""
+        """Weighted sum of the terms, and what to log: each term's loss and figures, features of each encoder."""
         view = self.view(batch, oriented=self.training)
         losses, logs = [], {}
         for name, term in self.terms.items():
@@ -149,14 +150,5 @@ class Pretraining(nn.Module):
             logs.update({f"{name}/{key}": value.detach() for key, value in figures.items()})
         for name, maps in view.maps.items():
             if len(view.rows[name]):
-                logs[f"feature_std/{name}"] = feature_std(maps[-1].detach()[view.rows[name]])
+                logs[name] = sampled(maps[-1][view.rows[name]])
         return torch.stack(losses).sum(), logs
-
-
-def feature_std(features: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over samples and places of L2-normalised features (B, C, H, W), averaged over channels.
-
-    Near 0 the encoder says the same everywhere (collapse); 1 / sqrt(C) when directions are spread evenly.
-    """
-    vectors = torch.nn.functional.normalize(features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1]), dim=1)
-    return vectors.std(dim=0, correction=0).mean()

@@ -15,15 +15,15 @@ class Starvation:
     def __init__(self) -> None:
         self._windows = 0
 
-    def message(self, averages: Mapping[str, float]) -> str | None:
-        """What to tell the user after a window of steps (``MetricWindow.averages``), if anything."""
+    def messages(self, averages: Mapping[str, float]) -> list[str]:
+        """What to tell the user after a window of steps (``MetricWindow.averages``)."""
         if "data_wait" not in averages or self._windows >= _WINDOWS:
-            return None
+            return []
         waited = averages["data_wait"] * averages["step_seconds"]
         self._windows = self._windows + 1 if averages["data_wait"] > _WAIT and waited > _SECONDS else 0
         if self._windows < _WINDOWS:
-            return None
-        return (
+            return []
+        return [
             f"training waits for data {averages['data_wait']:.0%} of the time: more reading processes a rank "
             "(workers=), a local copy or a larger cache of the shards (cache.size=), or a smaller window would help"
-        )
+        ]

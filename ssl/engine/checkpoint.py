@@ -141,7 +141,7 @@ def _partial(final: Path) -> Path:
 
 
 @contextmanager
-def disk_faults(what: Path, advice: str = "") -> Iterator[None]:
+def disk_faults(what: str, advice: str = "") -> Iterator[None]:
     """Context that ends with ``InputError`` naming ``what`` when the disk is full or cannot be written."""
     try:
         yield
@@ -155,7 +155,7 @@ def disk_faults(what: Path, advice: str = "") -> Iterator[None]:
 
 def _writing(final: Path) -> AbstractContextManager[None]:
     advice = "; free or change the disk, then run the same command again: it resumes from the checkpoint before"
-    return disk_faults(final, advice)
+    return disk_faults(f"checkpoint {final}", advice)
 
 
 def start_checkpoint(root: Path, step: int) -> None:
@@ -262,11 +262,11 @@ def load_task(folder: Path, task: nn.Module) -> None:
     """Load the weights of a checkpoint into the bare module, every key.
 
     Raises:
-        InputError: names or shapes do not fit; the message lists them.
+        InputError: names or shapes do not fit, and the message lists them; or it is another kind of file.
     """
     try:
         load_model(task, folder / "model.safetensors")
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder}/model.safetensors does not fit this model: {' '.join(str(error).split())}"
         ) from error

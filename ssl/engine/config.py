@@ -48,6 +48,9 @@ class EngineConfig:
         max_bad_steps: abort after so many steps in a row whose loss or gradient is not finite.
         dump_bad_steps: bad steps of a run whose weights, batches and random state are kept in ``output/bad_steps`` for
             ``bocage replay``; 0 keeps none.
+        least_feature_std, least_rankme: a message tells when the features of an encoder vary less than that between
+            places in three records in a row (``collapse.feature_std``, 1 when spread evenly; ``collapse.rankme``); 0
+            never tells.
         profile_steps: steps of rank 0 that torch's profiler records, from the fourth of the process on, into
             ``output/profile``; 0 records none.
         rank_timeout: seconds after which ranks give up waiting for one that is dead or hangs, and name it; longer than
@@ -78,6 +81,8 @@ class EngineConfig:
     evaluate_every: int = 0
     max_bad_steps: int = 10
     dump_bad_steps: int = 3
+    least_feature_std: float = 0.05
+    least_rankme: float = 2.0
     profile_steps: int = 0
     rank_timeout: float = 1800.0
     tracker: TrackerName = "none"
@@ -95,6 +100,8 @@ class EngineConfig:
             "milestone_every",
             "evaluate_every",
             "dump_bad_steps",
+            "least_feature_std",
+            "least_rankme",
             "profile_steps",
         ):
             if not getattr(self, key) >= 0:

@@ -71,12 +71,12 @@ def write_dump(
 
     def start() -> None:
         if main:
-            with disk_faults(final):
+            with disk_faults(f"dump {final}"):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
 
     def write_own() -> tuple[bool, list[float | None]]:
-        with disk_faults(final):
+        with disk_faults(f"dump {final}"):
             content = {"random": own.random, "batches": [_plain(batch) for batch in own.batches]}
             save_tensors(content, partial / f"rank-{own.rank:05d}.pt")
         return own.finite, own.losses
@@ -84,7 +84,7 @@ def write_dump(
     def finish() -> None:
         if not main:
             return
-        with disk_faults(final):
+        with disk_faults(f"dump {final}"):
             save_model(weights.task, str(partial / _WEIGHTS))
             found = [{"rank": rank, "finite": finite, "losses": losses} for rank, (finite, losses) in enumerate(told)]
             # On a CPU sums depend on the number of threads, and whether they overflow may, too.

@@ -23,6 +23,7 @@ from bocage.ssl.engine import checkpoint
 from bocage.ssl.engine.alarms import Starvation
 from bocage.ssl.engine.buffers import Buffers
 from bocage.ssl.engine.checkpoint import TrainingState
+from bocage.ssl.engine.collapse import Collapse
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import (
     build_accelerator,
@@ -34,6 +35,7 @@ from bocage.ssl.engine.distributed import (
 )
 from bocage.ssl.engine.dumps import RankDump, write_dump
 from bocage.ssl.engine.ema import MovingAverage
+from bocage.ssl.engine.flops import Arithmetic
 from bocage.ssl.engine.fsdp import learner_of, whole
 from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_rate_factor, set_learning_rate
 from bocage.ssl.engine.optimizer_state import load_optimizer
@@ -42,7 +44,7 @@ from bocage.ssl.engine.profiling import profiled
 from bocage.ssl.engine.provenance import git_revision, library_versions, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.regions import compiled, recomputed
-from bocage.ssl.engine.resume import checkpoint_to_resume
+from bocage.ssl.engine.resume import checkpoint_to_resume, claimed
 from bocage.ssl.engine.saving import Export, save
 from bocage.ssl.engine.signals import StopSignals, exit_code
 from bocage.ssl.engine.tracking import Journal, MetricWindow, check_tracker, finite_or_none
@@ -116,8 +118,9 @@ def train(
     With ``engine.ema_decay`` the task of a finished run has the averaged weights.
 
     Args:
-        task: ``loss, logs = task(batch)``: a scalar to minimise, and one-element tensors to record by name. Some
-            parameters may receive no gradient in some steps. Every rank must build it with the same weights.
+        task: ``loss, logs = task(batch)``: a scalar to minimise, and what to record by name: one-element tensors, and
+            feature vectors (N, C) whose spread is watched. Some parameters may receive no gradient in some steps, but
+            see ``EngineConfig.parallel``. Every rank must build it with the same weights.
         source: see ``BatchSource``.
         config: how to train.
         output: folder of the run, on a file system all ranks see.
@@ -148,10 +151,11 @@ def train(
         "versions": library_versions(),
         "git": git_revision(),
         "ranks": accelerator.num_processes,
+        "samples_a_step": source.batch_size * config.accumulation * accelerator.num_processes,
     }
     divides = config.parallel == "fsdp" and accelerator.num_processes > 1
     peers = Peers()
-    with peers.watched():
+    with peers.watched(), claimed(output):
         folder = checkpoint_to_resume(output / "checkpoints", config, description, accelerator)
         if folder is not None:
             checkpoint.load_task(folder, task)
@@ -165,7 +169,7 @@ def train(
             optimizer = build_optimizer(
                 learner,
                 config.optimizer,
-                global_batch=source.batch_size * config.accumulation * accelerator.num_processes,
+                global_batch=description["samples_a_step"],
                 device=accelerator.device,
                 parameter_groups=parameter_groups,
             )
@@ -190,6 +194,8 @@ def train(
                 peers=peers,
                 state=TrainingState(run=from_main(uuid.uuid4().hex[:12])),
                 window=MetricWindow(),
+                arithmetic=Arithmetic(accelerator.device, config.precision, compiled=config.compile != "none"),
+                collapse=Collapse(config.least_feature_std, config.least_rankme),
             )
             if folder is not None:
                 run.restore(folder)
@@ -219,6 +225,8 @@ class _Run:
     peers: Peers
     state: TrainingState
     window: MetricWindow
+    arithmetic: Arithmetic
+    collapse: Collapse
     starvation: Starvation = field(default_factory=Starvation)
     saved: float = field(default_factory=time.monotonic)
 
@@ -312,7 +320,8 @@ class _Run:
             if len(batch) != batch_size:
                 raise RuntimeError(f"the source gave a batch of {len(batch)} samples; it promised {batch_size}")
             with micro_batch(accelerator, self.model, last=index == config.accumulation):
-                loss, terms = self.model(batch)
+                with self.arithmetic.counted():
+                    loss, terms = self.model(batch)
                 accelerator.backward(loss / config.accumulation)
             losses.append(loss.detach().float())
             logs.append(terms)
@@ -390,7 +399,9 @@ class _Run:
         improved = False
         if final or state.step % config.log_every == 0:
             values.update(self.window.averages())
-            if message := self.starvation.message(values):
+            if "step_seconds" in values:
+                values.update(self.arithmetic.figures(config.accumulation, values["step_seconds"]))
+            for message in (*self.starvation.messages(values), *self.collapse.messages(values)):
                 journal.message(message)
             values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
             values["skipped_steps"] = state.skipped

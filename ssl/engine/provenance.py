@@ -30,6 +30,8 @@ CHANGEABLE_KEYS = (
     "engine.evaluate_every",
     "engine.max_bad_steps",
     "engine.dump_bad_steps",
+    "engine.least_feature_std",
+    "engine.least_rankme",
     "engine.profile_steps",
     "engine.rank_timeout",
     "engine.tracker",

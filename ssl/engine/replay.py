@@ -66,7 +66,10 @@ def replay(
             loss, logs = task(batch.to(device))
         (loss.float() * scale / len(dump.batches)).backward()
         gradients = _bad_gradients(task)
-        losses = {"loss": float(loss.detach()), **{name: float(value) for name, value in logs.items()}}
+        losses = {
+            "loss": float(loss.detach()),
+            **{name: float(value) for name, value in logs.items() if value.ndim != 2},
+        }
         finding = Finding(losses, found[0] if found else "", gradients, [], _not_finite_inputs(batch))
         if not finding.finite:
             with preserved_random_state():

@@ -1,18 +1,40 @@
-"""Which checkpoint a run goes on from, and whether its configuration allows that."""
+"""Whether a run may go on in a folder: no other one is there, and its configuration is that of the checkpoint."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from bocage.shards.claims import Claim
 from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
 from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.engine.distributed import from_main
+from bocage.ssl.engine.distributed import agreed, from_main, is_main
 from bocage.ssl.engine.provenance import differences, matches
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Context in which no other run trains in ``output``; all ranks enter together.
+
+    Raises:
+        InputError: another run does.
+    """
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            # A folder that cannot be written is told of by what has to write there.
+            if is_main():
+                with suppress(OSError):
+                    stack.enter_context(Claim(output / ".claim", range(1), output))
+
+        agreed(claim)
+        yield
 
 
 def checkpoint_to_resume(
@@ -40,6 +62,13 @@ def checkpoint_to_resume(
             elif changed:
                 accepted = "; ".join(f"{key}: {change}" for key, change in changed.items())
                 print(f"bocage: resuming with changes that engine.resume_allow accepts: {accepted}", file=sys.stderr)
+            now, then = description["samples_a_step"], saved.get("samples_a_step")
+            if problem is None and then not in (None, now):
+                print(
+                    f"bocage: a step now has {now} samples in place of {then} ({description['ranks']} ranks, were "
+                    f"{saved['ranks']}); batch_size and engine.accumulation are per rank",
+                    file=sys.stderr,
+                )
     found, problem = from_main((found, problem))
     if problem is not None:
         raise InputError(problem)

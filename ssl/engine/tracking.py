@@ -8,7 +8,8 @@ import math
 import netrc
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
@@ -22,7 +23,8 @@ from rich.table import Column
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
-from bocage.ssl.engine.distributed import gathered
+from bocage.ssl.engine.collapse import LEAST_VECTORS, MOST_VECTORS, feature_std, rankme
+from bocage.ssl.engine.distributed import from_main, gathered, is_main
 from bocage.ssl.engine.provenance import flat, plain
 
 _EVALUATIONS_SHOWN = 3
@@ -36,12 +38,21 @@ class MetricWindow:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
         self._seconds = self._waited = 0.0
         self._samples = self._steps = 0
 
     def add(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Add one-element tensors; a name may be missing from some steps or ranks and is averaged over the rest."""
+        """Add one-element tensors; a name may be missing from some steps or ranks and is averaged over the rest.
+
+        Of feature vectors (N, C), for ``collapse``, the first ``MOST_VECTORS`` or a few more are kept.
+        """
         for name, value in values.items():
+            if value.ndim == 2:
+                kept = self._vectors.get(name, value[:0].detach())
+                if len(kept) < MOST_VECTORS:
+                    self._vectors[name] = torch.cat([kept, value.detach()])
+                continue
             value = value.detach().float().reshape(())
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -56,6 +67,7 @@ class MetricWindow:
     def state(self) -> dict[str, Any]:
         """The window for a checkpoint; ``from_state`` reads it back."""
         return {
+            "vectors": {name: value.cpu() for name, value in self._vectors.items()} if is_main() else {},
             "sums": {name: value.cpu() for name, value in self._sums.items()},
             "counts": dict(self._counts),
             "times": [self._seconds, self._waited],
@@ -67,13 +79,17 @@ class MetricWindow:
         """The window that ``state`` described, on ``device``."""
         window = cls()
         window._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        window._vectors = {name: value.to(device) for name, value in state.get("vectors", {}).items()}
         window._counts = dict(state["counts"])
         window._seconds, window._waited = state["times"]
         window._samples, window._steps = state["steps"]
         return window
 
     def averages(self) -> dict[str, float]:
-        """Means over the window and all ranks (a collective call), with throughput; empty without any step."""
+        """Means over the window and all ranks (a collective call), with throughput; empty without any step.
+
+        Spread and effective rank are of rank 0's feature vectors, where there are ``LEAST_VECTORS`` of an encoder.
+        """
         names = list(self._sums)
         values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
         sums = dict(zip(names, values, strict=True))
@@ -88,6 +104,11 @@ class MetricWindow:
             averages["step_seconds"] = seconds / self._steps
             averages["data_wait"] = max(waited for *_, waited in ranks) / seconds
             averages["memory_gb"] = max(memory for *_, memory, _, _ in ranks)
+        spread: dict[str, float] = {}
+        for name, vectors in self._vectors.items() if is_main() else ():
+            if len(vectors) >= LEAST_VECTORS:
+                spread |= {f"feature_std/{name}": feature_std(vectors), f"rankme/{name}": rankme(vectors)}
+        averages.update(from_main(spread))
         return averages
 
 
@@ -159,10 +180,15 @@ class Journal:
             self._bar.update(self._task, completed=step)
 
     def record(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Write the metrics of ``step`` everywhere."""
+        """Write the metrics of ``step`` everywhere.
+
+        Raises:
+            InputError: the metrics file cannot be written.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with self._disk_faults():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, summary=_summary(values))
@@ -182,7 +208,22 @@ class Journal:
     def flush(self) -> None:
         """Put the metrics file on disk: a checkpoint must not be ahead of it."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with self._disk_faults():
+                os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _disk_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            assert self._file is not None
+            name = self._file.name
+            with suppress(OSError):  # what could not be written is given up with it
+                self._file.close()
+            self._file = None
+            raise InputError(
+                f"{name} cannot be written: {error.strerror}; free or change the disk, then run the same command again"
+            ) from error
 
     def close(self) -> None:
         """End the bar, the file and the tracker."""
@@ -190,6 +231,7 @@ class Journal:
             self._bar.stop()
         if self._file is not None:
             self._file.close()
+        if self._active:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
 
@@ -222,6 +264,8 @@ def _summary(values: Mapping[str, float | None]) -> str:
         "gradient_norm": "grad {:.3g}",
         "samples_per_second": "{:.1f} samples/s",
         "data_wait": "wait {:.0%}",
+        "memory_gb": "{:.1f} GB",
+        "mfu": "mfu {:.0%}",
     }
     shown = [text.format(value) for name, text in formats.items() if (value := values.get(name)) is not None]
     evaluated = [

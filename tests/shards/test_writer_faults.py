@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from small_disk import remount, tmpfs
 from small_shards import KEYS, contents, small
 from small_tree import content, raster_path, write_raster
 
@@ -16,25 +14,6 @@ from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.writer import Sharding, write_shards
 from bocage.tools.main import main
-
-
-@contextmanager
-def tmpfs(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own; skips where this user may not mount one."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def remount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty mount point", "all but one modality"])

@@ -106,7 +106,7 @@ def test_a_tree_of_unreadable_patches_is_named_before_anything_is_written(domain
 
 
 def _hold(path: Path, shards: range, held: Any) -> None:
-    with Claim(path, shards):
+    with Claim(path, shards, path.parent.parent):
         held.set()
         time.sleep(300)
 

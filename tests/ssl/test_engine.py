@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,18 @@ def test_both_ranks_skip_a_step_that_is_bad_on_one(tmp_path: Path) -> None:
     line = records(tmp_path)[-1]
     assert (line["step"], line["skipped_steps"]) == (6, 1)
     assert "loss" not in line
+
+
+# About 5 s: an interpreter imports torch.
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    first = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path), "--pause", "30"], env=environment())
+    try:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(InputError, match=f"^{tmp_path}: another run is writing there"):
+            run(tmp_path)
+    finally:
+        first.kill()
+        first.wait()
+    run(tmp_path)  # the claim died with its process

@@ -7,7 +7,6 @@ torchrun --nproc_per_node 2 tiny_run.py OUTPUT ...    the same on two ranks
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -132,16 +131,20 @@ def _slow_export(task: nn.Module, folder: Path) -> None:
     time.sleep(0.05)
 
 
-def _wait_for_second_save(root: Path, began: float) -> None:
-    """Return in the middle of the second save since ``began``; the first one succeeded, so the run advances."""
-    seen: set[str] = set()
-    deadline = began + 20
-    while len(seen) < 2 and time.time() < deadline:
-        for item in root.glob(".step-*.partial"):
-            with contextlib.suppress(FileNotFoundError):
-                if item.stat().st_mtime >= began:
-                    seen.add(item.name)
+def _wait(child: int, output: Path, when: str) -> None:
+    """Return when a run has done two more steps, or is in the middle of its second save; the first one succeeded."""
+    began, seen = _recorded(output), set[str]()
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        seen.update(item.name for item in (output / "checkpoints").glob(".step-*.partial"))
+        if len(seen) >= 2 if when == "save" else _recorded(output) >= began + 2:
+            return
         time.sleep(0.001)
+    raise RuntimeError("the run ended before it was killed")
+
+
+def _recorded(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def main() -> int:
@@ -156,7 +159,7 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--slow-export", action="store_true")
     parser.add_argument("--broken", type=int, nargs="*", default=[])
-    parser.add_argument("--kill", choices=["time", "save"], nargs="*", default=[], help="kill a forked run this often")
+    parser.add_argument("--kill", choices=["step", "save"], nargs="*", default=[], help="kill a forked run this often")
     words = parser.parse_args()
     options: dict[str, Any] = {"resolved": {"hub_token": os.environ.get("TINY_TOKEN", "")}}
     if words.slow_export:
@@ -178,14 +181,10 @@ def main() -> int:
 
     # Importing torch takes longer than a run: killed runs are forks of this process, which itself computes nothing.
     for when in words.kill:
-        began = time.time()
         child = os.fork()
         if child == 0:
             os._exit(once())
-        if when == "save":
-            _wait_for_second_save(words.output / "checkpoints", began)
-        else:
-            time.sleep(0.8)
+        _wait(child, words.output, when)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     return once()

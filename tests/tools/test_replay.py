@@ -49,9 +49,8 @@ def dump(broken: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory
     output = tmp_path_factory.mktemp("run")
     words = ["batch_size=1", "engine.accumulation=2", "engine.steps=4", "engine.ema_decay=0.9"]
     outcome = pretrain(recipes.resolve(PretrainConfig, [*broken[1], *words, f"output={output}"]))
-    assert outcome.metrics["skipped_steps"] == 1
-    (folder,) = sorted((output / "bad_steps").iterdir())
-    return folder
+    assert outcome.metrics["skipped_steps"]
+    return min((output / "bad_steps").iterdir())
 
 
 def test_the_sample_and_the_module_are_named(

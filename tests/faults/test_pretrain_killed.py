@@ -1,0 +1,84 @@
+"""`pretrain.py` killed at twenty random points, in its reading processes too, ends with the bits of a quiet run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_recipes import PRETRAIN
+
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+
+
+def start(shards: Path, output: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "pretrain.py", *PRETRAIN, f"shards={shards}", f"output={output}", "split=all"]
+    command += ["modalities=[AERIAL_RGBI,SENTINEL2_TS]", "window=51.2", "pictures=0", "workers=1"]
+    command += [f"engine.steps={STEPS}", "engine.save_every=2", "engine.ema_decay=0.9"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=-1, text=True, start_new_session=True)
+
+
+def recorded(output: Path) -> list[int]:
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def wait(process: "subprocess.Popen[str]", output: Path, when: str, draws: random.Random) -> None:
+    """Return at the point where the run is to be killed."""
+    if when == "start":
+        time.sleep(draws.uniform(0.2, 4.0))
+        return
+    begun, seen = len(recorded(output)), set[str]()
+    steps, saves = draws.randint(1, 3), draws.randint(1, 2)
+    while process.poll() is None:
+        seen.update(path.name for path in output.glob("checkpoints/.step-*.partial"))
+        if len(seen) >= saves if when == "save" else len(recorded(output)) >= begun + steps:
+            time.sleep(draws.uniform(0.0, 0.02 if when == "save" else 0.2))
+            return
+        time.sleep(0.001)
+
+
+# About 4 min: 22 launches, each of which imports torch.
+@pytest.mark.slow
+def test_twenty_kills_change_no_bit(tmp_path: Path) -> None:
+    write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
+    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    quiet, output = tmp_path / "quiet", tmp_path / "killed"
+    process = start(shards, quiet)
+    assert process.wait(timeout=300) == 0
+    draws = random.Random(6)
+    inside = 0
+    for when in draws.sample(["start", "step", "save"], counts=[4, 8, 8], k=20):
+        process = start(shards, output)
+        wait(process, output, when, draws)
+        assert process.poll() is None, (when, process.communicate()[1])
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        inside += bool(list(output.glob("checkpoints/.step-*.partial")))
+    assert inside >= 3, "no kill hit a save"
+    process = start(shards, output)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert recorded(output) == list(range(1, STEPS + 1)) == recorded(quiet)
+    for path in quiet.rglob("*.safetensors"):
+        expected, found = load_file(path), load_file(output / path.relative_to(quiet))
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], path
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (quiet, output)
+    ]
+    assert losses[0] == losses[1]
+    print(f"kills inside a save: {inside}")

@@ -1,0 +1,192 @@
+"""`pretrain.py` on several ranks: they come and go, are lost, live on two hosts (network namespaces here)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_recipes import PRETRAIN
+
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.pretrain import main
+
+pytestmark = pytest.mark.slow  # every launch takes some 10 s
+
+ROOT = Path(__file__).parents[2]
+# Nothing random in these models, whose draws would depend on the number of ranks, and no statistics of batches.
+IMAGES = ["modalities=[AERIAL_RGBI,DEM_ELEV]", "split=all", "window=51.2", "pictures=0"]
+CONSTANT_RATE = "engine.optimizer.final_learning_rate=1.0"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    write_tree(folder / "tree", patches=10, seed=3, dates=(3, 4))
+    return write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+
+
+def command(shards: Path, output: Path, *words: str) -> list[str]:
+    own = [*PRETRAIN, *IMAGES, f"shards={shards}", f"output={output}", "engine.resume_allow=[batch_size]"]
+    return ["pretrain.py", *own, *words]
+
+
+def launched(words: list[str], *launcher: str, prefix: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"OMP_NUM_THREADS": "1", **more}
+    whole = [*prefix, sys.executable, "-m", "torch.distributed.run", *launcher, *words]
+    return subprocess.Popen(whole, cwd=ROOT, env=environment, stderr=-1, text=True, start_new_session=True)
+
+
+def two_ranks(words: list[str]) -> subprocess.Popen[str]:
+    return launched(words, "--standalone", "--nproc_per_node", "2")
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def records(output: Path) -> list[dict[str, float]]:
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    while len(records(output)) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes under a launcher, by rank."""
+    found = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    expected, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_come_and_go_and_the_loss_goes_on(parallel: str, shards: Path, tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert main(command(shards, one, "engine.steps=20", "batch_size=4", CONSTANT_RATE)[1:]) == 0
+    words = ["batch_size=2", CONSTANT_RATE, f"engine.parallel={parallel}"]
+    finished(two_ranks(command(shards, many, "engine.steps=7", *words)))
+    assert main(command(shards, many, "engine.steps=14", "batch_size=4", CONSTANT_RATE)[1:]) == 0
+    said = finished(two_ranks(command(shards, many, "engine.steps=20", *words)))
+    assert "resuming at step 14 of 20" in said
+    assert "a step now has" not in said  # as many samples as before
+    first, second = records(one), records(many)
+    assert [line["step"] for line in second] == list(range(1, 21))
+    largest = max(abs(line["loss"] - match["loss"]) for line, match in zip(first, second, strict=True))
+    print(f"largest difference of the loss over 20 steps: {largest:.2e}")
+    assert largest < 1e-5
+    states = [
+        json.loads((run / "checkpoints" / "step-00000020" / "state.json").read_text())["state"] for run in (one, many)
+    ]
+    assert states[0]["position"] == states[1]["position"] == 80
+
+
+def test_another_batch_is_told_of(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(two_ranks(command(shards, tmp_path, "engine.steps=2", "batch_size=2")))
+    assert main(command(shards, tmp_path, "engine.steps=3", "batch_size=2")[1:]) == 0
+    assert "a step now has 2 samples in place of 4 (1 ranks, were 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_lost_under_torchrun_ends_the_run_and_it_resumes(how: int, shards: Path, tmp_path: Path) -> None:
+    quiet, output = tmp_path / "quiet", tmp_path / "run"
+    finished(two_ranks(command(shards, quiet, "engine.steps=60", "engine.save_every=5")))
+    words = command(shards, output, "engine.steps=60", "engine.save_every=5", "engine.rank_timeout=5")
+    process = two_ranks(words)
+    wait_for_step(process, output, 8)
+    lost = ranks_of(process)[1]
+    began = time.monotonic()
+    lost.send_signal(how)
+    try:
+        _, said = process.communicate(timeout=90)
+    finally:
+        with suppress(psutil.NoSuchProcess):  # the launcher was faster
+            lost.kill()
+    assert process.returncode != 0
+    print(f"ended after {time.monotonic() - began:.0f} s")
+    if how == signal.SIGKILL:
+        assert "exitcode  : -9" in said  # torchrun names the rank and ends the other
+    else:
+        assert "no sign of life from rank 1 (on " in said, said
+    assert "resuming at step" in finished(two_ranks(words))
+    assert_same(quiet / "checkpoints" / "step-00000060", output / "checkpoints" / "step-00000060")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Names of two network namespaces that share one cable; skips where this user may not make them."""
+    names = [f"bocage{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"cannot make network namespaces: {error}")
+        for number, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.91.7.{number + 1}/24", "dev", "cable0")
+            for device in ("lo", "cable0"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def on_hosts(names: list[str], words: list[str], port: int) -> list[subprocess.Popen[str]]:
+    return [
+        launched(
+            words,
+            *("--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number)),
+            *("--master_addr", "10.91.7.1", "--master_port", str(port)),
+            prefix=("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "-"),
+            GLOO_SOCKET_IFNAME="cable0",
+        )
+        for number, name in enumerate(names)
+    ]
+
+
+def test_two_hosts_train_as_one_and_a_cut_cable_ends_both(shards: Path, tmp_path: Path) -> None:
+    near, far = tmp_path / "near", tmp_path / "far"
+    finished(two_ranks(command(shards, near, "engine.steps=40", "engine.save_every=5")))
+    with two_hosts() as names:
+        words = command(shards, far, "engine.steps=40", "engine.save_every=5", "engine.rank_timeout=5")
+        processes = on_hosts(names, words, 29631)
+        wait_for_step(processes[0], far, 8)
+        ip("-n", names[0], "link", "set", "cable0", "down")
+        began = time.monotonic()
+        said = [process.communicate(timeout=240)[1] for process in processes]
+        print(f"ended after {time.monotonic() - began:.0f} s")
+        assert all(process.returncode for process in processes)
+        assert f"no sign of life from rank 1 (on {names[1]}, last seen in step" in said[0], said[0]
+        assert "the rank that holds the store of the process group" in said[1], said[1]
+        ip("-n", names[0], "link", "set", "cable0", "up")
+        said = [finished(process) for process in on_hosts(names, words, 29632)]
+        assert "resuming at step" in said[0]
+    assert_same(near / "checkpoints" / "step-00000040", far / "checkpoints" / "step-00000040")
