@@ -2,8 +2,9 @@
 
 The model is that of ``recipe=quickstart``. Both loops take the same batches from memory, in turns: forward, backward,
 clipping, AdamW. The loop of bocage adds the agreement of ranks, running statistics kept over a step, random state
-around data, metrics every 20 steps, and the learning rate. Times are means over the steps of a turn, the ratio is the
-median of the turns' ratios. Then: how long resuming takes to the first step, and how long saving and leaving.
+around data, metrics and RankMe every 20 steps, and the learning rate. Times are processor seconds of one thread, which
+other work on the machine disturbs less, as means over the steps of a turn; the ratio is the median of the turns'
+ratios. Then: how long resuming takes to the first step, and how long saving and leaving.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ class Kept:
     def __init__(self, batches: list[Batch]) -> None:
         self.batch_size = len(batches[0])
         self.kept = batches
-        self.asked: list[float] = []
+        self.asked: list[tuple[float, float]] = []  # wall clock and processor time
 
     def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
         """See ``BatchSource``."""
         for batch in itertools.cycle(self.kept):
-            self.asked.append(time.perf_counter())
+            self.asked.append((time.perf_counter(), time.process_time()))
             yield batch
 
 
-def step_times(asked: list[float]) -> float:
-    """Mean seconds between requests, records of metrics among them; the first ones warm up."""
-    return (asked[-1] - asked[2]) / (len(asked) - 3)
+def step_times(asked: list[tuple[float, float]]) -> float:
+    """Mean processor seconds between requests, records of metrics among them; the first ones warm up."""
+    return (asked[-1][1] - asked[2][1]) / (len(asked) - 3)
 
 
 def bare(task: torch.nn.Module, source: Kept, steps: int) -> None:
     """The loop that everybody writes."""
-    optimizer = build_optimizer(task, _SETTINGS)
+    optimizer = build_optimizer(task, _SETTINGS, global_batch=source.batch_size, device=torch.device("cpu"))
     task.train()
     for batch in itertools.islice(source.batches(0, 0, 1), steps):
         loss, _ = task(batch)
@@ -71,7 +72,7 @@ def looped(task: torch.nn.Module, source: Kept, steps: int, output: Path) -> flo
     began = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
         train(task, source, config, output=output, recipe="bench", resolved={}, export=export_encoders)
-    return source.asked[0] - began
+    return source.asked[0][0] - began
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def main() -> None:
             # Two more steps: the first is reached by resuming, the last is followed by a checkpoint.
             source = Kept(batches)
             resumes.append(looped(task, source, arguments.steps + 2, Path(folder)))
-            saves.append(time.perf_counter() - source.asked[-1] - ours[-1])
+            saves.append(time.perf_counter() - source.asked[-1][0] - ours[-1])
         print(f"turn {turn + 1}: bocage {ours[-1]:.3f} s a step, bare {theirs[-1]:.3f}, ratio {ratios[-1]:.3f}")
     print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
     print(f"resuming {statistics.median(resumes):.2f} s, saving and leaving {statistics.median(saves):.2f} s", end=" ")
