@@ -14,6 +14,7 @@ from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import Modality
 from bocage.ssl.decoder import DecoderConfig, FusionDecoder, Neck, date_encoding, grid_centres
 from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.ground import ground_tokens
 from bocage.ssl.masking import Mask
 from bocage.ssl.objective import View
 from bocage.ssl.targets import group_statistics, to_units
@@ -120,25 +121,6 @@ class Masked(nn.Module):
     def _weight(self, name: str) -> float:
         return self.config.weights.get(name, 1.0)
 
-    def _tokens(self, view: View, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, N, width) of what an encoder saw, and their centres (B or 1, N, 2)."""
-        given, mask = view.inputs[name], view.masks[name]
-        pixels, device = given.values.shape[-1], given.values.device
-        if mask.units is None:
-            tokens = self.necks[name](view.maps[name], pixels)
-            return tokens.flatten(1, 2), grid_centres(pixels, view.side, device).flatten(0, 1)[None]
-        units = mask.units.shape[1]
-        centres = grid_centres(units, view.side, device)
-        if not view.packed:
-            return self.necks[name](view.maps[name], units).flatten(1, 2), centres.flatten(0, 1)[None]
-        blocks = units // 2
-        tokens = self.necks[name](view.maps[name], blocks)
-        visible = (~mask.units).view(-1, blocks, 2, blocks, 2).permute(0, 1, 3, 2, 4).reshape(-1, blocks, blocks, 4)
-        places = centres.view(blocks, 2, blocks, 2, 2).permute(0, 2, 1, 3, 4).reshape(blocks, blocks, 4, 2)
-        index = visible.long().argmax(dim=-1)[..., None, None].expand(-1, -1, -1, 1, 2)
-        chosen = places.expand(len(tokens), -1, -1, -1, -1).gather(3, index).squeeze(3)
-        return tokens.flatten(1, 2), chosen.flatten(1, 2)
-
     def _normalized(
         self, units: torch.Tensor, valid: torch.Tensor, name: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,7 +162,9 @@ class Masked(nn.Module):
         """Prediction and target of every modality."""
         tokens, centres = {}, {}
         for name in view.maps:
-            tokens[name], centres[name] = self._tokens(view, name)
+            neck = self.necks[name]
+            assert isinstance(neck, Neck)
+            tokens[name], centres[name], _ = ground_tokens(view, name, neck)
         hidden = {name: view.masks[name].whole for name in tokens}
         memory = self.decoder.fuse(tokens, centres, hidden, view.side)
         places = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.remote import open_shards
 from bocage.shards.stream import TrainingStream, evaluation_batches
+from bocage.ssl.contrastive import Contrastive, ContrastiveConfig
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.encoders.registry import build_encoder
@@ -30,6 +32,7 @@ from bocage.ssl.masking import MaskingConfig
 from bocage.ssl.objective import Pretraining
 from bocage.ssl.pictures import reconstruction_figure, save_figure
 
+OBJECTIVES = ("masked", "contrastive")
 USAGE = """\
 usage: accelerate launch pretrain.py recipe=NAME shards=PATH [key=value ...] [--print-config]
 
@@ -61,7 +64,9 @@ class PretrainConfig:
             saved encoder, ``hf:org/name``, ``imagenet`` or ``imagenet:FILE``. It must be built as this recipe builds
             it, and keeps its statistics. The others start from scratch.
         masking: what is hidden.
+        weights: of the objectives in the loss, by name: ``masked``, ``contrastive``. Those not named are left out.
         masked: the masked objective.
+        contrastive: the dense contrastive objective.
         engine: the training loop.
         pictures: samples whose reconstruction is drawn at the end.
     """
@@ -81,13 +86,22 @@ class PretrainConfig:
     architectures: dict[str, EncoderConfig] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    weights: dict[str, float] = field(default_factory=lambda: {"masked": 1.0})
     masked: MaskedConfig = field(default_factory=MaskedConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     pictures: int = 2
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        for name, weight in self.weights.items():
+            if name not in OBJECTIVES:
+                raise ValueError(f"weights.{name}: not an objective; objectives: {', '.join(OBJECTIVES)}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weights.{name}={weight} must not be negative")
+        if not any(self.weights.values()):
+            raise ValueError("weights: at least one objective must weigh more than 0")
         for key in ("workers", "pictures"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must not be negative")
@@ -108,10 +122,13 @@ def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
         if name in config.encoders:
             encoder = pretrained_encoder(encoder, config.encoders[name], keep_architecture=True)
         encoders[name] = encoder
-    terms: dict[str, nn.Module] = {"masked": Masked(encoders, modalities, config.masked)}
-    return Pretraining(
-        encoders, modalities, quality_masks(registry, names), config.masking, terms, dict.fromkeys(terms, 1.0)
-    )
+    weights = {name: weight for name, weight in config.weights.items() if weight > 0}
+    terms: dict[str, nn.Module] = {}
+    if "masked" in weights:
+        terms["masked"] = Masked(encoders, modalities, config.masked)
+    if "contrastive" in weights:
+        terms["contrastive"] = Contrastive(encoders, modalities, config.contrastive)
+    return Pretraining(encoders, modalities, quality_masks(registry, names), config.masking, terms, weights)
 
 
 def _input(modality: Modality) -> Modality:

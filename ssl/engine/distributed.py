@@ -139,6 +139,48 @@ def agreed(action: Callable[[], Value]) -> list[Value]:
     return [cast(Value, answer) for answer, _ in answers]
 
 
+def gathered_with_gradients(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors (N, ...) of all ranks, of one shape and dtype, below each other: (ranks * N, ...).
+
+    The gradient that any rank has for them reaches the rank they come from, summed over ranks.
+    """
+    if number_of_ranks() == 1:
+        return tensor
+    own = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor  # gloo knows no bool
+    everyones: torch.Tensor = _Gather.apply(own.contiguous())
+    return everyones.to(tensor.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    """torch's own, deprecated by now, gives wrong gradients under gloo where those that come in are not contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """(N, ...) of this rank to (ranks * N, ...)."""
+        parts = [torch.empty_like(tensor) for _ in range(number_of_ranks())]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        """What all ranks want of this rank's part."""
+        rank, ranks = rank_and_world()
+        (gradient,) = gradients
+        whole = gradient.contiguous()
+        if torch.distributed.get_backend() == "nccl":
+            own = whole.new_empty((len(whole) // ranks, *whole.shape[1:]))
+            torch.distributed.reduce_scatter_tensor(own, whole)
+            return own
+        whole = whole.clone()  # autograd may have given what others still need
+        torch.distributed.all_reduce(whole)
+        return whole.chunk(ranks)[rank]
+
+
+def number_of_ranks() -> int:
+    """How many ranks train together; 1 outside a launcher."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's ``value`` on all ranks."""
     return broadcast_object_list([value])[0]

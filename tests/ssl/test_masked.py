@@ -12,9 +12,10 @@ from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import InputSpec
 from bocage.shards.seeds import sample_seed
-from bocage.ssl.decoder import DecoderConfig
+from bocage.ssl.decoder import DecoderConfig, Neck
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.ground import ground_tokens
 from bocage.ssl.masked import Masked, MaskedConfig
 from bocage.ssl.masking import MaskingConfig, pack
 from bocage.ssl.objective import Pretraining
@@ -141,7 +142,9 @@ def test_tokens_stand_where_their_units_lie() -> None:
     """A neck that averages units, fed an image of its own coordinates, must answer with the token's centre."""
     task = make_task(names=["SPOT_RGBI"])
     view = task.view(make_batch(3), oriented=False)
-    _, centres = masked_term(task)._tokens(view, "SPOT_RGBI")
+    neck = masked_term(task).necks["SPOT_RGBI"]
+    assert isinstance(neck, Neck)
+    centres = ground_tokens(view, "SPOT_RGBI", neck).centres
     modality, units = FLAIR_HUB["SPOT_RGBI"], view.masks["SPOT_RGBI"].units
     assert units is not None
     pixels = round(SIDE / modality.gsd)

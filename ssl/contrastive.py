@@ -1,0 +1,157 @@
+"""The dense contrastive objective: the same ground looks alike to two sensors, other ground does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bocage.shards.draws import uniform
+from bocage.shards.errors import InputError
+from bocage.shards.modality import Modality
+from bocage.ssl.decoder import Neck
+from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.engine.distributed import gathered_with_gradients, number_of_ranks
+from bocage.ssl.ground import cell_means, ground_tokens
+from bocage.ssl.objective import View
+
+_HOTTEST = math.log(100.0)  # of the learned scale: a limit as CLIP's, without which fp16 overflows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """The dense contrastive objective.
+
+    Attributes:
+        width: channels in which sensors are compared.
+        cell: side of a cell of the ground grid, metres.
+        cells: cells of a sample that are compared in a step, drawn at random.
+        keys: cells of all ranks that each cell is compared with, drawn at random; memory of a rank is in proportion to
+            its samples times this.
+        temperature: of the softmax; the start when it is learned.
+        learn_temperature: whether it is a parameter (as in CLIP, arXiv 2103.00020, at most 100 times sharper than 1).
+    """
+
+    width: int = 128
+    cell: float = 12.8
+    cells: int = 16
+    keys: int = 4096
+    temperature: float = 0.1
+    learn_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("width", "cells", "keys"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"contrastive.{key}={getattr(self, key)} must be at least 1")
+        for key in ("cell", "temperature"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"contrastive.{key}={getattr(self, key)} must be positive")
+
+
+class Contrastive(nn.Module):
+    """InfoNCE (arXiv 1807.03748) between sensors at the same place of the ground, as in OmniSat (arXiv 2404.08351).
+
+    Feature maps of all stages of an encoder are projected linearly, averaged over the cells of a ground grid as far as
+    the encoder saw them, and L2-normalised. For each ordered pair of sensors a cell of the one is told from cells of
+    *other samples* as the other sees them, on all ranks; cells of the same sample, often next of kin, are no negatives.
+    The loss is the mean over all such cells of all ranks and pairs: ranks compute what one rank would with all samples.
+    What accumulation adds are samples, not negatives.
+
+    Args:
+        encoders: by modality, at least two; only their widths and strides are used.
+        modalities: registry entries.
+        config: the objective.
+
+    Raises:
+        InputError: fewer than two modalities.
+    """
+
+    def __init__(
+        self, encoders: Mapping[str, Encoder], modalities: Mapping[str, Modality], config: ContrastiveConfig
+    ) -> None:
+        super().__init__()
+        if len(encoders) < 2:
+            raise InputError(f"weights.contrastive compares sensors, and modalities has {', '.join(encoders)} alone")
+        self.config = config
+        self.necks = nn.ModuleDict(
+            {
+                name: Neck(
+                    encoder.widths,
+                    encoder.strides,
+                    1 if modalities[name].role == "series" else modalities[name].unit,
+                    config.width,
+                )
+                for name, encoder in encoders.items()
+            }
+        )
+        # One element and not none: FSDP divides no scalars.
+        scale = torch.tensor([-math.log(config.temperature)])
+        self.log_scale = nn.Parameter(scale) if config.learn_temperature else None
+        self.fixed_scale = 1.0 / config.temperature
+
+    def cells(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """What sensors say of cells, (M, B, cells, width) of length 1, and where they do, (M, B, cells) bool."""
+        side = max(1, round(view.side / self.config.cell))
+        vectors, known = [], []
+        for name, neck in self.necks.items():
+            assert isinstance(neck, Neck)
+            means, seen = cell_means(ground_tokens(view, name, neck), view.side, side)
+            vectors.append(F.normalize(means.float(), dim=-1))
+            known.append(seen & ~view.masks[name].whole[:, None])
+        return torch.stack(vectors), torch.stack(known)
+
+    def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean of InfoNCE over cells and pairs, the share of cells told apart from all others, and the temperature."""
+        vectors, known = self.cells(view)
+        count = min(self.config.cells, vectors.shape[2])
+        draws = uniform(view.seeds, "contrastive cells", vectors.shape[2])
+        chosen = draws.argsort(dim=1, stable=True)[:, :count]
+        vectors = vectors.gather(2, chosen[None, :, :, None].expand(len(vectors), -1, -1, vectors.shape[-1]))
+        known = known.gather(2, chosen[None].expand(len(known), -1, -1))
+        keys, keys_known, owners = self._keys(vectors, known, view.seeds)
+        scale = self.fixed_scale if self.log_scale is None else self.log_scale.clamp(max=_HOTTEST).exp()
+        queries, own = vectors.flatten(1, 2), known.flatten(1, 2)
+        foreign = view.seeds.repeat_interleave(count)[:, None] != owners[None]
+        total = vectors.new_zeros(())
+        cells, right = vectors.new_zeros(()), vectors.new_zeros(())
+        with torch.autocast(vectors.device.type, enabled=False):
+            for one, other in permutations(range(len(vectors)), 2):
+                allowed = foreign & keys_known[other][None]
+                counts = own[one] & own[other] & allowed.any(dim=1)
+                same = (queries[one] * queries[other]).sum(dim=-1) * scale
+                others = (queries[one] @ keys[other].T * scale).masked_fill(~allowed, -torch.inf)
+                losses = torch.logaddexp(same, others.logsumexp(dim=1)) - same
+                # Before the sum, not after: what is not counted may be infinite.
+                total = total + torch.where(counts, losses, 0.0).sum()
+                cells = cells + counts.sum()
+                right = right + (counts & (same > others.amax(dim=1))).sum()
+        # Ranks average their gradients: each takes its share of the mean over the cells of all.
+        everywhere = gathered_with_gradients(cells[None]).sum().clamp_min(1)
+        figures = {"told_apart": right / cells.clamp_min(1)}
+        if self.log_scale is not None:
+            figures["temperature"] = (-self.log_scale.detach().clamp(max=_HOTTEST)).exp()
+        return total * number_of_ranks() / everywhere, figures
+
+    def _keys(
+        self, vectors: torch.Tensor, known: torch.Tensor, seeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cells of all ranks to compare with: (M, K, width), (M, K) bool, and whose they are, (K,) seeds of samples.
+
+        Which ones are taken depends on the samples alone, not on their order or their rank.
+        """
+        count = vectors.shape[2]
+        everyone = gathered_with_gradients(vectors.transpose(0, 1))  # (samples of all ranks, M, cells, width)
+        everyones = gathered_with_gradients(known.transpose(0, 1))
+        owners = gathered_with_gradients(seeds)
+        keys = everyone.transpose(0, 1).flatten(1, 2)
+        allowed = everyones.transpose(0, 1).flatten(1, 2)
+        of = owners.repeat_interleave(count)
+        if len(of) > self.config.keys:
+            drawn = uniform(owners, "contrastive keys", count).flatten().argsort(stable=True)[: self.config.keys]
+            keys, allowed, of = keys[:, drawn], allowed[:, drawn], of[drawn]
+        return keys, allowed, of

@@ -1,0 +1,71 @@
+"""What encoders saw, as tokens with their places on the ground: where sensors of any pixel size meet."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from bocage.ssl.decoder import Neck, grid_centres
+from bocage.ssl.objective import View
+
+
+class GroundTokens(NamedTuple):
+    """Tokens of one modality.
+
+    Attributes:
+        values: (B, N, width).
+        centres: (B or 1, N, 2) metres from the left and the top of the ground window.
+        seen: (B or 1, N) bool, False where the encoder saw only a mask token. It says nothing of samples whose
+            modality is hidden as a whole (``Mask.whole``).
+    """
+
+    values: torch.Tensor
+    centres: torch.Tensor
+    seen: torch.Tensor
+
+
+def ground_tokens(view: View, name: str, neck: Neck) -> GroundTokens:
+    """Tokens of what the encoder of a modality saw: of mask units of images, of pixels of series.
+
+    Args:
+        view: encodings of a batch.
+        name: the modality.
+        neck: from its feature maps to tokens, built with its mask unit (images) or 1 (series).
+    """
+    given, mask = view.inputs[name], view.masks[name]
+    device = given.values.device
+    if mask.units is None:
+        pixels = given.values.shape[-1]
+        centres = grid_centres(pixels, view.side, device).flatten(0, 1)[None]
+        return GroundTokens(
+            neck(view.maps[name], pixels).flatten(1, 2), centres, centres.new_ones(centres.shape[:2], dtype=torch.bool)
+        )
+    units = mask.units.shape[1]
+    centres = grid_centres(units, view.side, device)
+    if not view.packed:
+        tokens = neck(view.maps[name], units).flatten(1, 2)
+        return GroundTokens(tokens, centres.flatten(0, 1)[None], ~mask.units.flatten(1))
+    blocks = units // 2
+    tokens = neck(view.maps[name], blocks)
+    visible = (~mask.units).view(-1, blocks, 2, blocks, 2).permute(0, 1, 3, 2, 4).reshape(-1, blocks, blocks, 4)
+    places = centres.view(blocks, 2, blocks, 2, 2).permute(0, 2, 1, 3, 4).reshape(blocks, blocks, 4, 2)
+    index = visible.long().argmax(dim=-1)[..., None, None].expand(-1, -1, -1, 1, 2)
+    chosen = places.expand(len(tokens), -1, -1, -1, -1).gather(3, index).squeeze(3).flatten(1, 2)
+    return GroundTokens(tokens.flatten(1, 2), chosen, chosen.new_ones(chosen.shape[:2], dtype=torch.bool))
+
+
+def cell_means(tokens: GroundTokens, side: float, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of the seen tokens whose centres lie in each cell of a ``cells`` x ``cells`` grid over the window.
+
+    Returns:
+        (B, cells * cells, width), and (B, cells * cells) bool: whether there is any.
+    """
+    batch, _, width = tokens.values.shape
+    place = (tokens.centres * (cells / side)).long().clamp(0, cells - 1)
+    index = (place[..., 1] * cells + place[..., 0]).expand(batch, -1)
+    weight = tokens.seen.expand(batch, -1).to(tokens.values.dtype)
+    counts = weight.new_zeros(batch, cells * cells).scatter_add(1, index, weight)
+    sums = tokens.values.new_zeros(batch, cells * cells, width)
+    sums = sums.scatter_add(1, index[..., None].expand(-1, -1, width), tokens.values * weight[..., None])
+    return sums / counts.clamp_min(1)[..., None], counts > 0
