@@ -41,7 +41,7 @@ from bocage.ssl.engine.optim import ParameterGroups, build_optimizer, learning_r
 from bocage.ssl.engine.optimizer_state import load_optimizer
 from bocage.ssl.engine.peers import Peers
 from bocage.ssl.engine.profiling import profiled
-from bocage.ssl.engine.provenance import git_revision, library_versions, plain
+from bocage.ssl.engine.provenance import digest, git_revision, library_versions, plain
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.regions import compiled, recomputed
 from bocage.ssl.engine.resume import checkpoint_to_resume, claimed
@@ -145,9 +145,11 @@ def train(
     accelerator = build_accelerator(config.precision, config.tracker, output, config.rank_timeout)
     set_seed(config.seed, device_specific=True)
     # What a run may change when resumed includes engine.*, wherever the caller keeps the engine's configuration.
+    settings = plain({**resolved, "engine": asdict(config)})
     description = {
         "recipe": recipe,
-        "config": plain({**resolved, "engine": asdict(config)}),
+        "config": settings,
+        "config_sha256": digest(settings),
         "versions": library_versions(),
         "git": git_revision(),
         "ranks": accelerator.num_processes,

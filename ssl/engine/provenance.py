@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -120,6 +121,11 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not matches(key, CHANGEABLE_KEYS)
     }
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:

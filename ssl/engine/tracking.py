@@ -28,6 +28,19 @@ from bocage.ssl.engine.distributed import from_main, gathered, is_main
 from bocage.ssl.engine.provenance import flat, plain
 
 _EVALUATIONS_SHOWN = 3
+# What the loop records itself; other names without a slash are terms of the task's loss.
+_ENGINE = {
+    "loss",
+    "gradient_norm",
+    "learning_rate",
+    "skipped_steps",
+    "samples_per_second",
+    "step_seconds",
+    "data_wait",
+    "memory_gb",
+    "tflops",
+    "mfu",
+}
 
 TrackerName = Literal["none", "wandb", "tensorboard"]
 
@@ -263,11 +276,15 @@ def _summary(values: Mapping[str, float | None]) -> str:
         "learning_rate": "lr {:.2e}",
         "gradient_norm": "grad {:.3g}",
         "samples_per_second": "{:.1f} samples/s",
+        "step_seconds": "{:.3g} s/step",
         "data_wait": "wait {:.0%}",
         "memory_gb": "{:.1f} GB",
         "mfu": "mfu {:.0%}",
     }
     shown = [text.format(value) for name, text in formats.items() if (value := values.get(name)) is not None]
+    terms = [name for name in values if "/" not in name and name not in _ENGINE]
+    if len(terms) > 1:  # one term is the loss
+        shown[1:1] = [f"{name} {value:.4f}" for name in terms if (value := values[name]) is not None]
     evaluated = [
         (name, value) for name, value in values.items() if name.startswith("evaluation/") and value is not None
     ]

@@ -15,7 +15,7 @@ from small_recipes import PRETRAIN
 from bocage import recipes
 from bocage.finetune.train import FinetuneConfig, finetune
 from bocage.shards.errors import InputError
-from bocage.ssl.engine.distributed import rank_and_world
+from bocage.ssl.engine.distributed import gathered_with_gradients, rank_and_world
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 
 PRETRAINING = [
@@ -45,6 +45,29 @@ FINETUNING = [
 ]
 
 
+def check_gathering() -> None:
+    """What a rank receives through gathering, also where gradients come in transposed, is what one rank would have."""
+    rank, _ = rank_and_world()
+    generator = torch.Generator().manual_seed(0)
+    everything, factors = (
+        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((4, 3, 5), (4, 4))
+    )
+    own = slice(2 * rank, 2 * rank + 2)
+
+    def loss(queries: torch.Tensor, keys: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return (factor * (queries[:, 1] @ keys.transpose(0, 1)[2].T).exp()).sum()
+
+    mine = everything[own].clone().requires_grad_()
+    keys = gathered_with_gradients(mine)
+    assert torch.equal(keys, everything)
+    loss(mine, keys, factors[own]).backward()
+    alone = everything.clone().requires_grad_()
+    loss(alone, alone, factors).backward()
+    assert mine.grad is not None and alone.grad is not None
+    torch.testing.assert_close(mine.grad, alone.grad[own])
+    assert gathered_with_gradients(torch.tensor([rank == 1])).tolist() == [False, True]
+
+
 def main(shards: str, output: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
 
@@ -56,6 +79,8 @@ def main(shards: str, output: Path, cases: list[str]) -> None:
         match case:
             case "ddp":
                 pretrained(case)
+            case "gather":
+                check_gathering()
             case "fsdp":
                 pretrained(case, *FSDP)
             case "parts":  # the first ends in files of two ranks; the state is gathered in the second

@@ -17,6 +17,7 @@ from torch import nn
 from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
 from bocage.ssl.engine.optim import OptimizerConfig, learning_rate_factor
+from bocage.ssl.engine.provenance import digest
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait", "memory_gb", "tflops", "mfu"}
 
@@ -230,7 +231,8 @@ def test_everything_in_a_checkpoint_loads_without_unpickling_objects(tmp_path: P
     assert checkpoint.damage(outcome.last) is None
     state, description = checkpoint.read_state(outcome.last)
     assert (state.step, state.position) == (12, 48)
-    assert (description["recipe"], description["ranks"]) == ("tiny", 1)
+    assert (description["recipe"], description["ranks"], description["samples_a_step"]) == ("tiny", 1, 4)
+    assert description["config_sha256"] == digest(description["config"])
     assert description["versions"]["torch"] == torch.__version__.split("+")[0]
     loaded = TinyTask()
     checkpoint.load_task(outcome.last, loaded)

@@ -74,7 +74,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 # About 25 s: torchrun starts two interpreters, which train twice; batches of one sample lack sensors now and then.
 def test_divided_weights_train_as_whole_ones(shards: Path, tmp_path: Path) -> None:
-    on_two_ranks(shards, tmp_path, "ddp", "fsdp")
+    on_two_ranks(shards, tmp_path, "ddp", "fsdp", "gather")
     assert_alike(tmp_path / "ddp", tmp_path / "fsdp")
     saved = tmp_path / "fsdp" / STEP
     parts = sorted(path.name for path in saved.glob("optimizer-*"))

@@ -1,0 +1,150 @@
+"""What a run watches beside the loss: spread and rank of features, arithmetic a second, and words when they are low."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_recipes import PRETRAIN
+from tiny_run import TinySource, records, run
+from torch import nn
+
+from bocage import recipes
+from bocage.shards.batch import Batch
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.engine.collapse import MOST_VECTORS, Collapse, feature_std, rankme, sampled
+from bocage.ssl.engine.flops import Arithmetic, peak
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "rank"),
+    [
+        (torch.eye(7, 20), 7.0),
+        (torch.eye(20, 7), 7.0),
+        (torch.ones(50, 8), 1.0),
+        (torch.eye(2, 8).repeat(30, 1), 2.0),
+        (torch.diag(torch.tensor([3.0, 1.0])), 4 / 3**0.75),  # shares of 3/4 and 1/4
+        (torch.zeros(20, 8), 1.0),
+    ],
+)
+def test_rank_of_known_matrices(vectors: torch.Tensor, rank: float) -> None:
+    assert rankme(vectors) == pytest.approx(rank, rel=1e-3)
+
+
+def test_rank_equals_that_of_the_singular_values() -> None:
+    vectors = random(60, 24) @ torch.diag(torch.logspace(0, -3, 24))
+    shares = torch.linalg.svdvals(vectors.double())
+    shares = shares / shares.sum()
+    expected = float((-(shares * shares.log()).sum()).exp())
+    assert rankme(vectors) == pytest.approx(expected, rel=1e-4) == pytest.approx(rankme(vectors.T), rel=1e-4)
+
+
+def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
+    assert feature_std(random(4000, 64)) == pytest.approx(1.0, abs=0.02)
+    assert feature_std(random(1, 64).repeat(100, 1)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_vectors_are_taken_evenly_from_a_map() -> None:
+    features = torch.arange(2 * 3 * 40 * 40, dtype=torch.float32).view(2, 3, 40, 40).requires_grad_()
+    vectors = sampled(features)
+    assert vectors.shape == (MOST_VECTORS, 3) and not vectors.requires_grad
+    columns = features.detach().permute(0, 2, 3, 1).reshape(-1, 3)
+    places = [int((columns == vector).all(dim=1).nonzero()) for vector in vectors]
+    assert min(places) == 0 and max(places) >= 3190 and len(set(places)) == MOST_VECTORS
+    assert sampled(features[:1, :, :2, :2]).shape == (4, 3)
+
+
+def test_low_figures_are_told_of_once_after_three_records() -> None:
+    watch = Collapse(0.05, 2.0)
+    low, fine = {"feature_std/A": 0.01, "rankme/A": 9.0}, {"feature_std/A": 0.5, "rankme/A": 9.0}
+    assert [watch.messages(values) for values in (low, low, fine, low, low)] == [[]] * 5
+    (message,) = watch.messages(low)
+    assert "features of A may be collapsing: feature_std/A was below 0.05 in 3 records in a row (now 0.01)" in message
+    assert watch.messages(low) == watch.messages(fine) == []
+    never = Collapse(0.0, 0.0)
+    assert [never.messages({"feature_std/A": 0.0, "rankme/A": 0.0}) for _ in range(5)] == [[]] * 5
+
+
+# Some 10 s: patches are simulated and sharded, and three runs pretrain on them.
+def test_a_real_run_records_them_also_when_it_was_interrupted_and_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
+    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    names = ["AERIAL_RGBI", "SENTINEL2_TS"]
+    words = [*PRETRAIN, f"shards={shards}", f"modalities=[{','.join(names)}]", "split=all", "pictures=0"]
+    words += ["engine.log_every=3", "engine.least_rankme=1000", "engine.optimizer.final_learning_rate=1.0"]
+
+    def lines(output: str, *steps: int) -> list[dict[str, float]]:
+        for last in steps:
+            pretrain(recipes.resolve(PretrainConfig, [*words, f"output={tmp_path / output}", f"engine.steps={last}"]))
+        return [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
+
+    whole = lines("whole", 9)
+    said = capsys.readouterr().err
+    for name in names:
+        assert said.count(f"features of {name} may be collapsing: rankme/{name} was below 1000") == 1
+        assert all(1 <= line[f"rankme/{name}"] <= MOST_VECTORS for line in whole)
+        assert all(0 <= line[f"feature_std/{name}"] < 2 for line in whole)
+    # Ended after the fourth and seventh step, whose records an undisturbed run does not have.
+    parts = {line["step"]: line for line in lines("parts", 4, 7, 9)}
+    assert whole[0].keys() == parts[3].keys()
+    for name in names:
+        assert parts[3][f"rankme/{name}"] == whole[0][f"rankme/{name}"]
+
+
+class Products(nn.Module):
+    """Two matrix products of known size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(30, 40, bias=False), nn.Linear(40, 1, bias=False)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.second(self.first(torch.ones(len(batch), 30))).square().mean(), {}
+
+
+def test_arithmetic_is_three_times_the_forward_pass(tmp_path: Path) -> None:
+    arithmetic = Arithmetic(CPU, "fp32", compiled=False)
+    assert arithmetic.figures(1, 1.0) == {}
+    for size in (5, 50):  # the second one is not counted
+        with arithmetic.counted():
+            torch.ones(size, 30) @ torch.ones(30, 40)
+    assert arithmetic.figures(2, 0.5) == {"tflops": pytest.approx(3 * 2 * 5 * 30 * 40 * 2 / 0.5 / 1e12)}
+    compiled = Arithmetic(CPU, "fp32", compiled=True)
+    with compiled.counted():
+        torch.ones(5, 30) @ torch.ones(30, 40)
+    assert compiled.figures(1, 1.0) == {}
+    run(tmp_path, TinySource(4), task=Products(), steps=4)  # type: ignore[arg-type]
+    for line in records(tmp_path):
+        assert line["tflops"] * 1e12 * line["step_seconds"] == pytest.approx(3 * 2 * 4 * (30 * 40 + 40))
+        assert "mfu" not in line
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5e12),
+        ("NVIDIA H100 PCIe", "fp16", 756e12),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("AMD Instinct MI250X", "bf16", 383e12),
+        ("NVIDIA GeForce RTX 3060", "bf16", None),
+        ("", "fp32", None),
+    ],
+)
+def test_peaks_of_devices(device: str, precision: str, expected: float | None) -> None:
+    assert peak(device, precision) == expected  # type: ignore[arg-type]
