@@ -33,6 +33,8 @@ class ContrastiveConfig:
         cells: cells of a sample that are compared in a step, drawn at random.
         keys: cells of all ranks that each cell is compared with, drawn at random; memory of a rank is in proportion to
             its samples times this.
+        queue: cells of earlier steps that are compared with as well, for batches too small to hold many others (MoCo,
+            arXiv 1911.05722, without a second encoder: they are as the encoders were then); 0 keeps none.
         temperature: of the softmax; the start when it is learned.
         learn_temperature: whether it is a parameter (as in CLIP, arXiv 2103.00020, at most 100 times sharper than 1).
     """
@@ -41,6 +43,7 @@ class ContrastiveConfig:
     cell: float = 12.8
     cells: int = 16
     keys: int = 4096
+    queue: int = 0
     temperature: float = 0.1
     learn_temperature: bool = False
 
@@ -48,6 +51,8 @@ class ContrastiveConfig:
         for key in ("width", "cells", "keys"):
             if getattr(self, key) < 1:
                 raise ValueError(f"contrastive.{key}={getattr(self, key)} must be at least 1")
+        if self.queue < 0:
+            raise ValueError(f"contrastive.queue={self.queue} must not be negative")
         for key in ("cell", "temperature"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"contrastive.{key}={getattr(self, key)} must be positive")
@@ -60,7 +65,7 @@ class Contrastive(nn.Module):
     the encoder saw them, and L2-normalised. For each ordered pair of sensors a cell of the one is told from cells of
     *other samples* as the other sees them, on all ranks; cells of the same sample, often next of kin, are no negatives.
     The loss is the mean over all such cells of all ranks and pairs: ranks compute what one rank would with all samples.
-    What accumulation adds are samples, not negatives.
+    What accumulation adds are samples, not negatives; a queue does that.
 
     Args:
         encoders: by modality, at least two; only their widths and strides are used.
@@ -93,6 +98,7 @@ class Contrastive(nn.Module):
         scale = torch.tensor([-math.log(config.temperature)])
         self.log_scale = nn.Parameter(scale) if config.learn_temperature else None
         self.fixed_scale = 1.0 / config.temperature
+        self.queue = _Queue(len(encoders), config.queue, config.width) if config.queue else None
 
     def cells(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         """What sensors say of cells, (M, B, cells, width) of length 1, and where they do, (M, B, cells) bool."""
@@ -142,7 +148,8 @@ class Contrastive(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cells of all ranks to compare with: (M, K, width), (M, K) bool, and whose they are, (K,) seeds of samples.
 
-        Which ones are taken depends on the samples alone, not on their order or their rank.
+        Which ones are taken depends on the samples alone, not on their order or their rank. Those of the queue come
+        last; while training, the queue then takes in the others in place of its oldest.
         """
         count = vectors.shape[2]
         everyone = gathered_with_gradients(vectors.transpose(0, 1))  # (samples of all ranks, M, cells, width)
@@ -154,4 +161,32 @@ class Contrastive(nn.Module):
         if len(of) > self.config.keys:
             drawn = uniform(owners, "contrastive keys", count).flatten().argsort(stable=True)[: self.config.keys]
             keys, allowed, of = keys[:, drawn], allowed[:, drawn], of[drawn]
-        return keys, allowed, of
+        return (keys, allowed, of) if self.queue is None else self.queue(keys, allowed, of)
+
+
+class _Queue(nn.Module):
+    """Cells of earlier steps, newest first; in buffers, so that checkpoints keep them and bad steps leave none."""
+
+    vectors: torch.Tensor
+    known: torch.Tensor
+    owners: torch.Tensor
+
+    def __init__(self, sensors: int, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(sensors, size, width))
+        self.register_buffer("known", torch.zeros(sensors, size, dtype=torch.bool))
+        self.register_buffer("owners", torch.zeros(size, dtype=torch.int64))
+
+    def forward(
+        self, keys: torch.Tensor, known: torch.Tensor, owners: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The keys of a step and those of the queue; while training, the queue takes them in."""
+        size = len(self.owners)
+        keys = torch.cat([keys, self.vectors], dim=1)
+        known, owners = torch.cat([known, self.known], dim=1), torch.cat([owners, self.owners])
+        if self.training:
+            # In place: DDP and the moving average hold on to the buffers.
+            self.vectors.copy_(keys.detach()[:, :size])
+            self.known.copy_(known[:, :size])
+            self.owners.copy_(owners[:size])
+        return keys, known, owners

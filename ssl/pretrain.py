@@ -31,8 +31,9 @@ from bocage.ssl.masked import Masked, MaskedConfig
 from bocage.ssl.masking import MaskingConfig
 from bocage.ssl.objective import Pretraining
 from bocage.ssl.pictures import reconstruction_figure, save_figure
+from bocage.ssl.summaries import GlobalContrast, SummaryConfig, Vicreg
 
-OBJECTIVES = ("masked", "contrastive")
+OBJECTIVES = ("masked", "contrastive", "global", "vicreg")
 USAGE = """\
 usage: accelerate launch pretrain.py recipe=NAME shards=PATH [key=value ...] [--print-config]
 
@@ -64,9 +65,11 @@ class PretrainConfig:
             saved encoder, ``hf:org/name``, ``imagenet`` or ``imagenet:FILE``. It must be built as this recipe builds
             it, and keeps its statistics. The others start from scratch.
         masking: what is hidden.
-        weights: of the objectives in the loss, by name: ``masked``, ``contrastive``. Those not named are left out.
+        weights: of the objectives in the loss, by name: ``masked``, ``contrastive`` (dense), ``global`` (NT-Xent of
+            whole windows), ``vicreg``. Those not named are left out.
         masked: the masked objective.
         contrastive: the dense contrastive objective.
+        summaries: the global ones.
         engine: the training loop.
         pictures: samples whose reconstruction is drawn at the end.
     """
@@ -89,6 +92,7 @@ class PretrainConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"masked": 1.0})
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    summaries: SummaryConfig = field(default_factory=SummaryConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     pictures: int = 2
 
@@ -102,6 +106,8 @@ class PretrainConfig:
                 raise ValueError(f"weights.{name}={weight} must not be negative")
         if not any(self.weights.values()):
             raise ValueError("weights: at least one objective must weigh more than 0")
+        if self.weights.get("vicreg") and self.batch_size < 2:
+            raise ValueError("weights.vicreg needs a batch_size of at least 2: it compares the samples of a rank")
         for key in ("workers", "pictures"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must not be negative")
@@ -128,6 +134,10 @@ def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
         terms["masked"] = Masked(encoders, modalities, config.masked)
     if "contrastive" in weights:
         terms["contrastive"] = Contrastive(encoders, modalities, config.contrastive)
+    if "global" in weights:
+        terms["global"] = GlobalContrast(encoders, config.summaries)
+    if "vicreg" in weights:
+        terms["vicreg"] = Vicreg(encoders, config.summaries)
     return Pretraining(encoders, modalities, quality_masks(registry, names), config.masking, terms, weights)
 
 

@@ -85,15 +85,24 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("objective", "parallel"),
-    [("masked", "ddp"), ("masked", "fsdp"), ("contrastive", "ddp"), ("combined", "ddp"), ("combined", "fsdp")],
+    [
+        ("masked", "ddp"),
+        ("masked", "fsdp"),
+        ("contrastive", "ddp"),
+        ("global", "ddp"),
+        ("combined", "ddp"),
+        ("combined", "fsdp"),
+    ],
 )
 def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, shards: Path, tmp_path: Path) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     common = [CONSTANT_RATE, RATE]
     if objective != "masked":
         common += ["weights.contrastive=0.5", "contrastive.learn_temperature=true", "contrastive.width=32"]
-    if objective == "contrastive":
+    if objective in ("contrastive", "global"):
         common += ["weights.masked=0"]
+    if objective == "global":
+        common += ["weights.contrastive=0", "weights.global=1", "weights.vicreg=0.01"]
     assert main(command(shards, one, "engine.steps=20", "batch_size=4", *common)[1:]) == 0
     words = ["batch_size=2", *common, f"engine.parallel={parallel}"]
     finished(two_ranks(command(shards, many, "engine.steps=7", *words)))
