@@ -27,13 +27,14 @@ from bocage.ssl.encoders.sources import pretrained_encoder
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import is_main
 from bocage.ssl.engine.loop import Outcome, train
+from bocage.ssl.latent import Latent, LatentConfig
 from bocage.ssl.masked import Masked, MaskedConfig
 from bocage.ssl.masking import MaskingConfig
 from bocage.ssl.objective import Pretraining
 from bocage.ssl.pictures import reconstruction_figure, save_figure
 from bocage.ssl.summaries import GlobalContrast, SummaryConfig, Vicreg
 
-OBJECTIVES = ("masked", "contrastive", "global", "vicreg")
+OBJECTIVES = ("masked", "contrastive", "global", "vicreg", "latent")
 USAGE = """\
 usage: accelerate launch pretrain.py recipe=NAME shards=PATH [key=value ...] [--print-config]
 
@@ -66,10 +67,11 @@ class PretrainConfig:
             it, and keeps its statistics. The others start from scratch.
         masking: what is hidden.
         weights: of the objectives in the loss, by name: ``masked``, ``contrastive`` (dense), ``global`` (NT-Xent of
-            whole windows), ``vicreg``. Those not named are left out.
+            whole windows), ``vicreg``, ``latent``. Those not named are left out.
         masked: the masked objective.
         contrastive: the dense contrastive objective.
         summaries: the global ones.
+        latent: latent prediction.
         engine: the training loop.
         pictures: samples whose reconstruction is drawn at the end.
     """
@@ -93,6 +95,7 @@ class PretrainConfig:
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     summaries: SummaryConfig = field(default_factory=SummaryConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     pictures: int = 2
 
@@ -138,6 +141,8 @@ def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
         terms["global"] = GlobalContrast(encoders, config.summaries)
     if "vicreg" in weights:
         terms["vicreg"] = Vicreg(encoders, config.summaries)
+    if "latent" in weights:
+        terms["latent"] = Latent(encoders, modalities, config.latent)
     return Pretraining(encoders, modalities, quality_masks(registry, names), config.masking, terms, weights)
 
 

@@ -120,7 +120,8 @@ def train(
     Args:
         task: ``loss, logs = task(batch)``: a scalar to minimise, and what to record by name: one-element tensors, and
             feature vectors (N, C) whose spread is watched. Some parameters may receive no gradient in some steps, but
-            see ``EngineConfig.parallel``. Every rank must build it with the same weights.
+            see ``EngineConfig.parallel``. Every rank must build it with the same weights. Where a module in it has a
+            method ``after_step()``, that is called after every update of the weights.
         source: see ``BatchSource``.
         config: how to train.
         output: folder of the run, on a file system all ranks see.
@@ -230,6 +231,7 @@ class _Run:
     arithmetic: Arithmetic
     collapse: Collapse
     starvation: Starvation = field(default_factory=Starvation)
+    followers: list[Callable[[], None]] = field(default_factory=list)
     saved: float = field(default_factory=time.monotonic)
 
     @property
@@ -282,6 +284,8 @@ class _Run:
             if state.step:
                 journal.message(f"resuming at step {state.step} of {config.steps}")
             self.weights.learner.train()
+            parts = (getattr(module, "after_step", None) for module in self.weights.learner.modules())
+            self.followers = [follow for follow in parts if follow is not None]
             buffers = Buffers(self.weights.learner)
             step_is_done = stack.enter_context(profiled(config.profile_steps if main else 0, self.output / "profile"))
             # A signal saved the run before its last step was recorded and evaluated.
@@ -344,6 +348,8 @@ class _Run:
                 accelerator.scaler.update()
         else:
             self.optimizer.step()
+            for follow in self.followers:
+                follow()
             if self.weights.average is not None:
                 self.weights.average.update()
             self.window.add({"loss": loss, "gradient_norm": norm})

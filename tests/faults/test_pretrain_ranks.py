@@ -90,6 +90,7 @@ def assert_same(one: Path, other: Path) -> None:
         ("masked", "fsdp"),
         ("contrastive", "ddp"),
         ("global", "ddp"),
+        ("latent", "fsdp"),
         ("combined", "ddp"),
         ("combined", "fsdp"),
     ],
@@ -99,8 +100,10 @@ def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, s
     common = [CONSTANT_RATE, RATE]
     if objective != "masked":
         common += ["weights.contrastive=0.5", "contrastive.learn_temperature=true", "contrastive.width=32"]
-    if objective in ("contrastive", "global"):
+    if objective in ("contrastive", "global", "latent"):
         common += ["weights.masked=0"]
+    if objective == "latent":
+        common += ["weights.contrastive=0", "weights.latent=1", "latent.decoder.width=32"]
     if objective == "global":
         common += ["weights.contrastive=0", "weights.global=1", "weights.vicreg=0.01"]
     assert main(command(shards, one, "engine.steps=20", "batch_size=4", *common)[1:]) == 0

@@ -109,7 +109,7 @@ def test_wrong_words_name_their_key() -> None:
             replace(CONFIG, **{key: 0})
     for word, message in {
         "weights.vicreg=1": "weights.vicreg needs a batch_size of at least 2",
-        "weights.contrast=1": "weights.contrast: not an objective; objectives: masked, contrastive, global, vicreg",
+        "weights.contrast=1": "weights.contrast: not an objective; objectives: masked, contrastive, global, ",
         "weights.masked=0": "at least one objective must weigh more than 0",
         "weights.masked=-1": "weights.masked=-1.0 must not be negative",
     }.items():
