@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from bocage.finetune.metrics import ConfusionMatrix, official_scores, strict_scores
 from bocage.finetune.predict import predict_patches, readable_modalities
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
 from bocage.finetune.upernet import DecoderConfig
@@ -33,6 +32,7 @@ from bocage.ssl.engine.checkpoint import step_folder
 from bocage.ssl.engine.distributed import is_main, rank_and_world
 from bocage.ssl.engine.loop import EngineConfig, train
 from bocage.ssl.engine.optim import decay_groups
+from bocage.ssl.metrics import ConfusionMatrix, official_scores, strict_scores
 
 
 @dataclass(frozen=True, kw_only=True)

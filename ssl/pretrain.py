@@ -32,6 +32,7 @@ from bocage.ssl.masked import Masked, MaskedConfig
 from bocage.ssl.masking import MaskingConfig
 from bocage.ssl.objective import Pretraining
 from bocage.ssl.pictures import reconstruction_figure, save_figure
+from bocage.ssl.probe import Probe, ProbeConfig
 from bocage.ssl.summaries import GlobalContrast, SummaryConfig, Vicreg
 
 OBJECTIVES = ("masked", "contrastive", "global", "vicreg", "latent")
@@ -72,6 +73,7 @@ class PretrainConfig:
         contrastive: the dense contrastive objective.
         summaries: the global ones.
         latent: latent prediction.
+        probe: what probes of frozen features are measured on; ``engine.evaluate_every`` says when.
         engine: the training loop.
         pictures: samples whose reconstruction is drawn at the end.
     """
@@ -96,6 +98,7 @@ class PretrainConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     summaries: SummaryConfig = field(default_factory=SummaryConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     pictures: int = 2
 
@@ -175,17 +178,24 @@ def pretrain(config: PretrainConfig) -> Outcome:
         seed=config.engine.seed,
         workers=config.workers,
     )
+    probe = Probe(manifest, config.probe, config.split) if config.probe.label else None
+
+    def evaluate(module: nn.Module, step: int) -> dict[str, float]:
+        assert probe is not None and isinstance(module, Pretraining)
+        return probe.figures(module, config.batch_size, config.workers)
+
     outcome = train(
         task,
         source,
         config.engine,
         output=Path(config.output),
         recipe=config.recipe,
-        # What the shards hold matters, not where they lie; how many pictures are drawn at the end does not matter.
+        # What the shards hold matters, not where they lie; what is only looked at does not matter.
         resolved={
-            **{key: value for key, value in asdict(config).items() if key not in ("cache", "pictures")},
+            **{key: value for key, value in asdict(config).items() if key not in ("cache", "pictures", "probe")},
             "shards": manifest.digest,
         },
+        evaluate=evaluate if probe is not None else None,
         export=export_encoders,
         rebuild={"command": "pretrain", "config": asdict(config)},
     )

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bocage.finetune.metrics import ConfusionMatrix, official_scores, strict_scores
 from bocage.shards.classes import COSIA, LPIS_1, ClassScheme
 from bocage.shards.errors import InputError
+from bocage.ssl.metrics import ConfusionMatrix, official_scores, strict_scores
 
 SMALL = ClassScheme(
     name="small",

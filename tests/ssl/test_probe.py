@@ -1,0 +1,134 @@
+"""Probes of frozen features: votes, regression, labels of cells, and figures of a real run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_recipes import PRETRAIN
+from test_masked import make_task
+
+from bocage import recipes
+from bocage.shards.classes import COSIA
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.probe import Cells, Probe, ProbeConfig, cell_features, commonest, linear_probe, nearest
+
+COSIA_LABEL = "AERIAL_LABEL-COSIA"
+
+
+def blobs(count: int, seed: int) -> Cells:
+    """Three classes (2, 5 and 7), each around a direction of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor([2, 5, 7])[torch.randint(3, (count,), generator=generator)]
+    centres = torch.eye(8)[labels]
+    return Cells(centres * 3 + torch.randn(count, 8, generator=generator) * 0.7, labels)
+
+
+def test_both_probes_tell_classes_apart_that_are_apart() -> None:
+    train, test = blobs(300, 0), blobs(200, 1)
+    for predicted in (nearest(train, test.features, 19, 20), linear_probe(train, test.features, 19, 1e-3)):
+        assert (predicted == test.labels).float().mean() > 0.97
+
+
+def test_nearest_is_the_vote_written_out() -> None:
+    train, test = blobs(40, 0), blobs(25, 1)
+    found = nearest(train, test.features, 19, 5)
+    for query, predicted in zip(test.features, found.tolist(), strict=True):
+        similarity = [float(torch.cosine_similarity(query, known, dim=0)) for known in train.features]
+        best = sorted(range(40), key=lambda index: -similarity[index])[:5]
+        votes: Counter[int] = Counter()
+        for index in best:
+            votes[int(train.labels[index])] += np.exp(similarity[index] / 0.07)
+        assert predicted == max(votes, key=votes.__getitem__)
+    assert nearest(train, test.features[:0], 19, 5).shape == (0,)
+    assert len(nearest(Cells(train.features[:2], train.labels[:2]), test.features, 19, 20)) == 25
+
+
+def test_the_linear_probe_does_not_depend_on_scale_and_repeats() -> None:
+    train, test = blobs(200, 0), blobs(200, 1)
+    first = linear_probe(train, test.features, 19, 1e-3)
+    assert torch.equal(first, linear_probe(train, test.features, 19, 1e-3))
+    scale = torch.logspace(-3, 3, 8)
+    scaled = linear_probe(Cells(train.features * scale, train.labels), test.features * scale, 19, 1e-3)
+    assert (first == scaled).float().mean() > 0.99
+
+
+def test_the_label_of_a_cell_is_its_commonest_scored_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 19, (3, 50, 50), generator=generator).to(torch.uint8)
+    labels[0, :25] = 18  # undefined: two cells of four have no scored pixel
+    found = commonest(labels, COSIA, 2)
+    for sample in range(3):
+        for row in range(2):
+            for column in range(2):
+                part = labels[sample, row * 25 : row * 25 + 25, column * 25 : column * 25 + 25].flatten().tolist()
+                counts = Counter(value for value in part if value in COSIA.scored)
+                expected = min(counts, key=lambda value: (-counts[value], value)) if counts else -1
+                assert found[sample, row, column] == expected
+    assert (found[0, 0] == -1).all()
+
+
+def test_features_of_a_grid_have_all_maps() -> None:
+    encoder = make_task(names=["SPOT_RGBI"]).encoder("SPOT_RGBI").eval()
+    values = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = cell_features(encoder, values, None, None, 8)
+    assert features.shape == (2, sum(encoder.widths), 8, 8)  # of maps of 16 to 2 cells a side
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Some seconds: patches are simulated and sharded."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tree(folder / "tree", patches=12, seed=3, dates=(3, 4))
+    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+
+
+# Some 10 s: two runs pretrain and are probed.
+def test_a_run_records_them_and_is_not_changed_by_them(manifest: Manifest, tmp_path: Path) -> None:
+    words = [*PRETRAIN, f"shards={manifest.path}", "modalities=[AERIAL_RGBI,SENTINEL2_TS]", "pictures=0"]
+    words += ["split=all", "window=51.2", "engine.steps=4", "engine.evaluate_every=2", "engine.ema_decay=0.5"]
+
+    def lines(name: str, *more: str) -> list[dict[str, float]]:
+        pretrain(recipes.resolve(PretrainConfig, [*words, *more, f"output={tmp_path / name}"]))
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    plain = lines("plain")
+    probed = lines("probed", f"probe.label={COSIA_LABEL}", "probe.patches=6", "probe.train=all", "probe.test=all")
+    assert [line["loss"] for line in plain] == [line["loss"] for line in probed]
+    for line, expected in zip(probed, (False, True, False, True), strict=True):
+        for name in ("AERIAL_RGBI", "SENTINEL2_TS"):
+            for key in (f"evaluation/knn_miou/{name}", f"evaluation/linear_miou/{name}"):
+                assert (key in line) == expected
+                assert not expected or 0 < line[key] <= 100
+    by_class = [value for key, value in probed[-1].items() if key.startswith("evaluation/linear_iou/AERIAL_RGBI/")]
+    assert np.mean(by_class) == pytest.approx(probed[-1]["evaluation/linear_miou/AERIAL_RGBI"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"label": "COSIA"}, "probe.label=COSIA is not a label of .*; labels: AERIAL_LABEL-COSIA, ALL_LABEL-LPIS"),
+        ({"label": "AERIAL_RGBI"}, "probe.label=AERIAL_RGBI is not a label"),
+        ({"label": COSIA_LABEL, "level": 2}, "probe.level=2: AERIAL_LABEL-COSIA has levels 1 to 1"),
+    ],
+)
+def test_wrong_labels_are_named(keys: dict[str, str | int], message: str, manifest: Manifest) -> None:
+    with pytest.raises(InputError, match=message):
+        Probe(manifest, ProbeConfig(**keys), "all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keys", [{"patches": 0}, {"neighbours": 0}, {"level": 0}, {"cell": 0.0}, {"penalty": -1.0}])
+def test_wrong_values_name_their_key(keys: dict[str, float]) -> None:
+    (key,) = keys
+    with pytest.raises(ValueError, match=rf"probe\.{key}="):
+        ProbeConfig(**keys)  # type: ignore[arg-type]
