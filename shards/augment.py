@@ -2,9 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from bocage.shards.draws import uniform
+from bocage.shards.modality import Representation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a sample beside crops and orientation, which all sensors share. 0 leaves things as they are.
+
+    Attributes:
+        gain: standardised values of optical sensors are multiplied by a factor between 1 - gain and 1 + gain, drawn for
+            each sample, sensor and channel; all dates of a series have one. Radar in decibels and heights have none.
+        offset: what is added to them and to radar, at most, in standard deviations.
+        dates: most dates that are kept of a series, drawn at random.
+        jitter: days by which each date of a series is moved at most.
+    """
+
+    gain: float = 0.0
+    offset: float = 0.0
+    dates: int = 0
+    jitter: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gain < 1:
+            raise ValueError(f"augment.gain={self.gain} must be in [0, 1)")
+        for key in ("offset", "dates", "jitter"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"augment.{key}={getattr(self, key)} must not be negative")
+
+
+def radiometry(
+    values: torch.Tensor, seeds: torch.Tensor, name: str, representation: Representation, config: AugmentConfig
+) -> torch.Tensor:
+    """Standardised values (B, C, H, W) or (B, T, C, H, W) under another light, as the seeds of the samples (B,) say."""
+    if representation not in ("linear", "decibel"):
+        return values
+    channels = values.shape[-3]
+    shape = (len(values), *[1] * (values.ndim - 4), channels, 1, 1)
+    if config.gain and representation == "linear":
+        values = values * (1 + config.gain * (2 * uniform(seeds, f"gain/{name}", channels).view(shape) - 1))
+    if config.offset:
+        values = values + config.offset * (2 * uniform(seeds, f"offset/{name}", channels).view(shape) - 1)
+    return values
+
+
+def fewer_dates(padding: torch.Tensor, seeds: torch.Tensor, name: str, most: int) -> torch.Tensor:
+    """``padding`` (B, T) bool with all but ``most`` of the dates of a sample padded, drawn at random; 0 keeps all."""
+    if not most or padding.shape[1] <= most:
+        return padding
+    draws = uniform(seeds, f"dates/{name}", padding.shape[1]).masked_fill(padding, 2.0)
+    rank = draws.argsort(dim=1, stable=True).argsort(dim=1)
+    return padding | (rank >= most)
+
+
+def jittered(dates: torch.Tensor, seeds: torch.Tensor, name: str, days: int) -> torch.Tensor:
+    """``dates`` (B, T) each moved by up to so many days."""
+    if not days:
+        return dates
+    draws = uniform(seeds, f"jitter/{name}", dates.shape[1])
+    return dates + ((2 * days + 1) * draws).to(dates.dtype) - days
 
 
 def orient(values: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bocage.shards.augment import orient
+from bocage.shards.augment import AugmentConfig, fewer_dates, jittered, orient, radiometry
 from bocage.shards.batch import Batch
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.normalize import InputSpec, fill_holes, standardize
@@ -82,6 +82,7 @@ def encoder_inputs(
     masks: Mapping[str, str],
     *,
     oriented: bool,
+    augment: AugmentConfig | None = None,
 ) -> dict[str, EncoderInput]:
     """What each encoder reads, on the batch's device.
 
@@ -90,12 +91,15 @@ def encoder_inputs(
         specs: the input of each encoder, by modality.
         masks: the name of the quality mask of a series (``quality_masks``).
         oriented: whether each sample is turned into its random orientation (training) or left as it is.
+        augment: further random changes, of training.
     """
     inputs: dict[str, EncoderInput] = {}
     for name, spec in specs.items():
         values = standardize(batch.values[name], spec)
         if oriented:
             values = orient(values, batch.seeds)
+        if augment is not None:
+            values = radiometry(values, batch.seeds, name, spec.representation, augment)
         present = batch.present[name]
         if not spec.series:
             valid = torch.isfinite(values) & present.view(-1, 1, 1, 1)
@@ -106,9 +110,13 @@ def encoder_inputs(
             # The mask may be missing for a sample that has the series: then every date is kept.
             unclear = unclear_dates(_as_long(batch.values[masks[name]], padding), padding)
             padding = torch.where(batch.present[masks[name]][:, None], unclear, padding)
+        dates = batch.dates[name]
+        if augment is not None:
+            padding = fewer_dates(padding, batch.seeds, name, augment.dates)
+            dates = jittered(dates, batch.seeds, name, augment.jitter)
         valid = torch.isfinite(values) & ~padding[:, :, None, None, None]
         seen = present & ~padding.all(dim=1)
-        inputs[name] = EncoderInput(fill_holes(values), valid, seen, batch.dates[name], padding)
+        inputs[name] = EncoderInput(fill_holes(values), valid, seen, dates, padding)
     return inputs
 
 

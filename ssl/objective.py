@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from bocage.shards.augment import AugmentConfig
 from bocage.shards.batch import Batch
 from bocage.shards.inputs import EncoderInput, encoder_inputs
 from bocage.shards.modality import Modality
@@ -61,6 +62,7 @@ class Pretraining(nn.Module):
         masking: how much is hidden.
         terms: objective modules (``Term``) by name.
         weights: weight of each term in the loss.
+        augment: random changes while training.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Pretraining(nn.Module):
         masking: MaskingConfig,
         terms: Mapping[str, nn.Module],
         weights: Mapping[str, float],
+        augment: AugmentConfig | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(dict(encoders))
@@ -79,6 +82,7 @@ class Pretraining(nn.Module):
         self.quality_masks = dict(quality_masks)
         self.masking = masking
         self.weights = dict(weights)
+        self.augment = augment
 
     def encoder(self, name: str) -> Encoder:
         """The encoder of a modality."""
@@ -123,9 +127,10 @@ class Pretraining(nn.Module):
         return maps
 
     def view(self, batch: Batch, *, oriented: bool) -> View:
-        """Masked encodings of a batch; ``oriented`` turns samples at random (training)."""
+        """Masked encodings of a batch; ``oriented`` turns samples at random and augments them (training)."""
         specs = {name: self.encoder(name).spec for name in self.encoders}
-        inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented)
+        augment = self.augment if oriented else None
+        inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented, augment=augment)
         masks = draw_masks(inputs, self.modalities, batch.seeds, self.masking)
         return self.encoded(inputs, masks, batch.seeds)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bocage import recipes
+from bocage.shards.augment import AugmentConfig
 from bocage.shards.cache import CacheConfig
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import quality_masks, wanted_modalities
@@ -66,6 +67,7 @@ class PretrainConfig:
         encoders: by modality, where the weights of its encoder start from (``ssl.encoders.sources``): the folder of a
             saved encoder, ``hf:org/name``, ``imagenet`` or ``imagenet:FILE``. It must be built as this recipe builds
             it, and keeps its statistics. The others start from scratch.
+        augment: random changes of samples, beside crops and orientation.
         masking: what is hidden.
         weights: of the objectives in the loss, by name: ``masked``, ``contrastive`` (dense), ``global`` (NT-Xent of
             whole windows), ``vicreg``, ``latent``. Those not named are left out.
@@ -92,6 +94,7 @@ class PretrainConfig:
     utae: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="utae"))
     architectures: dict[str, EncoderConfig] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     weights: dict[str, float] = field(default_factory=lambda: {"masked": 1.0})
     masked: MaskedConfig = field(default_factory=MaskedConfig)
@@ -146,7 +149,8 @@ def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
         terms["vicreg"] = Vicreg(encoders, config.summaries)
     if "latent" in weights:
         terms["latent"] = Latent(encoders, modalities, config.latent)
-    return Pretraining(encoders, modalities, quality_masks(registry, names), config.masking, terms, weights)
+    masks = quality_masks(registry, names)
+    return Pretraining(encoders, modalities, masks, config.masking, terms, weights, config.augment)
 
 
 def _input(modality: Modality) -> Modality:
