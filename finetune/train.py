@@ -29,8 +29,9 @@ from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.encoders.sources import pretrained_encoder
 from bocage.ssl.engine.checkpoint import step_folder
+from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import is_main, rank_and_world
-from bocage.ssl.engine.loop import EngineConfig, train
+from bocage.ssl.engine.loop import train
 from bocage.ssl.engine.optim import decay_groups
 from bocage.ssl.metrics import ConfusionMatrix, official_scores, strict_scores
 

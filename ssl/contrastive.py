@@ -170,6 +170,7 @@ class _Queue(nn.Module):
     vectors: torch.Tensor
     known: torch.Tensor
     owners: torch.Tensor
+    keep_to_themselves = True  # all ranks hold the same cells
 
     def __init__(self, sensors: int, size: int, width: int) -> None:
         super().__init__()

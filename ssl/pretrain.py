@@ -27,7 +27,8 @@ from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.encoders.sources import pretrained_encoder
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.distributed import is_main
-from bocage.ssl.engine.loop import Outcome, train
+from bocage.ssl.engine.loop import train
+from bocage.ssl.engine.run import Outcome
 from bocage.ssl.latent import Latent, LatentConfig
 from bocage.ssl.masked import Masked, MaskedConfig
 from bocage.ssl.masking import MaskingConfig

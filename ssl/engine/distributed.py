@@ -24,11 +24,12 @@ from accelerate.utils import (
 from torch import nn
 
 from bocage.shards.errors import InputError
-from bocage.ssl.engine.fsdp import divide, gradients_averaged, is_divided
+from bocage.ssl.engine.fsdp import divide, is_divided
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Value = TypeVar("Value")
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -85,21 +86,34 @@ def prepared(accelerator: Accelerator, learner: nn.Module, divides: bool) -> Ite
         learner: what the optimiser will train; it leaves as it came, but on the device.
         divides: by ``fsdp.divide``, for good.
     """
+    # Read by DDP, which has no other way to be told.
+    learner.__dict__["_ddp_params_and_buffers_to_ignore"] = unshared_buffers(learner)
     model = accelerator.prepare_model(learner, evaluation_mode=divides)
     try:
         if divides:
-            divide(learner, accelerator.device, accelerator.num_processes)
+            dtype = _DTYPES.get(accelerator.mixed_precision, torch.float32)
+            divide(learner, accelerator.device, accelerator.num_processes, dtype)
         yield model
     finally:
         # Accelerate replaced `forward` by one that runs under autocast.
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
 
+def unshared_buffers(learner: nn.Module) -> list[str]:
+    """Names of the buffers of modules that say they ``keep_to_themselves``: no rank needs them of another, and what
+    they hold are no statistics that could be averaged over steps."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in learner.named_modules()
+        if getattr(module, "keep_to_themselves", False)
+        for name, _ in module.named_buffers(recurse=False)
+    ]
+
+
 def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Context of one forward and backward pass; ranks average their gradients in the ``last`` of a step."""
-    if is_divided(model):
-        return gradients_averaged(model, last)
-    return nullcontext() if last else accelerator.no_sync(model)
+    """Context of one forward and backward pass; under DDP ranks average their gradients in the ``last`` of a step."""
+    # Unless they are averaged at once, gradients of divided weights would be kept whole.
+    return nullcontext() if last or is_divided(model) else accelerator.no_sync(model)
 
 
 def _leave() -> None:
@@ -174,6 +188,12 @@ class _Gather(torch.autograd.Function):
         whole = whole.clone()  # autograd may have given what others still need
         torch.distributed.all_reduce(whole)
         return whole.chunk(ranks)[rank]
+
+
+def share(tensor: torch.Tensor) -> None:
+    """Give all ranks what rank 0 has in ``tensor``."""
+    if number_of_ranks() > 1:
+        torch.distributed.broadcast(tensor, src=0)
 
 
 def number_of_ranks() -> int:

@@ -22,7 +22,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.files import flush
 from bocage.ssl.engine.checkpoint import disk_faults, load_tensors, save_tensors
-from bocage.ssl.engine.distributed import agreed, from_main, rank_and_world
+from bocage.ssl.engine.distributed import agreed, is_main
 from bocage.ssl.engine.weights import Weights
 
 _FACTS, _WEIGHTS = "dump.json", "model.safetensors"
@@ -48,26 +48,28 @@ class RankDump:
     random: dict[str, Any]
 
 
-def write_dump(
-    root: Path,
-    step: int,
-    weights: Weights,
-    own: RankDump,
-    *,
-    limit: int,
-    facts: dict[str, Any],
-) -> Path | None:
-    """Write the dump of ``step``; all ranks take part. None when there are ``limit`` dumps already.
+def count_dumps(root: Path) -> int:
+    """How many dumps are in the folder of a run."""
+    return len(list(root.glob("step-*")))
+
+
+def write_dump(root: Path, step: int, weights: Weights, own: RankDump, facts: dict[str, Any]) -> Path:
+    """Write the dump of ``step``; all ranks take part.
+
+    Args:
+        root: the folder of dumps.
+        step: which.
+        weights: of the run, as they were before the step.
+        own: what this rank had.
+        facts: of the run, JSON-serialisable.
 
     Raises:
         InputError: on all ranks, when one of them cannot write.
     """
     final = root / f"step-{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    main = rank_and_world()[0] == 0
-    if not from_main(main and (final.is_dir() or len(list(root.glob("step-*"))) < limit)):
-        return None
-    weights.gathered()
+    main = is_main()
+    weights.gather()
 
     def start() -> None:
         if main:

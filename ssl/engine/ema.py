@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from bocage.ssl.engine.distributed import share, unshared_buffers
 from bocage.ssl.engine.fsdp import part, part_of_rows, whole
 
 FILE = "ema.safetensors"
@@ -24,8 +25,8 @@ class MovingAverage:
     """Exponential moving average of the parameters and persistent buffers of ``task``; starts as they are now.
 
     ``average = decay * average + (1 - decay) * value``. Integer and boolean buffers (counters, index tables) are
-    copied: averaged and rounded they would point elsewhere. A tied weight is averaged once. torch's ``AveragedModel``
-    does not do the first, timm's ``ModelEmaV3`` not the second.
+    copied: averaged and rounded they would point elsewhere; so are ``unshared_buffers``. A tied weight is averaged
+    once. torch's ``AveragedModel`` does not do the first, timm's ``ModelEmaV3`` not the last.
 
     Args:
         task: on its device already.
@@ -38,19 +39,33 @@ class MovingAverage:
         self._live: dict[str, torch.Tensor] = {**dict(task.named_parameters()), **buffers}
         self._average = {name: value.detach().clone() for name, value in self._live.items()}
         self._blend = get_ema_multi_avg_fn(decay)
+        self._buffers = set(buffers)
+        self._copied = set(unshared_buffers(task))
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights of the step just done."""
-        floating = [name for name, value in self._live.items() if value.is_floating_point()]
+        floating = [
+            name for name, value in self._live.items() if value.is_floating_point() and name not in self._copied
+        ]
         averages = [part(self._average[name]) for name in floating]
         self._blend(averages, [part(self._live[name].detach()) for name in floating], 0)
         for name in self._live.keys() - set(floating):
             self._average[name].copy_(self._live[name])
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The averages by name, put together where ranks divide them (all take part): what ``FILE`` holds."""
-        return {name: whole(value).contiguous() for name, value in self._average.items()}
+    def tensors(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The averages by name, on the CPU: what ``FILE`` holds. All ranks take part; those that ``keep`` get them.
+
+        Divided ones are put together one by one; buffers are those of rank 0, as in DDP.
+        """
+        found = {}
+        for name, value in self._average.items():
+            if name in self._buffers:
+                share(value)
+            tensor = whole(value)
+            if keep:
+                found[name] = tensor.cpu().contiguous()
+        return found
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint; one of a run that kept no average leaves it at the weights of that checkpoint."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bocage.ssl.encoders.base import Encoder
@@ -43,25 +43,27 @@ def learner_of(task: nn.Module, divided: bool) -> Iterator[nn.Module]:
         yield learner
 
 
-def divide(learner: nn.Module, device: torch.device, ranks: int) -> None:
-    """Divide the weights of a module on ``device`` among ``ranks``: by block, and in one go what does not repeat."""
+def divide(learner: nn.Module, device: torch.device, ranks: int, dtype: torch.dtype) -> None:
+    """Divide the weights of a module among ``ranks``: by block, and in one go what does not repeat.
+
+    Args:
+        learner: on ``device``, float32.
+        device: of this rank.
+        ranks: how many.
+        dtype: in which weights are gathered for a pass; where autocast made copies of whole float32 weights, the
+            backward pass would hold on to them. Gradients are averaged in float32.
+    """
     mesh = init_device_mesh(device.type, (ranks,))
+    # Inputs stay as they are: distances on the ground and days lose what 16 bits do not hold.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in repeated_blocks(learner):
-        fully_shard(block, mesh=mesh)
-    fully_shard(learner, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(learner, mesh=mesh, mp_policy=policy)
 
 
 def is_divided(module: nn.Module) -> bool:
     """Whether ``divide`` had it."""
     return isinstance(module, FSDPModule)
-
-
-@contextmanager
-def gradients_averaged(learner: nn.Module, wanted: bool) -> Iterator[None]:
-    """Context of a micro-batch: whether ranks average their gradients at the end of its backward pass."""
-    assert isinstance(learner, FSDPModule)
-    learner.set_requires_gradient_sync(wanted)
-    yield
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,9 +90,7 @@ def part_of_rows(like: torch.Tensor, rows: Callable[[slice], torch.Tensor]) -> t
 
 @torch.no_grad()
 def copy_whole(learner: nn.Module, task: nn.Module) -> None:
-    """Give ``task`` the weights of a divided copy of it, and both the running statistics of rank 0 (all take part)."""
+    """Give ``task`` the weights of a divided copy of it, one by one (all ranks take part), and its own buffers."""
     own: dict[str, Any] = task.state_dict()
     for name, tensor in learner.state_dict().items():
-        if not isinstance(tensor, DTensor):
-            torch.distributed.broadcast(tensor, src=0)
         own[name].copy_(whole(tensor))

@@ -8,13 +8,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from bocage.shards.claims import Claim
 from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
 from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.engine.distributed import agreed, from_main, is_main
+from bocage.ssl.engine.distributed import agreed, is_main
 from bocage.ssl.engine.provenance import differences, matches
 
 
@@ -37,39 +35,43 @@ def claimed(output: Path) -> Iterator[None]:
         yield
 
 
-def checkpoint_to_resume(
-    root: Path, config: EngineConfig, description: dict[str, Any], accelerator: Accelerator
-) -> Path | None:
-    """The checkpoint to continue from, agreed by all ranks, or None for a new run; refuses what must not go on."""
-    found: Path | None = None
-    problem: str | None = None
-    if accelerator.is_main_process:
-        if config.resume == "never" and checkpoint.has_checkpoints(root):
-            problem = (
+def checkpoint_to_resume(root: Path, config: EngineConfig, description: dict[str, Any]) -> Path | None:
+    """The checkpoint to continue from, agreed by all ranks, or None for a new run.
+
+    Raises:
+        InputError: on all ranks, when a run must not go on here.
+    """
+    found: Path | None = agreed(lambda: _found(root, config, description) if is_main() else None)[0]
+    return found
+
+
+def _found(root: Path, config: EngineConfig, description: dict[str, Any]) -> Path | None:
+    if config.resume == "never":
+        if checkpoint.has_checkpoints(root):
+            raise InputError(
                 f"engine.resume=never, but {root} has checkpoints: choose another output, delete them, "
                 "or use engine.resume=auto"
             )
-        elif config.resume == "auto" and (found := checkpoint.newest_intact(root)) is not None:
-            _, saved = checkpoint.read_state(found)
-            changed = differences(saved["config"], description["config"])
-            if refused := [
-                f"{key}: {change}" for key, change in changed.items() if not matches(key, config.resume_allow)
-            ]:
-                problem = (
-                    f"{found} was made with another configuration ({'; '.join(refused)}): restore these keys, choose "
-                    "another output, or accept the change by engine.resume_allow=[KEY,...]"
-                )
-            elif changed:
-                accepted = "; ".join(f"{key}: {change}" for key, change in changed.items())
-                print(f"bocage: resuming with changes that engine.resume_allow accepts: {accepted}", file=sys.stderr)
-            now, then = description["samples_a_step"], saved.get("samples_a_step")
-            if problem is None and then not in (None, now):
-                print(
-                    f"bocage: a step now has {now} samples in place of {then} ({description['ranks']} ranks, were "
-                    f"{saved['ranks']}); batch_size and engine.accumulation are per rank",
-                    file=sys.stderr,
-                )
-    found, problem = from_main((found, problem))
-    if problem is not None:
-        raise InputError(problem)
+        return None
+    with checkpoint.disk_faults(f"output folder {root.parent}"):
+        found = checkpoint.newest_intact(root)
+    if found is None:
+        return None
+    _, saved = checkpoint.read_state(found)
+    changed = differences(saved["config"], description["config"])
+    if refused := [f"{key}: {change}" for key, change in changed.items() if not matches(key, config.resume_allow)]:
+        raise InputError(
+            f"{found} was made with another configuration ({'; '.join(refused)}): restore these keys, choose "
+            "another output, or accept the change by engine.resume_allow=[KEY,...]"
+        )
+    if changed:
+        accepted = "; ".join(f"{key}: {change}" for key, change in changed.items())
+        print(f"bocage: resuming with changes that engine.resume_allow accepts: {accepted}", file=sys.stderr)
+    now, then = description["samples_a_step"], saved.get("samples_a_step")
+    if then not in (None, now):
+        print(
+            f"bocage: a step now has {now} samples in place of {then} ({description['ranks']} ranks, were "
+            f"{saved['ranks']}); batch_size and engine.accumulation are per rank",
+            file=sys.stderr,
+        )
     return found

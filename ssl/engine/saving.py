@@ -52,7 +52,8 @@ def save(
     main, scaler = accelerator.is_main_process, accelerator.scaler
     shares = config.checkpoint == "sharded" and is_divided(weights.learner)
     ranks = gathered({"random": random_state(), "window": window})
-    averaged = weights.gathered()
+    weights.gather()
+    averaged = weights.average.tensors(keep=main) if weights.average is not None else None
     averages, own = divided(optimizer) if shares else (gathered_whole(optimizer, keep=main), {})
 
     def start() -> None:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from bocage.ssl.engine.distributed import share
 from bocage.ssl.engine.ema import MovingAverage, substitute, substituted
 from bocage.ssl.engine.fsdp import copy_whole, is_divided
 
@@ -30,21 +31,25 @@ class Weights:
     learner: nn.Module
     average: MovingAverage | None
 
-    def gathered(self) -> dict[str, torch.Tensor] | None:
-        """Bring ``task`` up to date, and return the averaged weights by name if they are kept; all ranks take part.
+    def gather(self) -> None:
+        """Bring ``task`` up to date, with the running statistics of rank 0 on all of them; all ranks take part.
 
         What is whole already is not copied.
         """
+        kept = self.learner.state_dict(keep_vars=True)
+        for name, buffer in self.learner.named_buffers():
+            if name in kept:
+                share(buffer)
         if is_divided(self.learner):
             copy_whole(self.learner, self.task)
-        return self.average.tensors() if self.average is not None else None
 
     @contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
         """Context with ``task`` as it is to be evaluated; all ranks enter together, and then need no other."""
-        averaged = self.gathered()
+        self.gather()
+        averages = self.average.tensors() if self.average is not None else None
         self.task.to(self.accelerator.device).eval()
-        with torch.no_grad(), self.accelerator.autocast(), substituted(self.task, averaged):
+        with torch.no_grad(), self.accelerator.autocast(), substituted(self.task, averages):
             yield self.task
         if is_divided(self.learner):
             self.task.to("cpu")  # the device has its part of the weights, and whole ones only while they are looked at
@@ -53,7 +58,7 @@ class Weights:
 
     def hand_over(self) -> None:
         """Leave ``task`` on its device with the weights that the run ends with; all ranks take part."""
-        averaged = self.gathered()
+        self.gather()
         self.task.to(self.accelerator.device)
-        if averaged is not None:
-            substitute(self.task, averaged)
+        if self.average is not None:
+            substitute(self.task, self.average.tensors())

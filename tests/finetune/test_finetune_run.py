@@ -19,7 +19,7 @@ from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.engine.loop import EngineConfig
+from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig
 from bocage.tools.main import main
 

@@ -20,9 +20,10 @@ from torch import nn
 
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.ssl.engine.loop import DivergenceError, EngineConfig
+from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, learning_rate_factor, undecayed_names
 from bocage.ssl.engine.provenance import differences, plain
+from bocage.ssl.engine.run import DivergenceError
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 CONSTANT = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1.0)

@@ -22,8 +22,10 @@ from torch import nn
 from bocage.shards.batch import Batch
 from bocage.shards.draws import uniform
 from bocage.shards.seeds import sample_seed
-from bocage.ssl.engine.loop import EngineConfig, Outcome, train
+from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.loop import train
 from bocage.ssl.engine.optim import OptimizerConfig
+from bocage.ssl.engine.run import Outcome
 
 MODALITY = "DEM_ELEV"
 
