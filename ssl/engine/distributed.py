@@ -29,7 +29,6 @@ from bocage.ssl.engine.fsdp import divide, is_divided
 Precision = Literal["fp32", "bf16", "fp16"]
 Value = TypeVar("Value")
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -91,8 +90,7 @@ def prepared(accelerator: Accelerator, learner: nn.Module, divides: bool) -> Ite
     model = accelerator.prepare_model(learner, evaluation_mode=divides)
     try:
         if divides:
-            dtype = _DTYPES.get(accelerator.mixed_precision, torch.float32)
-            divide(learner, accelerator.device, accelerator.num_processes, dtype)
+            divide(learner, accelerator.device, accelerator.num_processes)
         yield model
     finally:
         # Accelerate replaced `forward` by one that runs under autocast.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bocage.ssl.encoders.base import Encoder
@@ -43,22 +43,17 @@ def learner_of(task: nn.Module, divided: bool) -> Iterator[nn.Module]:
         yield learner
 
 
-def divide(learner: nn.Module, device: torch.device, ranks: int, dtype: torch.dtype) -> None:
-    """Divide the weights of a module among ``ranks``: by block, and in one go what does not repeat.
+def divide(learner: nn.Module, device: torch.device, ranks: int) -> None:
+    """Divide the weights of a module on ``device`` among ``ranks``: by block, and in one go what does not repeat.
 
-    Args:
-        learner: on ``device``, float32.
-        device: of this rank.
-        ranks: how many.
-        dtype: in which weights are gathered for a pass; where autocast made copies of whole float32 weights, the
-            backward pass would hold on to them. Gradients are averaged in float32.
+    They are gathered as float32, also under bf16: FSDP's own mixed precision would give norms 16-bit weights and
+    float32 inputs, which they refuse on the CPU. What autocast copies of them for the backward pass is only let go of
+    early by recomputed blocks (``regions.recomputed``).
     """
     mesh = init_device_mesh(device.type, (ranks,))
-    # Inputs stay as they are: distances on the ground and days lose what 16 bits do not hold.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in repeated_blocks(learner):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(learner, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(learner, mesh=mesh)
 
 
 def is_divided(module: nn.Module) -> bool:
