@@ -190,7 +190,7 @@ def load_segmentation(folder: Path) -> Segmentation:
     room = 2 * sum(tensor.nbytes for tensor in stored.values()) + _ROOM
     try:
         with torch.random.fork_rng(devices=[]), limited_memory(parameters=room, buffers=room):
-            task = _described(config)
+            task = described(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, MemoryError, RuntimeError) as error:
@@ -220,8 +220,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _described(config: dict[str, Any]) -> Segmentation:
-    """Raises ``InputError`` or what Python says of a key or value that is not as ``to_json`` writes it."""
+def described(config: dict[str, Any], frozen: Collection[str] = (), auxiliary_weight: float = 0.4) -> Segmentation:
+    """The model that ``Segmentation.to_json`` describes, with fresh weights.
+
+    Raises:
+        InputError, or what Python says of a key or value that is not as ``to_json`` writes it.
+    """
     encoders = {
         name: build_encoder(checked_input(item["input"]), EncoderConfig(**item["config"]))
         for name, item in config["encoders"].items()
@@ -232,6 +236,8 @@ def _described(config: dict[str, Any]) -> Segmentation:
         config["band"],
         DecoderConfig(**config["decoder"]),
         config["quality_masks"],
-        auxiliary=config["auxiliary"],
-        official=config["official"],
+        frozen,
+        config["auxiliary"],
+        auxiliary_weight,
+        config["official"],
     )

@@ -266,7 +266,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         monitor="miou",
         export=_export,
         parameter_groups=_parameter_groups(config),
-        rebuild={"command": "finetune", "config": asdict(config)},
+        rebuild={"command": "finetune", "config": asdict(config), "model": task.to_json()},
     )
     result: dict[str, Any] = {"exit_code": outcome.exit_code, "stopped": outcome.stopped}
     if outcome.stopped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -65,6 +65,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def subset(self, rows: Sequence[int]) -> Batch:
+        """The samples at ``rows``, in that order; one may come more than once."""
+        index = torch.as_tensor(rows)
+        chosen = self._mapped(lambda tensor: tensor[index])
+        return replace(chosen, keys=[self.keys[row] for row in rows], rois=[self.rois[row] for row in rows])
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return replace(

@@ -202,7 +202,11 @@ def pretrain(config: PretrainConfig) -> Outcome:
         },
         evaluate=evaluate if probe is not None else None,
         export=export_encoders,
-        rebuild={"command": "pretrain", "config": asdict(config)},
+        rebuild={
+            "command": "pretrain",
+            "config": asdict(config),
+            "inputs": {name: task.encoder(name).spec.to_json() for name in task.encoders},
+        },
     )
     if outcome.exit_code == 0 and is_main():
         output = Path(config.output)

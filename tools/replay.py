@@ -10,17 +10,21 @@ import torch
 from torch import nn
 
 from bocage import recipes
+from bocage.finetune.task import described
 from bocage.finetune.train import FinetuneConfig
-from bocage.finetune.train import build_task as build_segmentation
 from bocage.shards.errors import InputError
+from bocage.shards.normalize import InputSpec
 from bocage.shards.remote import open_shards
-from bocage.ssl.engine.dumps import load_weights, read_facts, read_rank
+from bocage.ssl.engine.distributed import Precision, build_accelerator, gathered, rank_and_world
+from bocage.ssl.engine.dumps import RankDump, load_weights, read_facts, read_rank
 from bocage.ssl.engine.provenance import library_versions
 from bocage.ssl.engine.replay import Finding, replay
 from bocage.ssl.pretrain import PretrainConfig
 from bocage.ssl.pretrain import build_task as build_pretraining
 
 _SHOWN = 5
+_CLOSE = 1e-2  # of a loss to what it was; other devices compute other last digits
+_PATIENCE = 600.0  # seconds that ranks wait for each other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,33 +35,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Replay every rank of the dump."""
+    """Replay every rank of the dump: one after the other, or all at once where as many are started here."""
     facts = read_facts(arguments.dump)
     task, precision = _task(arguments.dump, facts, arguments.shards)
     load_weights(arguments.dump, task)
-    device = _device(arguments.device)
-    print(f"step {facts['step']} of recipe {facts['recipe']}, {facts['ranks']} ranks, {precision}; here on {device}")
-    reproduced = False
-    for rank in range(facts["ranks"]):
-        dump = read_rank(arguments.dump, facts, rank)
-        findings = replay(
-            task, dump, precision=precision, scale=facts["scale"], threads=facts["threads"], device=device
-        )
-        for index, finding in enumerate(findings):
-            reproduced |= not finding.finite
-            then = dump.losses[index]
-            print(f"rank {rank}, micro-batch {index + 1}: loss {finding.losses['loss']:.6g}", end="")
-            print(f", was {'not finite' if then is None else f'{then:.6g}'}")
-            for line in _lines(finding):
-                print(f"  {line}")
-    if not reproduced:
-        there, here = facts["versions"], library_versions()
-        changed = "; ".join(f"{name} {there.get(name)} there, {here[name]} here" for name in here) or "same libraries"
-        print(
-            "everything is finite here, with the weights, batches and random draws of the step, rank by rank: look at "
-            f"the device and at what differs ({changed})"
-        )
+    accelerator = build_accelerator("fp32", "none", arguments.dump, _PATIENCE)
+    rank, ranks = rank_and_world()
+    if ranks not in (1, facts["ranks"]):
+        raise InputError(f"{arguments.dump} is of {facts['ranks']} ranks: start one, or as many, not {ranks}")
+    device = accelerator.device if arguments.device is None else _device(arguments.device)
+    if rank == 0:
+        where = f"{facts['ranks']} ranks, {precision}; here on {device}"
+        print(f"step {facts['step']} of recipe {facts['recipe']}, {where}")
+    numbers = range(facts["ranks"]) if ranks == 1 else [rank]
+    dumps = (read_rank(arguments.dump, facts, number) for number in numbers)
+    told = [_replayed(task, dump, facts, precision, device) for dump in dumps]
+    everyones = [entry for entries in gathered(told) for entry in entries]
+    if rank == 0:
+        for lines, _, _ in everyones:
+            print("\n".join(lines))
+        for line in _conclusions(facts, ranks, any(bad for _, bad, _ in everyones), any(off for *_, off in everyones)):
+            print(line)
     return 0
+
+
+def _replayed(
+    task: nn.Module, dump: RankDump, facts: dict[str, Any], precision: Precision, device: torch.device
+) -> tuple[list[str], bool, bool]:
+    """What to print about a rank, whether anything was not finite, and whether a finite loss is not what it was."""
+    lines, bad, off = [], False, False
+    findings = replay(task, dump, precision=precision, scale=facts["scale"], threads=facts["threads"], device=device)
+    for index, finding in enumerate(findings):
+        then, now = dump.losses[index], finding.losses["loss"]
+        bad |= not finding.finite
+        off |= then is not None and abs(now - then) > _CLOSE * abs(then)
+        was = "not finite" if then is None else f"{then:.6g}"
+        lines.append(f"rank {dump.rank}, micro-batch {index + 1}: loss {now:.6g}, was {was}")
+        lines += [f"  {line}" for line in _lines(finding)]
+    return lines, bad, off
+
+
+def _conclusions(facts: dict[str, Any], ranks: int, bad: bool, off: bool) -> list[str]:
+    if off and ranks < facts["ranks"]:
+        return [
+            "losses are not what they were: terms of the loss compare samples of all ranks, which are replayed singly "
+            f"here; torchrun --nproc_per_node {facts['ranks']} -m bocage.tools.main replay DUMP replays them together"
+        ]
+    if bad:
+        return []
+    there, here = facts["versions"], library_versions()
+    changed = [f"{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]
+    return [
+        "everything is finite here, with the weights, batches and random draws of the step, rank by rank: look at the "
+        f"device and at what differs ({'; '.join(changed) or 'no library does'})"
+    ]
 
 
 def _lines(finding: Finding) -> list[str]:
@@ -69,6 +100,8 @@ def _lines(finding: Finding) -> list[str]:
     if finding.gradients and not finding.where:
         more = f" and {len(finding.gradients) - _SHOWN} more" if len(finding.gradients) > _SHOWN else ""
         lines.append(f"gradient not finite: {', '.join(finding.gradients[:_SHOWN])}{more}")
+    if finding.refused:
+        lines.append(f"samples were not tried alone: the task takes none ({finding.refused})")
     if finding.samples:
         lines.append(f"samples with which this happens alone: {', '.join(finding.samples)}")
     for (key, modality), count in finding.inputs.items():
@@ -76,20 +109,22 @@ def _lines(finding: Finding) -> list[str]:
     return lines
 
 
-def _task(folder: Path, facts: dict[str, Any], shards: str | None) -> tuple[nn.Module, Any]:
-    """The task of the run, with fresh weights, and its precision."""
-    rebuild = facts.get("rebuild")
+def _task(folder: Path, facts: dict[str, Any], shards: str | None) -> tuple[nn.Module, Precision]:
+    """The task of the run, with fresh weights and its statistics of inputs, and its precision."""
+    rebuild = facts["rebuild"]
     if rebuild is None:
-        raise InputError(
-            f"{folder} does not say how its task is built: only runs of pretrain.py and finetune can replay"
-        )
+        raise InputError(f"{folder} does not say how its task is built: only dumps of pretrain.py and finetune do")
     source = f"{folder}/dump.json"
+    # The weights are here: what the encoders started from need not be.
+    settings = {**rebuild["config"], "encoders": {}}
     if rebuild["command"] == "pretrain":
-        pretraining = recipes.restored(PretrainConfig, rebuild["config"], source)
-        manifest = _shards(pretraining.shards, shards, facts)
-        return build_pretraining(pretraining, manifest), pretraining.engine.precision
-    config = recipes.restored(FinetuneConfig, rebuild["config"], source)
-    return build_segmentation(config, _shards(config.shards, shards, facts)), config.engine.precision
+        pretraining = recipes.restored(PretrainConfig, settings, source)
+        task = build_pretraining(pretraining, _shards(pretraining.shards, shards, facts))
+        for name, spec in rebuild["inputs"].items():
+            task.encoder(name).spec = InputSpec.from_json(spec)
+        return task, pretraining.engine.precision
+    tuning = recipes.restored(FinetuneConfig, settings, source)
+    return described(rebuild["model"], tuning.freeze, tuning.auxiliary_weight), tuning.engine.precision
 
 
 def _shards(then: str, now: str | None, facts: dict[str, Any]) -> Any:
@@ -99,10 +134,9 @@ def _shards(then: str, now: str | None, facts: dict[str, Any]) -> Any:
     return manifest
 
 
-def _device(name: str | None) -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+def _device(name: str) -> torch.device:
     try:
-        device = torch.device(name or found or "cpu")
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -27,6 +27,7 @@ from bocage.ssl.engine.weights import Weights
 
 _FACTS, _WEIGHTS = "dump.json", "model.safetensors"
 _FORMAT = 1
+_KEYS = {"step", "threads", "found", "scale", "rebuild", "recipe", "ranks", "config", "versions"}
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
         raise InputError(f"{path} is not of format {_FORMAT}: replay with the version of bocage that wrote it")
+    if missing := _KEYS - facts.keys():
+        raise InputError(f"{path} lacks {', '.join(sorted(missing))}: it is damaged")
     return facts
 
 

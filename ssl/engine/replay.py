@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from bocage.shards.batch import Batch
-from bocage.ssl.engine.distributed import Precision
+from bocage.ssl.engine.distributed import Precision, gathered
 from bocage.ssl.engine.dumps import RankDump
 from bocage.ssl.engine.randomness import preserved_random_state, restore_random_state
 
@@ -28,6 +28,7 @@ class Finding:
         where: name of the first module whose output is not finite; empty when all are.
         gradients: names of parameters whose gradient is not finite.
         samples: keys of the samples whose loss or gradient is not finite when they are alone.
+        refused: what the task said when it would not take one sample alone.
         inputs: by key and modality, how many values of the batch are not finite.
     """
 
@@ -35,6 +36,7 @@ class Finding:
     where: str
     gradients: list[str]
     samples: list[str]
+    refused: str
     inputs: dict[tuple[str, str], int]
 
     @property
@@ -46,10 +48,12 @@ class Finding:
 def replay(
     task: nn.Module, dump: RankDump, *, precision: Precision, scale: float, threads: int, device: torch.device
 ) -> Iterator[Finding]:
-    """What each micro-batch of a rank gives with the weights of ``task``, which is in training mode afterwards.
+    """What each micro-batch of a rank gives with the weights of ``task``; its buffers are as before in the end.
+
+    When several ranks replay their parts together, all of them iterate in step.
 
     Args:
-        task: as it was before the step.
+        task: as it was before the step; in training mode afterwards.
         dump: what the rank had.
         precision: of the forward pass.
         scale: of the loss in the backward pass (fp16).
@@ -57,28 +61,64 @@ def replay(
         device: where to compute.
     """
     task.to(device).train()
-    buffers = {name: value.clone() for name, value in task.named_buffers()}
     restore_random_state(dump.random)
     threads_here = torch.get_num_threads()
     torch.set_num_threads(threads)
-    for batch in dump.batches:
-        with _first_not_finite(task) as found, _autocast(precision, device):
-            loss, logs = task(batch.to(device))
-        (loss.float() * scale / len(dump.batches)).backward()
-        gradients = _bad_gradients(task)
-        losses = {
-            "loss": float(loss.detach()),
-            **{name: float(value) for name, value in logs.items() if value.ndim != 2},
-        }
-        finding = Finding(losses, found[0] if found else "", gradients, [], _not_finite_inputs(batch))
-        if not finding.finite:
-            with preserved_random_state():
-                finding.samples += _bad_alone(task, batch, precision, scale, device)
-        yield finding
-    torch.set_num_threads(threads_here)
-    with torch.no_grad():
-        for name, value in task.named_buffers():
-            value.copy_(buffers[name])
+    try:
+        with _kept_buffers(task):
+            for batch in dump.batches:
+                with _first_not_finite(task) as found:
+                    loss, logs = _passed(task, batch, precision, scale / len(dump.batches), device)
+                finding = Finding(
+                    {"loss": float(loss), **{name: float(value) for name, value in logs.items() if value.ndim != 2}},
+                    found[0] if found else "",
+                    _bad_gradients(task),
+                    [],
+                    "",
+                    _not_finite_inputs(batch),
+                )
+                if any(gathered(not finding.finite)):
+                    _look_one_by_one(finding, task, batch, precision, scale, device)
+                yield finding
+    finally:
+        torch.set_num_threads(threads_here)
+
+
+def _look_one_by_one(
+    finding: Finding, task: nn.Module, batch: Batch, precision: Precision, scale: float, device: torch.device
+) -> None:
+    for index, key in enumerate(batch.keys):
+        # Twice the same: statistics of batches want two samples.
+        with preserved_random_state(), _kept_buffers(task):
+            try:
+                loss, _ = _passed(task, batch.subset([index, index]), precision, scale, device)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                finding.refused = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                task.zero_grad()
+                return
+            if _bad_gradients(task) or not loss.isfinite():
+                finding.samples.append(key)
+
+
+def _passed(
+    task: nn.Module, batch: Batch, precision: Precision, scale: float, device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    with _autocast(precision, device):
+        loss, logs = task(batch.to(device))
+    (loss.float() * scale).backward()
+    return loss.detach(), logs
+
+
+@contextmanager
+def _kept_buffers(task: nn.Module) -> Iterator[None]:
+    """Context whose forward passes leave no trace in running statistics and queues."""
+    kept = {name: value.clone() for name, value in task.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in task.named_buffers():
+                value.copy_(kept[name])
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -125,26 +165,6 @@ def _bad_gradients(task: nn.Module) -> list[str]:
     ]
     task.zero_grad()
     return names
-
-
-def _bad_alone(
-    task: nn.Module, batch: Batch, precision: Precision, scale: float, device: torch.device
-) -> Iterator[str]:
-    for index, key in enumerate(batch.keys):
-        with _autocast(precision, device):
-            loss, _ = task(_sample(batch, index).to(device))
-        (loss.float() * scale).backward()
-        if _bad_gradients(task) or not loss.isfinite():
-            yield key
-
-
-def _sample(batch: Batch, index: int) -> Batch:
-    own = slice(index, index + 1)
-
-    def one(value: Any) -> Any:
-        return {name: item[own] for name, item in value.items()} if isinstance(value, dict) else value[own]
-
-    return replace(batch, **{item.name: one(getattr(batch, item.name)) for item in fields(batch)})
 
 
 def _not_finite_inputs(batch: Batch) -> dict[tuple[str, str], int]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_recipes import PRETRAIN
 
 from bocage import recipes
+from bocage.finetune.train import FinetuneConfig, finetune
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
@@ -132,6 +133,91 @@ class Payload:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Path.touch, (Path("executed"),)  # type: ignore[return-value]
+
+
+def run_of(words: list[str], output: Path, *more: str) -> Path:
+    """The first dump of a run on one rank."""
+    pretrain(recipes.resolve(PretrainConfig, [*words, *more, "engine.steps=4", f"output={output}"]))
+    return min((output / "bad_steps").iterdir())
+
+
+def test_the_encoder_it_started_from_may_be_gone(
+    broken: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, words = broken
+    (start,) = [word.split("=")[1] for word in words if word.startswith("encoders.")]
+    shutil.copytree(start, tmp_path / "encoder")
+    own = [word for word in words if not word.startswith("encoders.")]
+    folder = run_of(own, tmp_path / "run", f"encoders.DEM_ELEV={tmp_path / 'encoder'}")
+    shutil.rmtree(tmp_path / "encoder")
+    assert main(["replay", str(folder)]) == 0
+    assert f"samples with which this happens alone: {key}" in capsys.readouterr().out
+
+
+# A queue would carry what is not finite from one sample to the next, and VICReg wants two samples.
+def test_queues_and_losses_of_batches_do_not_blame_others(
+    broken: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, words = broken
+    own = [word for word in words if not word.startswith("modalities=")]
+    more = ["modalities=[DEM_ELEV,SENTINEL2_TS]", "weights.contrastive=1", "contrastive.queue=64", "weights.vicreg=1"]
+    assert main(["replay", str(run_of(own, tmp_path, *more, "batch_size=4"))]) == 0
+    said = capsys.readouterr().out
+    assert f"samples with which this happens alone: {key}\n" in said
+
+
+# Some 5 s: patches are simulated, sharded and fine-tuned on.
+def test_statistics_of_batches_are_no_obstacle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fine-tuning with batch normalisation, at a rate that ends it."""
+    write_tree(tmp_path / "tree", patches=4, seed=5, dates=(3, 4))
+    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    words = ["recipe=finetune_quickstart", "modalities=[AERIAL_RGBI]", "decoder.norm=batch", "batch_size=2"]
+    words += ["split=all", "window=51.2", "predictions=0", "engine.steps=6", "engine.optimizer.learning_rate=1e30"]
+    words += ["engine.optimizer.warmup_steps=0", f"shards={shards}", f"output={tmp_path / 'run'}"]
+    finetune(recipes.resolve(FinetuneConfig, words))
+    assert main(["replay", str(min((tmp_path / "run" / "bad_steps").iterdir()))]) == 0
+    said = capsys.readouterr().out
+    assert "was not finite" in said
+    assert "first module whose output is not finite: model." in said
+    assert "samples with which this happens alone" in said
+
+
+def test_a_dump_that_lacks_facts_is_named(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / dump.name
+    shutil.copytree(dump, copy)
+    facts = json.loads((copy / "dump.json").read_text())
+    del facts["scale"], facts["threads"]
+    (copy / "dump.json").write_text(json.dumps(facts))
+    assert main(["replay", str(copy)]) == 2
+    assert "dump.json lacks scale, threads: it is damaged" in capsys.readouterr().err
+
+
+# About 40 s: torchrun starts two interpreters, twice; the second time ranks replay their parts together.
+@pytest.mark.slow
+def test_ranks_that_compare_their_samples_replay_together(
+    broken: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, words = broken
+    own = [word for word in words if not word.startswith("modalities=")]
+    own += ["modalities=[DEM_ELEV,SENTINEL2_TS]", "weights.contrastive=1", "batch_size=1", "engine.steps=4"]
+    own += ["engine.accumulation=2", f"output={tmp_path}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def launched(*what: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*launch, *what], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120)
+
+    assert launched("pretrain.py", *own).returncode == 0
+    folder = min((tmp_path / "bad_steps").iterdir())
+    assert main(["replay", str(folder)]) == 0
+    assert "torchrun --nproc_per_node 2 -m bocage.tools.main replay" in capsys.readouterr().out
+    together = launched("-m", "bocage.tools.main", "replay", str(folder))
+    assert together.returncode == 0, together.stderr
+    finite = [line for line in together.stdout.splitlines() if line.startswith("rank") and "not finite" not in line]
+    assert finite
+    for line in finite:
+        assert line.split("loss ")[1].split(", was ")[0] == line.split(", was ")[1]
+    assert f"samples with which this happens alone: {key}" in together.stdout
 
 
 # About 30 s: torchrun starts two interpreters, and the dump of both ranks is replayed.
