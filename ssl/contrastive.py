@@ -31,8 +31,8 @@ class ContrastiveConfig:
         width: channels in which sensors are compared.
         cell: side of a cell of the ground grid, metres.
         cells: cells of a sample that are compared in a step, drawn at random.
-        keys: cells of all ranks that each cell is compared with, drawn at random; memory of a rank is in proportion to
-            its samples times this.
+        keys: cells of all ranks that each cell is compared with, drawn at random. Similarities take a rank
+            samples x ``cells`` x (``keys`` + ``queue``) float32 for each ordered pair of sensors.
         queue: cells of earlier steps that are compared with as well, for batches too small to hold many others (MoCo,
             arXiv 1911.05722, without a second encoder: they are as the encoders were then); 0 keeps none.
         temperature: of the softmax; the start when it is learned.
@@ -119,10 +119,10 @@ class Contrastive(nn.Module):
         chosen = draws.argsort(dim=1, stable=True)[:, :count]
         vectors = vectors.gather(2, chosen[None, :, :, None].expand(len(vectors), -1, -1, vectors.shape[-1]))
         known = known.gather(2, chosen[None].expand(len(known), -1, -1))
-        keys, keys_known, owners = self._keys(vectors, known, view.seeds)
+        keys, keys_known, owners = self._keys(vectors, known, view)
         scale = self.fixed_scale if self.log_scale is None else self.log_scale.clamp(max=_HOTTEST).exp()
         queries, own = vectors.flatten(1, 2), known.flatten(1, 2)
-        foreign = view.seeds.repeat_interleave(count)[:, None] != owners[None]
+        foreign = view.samples.repeat_interleave(count)[:, None] != owners[None]
         total = vectors.new_zeros(())
         cells, right = vectors.new_zeros(()), vectors.new_zeros(())
         with torch.autocast(vectors.device.type, enabled=False):
@@ -144,9 +144,9 @@ class Contrastive(nn.Module):
         return total * number_of_ranks() / everywhere, figures
 
     def _keys(
-        self, vectors: torch.Tensor, known: torch.Tensor, seeds: torch.Tensor
+        self, vectors: torch.Tensor, known: torch.Tensor, view: View
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cells of all ranks to compare with: (M, K, width), (M, K) bool, and whose they are, (K,) seeds of samples.
+        """Cells of all ranks to compare with: (M, K, width), (M, K) bool, and whose they are, (K,) ``View.samples``.
 
         Which ones are taken depends on the samples alone, not on their order or their rank. Those of the queue come
         last; while training, the queue then takes in the others in place of its oldest.
@@ -154,12 +154,12 @@ class Contrastive(nn.Module):
         count = vectors.shape[2]
         everyone = gathered_with_gradients(vectors.transpose(0, 1))  # (samples of all ranks, M, cells, width)
         everyones = gathered_with_gradients(known.transpose(0, 1))
-        owners = gathered_with_gradients(seeds)
+        owners, seeds = gathered_with_gradients(view.samples), gathered_with_gradients(view.seeds)
         keys = everyone.transpose(0, 1).flatten(1, 2)
         allowed = everyones.transpose(0, 1).flatten(1, 2)
         of = owners.repeat_interleave(count)
         if len(of) > self.config.keys:
-            drawn = uniform(owners, "contrastive keys", count).flatten().argsort(stable=True)[: self.config.keys]
+            drawn = uniform(seeds, "contrastive keys", count).flatten().argsort(stable=True)[: self.config.keys]
             keys, allowed, of = keys[:, drawn], allowed[:, drawn], of[drawn]
         return (keys, allowed, of) if self.queue is None else self.queue(keys, allowed, of)
 

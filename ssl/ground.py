@@ -64,8 +64,9 @@ def cell_means(tokens: GroundTokens, side: float, cells: int) -> tuple[torch.Ten
     batch, _, width = tokens.values.shape
     place = (tokens.centres * (cells / side)).long().clamp(0, cells - 1)
     index = (place[..., 1] * cells + place[..., 0]).expand(batch, -1)
-    weight = tokens.seen.expand(batch, -1).to(tokens.values.dtype)
+    values = tokens.values.float()  # sums of 16 bits stick
+    weight = tokens.seen.expand(batch, -1).to(values.dtype)
     counts = weight.new_zeros(batch, cells * cells).scatter_add(1, index, weight)
-    sums = tokens.values.new_zeros(batch, cells * cells, width)
-    sums = sums.scatter_add(1, index[..., None].expand(-1, -1, width), tokens.values * weight[..., None])
+    sums = values.new_zeros(batch, cells * cells, width)
+    sums = sums.scatter_add(1, index[..., None].expand(-1, -1, width), values * weight[..., None])
     return sums / counts.clamp_min(1)[..., None], counts > 0

@@ -84,11 +84,14 @@ class Latent(nn.Module):
                 buffer.copy_(followed_buffer)
 
     @torch.no_grad()
-    def targets(self, name: str, given: EncoderInput, cells: int) -> torch.Tensor:
-        """What the teacher sees, (B, cells * cells, width) float32, normalised; zeros where a sensor is lacking."""
+    def targets(self, name: str, given: EncoderInput, rows: torch.Tensor, cells: int) -> torch.Tensor:
+        """What the teacher sees of the samples ``rows`` that have the sensor; zeros for the others.
+
+        Returns:
+            (B, cells * cells, width) float32, normalised at each place.
+        """
         teacher = self.teachers[name]
         assert isinstance(teacher, Encoder)
-        rows = given.present.nonzero()[:, 0]
         seen = rows if len(rows) or not teacher.runs_always else rows.new_zeros(1)
         found = given.values.new_zeros(len(given.values), cells * cells, teacher.widths[-1], dtype=torch.float32)
         if not len(seen):
@@ -131,7 +134,7 @@ class Latent(nn.Module):
         answers = self.decoder.read(places, memory)
         total, figures = torch.zeros((), device=view.seeds.device), {}
         for name, count in counts.items():
-            target = self.targets(name, view.inputs[name], count)
+            target = self.targets(name, view.inputs[name], view.present[name], count)
             wanted = self.wanted(view.inputs[name], view.masks[name])
             errors = F.smooth_l1_loss(self.heads[name](answers[name]).float(), target, reduction="none").mean(dim=-1)
             losses = (errors * wanted).sum(dim=1) / wanted.sum(dim=1).clamp_min(1)

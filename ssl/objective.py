@@ -14,6 +14,7 @@ from bocage.shards.augment import AugmentConfig
 from bocage.shards.batch import Batch
 from bocage.shards.inputs import EncoderInput, encoder_inputs
 from bocage.shards.modality import Modality
+from bocage.shards.seeds import sample_seed
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.collapse import sampled
 from bocage.ssl.masking import Mask, MaskingConfig, draw_masks, pack, recentred
@@ -30,7 +31,9 @@ class View:
             the packed canvas, whose mask units lie in the order of the 2 x 2 blocks they come from. Zeros for samples
             whose modality is hidden as a whole or absent.
         rows: indices of the samples that were encoded, by modality.
-        seeds: (B,) int64.
+        present: indices of the samples that have it, hidden or not.
+        seeds: (B,) int64, of this epoch.
+        samples: (B,) int64, of the keys: the same in every epoch.
         side: side of the ground window, metres.
         packed: whether images were packed.
     """
@@ -39,7 +42,9 @@ class View:
     masks: dict[str, Mask]
     maps: dict[str, list[torch.Tensor]]
     rows: dict[str, torch.Tensor]
+    present: dict[str, torch.Tensor]
     seeds: torch.Tensor
+    samples: torch.Tensor
     side: float
     packed: bool
 
@@ -132,17 +137,22 @@ class Pretraining(nn.Module):
         augment = self.augment if oriented else None
         inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented, augment=augment)
         masks = draw_masks(inputs, self.modalities, batch.seeds, self.masking)
-        return self.encoded(inputs, masks, batch.seeds)
+        numbers = torch.tensor([sample_seed(0, 0, key) for key in batch.keys])
+        return self.encoded(inputs, masks, batch.seeds, numbers.to(batch.seeds.device, non_blocking=True))
 
-    def encoded(self, inputs: dict[str, EncoderInput], masks: dict[str, Mask], seeds: torch.Tensor) -> View:
+    def encoded(
+        self, inputs: dict[str, EncoderInput], masks: dict[str, Mask], seeds: torch.Tensor, samples: torch.Tensor
+    ) -> View:
         """The view of inputs under given masks."""
         # One transfer a step tells which samples each encoder has to look at.
-        seen = ~torch.stack([masks[name].whole for name in inputs]).cpu()
-        rows = {name: here.nonzero()[:, 0].to(seeds.device) for name, here in zip(inputs, seen, strict=True)}
+        flags = torch.stack([~masks[name].whole for name in inputs] + [item.present for item in inputs.values()]).cpu()
+        indices = [here.nonzero()[:, 0].to(seeds.device) for here in flags]
+        rows = dict(zip(inputs, indices[: len(inputs)], strict=True))
+        present = dict(zip(inputs, indices[len(inputs) :], strict=True))
         maps = {name: self._encode(name, inputs[name], masks[name], rows[name]) for name in inputs}
         first = next(iter(inputs))
         side = inputs[first].values.shape[-1] * self.modalities[first].gsd
-        return View(inputs, masks, maps, rows, seeds, side, self.masking.images == "packed")
+        return View(inputs, masks, maps, rows, present, seeds, samples, side, self.masking.images == "packed")
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted sum of the terms, and what to log: each term's loss and figures, features of each encoder."""

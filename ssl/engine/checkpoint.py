@@ -279,7 +279,8 @@ def load_tensors(path: Path) -> Any:
         InputError: the file holds something else, which was not executed, or cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped: of what others divide, a rank reads its part.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(
             f"{path} is damaged or holds something else than tensors; nothing in it was executed. Delete its folder"

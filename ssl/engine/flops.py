@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bocage.ssl.engine.distributed import Precision
 
-# Dense TFLOP/s in 16 bits and in float32 (without TF32, as torch computes by default), by what the device's name holds;
-# from the vendors' data sheets. The more specific names come first.
+# Dense TFLOP/s in 16 bits and in float32 (without TF32, which torch by default uses for convolutions alone), by words
+# of the device's name; from the vendors' data sheets. The more specific names come first.
 _PEAKS = {
     "B200": (2250.0, 75.0),
     "GH200": (989.0, 67.0),
@@ -29,14 +30,14 @@ _PEAKS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
     "MI300X": (1307.0, 163.4),
-    "MI250X": (383.0, 95.7),
+    "MI250X": (191.5, 47.9),  # torch shows its two dies as two devices
 }
 
 
 def peak(device: str, precision: Precision) -> float | None:
     """Dense FLOP/s of a device by its name, e.g. ``NVIDIA A100-SXM4-80GB``; None when it is not known."""
     for name, (half, single) in _PEAKS.items():
-        if name.lower() in device.lower():
+        if re.search(rf"\b{name}\b", device, re.IGNORECASE):
             return 1e12 * (single if precision == "fp32" else half)
     return None
 

@@ -95,8 +95,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], fold
         if value is None:
             return part_of_rows(parameter, lambda wanted: parts.rows(f"{index}.{name}", wanted))
         if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-            return part_of_rows(parameter, value.__getitem__)
-        return value
+            return part_of_rows(parameter, lambda wanted: value[wanted].clone())
+        return (
+            value.clone() if isinstance(value, torch.Tensor) else value
+        )  # the file may be deleted before the run ends
 
     state = {
         index: {name: own(index, name, value) for name, value in values.items()}

@@ -10,9 +10,11 @@ import pytest
 import torch
 from test_masked import NAMES, SIDE, make_batch, make_task
 
+from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.seeds import sample_seed
 from bocage.ssl.contrastive import Contrastive, ContrastiveConfig
 from bocage.ssl.ground import GroundTokens, cell_means
 from bocage.ssl.masking import MaskingConfig
@@ -97,7 +99,7 @@ def test_cells_of_the_same_sample_are_no_negatives() -> None:
     """Two copies of one sample have nothing to be told apart from."""
     task, term = task_of(masking=MaskingConfig(modality_ratio=0.0))
     batch = make_batch(2)
-    twins = replace(batch, seeds=batch.seeds[:1].repeat(2))
+    twins = replace(batch, seeds=batch.seeds[:1].repeat(2), keys=batch.keys[:1] * 2)
     with torch.no_grad():
         assert float(term(task.view(twins, oriented=False))[0]) == 0.0
         assert float(term(task.view(batch, oriented=False))[0]) > 0.0
@@ -158,6 +160,7 @@ def test_fewer_keys_are_a_sample_of_all_and_do_not_depend_on_the_order_of_sample
             for name, mask in view.masks.items()
         },
         seeds=view.seeds[order],
+        samples=view.samples[order],
     )
     assert float(term(shuffled)[0].detach()) == pytest.approx(few, rel=1e-5)
 
@@ -195,12 +198,16 @@ def test_a_queue_holds_the_cells_of_earlier_steps_and_forgets_the_oldest() -> No
     queue = term.queue
     assert queue is not None and "terms.contrastive.queue.vectors" in task.state_dict()
     batch = make_batch(2)
-    batches = [replace(batch, seeds=batch.seeds + number) for number in range(3)]
+
+    def step(number: int) -> Batch:
+        return replace(batch, seeds=batch.seeds + number, keys=[f"{number}/{key}" for key in batch.keys])
+
+    batches = [step(number) for number in range(3)]
     with torch.no_grad():
         losses = [float(term(task.view(given, oriented=False))[0]) for given in batches]
         assert int(queue.known.any(dim=0).sum()) == 3 * 2 * 4
         assert losses[2] > losses[0]  # ever more to be told apart from
-        newest = batches[2].seeds.tolist()
+        newest = [sample_seed(0, 0, key) for key in batches[2].keys]
         assert set(queue.owners[:8].tolist()) == set(newest)
         before = queue.vectors.clone()
         task.eval()
@@ -208,7 +215,7 @@ def test_a_queue_holds_the_cells_of_earlier_steps_and_forgets_the_oldest() -> No
         assert torch.equal(queue.vectors, before)  # evaluation leaves no trace
         task.train()
         for number in range(20):
-            term(task.view(replace(batch, seeds=batch.seeds + 10 + number), oriented=False))
+            term(task.view(step(10 + number), oriented=False))
     assert not set(newest) & set(queue.owners.tolist())
     assert queue.vectors.shape == (len(SOME), 100, 32)
 
@@ -218,5 +225,13 @@ def test_one_sample_learns_from_the_queue() -> None:
     batch = make_batch(2)
     for index in range(2):
         alone = make_batch(1)
-        loss, _ = task(replace(alone, seeds=batch.seeds[index : index + 1]))
+        loss, _ = task(replace(alone, seeds=batch.seeds[index : index + 1], keys=batch.keys[index : index + 1]))
         assert (float(loss.detach()) > 0) == (index == 1)
+
+
+def test_a_sample_of_an_earlier_epoch_in_the_queue_is_no_negative() -> None:
+    task, term = task_of(masking=MaskingConfig(modality_ratio=0.0), queue=64)
+    with torch.no_grad():
+        for epoch in range(2):
+            alone = replace(make_batch(1), seeds=torch.tensor([sample_seed(0, epoch, "0")]))
+            assert float(term(task.view(alone, oriented=False))[0]) == 0.0

@@ -115,7 +115,7 @@ def test_what_is_hidden_reaches_no_prediction(images: str) -> None:
                 assert mask.dates is not None
                 hidden = (mask.dates | mask.whole[:, None])[:, :, None, None, None]
             inputs[name] = replace(given, values=torch.where(hidden, noise, given.values))
-        after = masked_term(task).reconstruct(task.encoded(inputs, view.masks, view.seeds))
+        after = masked_term(task).reconstruct(task.encoded(inputs, view.masks, view.seeds, view.samples))
     for name in NAMES:
         assert torch.equal(before[name].prediction, after[name].prediction), name
         assert not torch.equal(before[name].target, after[name].target), name
