@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 MOST_VECTORS, LEAST_VECTORS = 512, 16
-_RECORDS = 3  # in a row before a word is said
+_RECORDS, _STEPS = 3, 100  # in a row, and between the first and the last of them, before a word is said
 
 
 def sampled(features: torch.Tensor) -> torch.Tensor:
@@ -50,20 +50,28 @@ class Collapse:
 
     def __init__(self, least_std: float, least_rank: float) -> None:
         self._least = {"feature_std": least_std, "rankme": least_rank}
-        self._low: dict[str, int] = {}
+        self._since: dict[str, list[int]] = {}  # steps of records in a row that were low
+        self._told: set[str] = set()
 
-    def messages(self, values: Mapping[str, float]) -> list[str]:
-        """What to tell the user after a record that holds ``feature_std/NAME`` and ``rankme/NAME``."""
+    def messages(self, values: Mapping[str, float], step: int) -> list[str]:
+        """What to tell the user after the record of a step that holds ``feature_std/NAME`` and ``rankme/NAME``."""
         found = []
-        for key, value in values.items():
-            kind, _, name = key.partition("/")
-            if kind not in self._least or self._low.get(key, 0) >= _RECORDS:
+        for name in {key.partition("/")[2] for key in values if key.startswith("feature_std/")} - self._told:
+            low = [
+                f"{kind} {values[f'{kind}/{name}']:.3g}"
+                for kind, least in self._least.items()
+                if values.get(f"{kind}/{name}", least) < least
+            ]
+            if not low:
+                self._since[name] = []
                 continue
-            self._low[key] = self._low.get(key, 0) + 1 if value < self._least[kind] else 0
-            if self._low[key] == _RECORDS:
+            since = self._since.setdefault(name, [])
+            since.append(step)
+            if len(since) >= _RECORDS and step - since[0] >= _STEPS:
+                self._told.add(name)
                 found.append(
-                    f"features of {name} may be collapsing: {key} was below {self._least[kind]:g} in {_RECORDS} "
-                    f"records in a row (now {value:.3g}); a lower engine.optimizer.learning_rate, a longer warm-up or "
-                    "bf16 in place of fp16 would help"
+                    f"features of {name} may be collapsing: {', '.join(low)}, low in every record since step "
+                    f"{since[0]} (engine.least_feature_std, engine.least_rankme); a lower "
+                    "engine.optimizer.learning_rate or a longer warm-up would help"
                 )
-        return found
+        return sorted(found)

@@ -49,8 +49,8 @@ class EngineConfig:
         dump_bad_steps: bad steps of a run whose weights, batches and random state are kept in ``output/bad_steps`` for
             ``bocage replay``; 0 keeps none.
         least_feature_std, least_rankme: a message tells when the features of an encoder vary less than that between
-            places in three records in a row (``collapse.feature_std``, 1 when spread evenly; ``collapse.rankme``); 0
-            never tells.
+            places in three records in a row over at least 100 steps (``collapse.feature_std``, 1 when spread evenly;
+            ``collapse.rankme``); 0 never tells.
         profile_steps: steps of rank 0 that torch's profiler records, from the fourth of the process on, into
             ``output/profile``; 0 records none.
         rank_timeout: seconds after which ranks give up waiting for one that is dead or hangs, and name it; longer than
@@ -124,5 +124,6 @@ class EngineConfig:
             raise ValueError("engine.checkpoint=sharded needs engine.parallel=fsdp: without it nothing is divided")
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
-                f"engine.optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds engine.steps ({self.steps})"
+                f"engine.optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds engine.steps ({self.steps}): "
+                "lower it, e.g. engine.optimizer.warmup_steps=0"
             )

@@ -130,8 +130,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     path = folder / _FACTS
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "holds no dump" if folder.is_dir() else "no such folder"
+        raise InputError(f"{folder}: {what}; give OUTPUT/bad_steps/step-* of a run that had bad steps") from error
     except OSError as error:
-        raise InputError(f"{folder}: no dump here ({error.strerror}); give a folder OUTPUT/bad_steps/step-*") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != _FORMAT:

@@ -55,7 +55,7 @@ class Peers:
             if who:
                 raise InputError(
                     f"{who}; this is rank {self._rank}, in step {self.step}. Look at that rank's own messages (memory, "
-                    "network, engine.rank_timeout); the same command resumes from the newest checkpoint"
+                    "network, engine.rank_timeout); the same command resumes from the newest checkpoint, if any"
                 ) from error
             raise
         finally:

@@ -17,11 +17,11 @@ TRACE, TABLE = "trace.json", "operators.txt"
 
 
 @contextmanager
-def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
+def profiled(steps: int, folder: Path, tell: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Context that records ``steps`` steps from the fourth on; gives what to call after each step.
 
     ``folder`` then holds ``trace.json`` for https://ui.perfetto.dev and ``operators.txt``, the 20 operators that took
-    most time of their own. A run that ends before has neither. With 0 steps nothing is recorded.
+    most time of their own; ``tell`` is told. A run that ends before has neither. With 0 steps nothing is recorded.
     """
     if steps == 0:
         yield lambda: None
@@ -38,6 +38,7 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
             found.export_chrome_trace(str(partial))
         with written_atomically(folder / TABLE) as partial:
             partial.write_text(found.key_averages().table(sort_by=time, row_limit=_SHOWN), encoding="utf-8")
+        tell(f"profile of {steps} steps: {folder}")
 
     plan = schedule(wait=_WAIT, warmup=_WARM_UP, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write, acc_events=True) as recording:

@@ -164,12 +164,20 @@ class Run:
                 stack.callback(batches.close)
             if state.step:
                 journal.message(f"resuming at step {state.step} of {config.steps}")
+            else:
+                ranks = self.accelerator.num_processes
+                journal.message(
+                    f"{config.steps} steps of {self.description['samples_a_step']} samples on {ranks} rank"
+                    f"{'s' * (ranks > 1)} ({self.accelerator.device.type}, {config.precision}), a record every "
+                    f"{config.log_every}"
+                )
             self.weights.learner.train()
             parts = (getattr(module, "after_step", None) for module in self.weights.learner.modules())
             self.followers = [follow for follow in parts if follow is not None]
             self.dumps_left = from_main(max(0, config.dump_bad_steps - count_dumps(self.output / "bad_steps")))
             buffers = Buffers(self.weights.learner)
-            step_is_done = stack.enter_context(profiled(config.profile_steps if main else 0, self.output / "profile"))
+            profiling = profiled(config.profile_steps if main else 0, self.output / "profile", journal.message)
+            step_is_done = stack.enter_context(profiling)
             # A signal saved the run before its last step was recorded and evaluated.
             if state.reported_step < state.step and (self._report(journal) or state.step >= config.steps):
                 self._save(journal)
@@ -279,8 +287,12 @@ class Run:
         if state.skipped_in_a_row >= limit:
             raise DivergenceError(
                 f"loss or gradient was not finite in {limit} steps in a row, up to step {state.step} of {self.output}: "
-                "lower engine.optimizer.learning_rate or look for broken samples; the weights before them are in the "
-                "newest checkpoint"
+                "lower engine.optimizer.learning_rate or look for broken samples (bocage replay); "
+                + (
+                    "the weights before them are in the newest checkpoint"
+                    if checkpoint.has_checkpoints(self.checkpoints)
+                    else "no checkpoint was written yet"
+                )
             )
 
     def _report(self, journal: Journal) -> bool:
@@ -293,7 +305,7 @@ class Run:
             values.update(self.window.averages())
             if "step_seconds" in values:
                 values.update(self.arithmetic.figures(config.accumulation, values["step_seconds"]))
-            for message in (*self.starvation.messages(values), *self.collapse.messages(values)):
+            for message in (*self.starvation.messages(values), *self.collapse.messages(values, state.step)):
                 journal.message(message)
             values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
             values["skipped_steps"] = state.skipped

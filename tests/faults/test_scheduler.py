@@ -53,13 +53,14 @@ def test_a_warning_that_one_rank_gets_stops_all_and_the_same_command_goes_on(tmp
 
 
 # About 20 s each: two ranks import torch, and the one that is left waits for the timeout and for signs of life.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "lost"),
     [
         (signal.SIGSTOP, 1),
-        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+        (signal.SIGSTOP, 0),
+        (signal.SIGKILL, 1),
+        (signal.SIGKILL, 0),
     ],
 )
 def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(tmp_path: Path, how: int, lost: int) -> None:

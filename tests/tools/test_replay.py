@@ -98,7 +98,7 @@ def test_what_cannot_be_replayed_is_one_sentence(
     copy, words = tmp_path / dump.name, list[str]()
     shutil.copytree(dump, copy)
     expected = {
-        "none": "no dump here",
+        "none": "no such folder",
         "other shards": "are not the shards of this run",
         "no rank": "rank-00000.pt is missing",
         "payload": "nothing in it was executed",
