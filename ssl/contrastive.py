@@ -17,7 +17,7 @@ from bocage.shards.modality import Modality
 from bocage.ssl.decoder import Neck
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.distributed import gathered_with_gradients, number_of_ranks
-from bocage.ssl.ground import cell_means, ground_tokens
+from bocage.ssl.ground import cell_means, ground_tokens, neck_of
 from bocage.ssl.objective import View
 
 _HOTTEST = math.log(100.0)  # of the learned scale: a limit as CLIP's, without which fp16 overflows
@@ -84,15 +84,7 @@ class Contrastive(nn.Module):
             raise InputError(f"weights.contrastive compares sensors, and modalities has {', '.join(encoders)} alone")
         self.config = config
         self.necks = nn.ModuleDict(
-            {
-                name: Neck(
-                    encoder.widths,
-                    encoder.strides,
-                    1 if modalities[name].role == "series" else modalities[name].unit,
-                    config.width,
-                )
-                for name, encoder in encoders.items()
-            }
+            {name: neck_of(encoder, modalities[name], config.width) for name, encoder in encoders.items()}
         )
         # One element and not none: FSDP divides no scalars.
         scale = torch.tensor([-math.log(config.temperature)])

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from bocage.shards.modality import Modality
 from bocage.ssl.decoder import Neck, grid_centres
+from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.objective import View
 
 
@@ -25,13 +27,18 @@ class GroundTokens(NamedTuple):
     seen: torch.Tensor
 
 
+def neck_of(encoder: Encoder, modality: Modality, width: int) -> Neck:
+    """The neck whose tokens ``ground_tokens`` places: one a mask unit of an image, one a pixel of a series."""
+    return Neck(encoder.widths, encoder.strides, 1 if modality.role == "series" else modality.unit, width)
+
+
 def ground_tokens(view: View, name: str, neck: Neck) -> GroundTokens:
     """Tokens of what the encoder of a modality saw: of mask units of images, of pixels of series.
 
     Args:
         view: encodings of a batch.
         name: the modality.
-        neck: from its feature maps to tokens, built with its mask unit (images) or 1 (series).
+        neck: ``neck_of`` its encoder.
     """
     given, mask = view.inputs[name], view.masks[name]
     device = given.values.device

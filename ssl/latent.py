@@ -14,7 +14,7 @@ from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import Modality
 from bocage.ssl.decoder import DecoderConfig, FusionDecoder, Neck, grid_centres
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.ground import ground_tokens
+from bocage.ssl.ground import ground_tokens, neck_of
 from bocage.ssl.masking import Mask
 from bocage.ssl.objective import View
 
@@ -62,8 +62,7 @@ class Latent(nn.Module):
         width = config.decoder.width
         self.necks, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name, encoder in encoders.items():
-            unit = 1 if modalities[name].role == "series" else modalities[name].unit
-            self.necks[name] = Neck(encoder.widths, encoder.strides, unit, width)
+            self.necks[name] = neck_of(encoder, modalities[name], width)
             self.heads[name] = nn.Linear(width, encoder.widths[-1])
         self.decoder = FusionDecoder(list(encoders), config.decoder)
 

@@ -14,7 +14,7 @@ from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import Modality
 from bocage.ssl.decoder import DecoderConfig, FusionDecoder, Neck, date_encoding, grid_centres
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.ground import ground_tokens
+from bocage.ssl.ground import ground_tokens, neck_of
 from bocage.ssl.masking import Mask
 from bocage.ssl.objective import View
 from bocage.ssl.targets import group_statistics, to_units
@@ -112,10 +112,10 @@ class Masked(nn.Module):
             modality = self.modalities[name]
             channels = len(modality.channels)
             series = modality.role == "series"
+            self.necks[name] = neck_of(encoder, modality, width)
             # A series has a token for each of its pixels, on which the date head predicts that pixel's values.
-            unit = 1 if series else modality.unit
-            self.necks[name] = Neck(encoder.widths, encoder.strides, unit, width)
-            self.heads[name] = _DateHead(width, channels) if series else nn.Linear(width, channels * unit * unit)
+            outputs = channels if series else channels * modality.unit**2
+            self.heads[name] = _DateHead(width, outputs) if series else nn.Linear(width, outputs)
         self.decoder = FusionDecoder(list(encoders), config.decoder)
 
     def _weight(self, name: str) -> float:

@@ -96,9 +96,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], fold
             return part_of_rows(parameter, lambda wanted: parts.rows(f"{index}.{name}", wanted))
         if isinstance(parameter, DTensor) and value.shape == parameter.shape:
             return part_of_rows(parameter, lambda wanted: value[wanted].clone())
-        return (
-            value.clone() if isinstance(value, torch.Tensor) else value
-        )  # the file may be deleted before the run ends
+        # A copy: the file it is mapped from may be deleted before the run ends.
+        return value.clone() if isinstance(value, torch.Tensor) else value
 
     state = {
         index: {name: own(index, name, value) for name, value in values.items()}
