@@ -10,6 +10,7 @@ from bocage.shards.modality import Modality
 from bocage.ssl.decoder import Neck, grid_centres
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.objective import View
+from bocage.ssl.visible import pack
 
 
 class GroundTokens(NamedTuple):
@@ -53,13 +54,11 @@ def ground_tokens(view: View, name: str, neck: Neck) -> GroundTokens:
     if not view.packed:
         tokens = neck(view.maps[name], units).flatten(1, 2)
         return GroundTokens(tokens, centres.flatten(0, 1)[None], ~mask.units.flatten(1))
-    blocks = units // 2
-    tokens = neck(view.maps[name], blocks)
-    visible = (~mask.units).view(-1, blocks, 2, blocks, 2).permute(0, 1, 3, 2, 4).reshape(-1, blocks, blocks, 4)
-    places = centres.view(blocks, 2, blocks, 2, 2).permute(0, 2, 1, 3, 4).reshape(blocks, blocks, 4, 2)
-    index = visible.long().argmax(dim=-1)[..., None, None].expand(-1, -1, -1, 1, 2)
-    chosen = places.expand(len(tokens), -1, -1, -1, -1).gather(3, index).squeeze(3).flatten(1, 2)
-    return GroundTokens(tokens.flatten(1, 2), chosen, chosen.new_ones(chosen.shape[:2], dtype=torch.bool))
+    tokens = neck(view.maps[name], units // 2).flatten(1, 2)
+    # The places of visible units, packed as the units were.
+    places = pack(centres.permute(2, 0, 1).expand(len(tokens), -1, -1, -1), mask.units, mask.block)
+    places = places.flatten(2).transpose(1, 2)
+    return GroundTokens(tokens, places, places.new_ones(places.shape[:2], dtype=torch.bool))
 
 
 def cell_means(tokens: GroundTokens, side: float, cells: int) -> tuple[torch.Tensor, torch.Tensor]:

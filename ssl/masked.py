@@ -145,17 +145,20 @@ class Masked(nn.Module):
     ) -> Reconstruction:
         assert given.dates is not None and given.padding is not None and mask.dates is not None
         unit = self.modalities[name].unit
-        hidden = mask.dates | (mask.whole[:, None] & ~given.padding)
-        length = hidden.shape[1]
-        draws = uniform(seeds, f"target dates/{name}", length).masked_fill(~hidden, -1.0)
+        pixels = given.values.shape[-1]
+        dates = mask.dates | (mask.whole[:, None] & ~given.padding)
+        hidden = dates[:, :, None, None].expand(-1, -1, pixels, pixels)
+        if mask.cubes is not None:
+            hidden = hidden | mask.cubes
+            dates = dates | mask.cubes.any(dim=-1).any(dim=-1)
+        draws = uniform(seeds, f"target dates/{name}", dates.shape[1]).masked_fill(~dates, -1.0)
         chosen = draws.argsort(dim=1, descending=True, stable=True)[:, : self.config.dates]
         at = (torch.arange(len(chosen), device=chosen.device)[:, None], chosen)
         units, valid = to_units(given.values[at], unit), to_units(given.valid[at], unit)
         target, mean, std = self._normalized(units, valid, name)
-        pixels = given.values.shape[-1]
         values = self.heads[name](answers, given.dates[at])
         values = values.view(*values.shape[:2], pixels, pixels, units.shape[-3]).movedim(-1, 2)
-        wanted = hidden[at][:, :, None, None, None, None, None] & valid
+        wanted = to_units(hidden[at][:, :, None], unit) & valid
         return Reconstruction(to_units(values, unit), target, wanted, mean, std, chosen)
 
     def reconstruct(self, view: View) -> dict[str, Reconstruction]:

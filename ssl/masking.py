@@ -1,14 +1,15 @@
-"""What is hidden from the encoders: image units, acquisition dates, whole modalities.
+"""What is hidden from the encoders: blocks of images, dates of series or cubes of space and time, whole modalities.
 
-Masks are drawn for each modality independently, so that one sensor must be inferred from the others as well as from
-its own visible parts, and a sample always keeps at least one visible modality. Every draw depends on the sample's
-seed alone.
+Masks are drawn for each modality independently, unless they are joint, so that one sensor must be inferred from the
+others as well as from its own visible parts. A sample always keeps at least one visible modality, and each modality
+that is not hidden as a whole a visible part. Every draw depends on the sample's seed alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,28 +26,46 @@ class MaskingConfig:
     """How much is hidden, and how images are encoded.
 
     Attributes:
-        images: ``packed`` keeps one unit of every 2 x 2, at random, and repacks the visible quarter into an image of
+        images: ``packed`` keeps one block of every 2 x 2, at random, and repacks the visible quarter into an image of
             half the side, which the unmodified Swin encodes (uniform sampling of UM-MAE, arXiv 2205.10063);
             ``mask_token`` encodes the whole image with hidden tokens replaced by a learned one (SimMIM,
             arXiv 2111.09886). Published weights have the same form.
-        ratio: share of hidden units under ``mask_token``; ``packed`` hides 0.75.
+        ratio: share of hidden blocks under ``mask_token``; ``packed`` hides 0.75.
         date_ratio: share of the dates of a series that is hidden.
+        ratios: by modality, in place of these two.
+        blocks: by modality, side in metres of the blocks of an image that are hidden at once: a multiple of its mask
+            unit, which is the default.
+        joint: hide the same ground from all images of a sample, in blocks of the largest of their sides, so that only
+            what surrounds it and the series tell of it; otherwise each image has blocks of its own.
         gap_share: probability that hidden dates are one contiguous gap rather than scattered.
+        cube_share: probability that a series lacks cubes of space and time instead of whole dates: at each place a gap
+            of its own. Where it is hidden a frame holds the mean, as in holes.
+        cube: side of a cube on the ground, metres.
         modality_ratio: probability that a modality is hidden as a whole.
     """
 
     images: Literal["packed", "mask_token"] = "packed"
     ratio: float = 0.75
     date_ratio: float = 0.6
+    ratios: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, float] = field(default_factory=dict)
+    joint: bool = False
     gap_share: float = 0.3
+    cube_share: float = 0.0
+    cube: float = 25.6
     modality_ratio: float = 0.25
 
     def __post_init__(self) -> None:
-        for key in ("ratio", "date_ratio", "gap_share", "modality_ratio"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"masking.{key}={getattr(self, key)} must lie between 0 and 1")
+        shares = {
+            key: getattr(self, key) for key in ("ratio", "date_ratio", "gap_share", "cube_share", "modality_ratio")
+        }
+        for key, value in (*shares.items(), *((f"ratios.{name}", value) for name, value in self.ratios.items())):
+            if not 0 <= value <= 1:
+                raise ValueError(f"masking.{key}={value} must lie between 0 and 1")
+        if not 0 < self.cube < math.inf:
+            raise ValueError(f"masking.cube={self.cube} must be a positive number of metres")
         if self.images == "packed" and self.ratio != 0.75:
-            raise ValueError("masking.ratio must be 0.75 with masking.images=packed: one unit of every 2 x 2 is kept")
+            raise ValueError("masking.ratio must be 0.75 with masking.images=packed: one block of every 2 x 2 is kept")
 
 
 @dataclass
@@ -54,59 +73,133 @@ class Mask:
     """What is hidden of one modality, for B samples.
 
     Attributes:
-        units: for images, (B, U, U) bool, True where a unit is hidden.
-        dates: for series, (B, T) bool, True where an existing date is hidden.
         whole: (B,) bool, True where the whole modality is hidden or absent: nothing of it may reach the decoder.
+        units: for images, (B, U, U) bool, True where a unit is hidden.
+        block: units along a side of what is hidden at once.
+        dates: for series, (B, T) bool, True where an existing date is hidden.
+        cubes: for series, (B, T, H, W) bool, True where a pixel of another date is hidden; None without any.
     """
 
     whole: torch.Tensor
     units: torch.Tensor | None = None
+    block: int = 1
     dates: torch.Tensor | None = None
+    cubes: torch.Tensor | None = None
 
 
-def unit_grid(modality: Modality, pixels: int, images: str) -> int:
-    """Mask units along a side of an image of this many pixels.
+def blocks_of(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict[str, int]:
+    """Units along a side of the blocks in which each image is hidden, by modality.
 
     Raises:
-        InputError: the image is not a whole number of units, or, when packed, not of pairs of units.
+        InputError: a name that is none of the modalities, or one of the wrong kind; a side that is not a multiple of
+            the unit.
     """
-    multiple = modality.unit * (2 if images == "packed" else 1)
+    images = {name: item for name, item in modalities.items() if item.role == "image"}
+    for key, named, kind in (
+        ("ratios", config.ratios, modalities),
+        ("blocks", config.blocks, images),
+    ):
+        if unknown := sorted(set(named) - set(kind)):
+            raise InputError(
+                f"masking.{key}.{unknown[0]}: choose from {', '.join(kind) or 'nothing: there is no image'}"
+            )
+    if config.images == "packed" and (given := sorted(set(config.ratios) & set(images))):
+        raise InputError(f"masking.ratios.{given[0]} needs masking.images=mask_token: packed images hide 0.75")
+    sides = {name: config.blocks.get(name, item.unit * item.gsd) for name, item in images.items()}
+    if config.joint and sides:
+        sides = dict.fromkeys(sides, max(sides.values()))
+    found = {}
+    for name, side in sides.items():
+        unit = images[name].unit * images[name].gsd
+        found[name] = max(1, round(side / unit))
+        if not math.isclose(found[name] * unit, side, rel_tol=1e-6):
+            raise InputError(f"masking.blocks: {side:g} m is not a multiple of the {unit:g}-m mask unit of {name}")
+    return found
+
+
+def block_grid(modality: Modality, pixels: int, block: int, images: str) -> int:
+    """Blocks along a side of an image of this many pixels.
+
+    Raises:
+        InputError: the image is not a whole number of blocks, or, when packed, not of pairs of blocks.
+    """
+    side = modality.unit * block
+    multiple = side * (2 if images == "packed" else 1)
     if pixels % multiple:
         raise InputError(
             f"window: {modality.name} is {pixels} px wide there, not a multiple of {multiple} px "
-            f"(mask unit {modality.unit} px, masking.images={images})"
+            f"(masked in blocks of {side} px, masking.images={images})"
         )
-    return pixels // modality.unit
+    return pixels // side
 
 
-def _packed_units(seeds: torch.Tensor, name: str, grid: int) -> torch.Tensor:
-    """One visible unit, at random, in every 2 x 2."""
-    blocks = grid // 2
-    draws = uniform(seeds, f"units/{name}", blocks, blocks, 4)
-    visible = F.one_hot(draws.argmax(dim=-1), 4).bool().view(-1, blocks, blocks, 2, 2)
+def _packed(seeds: torch.Tensor, tag: str, grid: int) -> torch.Tensor:
+    """One visible block, at random, in every 2 x 2."""
+    pairs = grid // 2
+    draws = uniform(seeds, tag, pairs, pairs, 4)
+    visible = F.one_hot(draws.argmax(dim=-1), 4).bool().view(-1, pairs, pairs, 2, 2)
     return ~visible.permute(0, 1, 3, 2, 4).reshape(-1, grid, grid)
 
 
-def _scattered_units(seeds: torch.Tensor, name: str, grid: int, ratio: float) -> torch.Tensor:
-    ranks = permutations(seeds, f"units/{name}", grid * grid)
-    return (ranks < round(ratio * grid * grid)).view(-1, grid, grid)
+def _scattered(seeds: torch.Tensor, tag: str, grid: int, ratio: float) -> torch.Tensor:
+    """A share of the blocks; at least one stays."""
+    hidden = min(round(ratio * grid * grid), grid * grid - 1)
+    return (permutations(seeds, tag, grid * grid) < hidden).view(-1, grid, grid)
 
 
-def _hidden_dates(seeds: torch.Tensor, name: str, padding: torch.Tensor, config: MaskingConfig) -> torch.Tensor:
-    """A share of the existing dates, scattered or in one gap; at least one date stays, and one is hidden if it can."""
+def _number_hidden(padding: torch.Tensor, ratio: float) -> torch.Tensor:
+    """(B,) of the existing dates: at least one stays, and one is hidden if it can."""
     count = (~padding).sum(dim=1)
-    target = (count * config.date_ratio).round().long()
-    if config.date_ratio > 0:
+    target = (count * ratio).round().long()
+    if ratio > 0:
         target = target.clamp(min=1)
-    target = torch.minimum(target, (count - 1).clamp(min=0))[:, None]
-    length = padding.shape[1]
+    return torch.minimum(target, (count - 1).clamp(min=0))
+
+
+def _hidden_dates(
+    seeds: torch.Tensor, name: str, padding: torch.Tensor, ratio: float, gap_share: float
+) -> torch.Tensor:
+    """A share of the existing dates, scattered or in one gap: (B, T) bool."""
+    target = _number_hidden(padding, ratio)[:, None]
+    count, length = (~padding).sum(dim=1, keepdim=True), padding.shape[1]
     # Ranks are counted among existing dates only: padding goes last.
     scattered = uniform(seeds, f"dates/{name}", length).masked_fill(padding, 2.0)
     scattered_rank = scattered.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     place = (~padding).cumsum(dim=1) - 1
-    start = (uniform(seeds, f"gap start/{name}")[:, None] * (count[:, None] - target + 1)).long()
-    gap = uniform(seeds, f"gap/{name}")[:, None] < config.gap_share
+    start = (uniform(seeds, f"gap start/{name}")[:, None] * (count - target + 1)).long()
+    gap = uniform(seeds, f"gap/{name}")[:, None] < gap_share
     return torch.where(gap, (place >= start) & (place < start + target), scattered_rank < target) & ~padding
+
+
+def _hidden_cubes(
+    seeds: torch.Tensor, name: str, padding: torch.Tensor, ratio: float, cells: int, pixels: int
+) -> torch.Tensor:
+    """A gap in the existing dates at each of ``cells`` x ``cells`` places: (B, T, pixels, pixels) bool."""
+    target = _number_hidden(padding, ratio)[:, None, None]
+    count = (~padding).sum(dim=1)[:, None, None]
+    start = (uniform(seeds, f"cubes/{name}", cells, cells) * (count - target + 1)).long()[:, None]
+    place = ((~padding).cumsum(dim=1) - 1)[:, :, None, None]
+    hidden = (place >= start) & (place < start + target[:, None]) & ~padding[:, :, None, None]
+    cell = torch.arange(pixels, device=seeds.device) * cells // pixels
+    return hidden[:, :, cell][..., cell]
+
+
+def _series_mask(
+    seeds: torch.Tensor, modality: Modality, given: EncoderInput, whole: torch.Tensor, config: MaskingConfig
+) -> Mask:
+    name, padding, pixels = modality.name, given.padding, given.values.shape[-1]
+    assert padding is not None
+    ratio = config.ratios.get(name, config.date_ratio)
+    dates = _hidden_dates(seeds, name, padding, ratio, config.gap_share)
+    if config.cube_share == 0:
+        return Mask(whole, dates=dates)
+    cells = min(pixels, max(1, round(pixels * modality.gsd / config.cube)))
+    cubes = _hidden_cubes(seeds, name, padding, ratio, cells, pixels)
+    cubed = uniform(seeds, f"cubed/{name}") < config.cube_share
+    # A date that is hidden everywhere is a hidden date.
+    everywhere = cubes.all(dim=-1).all(dim=-1)
+    dates = torch.where(cubed[:, None], everywhere, dates)
+    return Mask(whole, dates=dates, cubes=cubes & (cubed[:, None] & ~everywhere)[..., None, None])
 
 
 def draw_masks(
@@ -124,6 +217,7 @@ def draw_masks(
         config: how much is hidden.
     """
     names = list(inputs)
+    blocks = blocks_of({name: modalities[name] for name in names}, config)
     present = torch.stack([inputs[name].present for name in names], dim=1)
     order = torch.stack([uniform(seeds, f"whole/{name}") for name in names], dim=1)
     hidden = order < config.modality_ratio
@@ -133,63 +227,17 @@ def draw_masks(
     masks: dict[str, Mask] = {}
     for index, name in enumerate(names):
         whole = hidden[:, index] | ~present[:, index]
-        padding = inputs[name].padding
-        if padding is not None:
-            masks[name] = Mask(whole, dates=_hidden_dates(seeds, name, padding, config))
+        if inputs[name].padding is not None:
+            masks[name] = _series_mask(seeds, modalities[name], inputs[name], whole, config)
             continue
-        grid = unit_grid(modalities[name], inputs[name].values.shape[-1], config.images)
-        units = (
-            _packed_units(seeds, name, grid)
+        block, tag = blocks[name], "units" if config.joint else f"units/{name}"
+        grid = block_grid(modalities[name], inputs[name].values.shape[-1], block, config.images)
+        hidden_blocks = (
+            _packed(seeds, tag, grid)
             if config.images == "packed"
-            else _scattered_units(seeds, name, grid, config.ratio)
+            else _scattered(seeds, tag, grid, config.ratios.get(name, config.ratio))
         )
-        masks[name] = Mask(whole, units=units)
+        masks[name] = Mask(
+            whole, units=hidden_blocks.repeat_interleave(block, 1).repeat_interleave(block, 2), block=block
+        )
     return masks
-
-
-def recentred(values: torch.Tensor, channel: int, centre: float, valid: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """An image whose ``channel`` has the mean ``centre`` over what is visible of it.
-
-    Relief is a height above the mean of the whole window, which tells of hidden units: an encoder may only see
-    heights above the mean of its visible ones.
-
-    Args:
-        values: (B, C, H, W).
-        channel: which channel.
-        centre: its mean over a whole window.
-        valid: (B, C, H, W) bool; holes do not count, and stay as they are.
-        mask: hides units.
-    """
-    assert mask.units is not None
-    unit = values.shape[-1] // mask.units.shape[-1]
-    seen = ~mask.units.repeat_interleave(unit, 1).repeat_interleave(unit, 2) & valid[:, channel]
-    count = seen.sum(dim=(1, 2)).clamp_min(1)
-    # Hidden values are cut out, not multiplied by zero: they must not reach the sum even as rounding.
-    level = torch.where(seen, values[:, channel], 0.0).sum(dim=(1, 2)) / count
-    moved = values.clone()
-    shifted = values[:, channel] - level[:, None, None] + centre
-    moved[:, channel] = torch.where(valid[:, channel], shifted, values[:, channel])
-    return moved
-
-
-def pack(values: torch.Tensor, hidden: torch.Tensor, unit: int) -> torch.Tensor:
-    """The visible units of an image, one of every 2 x 2, as an image of half the side.
-
-    Args:
-        values: (B, C, H, W).
-        hidden: (B, U, U) bool with exactly one visible unit in every 2 x 2.
-        unit: side of a unit, pixels; U * unit = H.
-
-    Returns:
-        (B, C, H / 2, W / 2).
-    """
-    batch, channels = values.shape[:2]
-    blocks = hidden.shape[1] // 2
-    # (B, blocks, blocks, 4): which of the four units of a block is visible.
-    chosen = (~hidden).view(batch, blocks, 2, blocks, 2).permute(0, 1, 3, 2, 4).reshape(batch, blocks, blocks, 4)
-    chosen = chosen.long().argmax(dim=-1)
-    units = values.view(batch, channels, blocks, 2, unit, blocks, 2, unit).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    units = units.reshape(batch, blocks, blocks, 4, channels, unit, unit)
-    index = chosen.view(batch, blocks, blocks, 1, 1, 1, 1).expand(-1, -1, -1, 1, channels, unit, unit)
-    visible = units.gather(3, index).squeeze(3)
-    return visible.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, blocks * unit, blocks * unit)

@@ -17,7 +17,8 @@ from bocage.shards.modality import Modality
 from bocage.shards.seeds import sample_seed
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.collapse import sampled
-from bocage.ssl.masking import Mask, MaskingConfig, draw_masks, pack, recentred
+from bocage.ssl.masking import Mask, MaskingConfig, blocks_of, draw_masks
+from bocage.ssl.visible import pack, recentred
 
 
 @dataclass
@@ -28,8 +29,8 @@ class View:
         inputs: standardised, oriented inputs by modality.
         masks: what was hidden from the encoders.
         maps: feature maps of the visible parts, finest first, by modality. Under ``packed`` an image's maps cover
-            the packed canvas, whose mask units lie in the order of the 2 x 2 blocks they come from. Zeros for samples
-            whose modality is hidden as a whole or absent.
+            the packed canvas, whose visible blocks lie in the order of the 2 x 2 blocks they come from. Zeros for
+            samples whose modality is hidden as a whole or absent.
         rows: indices of the samples that were encoded, by modality.
         present: indices of the samples that have it, hidden or not.
         seeds: (B,) int64, of this epoch.
@@ -85,6 +86,7 @@ class Pretraining(nn.Module):
         self.terms = nn.ModuleDict(dict(terms))
         self.modalities = dict(modalities)
         self.quality_masks = dict(quality_masks)
+        blocks_of(modalities, masking)  # refuses what does not fit
         self.masking = masking
         self.weights = dict(weights)
         self.augment = augment
@@ -109,6 +111,8 @@ class Pretraining(nn.Module):
             if mask.units is None:
                 assert dates is not None and padding is not None and mask.dates is not None
                 values, dates, padding = values[seen], dates[seen], (padding | mask.dates)[seen]
+                if mask.cubes is not None:
+                    values = values.masked_fill(mask.cubes[seen][:, :, None], 0.0)
             else:
                 if encoder.spec.representation == "relief":
                     channel = encoder.spec.channels.index("relief")
@@ -116,7 +120,7 @@ class Pretraining(nn.Module):
                     values = recentred(values, channel, centre, given.valid, mask)
                 values, units, unit = values[seen], mask.units[seen], self.modalities[name].unit
                 if self.masking.images == "packed":
-                    values = pack(values, units, unit)
+                    values = pack(values, units, mask.block)
                 else:
                     repeats = unit // encoder.strides[0]
                     tokens = units.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)

@@ -8,7 +8,7 @@ import torch
 from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.collate import collate
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import quality_masks
+from bocage.shards.inputs import EncoderInput, quality_masks
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.normalize import InputSpec
 from bocage.shards.seeds import sample_seed
@@ -17,8 +17,10 @@ from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.ground import ground_tokens
 from bocage.ssl.masked import Masked, MaskedConfig
-from bocage.ssl.masking import MaskingConfig, pack
-from bocage.ssl.objective import Pretraining
+from bocage.ssl.masking import MaskingConfig
+from bocage.ssl.objective import Pretraining, View
+from bocage.ssl.targets import from_units
+from bocage.ssl.visible import pack
 
 SIDE = 51.2
 NAMES = [modality.name for modality in FLAIR_HUB.inputs]
@@ -95,30 +97,67 @@ def test_every_encoder_learns_from_the_loss(images: str) -> None:
         assert any(parameter.grad.abs().max() > 0 for parameter in task.encoder(name).parameters())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("images", ["packed", "mask_token"])
-def test_what_is_hidden_reaches_no_prediction(images: str) -> None:
-    """Replace everything hidden by noise, hidden modalities as a whole: predictions stay equal to the bit."""
-    task = make_task(MaskingConfig(images=images, modality_ratio=0.4)).eval()  # type: ignore[arg-type]
+def perturbed(view: View) -> dict[str, EncoderInput]:
+    """The inputs of a view with noise wherever something is hidden."""
+    inputs = {}
+    generator = torch.Generator().manual_seed(1)
+    for name, given in view.inputs.items():
+        mask = view.masks[name]
+        noise = torch.randn(given.values.shape, generator=generator) * 10
+        if mask.units is not None:
+            unit = FLAIR_HUB[name].unit
+            hidden = (mask.units | mask.whole[:, None, None]).repeat_interleave(unit, 1).repeat_interleave(unit, 2)
+            hidden = hidden[:, None]
+        else:
+            assert mask.dates is not None
+            hidden = (mask.dates | mask.whole[:, None])[:, :, None, None, None]
+            if mask.cubes is not None:
+                hidden = hidden | mask.cubes[:, :, None]
+        inputs[name] = replace(given, values=torch.where(hidden, noise, given.values))
+    return inputs
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "masking",
+    [
+        MaskingConfig(modality_ratio=0.4),
+        MaskingConfig(modality_ratio=0.4, images="mask_token", ratio=0.6),
+        MaskingConfig(modality_ratio=0.4, cube_share=0.7, cube=12.8, joint=True),
+    ],
+    ids=["packed", "mask_token", "cubes, joint"],
+)
+def test_what_is_hidden_reaches_no_feature_and_no_prediction(masking: MaskingConfig, training: bool) -> None:
+    """Replace everything hidden by noise, hidden modalities as a whole: all that is computed from the visible stays
+    equal to the bit, also through batch statistics."""
+    task = make_task(masking).train(training)
     with torch.no_grad():
+        torch.manual_seed(5)
         view = task.view(make_batch(6), oriented=False)
         before = masked_term(task).reconstruct(view)
-        inputs = {}
-        generator = torch.Generator().manual_seed(1)
-        for name, given in view.inputs.items():
-            mask = view.masks[name]
-            noise = torch.randn(given.values.shape, generator=generator) * 10
-            if mask.units is not None:
-                unit = FLAIR_HUB[name].unit
-                hidden = (mask.units | mask.whole[:, None, None]).repeat_interleave(unit, 1).repeat_interleave(unit, 2)
-                hidden = hidden[:, None]
-            else:
-                assert mask.dates is not None
-                hidden = (mask.dates | mask.whole[:, None])[:, :, None, None, None]
-            inputs[name] = replace(given, values=torch.where(hidden, noise, given.values))
-        after = masked_term(task).reconstruct(task.encoded(inputs, view.masks, view.seeds, view.samples))
+        torch.manual_seed(5)
+        other = task.encoded(perturbed(view), view.masks, view.seeds, view.samples)
+        after = masked_term(task).reconstruct(other)
     for name in NAMES:
+        for one, two in zip(view.maps[name], other.maps[name], strict=True):
+            assert torch.equal(one, two), name
         assert torch.equal(before[name].prediction, after[name].prediction), name
         assert not torch.equal(before[name].target, after[name].target), name
+
+
+def test_cubes_are_reconstructed_where_they_are() -> None:
+    name = next(item.name for item in FLAIR_HUB.inputs if item.role == "series")
+    task = make_task(MaskingConfig(cube_share=1.0, modality_ratio=0.0), names=[name]).eval()
+    with torch.no_grad():
+        view = task.view(make_batch(6), oriented=False)
+        item = masked_term(task).reconstruct(view)[name]
+    mask = view.masks[name]
+    assert item.chosen is not None and mask.cubes is not None and mask.dates is not None
+    wanted = from_units(item.wanted)[:, :, 0]
+    hidden = mask.cubes | mask.dates[:, :, None, None]
+    for sample in range(6):
+        assert torch.equal(wanted[sample], hidden[sample, item.chosen[sample]])
+    assert 0 < wanted.float().mean() < 1
 
 
 def test_the_loss_counts_hidden_places_only() -> None:
@@ -150,7 +189,7 @@ def test_tokens_stand_where_their_units_lie() -> None:
     pixels = round(SIDE / modality.gsd)
     ground = (torch.arange(pixels) + 0.5) * modality.gsd
     rows, columns = torch.meshgrid(ground, ground, indexing="ij")
-    place = pack(torch.stack([columns, rows]).expand(3, -1, -1, -1), units, modality.unit)
+    place = pack(torch.stack([columns, rows]).expand(3, -1, -1, -1), units, 1)
     averages = torch.nn.functional.avg_pool2d(place, modality.unit).flatten(2).transpose(1, 2)
     assert torch.allclose(centres, averages, atol=1e-4)
 

@@ -5,7 +5,8 @@ from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.seeds import sample_seed
-from bocage.ssl.masking import MaskingConfig, draw_masks, pack, unit_grid
+from bocage.ssl.masking import MaskingConfig, block_grid, blocks_of, draw_masks
+from bocage.ssl.visible import pack
 
 SEEDS = torch.tensor([sample_seed(0, 0, str(index)) for index in range(256)])
 
@@ -33,7 +34,7 @@ def test_packing_keeps_one_unit_of_every_four_and_moves_no_pixel() -> None:
     assert (visible == 1).all()
     # Pixels that name their own place: what is packed comes from the visible units, in the order of the blocks.
     values = torch.arange(64 * 64.0).view(1, 1, 64, 64).expand(256, 1, 64, 64)
-    packed = pack(values, mask.units, 8)
+    packed = pack(values, mask.units, 1)
     assert packed.shape == (256, 1, 32, 32)
     for index in (0, 100):
         for row, column in (~mask.units[index]).nonzero().tolist():
@@ -47,6 +48,103 @@ def test_scattered_units_hide_the_asked_share() -> None:
     mask = draw_masks({"AERIAL_RGBI": image("AERIAL_RGBI")}, FLAIR_HUB, SEEDS, config)["AERIAL_RGBI"]
     assert mask.units is not None
     assert (mask.units.sum(dim=(1, 2)) == round(0.6 * 256)).all()
+
+
+def test_blocks_of_several_units_are_hidden_together() -> None:
+    config = MaskingConfig(blocks={"AERIAL_RGBI": 12.8})
+    inputs = {name: image(name) for name in ("AERIAL_RGBI", "SPOT_RGBI")}
+    masks = draw_masks(inputs, FLAIR_HUB, SEEDS, config)
+    aerial, spot = masks["AERIAL_RGBI"].units, masks["SPOT_RGBI"].units
+    assert aerial is not None and spot is not None
+    assert masks["AERIAL_RGBI"].block == 2 and masks["SPOT_RGBI"].block == 1
+    coarse = aerial[:, ::2, ::2]
+    assert torch.equal(coarse.repeat_interleave(2, 1).repeat_interleave(2, 2), aerial)
+    assert ((~coarse).view(256, 4, 2, 4, 2).sum(dim=(2, 4)) == 1).all()
+    assert not torch.equal(coarse, spot)
+    # Packing keeps the pixels of a block together.
+    values = torch.arange(512 * 512.0).view(1, 1, 512, 512)
+    packed = pack(values, aerial[:1], 2)
+    row, column = (~coarse[0]).nonzero()[5].tolist()
+    assert torch.equal(
+        packed[0, 0, row // 2 * 64 : row // 2 * 64 + 64, column // 2 * 64 : column // 2 * 64 + 64],
+        values[0, 0, row * 64 : row * 64 + 64, column * 64 : column * 64 + 64],
+    )
+
+
+@pytest.mark.parametrize("images", ["packed", "mask_token"])
+def test_joint_masks_hide_the_same_ground(images: str) -> None:
+    config = MaskingConfig(images=images, joint=True)  # type: ignore[arg-type]  # parametrised literal
+    inputs = {name: image(name) for name in ("AERIAL_RGBI", "DEM_ELEV", "SPOT_RGBI")}
+    masks = draw_masks(inputs, FLAIR_HUB, SEEDS, config)
+    ground = {
+        name: mask.units[:, :: mask.block, :: mask.block] for name, mask in masks.items() if mask.units is not None
+    }
+    for name in inputs:
+        assert ground[name].shape == (256, 8, 8)
+        assert torch.equal(ground[name], ground["SPOT_RGBI"])
+    assert ground["SPOT_RGBI"].float().mean() == 0.75
+
+
+def test_shares_can_differ_by_modality() -> None:
+    padding = torch.zeros(256, 10, dtype=torch.bool)
+    inputs = {"SPOT_RGBI": image("SPOT_RGBI"), "SENTINEL2_TS": series("SENTINEL2_TS", padding)}
+    config = MaskingConfig(images="mask_token", ratios={"SPOT_RGBI": 0.5, "SENTINEL2_TS": 0.3})
+    masks = draw_masks(inputs, FLAIR_HUB, SEEDS, config)
+    units, dates = masks["SPOT_RGBI"].units, masks["SENTINEL2_TS"].dates
+    assert units is not None and dates is not None
+    assert (units.sum(dim=(1, 2)) == 32).all()
+    assert (dates.sum(dim=1) == 3).all()
+    everything = MaskingConfig(images="mask_token", ratio=1.0, date_ratio=1.0)
+    masks = draw_masks(inputs, FLAIR_HUB, SEEDS, everything)
+    units, dates = masks["SPOT_RGBI"].units, masks["SENTINEL2_TS"].dates
+    assert units is not None and dates is not None
+    assert (units.sum(dim=(1, 2)) == 63).all()  # something stays
+    assert (dates.sum(dim=1) == 9).all()
+
+
+def test_cubes_are_gaps_of_each_place() -> None:
+    padding = torch.zeros(256, 20, dtype=torch.bool)
+    padding[0] = True
+    padding[1, 1:] = True
+    padding[2, 10:] = True
+    inputs = {"SENTINEL2_TS": series("SENTINEL2_TS", padding)}
+    mask = draw_masks(inputs, FLAIR_HUB, SEEDS, MaskingConfig(cube_share=1.0))["SENTINEL2_TS"]
+    assert mask.dates is not None and mask.cubes is not None
+    hidden = mask.cubes | mask.dates[:, :, None, None]
+    assert not hidden[:2].any()
+    assert (hidden[2].sum(dim=0) == 6).all() and (hidden[3:].sum(dim=1) == 12).all()
+    places = hidden[3:].permute(0, 2, 3, 1).flatten(0, 2)
+    assert (runs(places) == 1).all()
+    assert not mask.cubes.all(dim=-1).all(dim=-1).any()
+    # Four by four cells over ten pixels: neighbours share a cube, far corners have their own.
+    assert torch.equal(hidden[:, :, 0, 0], hidden[:, :, 1, 2])
+    assert (hidden[3:, :, 0, 0] != hidden[3:, :, 9, 9]).any(dim=1).float().mean() > 0.5
+    some = draw_masks(inputs, FLAIR_HUB, SEEDS, MaskingConfig(cube_share=0.5))["SENTINEL2_TS"]
+    assert some.cubes is not None
+    assert 0.35 < some.cubes.flatten(1).any(dim=1).float().mean() < 0.65
+    # What an unused share of cubes leaves alone is drawn as ever.
+    none = draw_masks(inputs, FLAIR_HUB, SEEDS, MaskingConfig())["SENTINEL2_TS"]
+    assert none.cubes is None and none.dates is not None and some.dates is not None
+    plain = ~some.cubes.flatten(1).any(dim=1) & (some.dates.sum(dim=1) > 0)
+    assert torch.equal(some.dates[plain], none.dates[plain])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MaskingConfig(ratios={"SPOT": 0.5}), r"masking\.ratios\.SPOT: choose from"),
+        (MaskingConfig(ratios={"SPOT_RGBI": 0.5}), r"masking\.ratios\.SPOT_RGBI needs masking\.images=mask_token"),
+        (MaskingConfig(blocks={"SENTINEL2_TS": 20.48}), r"masking\.blocks\.SENTINEL2_TS: choose from"),
+        (
+            MaskingConfig(blocks={"AERIAL_RGBI": 9.6}),
+            r"9\.6 m is not a multiple of the 6\.4-m mask unit",
+        ),
+    ],
+)
+def test_masks_that_do_not_fit_the_sensors_are_refused(config: MaskingConfig, message: str) -> None:
+    names = ("AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS")
+    with pytest.raises(InputError, match=message):
+        blocks_of({name: FLAIR_HUB[name] for name in names}, config)
 
 
 def test_dates_keep_one_and_hide_one() -> None:
@@ -105,9 +203,9 @@ def test_a_mask_depends_on_the_sample_alone() -> None:
 
 
 def test_windows_that_do_not_hold_whole_units_are_refused() -> None:
-    assert unit_grid(FLAIR_HUB["AERIAL_RGBI"], 256, "packed") == 8
+    assert block_grid(FLAIR_HUB["AERIAL_RGBI"], 256, 1, "packed") == 8
     with pytest.raises(InputError, match="AERIAL_RGBI is 96 px"):
-        unit_grid(FLAIR_HUB["AERIAL_RGBI"], 96, "packed")
+        block_grid(FLAIR_HUB["AERIAL_RGBI"], 96, 1, "packed")
 
 
 def test_configuration_is_checked() -> None:
@@ -115,3 +213,7 @@ def test_configuration_is_checked() -> None:
         MaskingConfig(ratio=0.6)
     with pytest.raises(ValueError, match=r"masking\.date_ratio"):
         MaskingConfig(date_ratio=1.5)
+    with pytest.raises(ValueError, match=r"masking\.ratios\.SPOT_RGBI"):
+        MaskingConfig(ratios={"SPOT_RGBI": -0.1})
+    with pytest.raises(ValueError, match=r"masking\.cube"):
+        MaskingConfig(cube=0.0)
