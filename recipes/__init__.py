@@ -2,8 +2,9 @@
 
 A configuration is a dataclass. Its values come from the defaults of the dataclass, then the recipe's ``base`` recipe,
 then the recipe, then ``key=value`` arguments, each overriding the one before. A ``base`` is the name of a recipe that
-comes with bocage, or the path of a YAML file, relative to the folder of the recipe that names it. Everything is checked
-here, before any work starts.
+comes with bocage, or the path of a YAML file, relative to the folder of the recipe that names it; or a list of these,
+of which the later override the earlier. A recipe on which several of them build counts once, as the first. Everything
+is checked here, before any work starts.
 """
 
 from __future__ import annotations
@@ -58,30 +59,37 @@ def _read(name: str) -> DictConfig:
     return config
 
 
-def _chain(name: str) -> list[tuple[str, DictConfig]]:
-    """The recipe and its bases, the most basic first, each with the key ``base`` removed."""
-    chain: list[tuple[str, DictConfig]] = []
-    current: str | None = name
-    while current is not None:
-        if any(current == seen for seen, _ in chain) or len(chain) == _MAX_BASES:
+def _layers(name: str) -> dict[str, DictConfig]:
+    """The recipe and all its bases by name, each once and after its own bases, without the key ``base``."""
+    found: dict[str, DictConfig] = {}
+
+    def add(current: str, above: tuple[str, ...]) -> None:
+        if current in above or len(above) == _MAX_BASES:
             raise InputError(f"recipe={name}: its `base` recipes form a circle at {current!r}")
-        config = _read(current)
-        chain.append((current, config))
-        current = _base(current, config)
-    return chain[::-1]
+        if current not in found:
+            config = _read(current)
+            for base in _bases(current, config):
+                add(base, (*above, current))
+            found[current] = config
+
+    add(name, ())
+    return found
 
 
-def _base(name: str, config: DictConfig) -> str | None:
+def _bases(name: str, config: DictConfig) -> list[str]:
     """Takes the key ``base`` out of a recipe; a file is looked for beside the recipe that names it."""
     try:
-        base = config.pop("base", None)
+        bases = config.pop("base", ListConfig([]))
     except OmegaConfBaseException as error:
         raise InputError(f"recipe={name}: base: {str(error).splitlines()[0]}") from error
-    if base is not None and not isinstance(base, str):
-        raise InputError(f"recipe={name}: base: {base!r} is not the name of a recipe or the path of a YAML file")
-    if base is not None and base.endswith(_FILE_ENDINGS) and name.endswith(_FILE_ENDINGS):
-        return str(Path(name).parent / base)
-    return base
+    found = []
+    for base in bases if isinstance(bases, ListConfig) else [bases]:
+        if not isinstance(base, str):
+            raise InputError(f"recipe={name}: base: {base!r} is not the name of a recipe or the path of a YAML file")
+        if base.endswith(_FILE_ENDINGS) and name.endswith(_FILE_ENDINGS):
+            base = str(Path(name).parent / base)
+        found.append(base)
+    return found
 
 
 def _merge(config: Any, layer: Any, source: str) -> Any:
@@ -129,7 +137,7 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
     if len(chosen) != 1:
         raise InputError(f"give one recipe as recipe=NAME; recipes: {', '.join(names())}")
     config: Any = OmegaConf.structured(schema)
-    for name, layer in _chain(chosen[0]):
+    for name, layer in _layers(chosen[0]).items():
         config = _merge(config, layer, f"recipe {name}")
     try:
         overrides = OmegaConf.from_dotlist(arguments)

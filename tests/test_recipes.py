@@ -95,7 +95,16 @@ def test_a_base_file_lies_beside_the_recipe_that_names_it(tmp_path: Path, monkey
     assert (config.steps, config.inner.rate, config.names) == (20, 0.5, ["a"])
 
 
-@pytest.mark.parametrize("base", ["3", "[a]", "{a: 1}", "true", "${nothing}"])
+def test_several_bases_override_each_other_and_what_they_share_comes_first(tmp_path: Path) -> None:
+    write(tmp_path / "common.yaml", "steps: 20\ninner: {rate: 0.5, mode: exact}\n")
+    write(tmp_path / "task.yaml", "base: common.yaml\ninner: {rate: 0.25}\n")
+    write(tmp_path / "size.yaml", "base: common.yaml\nsteps: 2\n")
+    recipe = write(tmp_path / "both.yaml", "base: [task.yaml, size.yaml]\nnames: [a]\n")
+    config = recipes.resolve(Outer, [recipe])
+    assert (config.steps, config.inner, config.names) == (2, Inner(rate=0.25, mode="exact"), ["a"])
+
+
+@pytest.mark.parametrize("base", ["3", "[3]", "{a: 1}", "true", "${nothing}"])
 def test_a_base_that_is_no_name_is_refused(tmp_path: Path, base: str) -> None:
     with pytest.raises(InputError, match="base: "):
         recipes.resolve(Outer, [write(tmp_path / "r.yaml", f"base: {base}\n")])
