@@ -111,11 +111,9 @@ class Latent(nn.Module):
         """(B, cells * cells) bool: where the loss looks."""
         if mask.units is not None:
             return (mask.units | mask.whole[:, None, None]).flatten(1) & given.present[:, None]
-        assert mask.dates is not None
-        hidden = (mask.dates.any(dim=1) | mask.whole)[:, None, None].expand(-1, *given.values.shape[-2:])
-        if mask.cubes is not None:
-            hidden = hidden | mask.cubes.any(dim=1)
-        return hidden.flatten(1) & given.present[:, None]
+        assert given.padding is not None
+        hidden = mask.places(given.padding, given.values.shape[-1])
+        return hidden.any(dim=1).flatten(1) & given.present[:, None]
 
     def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over modalities and samples, and the mean of each modality where it is wanted."""

@@ -143,14 +143,11 @@ class Masked(nn.Module):
     def _series(
         self, name: str, answers: torch.Tensor, given: EncoderInput, mask: Mask, seeds: torch.Tensor
     ) -> Reconstruction:
-        assert given.dates is not None and given.padding is not None and mask.dates is not None
+        assert given.dates is not None and given.padding is not None
         unit = self.modalities[name].unit
         pixels = given.values.shape[-1]
-        dates = mask.dates | (mask.whole[:, None] & ~given.padding)
-        hidden = dates[:, :, None, None].expand(-1, -1, pixels, pixels)
-        if mask.cubes is not None:
-            hidden = hidden | mask.cubes
-            dates = dates | mask.cubes.any(dim=-1).any(dim=-1)
+        hidden = mask.places(given.padding, pixels)
+        dates = hidden.any(dim=-1).any(dim=-1)
         draws = uniform(seeds, f"target dates/{name}", dates.shape[1]).masked_fill(~dates, -1.0)
         chosen = draws.argsort(dim=1, descending=True, stable=True)[:, : self.config.dates]
         at = (torch.arange(len(chosen), device=chosen.device)[:, None], chosen)

@@ -86,6 +86,13 @@ class Mask:
     dates: torch.Tensor | None = None
     cubes: torch.Tensor | None = None
 
+    def places(self, padding: torch.Tensor, pixels: int) -> torch.Tensor:
+        """(B, T, pixels, pixels) bool: all that is hidden of a series, whose missing dates are ``padding`` (B, T)."""
+        assert self.dates is not None
+        dates = self.dates | (self.whole[:, None] & ~padding)
+        hidden = dates[:, :, None, None].expand(-1, -1, pixels, pixels)
+        return hidden if self.cubes is None else hidden | self.cubes
+
 
 def blocks_of(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict[str, int]:
     """Units along a side of the blocks in which each image is hidden, by modality.

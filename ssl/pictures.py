@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bocage.shards.batch import Batch
-from bocage.shards.composites import hillshade
+from bocage.shards.composites import date_pictures, hillshade
+from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.modality import Modality
 from bocage.shards.normalize import InputSpec
@@ -19,62 +21,74 @@ from bocage.ssl.masked import Masked, Reconstruction
 from bocage.ssl.objective import Pretraining, View
 from bocage.ssl.targets import from_units
 
-_STRIP = 6  # dates shown of a series
+_HIDDEN_DATES, _SEEN_DATES = 5, 3  # shown of a series
 _HIDDEN = 0.35  # grey level of what the encoder did not see
+_HEIGHTS = {"image": 3.0, "series": 3.3}  # inches of a modality's rows
+_DAY_ZERO = date(2021, 5, 15)  # of an ordinary year
 
 
-def _display(spec: InputSpec) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A function (standardised values, reference) -> picture in 0..1; the reference sets the contrast for both."""
-    channels = spec.channels
+def _shown(values: torch.Tensor, valid: torch.Tensor, spec: InputSpec, modality: Modality) -> np.ndarray:
+    """(2, T, C, H, W) targets and reconstructions, standardised, as pictures (2, T, H, W, 3) of one contrast.
+
+    Heights are shaded; optical sensors are shown in true colour, radar in decibels, as ``date_pictures`` has it.
+    """
+    shape = (1, 1, -1, 1, 1)
+    physical = values.cpu() * torch.tensor(spec.std).view(shape) + torch.tensor(spec.mean).view(shape)
     if spec.representation == "relief":
-        relief = channels.index("relief")
-        return lambda values, _: hillshade(values[relief] * spec.std[relief], spec.gsd)
-    colours = next(
-        (names for names in (("R", "G", "B"), ("B4", "B3", "B2")) if set(names) <= set(channels)), (channels[0],)
-    )
-    index = [channels.index(name) for name in colours]
-
-    def stretched(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        low, high = np.percentile(reference[index], (2, 98))
-        picture = np.clip((values[index] - low) / max(high - low, 1e-6), 0, 1)
-        return picture.transpose(1, 2, 0) if len(index) == 3 else picture[0]
-
-    return stretched
+        heights = physical[:, :, spec.channels.index("relief")].numpy()
+        shades = np.stack([[hillshade(item, spec.gsd) for item in items] for items in heights])
+        return np.repeat(shades[..., None], 3, axis=-1)
+    frames = torch.where(valid.cpu(), physical, torch.nan).flatten(0, 1).numpy()
+    reference = np.arange(len(frames)) < len(frames) // 2  # targets set the contrast
+    pictures = date_pictures(frames, modality, reference)
+    return pictures.reshape(*values.shape[:2], *pictures.shape[1:])
 
 
-def _columns(
-    modality: Modality, spec: InputSpec, view: View, item: Reconstruction, sample: int
-) -> dict[str, list[np.ndarray]]:
-    """Pictures of one modality by column title; a series gives one picture a date in each column."""
+def _of_image(modality: Modality, spec: InputSpec, view: View, item: Reconstruction, sample: int) -> list[np.ndarray]:
+    """Target, what was seen, reconstruction: one picture each."""
     given, mask = view.inputs[modality.name], view.masks[modality.name]
-    restored = (item.prediction.float() * item.std + item.mean)[sample]
-    show = _display(spec)
-    if item.chosen is None:
-        target = given.values[sample]
-        assert mask.units is not None
-        hidden = (mask.units | mask.whole[:, None, None])[sample]
-        unit = modality.unit
-        pixels = hidden.repeat_interleave(unit, 0).repeat_interleave(unit, 1)
-        filled = torch.where(pixels, from_units(restored), target)
-        reference = target.cpu().numpy()
-        seen = show(reference, reference).copy()
-        seen[pixels.cpu().numpy()] = _HIDDEN
-        return {
-            "target": [show(reference, reference)],
-            "seen": [seen],
-            "reconstruction": [show(filled.cpu().numpy(), reference)],
-        }
-    chosen = item.chosen[sample, :_STRIP]
-    chosen = chosen[item.wanted[sample, :_STRIP].flatten(1).any(dim=1)]
-    chosen = chosen[given.dates[sample, chosen].argsort()] if given.dates is not None else chosen
-    place = {int(date): index for index, date in enumerate(item.chosen[sample].tolist())}
-    targets = [given.values[sample, int(date)].cpu().numpy() for date in chosen]
-    outputs = [from_units(restored[place[int(date)]]).cpu().numpy() for date in chosen]
-    reference = np.concatenate(targets, axis=-1) if targets else np.zeros((len(modality.channels), 1, 1))
-    return {
-        "target": [show(values, reference) for values in targets],
-        "reconstruction": [show(values, reference) for values in outputs],
-    }
+    assert mask.units is not None
+    hidden = (mask.units | mask.whole[:, None, None])[sample]
+    hidden = hidden.repeat_interleave(modality.unit, 0).repeat_interleave(modality.unit, 1)
+    target, restored = given.values[sample], from_units(_restored(item)[sample])
+    values = torch.stack([target, torch.where(hidden, restored, target)])[:, None]
+    target_shown, restored_shown = _shown(values, given.valid[sample], spec, modality)[:, 0]
+    seen = target_shown.copy()
+    seen[hidden.cpu().numpy()] = _HIDDEN
+    return [target_shown, seen, restored_shown]
+
+
+def _of_series(
+    modality: Modality, spec: InputSpec, view: View, item: Reconstruction, sample: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """Target, what was seen, reconstruction: (T, H, W, 3) each, and the days of the T dates."""
+    given, mask = view.inputs[modality.name], view.masks[modality.name]
+    assert item.chosen is not None and given.dates is not None and given.padding is not None
+    places = mask.places(given.padding, given.values.shape[-1])[sample]
+    wanted = item.wanted[sample].flatten(1).any(dim=1)
+    chosen = item.chosen[sample][wanted][:_HIDDEN_DATES]
+    seen = (~places.flatten(1).any(dim=1) & ~given.padding[sample]).nonzero()[:, 0]
+    evenly = torch.linspace(0, len(seen) - 1, min(_SEEN_DATES, len(seen))).round().long().to(seen.device)
+    dates = torch.cat([chosen, seen[evenly]])
+    dates = dates[given.dates[sample, dates].argsort(stable=True)]
+    target, hidden = given.values[sample, dates], places[dates][:, None]
+    restored = target.clone()
+    order = {int(day): index for index, day in enumerate(item.chosen[sample].tolist())}
+    outputs = from_units(_restored(item)[sample])
+    for index, day in enumerate(dates.tolist()):
+        if day in order:
+            restored[index] = torch.where(hidden[index], outputs[order[day]], target[index])
+    if not len(dates):
+        return [np.zeros((0, 1, 1, 3))] * 3, []
+    target_shown, restored_shown = _shown(torch.stack([target, restored]), given.valid[sample, dates], spec, modality)
+    seen_shown = np.where(hidden[:, 0, :, :, None].cpu().numpy(), _HIDDEN, target_shown)
+    days = [_DAY_ZERO + timedelta(days=int(day)) for day in given.dates[sample, dates]]
+    return [target_shown, seen_shown, restored_shown], [f"{day.day} {day:%b}" for day in days]
+
+
+def _restored(item: Reconstruction) -> torch.Tensor:
+    """Predictions with the normalisation of their targets undone."""
+    return item.prediction.float() * item.std + item.mean
 
 
 def _titled(modality: Modality, view: View, sample: int) -> str:
@@ -83,8 +97,14 @@ def _titled(modality: Modality, view: View, sample: int) -> str:
     return modality.name + (" (absent)" if absent else " (hidden whole)" if whole else "")
 
 
+def _draw(axis: Axes, picture: np.ndarray, title: str = "", side: str = "") -> None:
+    axis.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
+    axis.set_title(title, fontsize=8, loc="left")
+    axis.text(-0.06, 0.5, side, fontsize=8, rotation=90, ha="right", va="center", transform=axis.transAxes)
+
+
 def reconstruction_figure(task: Pretraining, objective: Masked, batch: Batch, sample: int) -> Figure:
-    """One row a modality: target, what was seen, reconstruction; a series as a strip of its hidden dates.
+    """One row a modality: target, what was seen, reconstruction; of a series as strips of hidden and seen dates.
 
     Args:
         task: gives the masked view of the batch.
@@ -95,32 +115,40 @@ def reconstruction_figure(task: Pretraining, objective: Masked, batch: Batch, sa
     with torch.no_grad():
         view = task.view(batch, oriented=False)
         items = objective.reconstruct(view)
-    modalities = objective.modalities
-    images = [modalities[name] for name, item in items.items() if item.chosen is None]
-    series = [modalities[name] for name, item in items.items() if item.chosen is not None]
-    figure = Figure(figsize=(9, 3 * len(images) + 2.2 * len(series)), layout="constrained")
+    modalities = sorted((objective.modalities[name] for name in items), key=lambda item: item.role == "series")
+    heights = [_HEIGHTS[item.role] for item in modalities]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subfigures(len(items), 1, height_ratios=[3] * len(images) + [2.2] * len(series), squeeze=False)
-    for row, modality in zip(rows[:, 0], [*images, *series], strict=True):
+    rows = figure.subfigures(len(items), 1, height_ratios=heights, squeeze=False)
+    names = ("target", "seen", "reconstruction")
+    for row, modality in zip(rows[:, 0], modalities, strict=True):
         row.suptitle(_titled(modality, view, sample), fontsize=9)
-        columns = _columns(modality, task.encoder(modality.name).spec, view, items[modality.name], sample)
-        # Columns of an image stand side by side; the two strips of a series one above the other.
-        strips = items[modality.name].chosen is not None
-        height, width = (2, max(len(columns["target"]), 1)) if strips else (1, 3)
-        grid = row.subplots(height, width, squeeze=False)
+        spec, item = task.encoder(modality.name).spec, items[modality.name]
+        if item.chosen is None:
+            grid = row.subplots(1, 3, squeeze=False)
+            for index, picture in enumerate(_of_image(modality, spec, view, item, sample)):
+                _draw(grid[0, index], picture, names[index])
+        else:
+            strips, days = _of_series(modality, spec, view, item, sample)
+            grid = row.subplots(3, max(len(days), 1), squeeze=False)
+            for index, strip in enumerate(strips):
+                for place, picture in enumerate(strip):
+                    title, side = "" if index else days[place], "" if place else names[index]
+                    _draw(grid[index, place], picture, title, side)
         for axis in grid.flat:
             axis.set_axis_off()
-        for index, (title, pictures) in enumerate(columns.items()):
-            for date, picture in enumerate(pictures):
-                axis = grid[index, date] if strips else grid[0, index]
-                axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-                if date == 0:
-                    axis.set_title(title, fontsize=8, loc="left")
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_atomically(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -78,7 +79,8 @@ class PretrainConfig:
         latent: latent prediction.
         probe: what probes of frozen features are measured on; ``engine.evaluate_every`` says when.
         engine: the training loop.
-        pictures: samples whose reconstruction is drawn at the end.
+        pictures: samples whose reconstruction is drawn at each evaluation (``engine.evaluate_every``) and at the end,
+            by the masked objective.
     """
 
     recipe: str = ""
@@ -189,11 +191,13 @@ def pretrain(config: PretrainConfig) -> Outcome:
         assert probe is not None and isinstance(module, Pretraining)
         return probe.figures(module, config.batch_size, config.workers)
 
+    output = Path(config.output)
+    pictures, drawn = output / "pictures", config.pictures > 0 and "masked" in task.terms
     outcome = train(
         task,
         source,
         config.engine,
-        output=Path(config.output),
+        output=output,
         recipe=config.recipe,
         # What the shards hold matters, not where they lie; what is only looked at does not matter.
         resolved={
@@ -201,6 +205,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
             "shards": manifest.digest,
         },
         evaluate=evaluate if probe is not None else None,
+        draw=draws(manifest, rows, modalities, config.pictures, pictures) if drawn else None,
         export=export_encoders,
         rebuild={
             "command": "pretrain",
@@ -209,31 +214,35 @@ def pretrain(config: PretrainConfig) -> Outcome:
         },
     )
     if outcome.exit_code == 0 and is_main():
-        output = Path(config.output)
         export_encoders(task, output / "encoders")
-        for path in draw_reconstructions(task, manifest, rows, modalities, config.pictures, output / "pictures"):
+        for path in sorted(pictures.glob(f"*_step-{outcome.step:07d}.png")):
             print(f"reconstruction: {path}")
         print(f"encoders: {output / 'encoders'}")
     return outcome
 
 
-def draw_reconstructions(
-    task: Pretraining, manifest: Manifest, trained: np.ndarray, modalities: list[Modality], count: int, folder: Path
-) -> list[Path]:
-    """Draw what the decoder makes of patches it was not trained on, if there are such; returns the paths."""
-    objective = next((term for term in task.terms.values() if isinstance(term, Masked)), None)
-    if objective is None or count < 1:
-        return []
+def draws(
+    manifest: Manifest, trained: np.ndarray, modalities: list[Modality], count: int, folder: Path
+) -> Callable[[nn.Module, int], dict[str, Path]]:
+    """A function (task, step) that draws what the masked decoder makes of ``count`` patches, always the same.
+
+    They are patches that are not trained on, if there are such. It returns the paths by name.
+    """
     others = np.setdiff1d(np.arange(len(manifest)), trained)
     rows = (others if len(others) else trained)[:count]
-    device = next(task.parameters()).device
-    task.eval()
-    paths = []
-    for batch in evaluation_batches(manifest, rows, modalities, batch_size=1):
-        path = folder / f"reconstruction_{batch.keys[0]}.png"
-        save_figure(reconstruction_figure(task, objective, batch.to(device), 0), path)
-        paths.append(path)
-    return paths
+
+    def draw(task: nn.Module, step: int) -> dict[str, Path]:
+        assert isinstance(task, Pretraining)
+        objective, device = task.terms["masked"], next(task.parameters()).device
+        assert isinstance(objective, Masked)
+        paths = {}
+        for batch in evaluation_batches(manifest, rows, modalities, batch_size=1):
+            key = batch.keys[0]
+            paths[f"reconstruction/{key}"] = folder / f"reconstruction_{key}_step-{step:07d}.png"
+            save_figure(reconstruction_figure(task, objective, batch.to(device), 0), paths[f"reconstruction/{key}"])
+        return paths
+
+    return draw
 
 
 def main(arguments: list[str]) -> int:

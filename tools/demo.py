@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = {
         "shards": shards,
         "encoders": pretrained / "encoders",
-        "reconstruction": next((pretrained / "pictures").glob("*.png")),
+        "reconstruction": sorted((pretrained / "pictures").glob("*.png"))[-1],
         "prediction": next((demo.folder(("pretrained", SEEDS[0])) / "predictions").glob("*.png")),
     }
     for name, path in paths.items():

@@ -28,7 +28,7 @@ from bocage.ssl.engine.peers import Peers
 from bocage.ssl.engine.provenance import digest, git_revision, library_versions, plain
 from bocage.ssl.engine.regions import compiled, recomputed
 from bocage.ssl.engine.resume import checkpoint_to_resume, claimed
-from bocage.ssl.engine.run import BatchSource, Evaluate, Outcome, Run
+from bocage.ssl.engine.run import BatchSource, Draw, Evaluate, Outcome, Run
 from bocage.ssl.engine.saving import Export
 from bocage.ssl.engine.signals import StopSignals
 from bocage.ssl.engine.tracking import MetricWindow, check_tracker
@@ -44,6 +44,7 @@ def train(
     recipe: str,
     resolved: dict[str, Any],
     evaluate: Evaluate | None = None,
+    draw: Draw | None = None,
     monitor: str | None = None,
     export: Export | None = None,
     parameter_groups: ParameterGroups | None = None,
@@ -69,6 +70,8 @@ def train(
             it unchanged, but for ``provenance.CHANGEABLE_KEYS``. Secrets in it are replaced before it is written.
         evaluate: called on all ranks with the bare task in evaluation mode, without gradients, in ``precision``, and
             the step; rank 0's answer counts. Its random draws leave no trace in training.
+        draw: called on rank 0 where ``evaluate`` is, with the same; writes pictures and returns their paths by name,
+            which the tracker shows.
         monitor: the name of an evaluated metric, the higher the better, that selects the best checkpoint.
         export: called on rank 0 at every save with the bare task and an empty folder of the checkpoint, ``export/``.
         parameter_groups: replaces the default groups of ``optim.decay_groups``.
@@ -130,6 +133,7 @@ def train(
                 description=description,
                 rebuild=plain(rebuild) if rebuild is not None else None,
                 evaluate=evaluate,
+                draw=draw,
                 monitor=monitor,
                 export=export,
                 signals=signals,

@@ -44,6 +44,7 @@ from bocage.ssl.engine.tracking import Journal, MetricWindow, finite_or_none
 from bocage.ssl.engine.weights import Weights
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
+Draw = Callable[[nn.Module, int], dict[str, Path]]
 
 
 class BatchSource(Protocol):
@@ -102,6 +103,7 @@ class Run:
     description: dict[str, Any]
     rebuild: dict[str, Any] | None
     evaluate: Evaluate | None
+    draw: Draw | None
     monitor: str | None
     export: Export | None
     signals: StopSignals
@@ -310,12 +312,12 @@ class Run:
             values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
             values["skipped_steps"] = state.skipped
             self.window = MetricWindow()
-        if self.evaluate is not None and (
-            final or (config.evaluate_every > 0 and state.step % config.evaluate_every == 0)
-        ):
-            result = self._evaluated(self.evaluate)
+        due = final or (config.evaluate_every > 0 and state.step % config.evaluate_every == 0)
+        if due and (self.evaluate is not None or self.draw is not None):
+            result, pictures = self._evaluated()
             values.update({f"evaluation/{name}": value for name, value in result.items()})
             improved = self._is_best(result)
+            journal.pictures(state.step, pictures)
         if values:
             recorded = finite_or_none(values)
             agreed(lambda: journal.record(state.step, recorded))
@@ -325,11 +327,14 @@ class Run:
         state.reported_step = state.step
         return improved
 
-    def _evaluated(self, evaluate: Evaluate) -> dict[str, float]:
+    def _evaluated(self) -> tuple[dict[str, float], dict[str, Path]]:
+        """What evaluation measures, and the pictures it draws."""
+        draw = self.draw if self.accelerator.is_main_process else None
         with preserved_random_state(), self.weights.evaluated() as task:
-            result = evaluate(task, self.state.step)
+            result = self.evaluate(task, self.state.step) if self.evaluate is not None else {}
+            pictures = agreed(lambda: draw(task, self.state.step) if draw is not None else {})[0]
         answer: dict[str, float] = from_main({name: float(value) for name, value in result.items()})
-        return answer
+        return answer, pictures
 
     def _is_best(self, result: dict[str, float]) -> bool:
         if self.monitor is None:

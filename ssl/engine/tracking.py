@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from matplotlib import image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -208,6 +210,12 @@ class Journal:
         else:
             left = (self._steps - step) * (values.get("step_seconds") or 0.0)
             print(f"step {step}/{self._steps}  {_summary(values)}  left {_duration(left)}", file=sys.stderr, flush=True)
+
+    def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
+        """Show pictures (PNG) of ``step`` by name in the tracker; they are on disk already."""
+        for tracker in self._accelerator.trackers if self._active and paths else ():
+            shown = {name: np.uint8(255 * image.imread(path)[None, :, :, :3]) for name, path in paths.items()}
+            tracker.log_images(shown, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
     def message(self, text: str) -> None:
         """One line for the user on stderr."""

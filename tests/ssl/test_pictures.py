@@ -1,0 +1,121 @@
+"""Reconstructions as pictures: what they show, and that they reach the disk and the tracker."""
+
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from small_recipes import PRETRAIN
+from test_masked import make_batch, make_task, masked_term
+
+from bocage import recipes
+from bocage.shards.composites import date_pictures, hillshade
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.masking import MaskingConfig
+from bocage.ssl.pictures import reconstruction_figure, save_figure
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+
+RELIEF = next(item.name for item in FLAIR_HUB.inputs if item.representation == "relief")
+RADAR = next(item.name for item in FLAIR_HUB.inputs if item.representation == "decibel")
+OPTICAL = next(item.name for item in FLAIR_HUB.inputs if item.role == "series" and item.name != RADAR)
+SEEN_NOTHING = 0.35
+
+
+def drawn(masking: MaskingConfig, name: str) -> tuple[list[np.ndarray], list[str]]:
+    """The pictures of one modality of one sample in the order they are drawn, and their titles."""
+    task = make_task(masking, names=[name]).eval()
+    figure = reconstruction_figure(task, masked_term(task), make_batch(2), 0)
+    axes = [axis for axis in figure.subfigs[0].axes if axis.images]
+    return [np.asarray(axis.images[0].get_array()) for axis in axes], [axis.get_title("left") for axis in axes]
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    return (picture == SEEN_NOTHING).all(axis=-1)
+
+
+def test_an_image_shows_what_was_there_what_was_seen_and_what_was_made_of_it() -> None:
+    masking = MaskingConfig(modality_ratio=0.0)
+    (target, seen, reconstruction), titles = drawn(masking, RELIEF)
+    assert titles == ["target", "seen", "reconstruction"]
+    assert grey(seen).mean() == 0.75
+    visible = ~grey(seen)
+    assert np.array_equal(target[visible], seen[visible])
+    assert not np.array_equal(target, reconstruction)
+    # Heights are shaded.
+    surface = make_batch(2).values[RELIEF][0, 0].numpy()
+    assert np.allclose(target[..., 0], hillshade(surface, FLAIR_HUB[RELIEF].gsd), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [OPTICAL, RADAR])
+def test_a_series_is_a_strip_of_dates_in_its_own_units(name: str) -> None:
+    shown, titles = drawn(MaskingConfig(modality_ratio=0.0), name)
+    columns = len(shown) // 3
+    days = titles[:columns]
+    assert columns == 7  # four hidden dates are reconstructed (``masked.dates``) and three seen ones shown beside them
+    assert all(len(day.split()) == 2 and day.split()[0].isdigit() for day in days)
+    targets, seen, outputs = (shown[start : start + columns] for start in (0, columns, 2 * columns))
+    hidden = [grey(picture).all() for picture in seen]
+    assert sum(hidden) == 4
+    for target, picture, output, gone in zip(targets, seen, outputs, hidden, strict=True):
+        assert np.array_equal(target, output) == (not gone)
+        assert gone or np.array_equal(target, picture)
+    # Targets are the stored values: radar in decibels, contrast over the dates shown.
+    batch = make_batch(2)
+    stored = batch.values[name][0].float()
+    if name == RADAR:
+        stored = 10 * stored.log10()
+    dates = [date(2021, 5, 15) + timedelta(days=int(day)) for day in batch.dates[name][0]]
+    indices = [[f"{day.day} {day:%b}" for day in dates].index(title) for title in days]
+    frames = stored[indices].numpy()
+    expected = date_pictures(frames, FLAIR_HUB[name], np.ones(len(frames), bool))
+    for picture, wanted in zip(targets, expected, strict=True):
+        assert np.allclose(picture, wanted, atol=1e-3)
+
+
+def test_cubes_are_grey_where_they_hide_something() -> None:
+    shown, _ = drawn(MaskingConfig(modality_ratio=0.0, cube_share=1.0), OPTICAL)
+    seen = [grey(picture) for picture in shown[len(shown) // 3 : 2 * len(shown) // 3]]
+    assert any(0 < hidden.mean() < 1 for hidden in seen)
+
+
+def test_what_is_absent_and_what_is_hidden_whole_is_said() -> None:
+    task = make_task(MaskingConfig(modality_ratio=1.0), names=[OPTICAL, RELIEF]).eval()
+    figure = reconstruction_figure(task, masked_term(task), make_batch(2, missing=(RELIEF,)), 0)
+    titles = [item._suptitle.get_text() for item in figure.subfigs]  # type: ignore[attr-defined]
+    assert titles == [f"{RELIEF} (absent)", OPTICAL]
+
+
+# Some 15 s: patches are simulated, and two runs train.
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_pictures_reach_the_disk_and_the_tracker_at_each_evaluation(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
+    write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    words = [*PRETRAIN, f"shards={tmp_path / 'shards'}", f"modalities=[{RELIEF},{OPTICAL}]", "split=all", "pictures=2"]
+    words += ["window=51.2", "engine.steps=4", "engine.evaluate_every=2", f"engine.tracker={tracker}"]
+    pretrain(recipes.resolve(PretrainConfig, [*words, f"output={tmp_path / 'run'}"]))
+    paths = sorted((tmp_path / "run" / "pictures").iterdir())
+    assert [path.name.rpartition("_")[2] for path in paths] == ["step-0000002.png", "step-0000004.png"] * 2
+    for path in paths:
+        assert image.imread(path).shape[0] > 500
+    assert not np.array_equal(image.imread(paths[0]), image.imread(paths[1]))
+    if tracker == "wandb":
+        kept = list((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/**/*.png"))
+        assert len(kept) == 4
+    else:
+        written = [path.read_bytes() for path in (tmp_path / "run").rglob("events.out.tfevents*")]
+        assert sum(content.count(b"PNG") for content in written) == 4
+
+
+def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    figure = reconstruction_figure(task := make_task(names=[OPTICAL]).eval(), masked_term(task), make_batch(1), 0)
+    (tmp_path / "pictures").write_text("a file")
+    with pytest.raises(InputError, match=r"pictures/a\.png cannot be written"):
+        save_figure(figure, tmp_path / "pictures" / "a.png")
