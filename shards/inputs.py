@@ -23,9 +23,10 @@ class EncoderInput:
     Attributes:
         values: (B, C, H, W) or (B, T, C, H, W) float32, standardised; holes are 0, the mean.
         valid: bool, same shape as ``values``: False in holes, absent samples and padded dates.
-        present: (B,) bool. A series is present when it has at least one date to look at.
+        present: (B,) bool. What is nothing but holes is absent, and so is a series without a date to look at.
         dates: (B, T) days since 15 May, for series.
-        padding: (B, T) bool, True where there is nothing to look at: padded or cloudy dates.
+        padding: (B, T) bool, True where there is nothing to look at: padded or cloudy dates, and those that are
+            nothing but holes.
     """
 
     values: torch.Tensor
@@ -103,9 +104,9 @@ def encoder_inputs(
         present = batch.present[name]
         if not spec.series:
             valid = torch.isfinite(values) & present.view(-1, 1, 1, 1)
-            inputs[name] = EncoderInput(fill_holes(values), valid, present)
+            inputs[name] = EncoderInput(fill_holes(values), valid, valid.flatten(1).any(dim=1))
             continue
-        padding = batch.padding[name]
+        padding = batch.padding[name] | ~torch.isfinite(values).flatten(2).any(dim=2)
         if name in masks:
             # The mask may be missing for a sample that has the series: then every date is kept.
             unclear = unclear_dates(_as_long(batch.values[masks[name]], padding), padding)

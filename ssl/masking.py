@@ -140,6 +140,12 @@ def block_grid(modality: Modality, pixels: int, block: int, images: str) -> int:
     return pixels // side
 
 
+def check_window(modalities: Mapping[str, Modality], side: float, config: MaskingConfig) -> None:
+    """Raise ``InputError`` unless images of ``side`` metres divide into the blocks in which they are hidden."""
+    for name, block in blocks_of(modalities, config).items():
+        block_grid(modalities[name], round(side / modalities[name].gsd), block, config.images)
+
+
 def _packed(seeds: torch.Tensor, tag: str, grid: int) -> torch.Tensor:
     """One visible block, at random, in every 2 x 2."""
     pairs = grid // 2

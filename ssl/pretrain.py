@@ -32,7 +32,7 @@ from bocage.ssl.engine.loop import train
 from bocage.ssl.engine.run import Outcome
 from bocage.ssl.latent import Latent, LatentConfig
 from bocage.ssl.masked import Masked, MaskedConfig
-from bocage.ssl.masking import MaskingConfig
+from bocage.ssl.masking import MaskingConfig, check_window
 from bocage.ssl.objective import Pretraining
 from bocage.ssl.pictures import reconstruction_figure, save_figure
 from bocage.ssl.probe import Probe, ProbeConfig
@@ -175,6 +175,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
     rows = manifest.split(config.split, config.train)
     torch.manual_seed(config.engine.seed)  # before weights are drawn
     task = build_task(config, manifest)
+    check_window(task.modalities, config.window, config.masking)
     modalities = wanted_modalities(manifest.registry, list(task.encoders), [])
     source = TrainingStream(
         manifest,

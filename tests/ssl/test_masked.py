@@ -39,7 +39,7 @@ UTAE = EncoderConfig(
 )
 
 
-def make_batch(count: int, dates: int = 9, missing: tuple[str, ...] = ()) -> Batch:
+def make_batch(count: int, dates: int = 9, missing: tuple[str, ...] = (), side: float = SIDE) -> Batch:
     random = np.random.default_rng(0)
     modalities = [modality for modality in FLAIR_HUB.values() if modality.role != "label"]
     samples = []
@@ -48,15 +48,15 @@ def make_batch(count: int, dates: int = 9, missing: tuple[str, ...] = ()) -> Bat
         for modality in modalities:
             if modality.name in missing:
                 continue
-            side = round(SIDE / modality.gsd)
-            shape: tuple[int, ...] = (len(modality.bands), side, side)
+            pixels = round(side / modality.gsd)
+            shape: tuple[int, ...] = (len(modality.bands), pixels, pixels)
             if modality.has_dates:
                 shape = (dates, *shape)
                 days[modality.name] = np.arange(dates, dtype=np.int32) * 30 - 130
             values = random.random(shape) * (0 if modality.role == "mask" else 200)
             arrays[modality.name] = values.astype(modality.dtype)
         seed = sample_seed(0, 0, str(index))
-        samples.append(Sample(str(index), "D001-2020/AA", seed, GroundWindow(0, 0, SIDE), arrays, days))
+        samples.append(Sample(str(index), "D001-2020/AA", seed, GroundWindow(0, 0, side), arrays, days))
     return collate(samples, modalities)
 
 
