@@ -82,8 +82,8 @@ def grid_centres(count: int, side: float, device: torch.device) -> torch.Tensor:
 class Neck(nn.Module):
     """Feature maps of one encoder to one token per cell of a grid.
 
-    Every map contributes, so that every stage learns: each is normalised and projected, finer maps by a convolution
-    over the cells of a token, coarser ones interpolated.
+    Each map is normalised and projected, finer maps by a convolution over the cells of a token, coarser ones
+    interpolated, and the token is the sum over maps.
 
     Args:
         widths: channels of each map, finest first.
@@ -101,14 +101,16 @@ class Neck(nn.Module):
             for channels, span in zip(widths, spans, strict=True)
         )
 
-    def forward(self, maps: list[torch.Tensor], grid: int) -> torch.Tensor:
-        """(B, grid, grid, width) tokens of a ``grid`` x ``grid`` arrangement."""
+    def forward(self, maps: list[torch.Tensor], grid: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, grid, grid, width) tokens of a ``grid`` x ``grid`` arrangement; ``weights`` (B, maps) of each map."""
         total = None
-        for features, norm, projection in zip(maps, self.norms, self.projections, strict=True):
+        for index, (features, norm, projection) in enumerate(zip(maps, self.norms, self.projections, strict=True)):
             normed = norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             cells = projection(normed)
             if cells.shape[-1] != grid:
                 cells = F.interpolate(cells, size=(grid, grid), mode="bilinear", align_corners=False)
+            if weights is not None:
+                cells = cells * weights[:, index, None, None, None].to(cells.dtype)
             total = cells if total is None else total + cells
         assert total is not None
         return total.permute(0, 2, 3, 1)

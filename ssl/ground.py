@@ -42,19 +42,21 @@ def ground_tokens(view: View, name: str, neck: Neck) -> GroundTokens:
         neck: ``neck_of`` its encoder.
     """
     given, mask = view.inputs[name], view.masks[name]
-    device = given.values.device
+    device, weights = given.values.device, view.map_weights.get(name)
     if mask.units is None:
         pixels = given.values.shape[-1]
         centres = grid_centres(pixels, view.side, device).flatten(0, 1)[None]
         return GroundTokens(
-            neck(view.maps[name], pixels).flatten(1, 2), centres, centres.new_ones(centres.shape[:2], dtype=torch.bool)
+            neck(view.maps[name], pixels, weights).flatten(1, 2),
+            centres,
+            centres.new_ones(centres.shape[:2], dtype=torch.bool),
         )
     units = mask.units.shape[1]
     centres = grid_centres(units, view.side, device)
     if not view.packed:
-        tokens = neck(view.maps[name], units).flatten(1, 2)
+        tokens = neck(view.maps[name], units, weights).flatten(1, 2)
         return GroundTokens(tokens, centres.flatten(0, 1)[None], ~mask.units.flatten(1))
-    tokens = neck(view.maps[name], units // 2).flatten(1, 2)
+    tokens = neck(view.maps[name], units // 2, weights).flatten(1, 2)
     # The places of visible units, packed as the units were.
     places = pack(centres.permute(2, 0, 1).expand(len(tokens), -1, -1, -1), mask.units, mask.block)
     places = places.flatten(2).transpose(1, 2)

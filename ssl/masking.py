@@ -42,6 +42,9 @@ class MaskingConfig:
             of its own. Where it is hidden a frame holds the mean, as in holes.
         cube: side of a cube on the ground, metres.
         modality_ratio: probability that a modality is hidden as a whole.
+        map_ratio: probability, in training, that a feature map of a sample is hidden from the objectives; one stays.
+            When all maps always add up, the deepest need not say anything: a vector that is the same everywhere
+            outgrows what they know, and features collapse (docs/design-choices.md).
     """
 
     images: Literal["packed", "mask_token"] = "packed"
@@ -54,10 +57,12 @@ class MaskingConfig:
     cube_share: float = 0.0
     cube: float = 25.6
     modality_ratio: float = 0.25
+    map_ratio: float = 0.5
 
     def __post_init__(self) -> None:
         shares = {
-            key: getattr(self, key) for key in ("ratio", "date_ratio", "gap_share", "cube_share", "modality_ratio")
+            key: getattr(self, key)
+            for key in ("ratio", "date_ratio", "gap_share", "cube_share", "modality_ratio", "map_ratio")
         }
         for key, value in (*shares.items(), *((f"ratios.{name}", value) for name, value in self.ratios.items())):
             if not 0 <= value <= 1:
@@ -254,3 +259,10 @@ def draw_masks(
             whole, units=hidden_blocks.repeat_interleave(block, 1).repeat_interleave(block, 2), block=block
         )
     return masks
+
+
+def draw_map_weights(seeds: torch.Tensor, name: str, maps: int, ratio: float) -> torch.Tensor:
+    """(B, maps) float: 0 for hidden maps; the others of a sample share the weight of all, ``maps``."""
+    draws = uniform(seeds, f"maps/{name}", maps)
+    kept = (draws >= ratio) | F.one_hot(draws.argmax(dim=1), maps).bool()
+    return kept * (maps / kept.sum(dim=1, keepdim=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from bocage.shards.modality import Modality
 from bocage.shards.seeds import sample_seed
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.collapse import sampled
-from bocage.ssl.masking import Mask, MaskingConfig, blocks_of, draw_masks
+from bocage.ssl.masking import Mask, MaskingConfig, blocks_of, draw_map_weights, draw_masks
 from bocage.ssl.visible import pack, recentred
 
 
@@ -31,6 +31,8 @@ class View:
         maps: feature maps of the visible parts, finest first, by modality. Under ``packed`` an image's maps cover
             the packed canvas, whose visible blocks lie in the order of the 2 x 2 blocks they come from. Zeros for
             samples whose modality is hidden as a whole or absent.
+        map_weights: by modality, (B, maps) float: what each map weighs in the tokens of a sample
+            (``MaskingConfig.map_ratio``); without an entry all weigh 1.
         rows: indices of the samples that were encoded, by modality.
         present: indices of the samples that have it, hidden or not.
         seeds: (B,) int64, of this epoch.
@@ -48,6 +50,7 @@ class View:
     samples: torch.Tensor
     side: float
     packed: bool
+    map_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Term(Protocol):
@@ -136,13 +139,19 @@ class Pretraining(nn.Module):
         return maps
 
     def view(self, batch: Batch, *, oriented: bool) -> View:
-        """Masked encodings of a batch; ``oriented`` turns samples at random and augments them (training)."""
+        """Masked encodings of a batch; ``oriented`` (training) turns and augments samples and draws maps at random."""
         specs = {name: self.encoder(name).spec for name in self.encoders}
         augment = self.augment if oriented else None
         inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented, augment=augment)
         masks = draw_masks(inputs, self.modalities, batch.seeds, self.masking)
         numbers = torch.tensor([sample_seed(0, 0, key) for key in batch.keys])
-        return self.encoded(inputs, masks, batch.seeds, numbers.to(batch.seeds.device, non_blocking=True))
+        view = self.encoded(inputs, masks, batch.seeds, numbers.to(batch.seeds.device, non_blocking=True))
+        if oriented and self.masking.map_ratio:
+            view.map_weights = {
+                name: draw_map_weights(batch.seeds, name, len(maps), self.masking.map_ratio)
+                for name, maps in view.maps.items()
+            }
+        return view
 
     def encoded(
         self, inputs: dict[str, EncoderInput], masks: dict[str, Mask], seeds: torch.Tensor, samples: torch.Tensor

@@ -145,6 +145,23 @@ def test_what_is_hidden_reaches_no_feature_and_no_prediction(masking: MaskingCon
         assert not torch.equal(before[name].target, after[name].target), name
 
 
+@pytest.mark.parametrize("name", ["SPOT_RGBI", "SENTINEL2_TS"])
+def test_hidden_maps_say_nothing(name: str) -> None:
+    task = make_task(names=[name]).eval()
+    neck = masked_term(task).necks[name]
+    assert isinstance(neck, Neck)
+    with torch.no_grad():
+        view = task.view(make_batch(6), oriented=True)
+        before = ground_tokens(view, name, neck).values
+        weights = view.map_weights[name]
+        assert (weights == 0).any(dim=0).all()
+        for index, features in enumerate(view.maps[name]):
+            noise = torch.randn(features.shape)
+            view.maps[name][index] = torch.where(weights[:, index, None, None, None] == 0, noise, features)
+        assert torch.equal(ground_tokens(view, name, neck).values, before)
+        assert not task.view(make_batch(6), oriented=False).map_weights
+
+
 def test_cubes_are_reconstructed_where_they_are() -> None:
     name = next(item.name for item in FLAIR_HUB.inputs if item.role == "series")
     task = make_task(MaskingConfig(cube_share=1.0, modality_ratio=0.0), names=[name]).eval()

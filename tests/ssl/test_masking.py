@@ -5,7 +5,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.seeds import sample_seed
-from bocage.ssl.masking import MaskingConfig, block_grid, blocks_of, draw_masks
+from bocage.ssl.masking import MaskingConfig, block_grid, blocks_of, draw_map_weights, draw_masks
 from bocage.ssl.visible import pack
 
 SEEDS = torch.tensor([sample_seed(0, 0, str(index)) for index in range(256)])
@@ -191,6 +191,16 @@ def test_whole_modalities_are_hidden_but_never_all() -> None:
     assert whole[~here].float().mean() > 0.4
     none = draw_masks(inputs, FLAIR_HUB, SEEDS, MaskingConfig(modality_ratio=0.0))
     assert torch.equal(none["AERIAL_RGBI"].whole, here)
+
+
+def test_maps_are_hidden_but_never_all() -> None:
+    weights = draw_map_weights(SEEDS, "SPOT_RGBI", 4, 0.5)
+    kept = (weights > 0).sum(dim=1)
+    assert torch.allclose(weights.sum(dim=1), torch.tensor(4.0))
+    assert kept.min() == 1 and kept.max() == 4
+    assert ((weights > 0).float().mean(dim=0) - 8.25 / 16).abs().max() < 0.1  # half, and one of those without any
+    assert torch.equal(draw_map_weights(SEEDS.flip(0), "SPOT_RGBI", 4, 0.5), weights.flip(0))
+    assert (draw_map_weights(SEEDS, "SPOT_RGBI", 4, 1.0) > 0).sum(dim=1).eq(1).all()
 
 
 def test_a_mask_depends_on_the_sample_alone() -> None:
