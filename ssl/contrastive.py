@@ -81,7 +81,10 @@ class Contrastive(nn.Module):
     ) -> None:
         super().__init__()
         if len(encoders) < 2:
-            raise InputError(f"weights.contrastive compares sensors, and modalities has {', '.join(encoders)} alone")
+            raise InputError(
+                f"weights.contrastive compares sensors, and modalities has {', '.join(encoders)} alone: add one, or "
+                "give weights.contrastive=0"
+            )
         self.config = config
         self.necks = nn.ModuleDict(
             {name: neck_of(encoder, modalities[name], config.width) for name, encoder in encoders.items()}

@@ -5,6 +5,7 @@ PRETRAIN = [
     "batch_size=2",
     "workers=0",
     "pictures=1",
+    "weights.contrastive=0",
     "swin.options.embed_dim=16",
     "swin.options.depths=[1,1,1,1]",
     "swin.options.num_heads=[1,2,2,4]",
