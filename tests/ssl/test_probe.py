@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -112,6 +114,18 @@ def test_a_run_records_them_and_is_not_changed_by_them(manifest: Manifest, tmp_p
                 assert not expected or 0 < line[key] <= 100
     by_class = [value for key, value in probed[-1].items() if key.startswith("evaluation/linear_iou/AERIAL_RGBI/")]
     assert np.mean(by_class) == pytest.approx(probed[-1]["evaluation/linear_miou/AERIAL_RGBI"])
+
+
+# Some 25 s: three processes import everything.
+def test_two_ranks_find_what_one_does_also_when_patches_do_not_divide(manifest: Manifest, tmp_path: Path) -> None:
+    script = [str(Path(__file__).with_name("probe_run.py")), str(manifest.path)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, words in (("one", script), ("two", [*launcher, *script])):
+        subprocess.run([sys.executable, *words, str(tmp_path / name)], check=True, capture_output=True)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["figures"] == two["figures"]
+    assert any(name.startswith("linear_iou/SENTINEL2_TS/") for name in one["figures"])
 
 
 @pytest.mark.parametrize(
