@@ -55,6 +55,9 @@ TASKS = {
 }
 
 
+SPREAD = {"spread image": IMAGE, "spread series": SERIES}
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to pretrain: what it changes, by groups of sensors that are pretrained together."""
@@ -185,6 +188,8 @@ class Study:
 
     def value(self, start: str, seed: int, what: str, fraction: float | None) -> float | None:
         """mIoU in percent: of fine-tuning, or of a probe when there is no fraction; None where it was not run."""
+        if what in SPREAD:
+            return self.spread(start, seed, SPREAD[what])
         if fraction is None:
             path = self.folder / "probe" / f"{_file(start)}-{seed}.json"
             return json.loads(path.read_text())[what] if path.exists() else None
@@ -193,6 +198,16 @@ class Study:
             return None
         strict = json.loads(path.read_text())["valid"]["strict"]
         return float(strict["miou" if what == "land cover" else "miou_without_background"])
+
+    def spread(self, start: str, seed: int, sensor: str) -> float | None:
+        """``feature_std`` of the deepest map of an encoder, times 100, at the end of pretraining."""
+        if start not in VARIANTS:
+            return None
+        path = self.encoder(start, seed, sensor).parents[1] / "metrics.jsonl"
+        if not path.exists():
+            return None
+        last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        return 100 * float(last[f"feature_std/{sensor}"])
 
 
 def _file(name: str) -> str:
@@ -236,6 +251,9 @@ class Measure:
 
 FINE = [Measure(f"{task}, {fraction:.0%}", task, fraction) for task in TASKS for fraction in FRACTIONS]
 FROZEN = [Measure(f"{kind} {task}", f"{kind} {task}") for task in TASKS for kind in ("linear", "knn")]
+
+
+SPREAD_MEASURES = [Measure(title, title) for title in SPREAD]
 
 
 def _values(study: Study, start: str, measure: Measure) -> dict[int, float]:
@@ -302,10 +320,13 @@ def write_report(study: Study) -> None:
             if name != "masked"
         ),
     )
-    lines += ["Probes themselves:", ""]
+    lines += ["Probes themselves, and the spread of the deepest features (`feature_std`, 1 is even, times 100):", ""]
     lines += _table(
-        ["encoder", *(measure.title for measure in FROZEN)],
-        ([name, *(_mean(_values(study, name, m)) for m in FROZEN)] for name in (SCRATCH, *VARIANTS)),
+        ["encoder", *(measure.title for measure in (*FROZEN, *SPREAD_MEASURES))],
+        (
+            [name, *(_mean(_values(study, name, m)) for m in (*FROZEN, *SPREAD_MEASURES))]
+            for name in (SCRATCH, *VARIANTS)
+        ),
     )
     report = DOCS / "design-choices.md"
     before, _, rest = report.read_text(encoding="utf-8").partition(BEGIN)
@@ -313,7 +334,7 @@ def write_report(study: Study) -> None:
     report.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for start in (SCRATCH, LONG, *VARIANTS):
-        for measure in (*FINE, *FROZEN):
+        for measure in (*FINE, *FROZEN, *SPREAD_MEASURES):
             for seed, value in _values(study, start, measure).items():
                 rows.append({"encoder": start, "measure": measure.title, "seed": seed, "miou": f"{value:.3f}"})
     with (DOCS / "design-choices.csv").open("w", newline="", encoding="utf-8") as file:
