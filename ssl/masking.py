@@ -37,7 +37,7 @@ class MaskingConfig:
             unit, which is the default.
         joint: hide the same ground from all images of a sample, in blocks of the largest of their sides, so that only
             what surrounds it and the series tell of it; otherwise each image has blocks of its own.
-        gap_share: probability that hidden dates are one contiguous gap rather than scattered.
+        gap_share: probability that hidden dates are one gap rather than scattered; a gap goes on in the new year.
         cube_share: probability that a series lacks cubes of space and time instead of whole dates: at each place a gap
             of its own. Where it is hidden a frame holds the mean, as in holes.
         cube: side of a cube on the ground, metres.
@@ -181,12 +181,20 @@ def _hidden_dates(
     target = _number_hidden(padding, ratio)[:, None]
     count, length = (~padding).sum(dim=1, keepdim=True), padding.shape[1]
     # Ranks are counted among existing dates only: padding goes last.
-    scattered = uniform(seeds, f"dates/{name}", length).masked_fill(padding, 2.0)
+    scattered = uniform(seeds, f"hidden dates/{name}", length).masked_fill(padding, 2.0)
     scattered_rank = scattered.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     place = (~padding).cumsum(dim=1) - 1
-    start = (uniform(seeds, f"gap start/{name}")[:, None] * (count - target + 1)).long()
+    start = (uniform(seeds, f"gap start/{name}")[:, None] * count).long()
     gap = uniform(seeds, f"gap/{name}")[:, None] < gap_share
-    return torch.where(gap, (place >= start) & (place < start + target), scattered_rank < target) & ~padding
+    return torch.where(gap, _in_gap(place, start, target, count), scattered_rank < target) & ~padding
+
+
+def _in_gap(place: torch.Tensor, start: torch.Tensor, length: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Which of ``count`` places lie in a gap that goes on at the beginning when it reaches the end.
+
+    Otherwise gaps of more than half of the dates would hide those in the middle of the year always.
+    """
+    return (place - start) % count.clamp_min(1) < length
 
 
 def _hidden_cubes(
@@ -195,9 +203,9 @@ def _hidden_cubes(
     """A gap in the existing dates at each of ``cells`` x ``cells`` places: (B, T, pixels, pixels) bool."""
     target = _number_hidden(padding, ratio)[:, None, None]
     count = (~padding).sum(dim=1)[:, None, None]
-    start = (uniform(seeds, f"cubes/{name}", cells, cells) * (count - target + 1)).long()[:, None]
+    start = (uniform(seeds, f"cubes/{name}", cells, cells) * count).long()[:, None]
     place = ((~padding).cumsum(dim=1) - 1)[:, :, None, None]
-    hidden = (place >= start) & (place < start + target[:, None]) & ~padding[:, :, None, None]
+    hidden = _in_gap(place, start, target[:, None], count[:, None]) & ~padding[:, :, None, None]
     cell = torch.arange(pixels, device=seeds.device) * cells // pixels
     return hidden[:, :, cell][..., cell]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 DOCS = Path(__file__).parents[2] / "docs"
+REPORT = "design-choices.md"
 PATCHES, SAMPLE_SEED = 1000, 11
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.01, 0.05, 0.1)
@@ -66,6 +68,7 @@ class Variant:
     words: list[str] = field(default_factory=list)
     groups: tuple[tuple[str, ...], ...] = (SENSORS,)
     main: bool = False
+    against: str = "masked"  # what it is compared with
 
 
 VARIANTS = {
@@ -77,10 +80,14 @@ VARIANTS = {
     "all maps": Variant("masked, no map hidden from the objective", [*MASKED, "masking.map_ratio=0"]),
     "mask_token": Variant("masked, `mask_token`", [*MASKED, "masking.images=mask_token"]),
     "ratio 0.6": Variant(
-        "masked, `mask_token`, 0.6 of units", [*MASKED, "masking.images=mask_token", "masking.ratio=0.6"]
+        "`mask_token`, 0.6 of units instead of 0.75",
+        [*MASKED, "masking.images=mask_token", "masking.ratio=0.6"],
+        against="mask_token",
     ),
     "ratio 0.9": Variant(
-        "masked, `mask_token`, 0.9 of units", [*MASKED, "masking.images=mask_token", "masking.ratio=0.9"]
+        "`mask_token`, 0.9 of units instead of 0.75",
+        [*MASKED, "masking.images=mask_token", "masking.ratio=0.9"],
+        against="mask_token",
     ),
     "joint": Variant("masked, the same ground hidden from all images", [*MASKED, "masking.joint=true"]),
     "plain targets": Variant("masked, targets not normalised", [*MASKED, "masked.normalize_targets=false"]),
@@ -117,44 +124,53 @@ class Study:
             self.command("shard", "-m", "bocage.tools.main", "shard", tree, shards, *size)
         return shards
 
+    def pretraining(self, variant: str, seed: int) -> list[tuple[tuple[str, ...], list[str], Path]]:
+        """Sensors, words of the command line and folder of each run of a variant; other words, another folder."""
+        found = []
+        for names in VARIANTS[variant].groups:
+            words = [*PRETRAIN, *VARIANTS[variant].words, f"modalities=[{','.join(names)}]", f"engine.seed={seed}"]
+            found.append((names, words, self.folder / "pretrain" / _named(f"{variant}-{seed}", words)))
+        return found
+
     def encoder(self, variant: str, seed: int, sensor: str) -> Path:
         """Where an encoder of a variant is."""
-        group = next(index for index, names in enumerate(VARIANTS[variant].groups) if sensor in names)
-        return self.folder / "pretrain" / f"{_file(variant)}-{seed}-{group}" / "encoders" / sensor
+        output = next(folder for names, _, folder in self.pretraining(variant, seed) if sensor in names)
+        return output / "encoders" / sensor
 
     def pretrain(self, variant: str, seed: int) -> None:
         """Pretrain all groups of sensors of a variant."""
-        for index, names in enumerate(VARIANTS[variant].groups):
-            name = f"{_file(variant)}-{seed}-{index}"
-            output = self.folder / "pretrain" / name
-            if (output / "encoders" / names[-1] / "config.json").exists():
-                continue
-            words = [*PRETRAIN, *VARIANTS[variant].words, f"modalities=[{','.join(names)}]", f"engine.seed={seed}"]
-            words += [f"shards={self.data()}", f"output={output}"]
-            self.command(f"pretrain-{name}", "-m", "bocage.ssl.pretrain", *words)
+        for names, words, output in self.pretraining(variant, seed):
+            if not (output / "encoders" / names[-1] / "config.json").exists():
+                words = [*words, f"shards={self.data()}", f"output={output}"]
+                self.command(f"pretrain-{output.name}", "-m", "bocage.ssl.pretrain", *words)
 
-    def finetuned(self, start: str, seed: int, task: str, fraction: float) -> Path:
-        """The folder of a fine-tuning run."""
-        return self.folder / "finetune" / f"{_file(start)}-{seed}-{_file(task)}-{fraction:g}"
-
-    def finetune(self, start: str, seed: int, task: str, fraction: float) -> None:
-        """Fine-tune for a task from a variant's encoder or from scratch."""
-        output, sensor = self.finetuned(start, seed, task, fraction), TASKS[task].sensor
-        if (output / "metrics.json").exists():
-            return
-        steps = STEPS * (LONGER if start == LONG else 1)
+    def finetuning(self, start: str, seed: int, task: str, fraction: float) -> tuple[list[str], Path]:
+        """Words of the command line and folder of a fine-tuning run, from a variant's encoder or from scratch."""
+        sensor, steps = TASKS[task].sensor, STEPS * (LONGER if start == LONG else 1)
         words = [*FINETUNE, *TASKS[task].words, f"modalities=[{sensor}]", f"train_fraction={fraction:g}"]
         words += [f"engine.seed={seed}", f"engine.steps={steps}"]
         if start in VARIANTS:
             words.append(f"encoders.{sensor}={self.encoder(start, seed, sensor)}")
-        words += [f"shards={self.data()}", f"output={output}"]
-        self.command(f"finetune-{output.name}", "-m", "bocage.tools.main", "finetune", *words)
+        return words, self.folder / "finetune" / _named(f"{start}-{seed}-{task}-{fraction:g}", words)
+
+    def finetune(self, start: str, seed: int, task: str, fraction: float) -> None:
+        """Fine-tune for a task."""
+        words, output = self.finetuning(start, seed, task, fraction)
+        if not (output / "metrics.json").exists():
+            words = [*words, f"shards={self.data()}", f"output={output}"]
+            self.command(f"finetune-{output.name}", "-m", "bocage.tools.main", "finetune", *words)
+
+    def probed(self, start: str, seed: int) -> Path:
+        """The file of a start's probes."""
+        words = [str(self.encoder(start, seed, sensor)) for sensor in (IMAGE, SERIES)] if start in VARIANTS else []
+        return self.folder / "probe" / f"{_named(f'{start}-{seed}', words)}.json"
 
     def probe(self, start: str, seed: int) -> None:
         """Measure frozen encoders of a variant, or random ones."""
-        output = self.folder / "probe" / f"{_file(start)}-{seed}.json"
+        output = self.probed(start, seed)
         if not output.exists():
-            self.command(f"probe-{output.stem}", __file__, self.folder, "--probe", start, "--seed", str(seed))
+            words = [__file__, self.folder, "--probe", start, "--seed", str(seed)]
+            self.command(f"probe-{output.stem}", *words)
 
     def chain(self, start: str, seed: int) -> list[Callable[[], None]]:
         """All runs of a start and a seed, in the order in which they need each other."""
@@ -181,17 +197,22 @@ class Study:
                     progress.advance(bar)
 
             with ThreadPoolExecutor(self.processes) as pool:
-                for future in [pool.submit(work, chain) for chain in chains]:
-                    future.result()
+                futures = [pool.submit(work, chain) for chain in chains]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
 
     def value(self, start: str, seed: int, what: str, fraction: float | None) -> float | None:
         """mIoU in percent: of fine-tuning, or of a probe when there is no fraction; None where it was not run."""
         if what in SPREAD:
             return self.spread(start, seed, SPREAD[what])
         if fraction is None:
-            path = self.folder / "probe" / f"{_file(start)}-{seed}.json"
+            path = self.probed(start, seed)
             return json.loads(path.read_text())[what] if path.exists() else None
-        path = self.finetuned(start, seed, what, fraction) / "metrics.json"
+        path = self.finetuning(start, seed, what, fraction)[1] / "metrics.json"
         if not path.exists():
             return None
         strict = json.loads(path.read_text())["valid"]["strict"]
@@ -208,8 +229,10 @@ class Study:
         return 100 * float(last[f"feature_std/{sensor}"])
 
 
-def _file(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "_")
+def _named(name: str, words: list[str]) -> str:
+    """A name for files that tells other words from these."""
+    own = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]
+    return f"{name.replace(', ', '-').replace(' ', '_')}-{own}"
 
 
 def probe(study: Study, start: str, seed: int) -> None:
@@ -217,6 +240,7 @@ def probe(study: Study, start: str, seed: int) -> None:
     import torch
 
     from bocage import recipes
+    from bocage.shards.files import written_atomically
     from bocage.shards.manifest import Manifest
     from bocage.ssl.pretrain import PretrainConfig, build_task
     from bocage.ssl.probe import Probe, ProbeConfig
@@ -233,9 +257,10 @@ def probe(study: Study, start: str, seed: int) -> None:
         encoders = build_task(recipes.resolve(PretrainConfig, words), manifest).eval()
         figures = Probe(manifest, ProbeConfig(label=label, patches=100), "split_1").figures(encoders, 8, 0)
         found |= {f"{kind} {task}": figures[f"{kind}_miou/{sensor}"] for kind in ("linear", "knn")}
-    path = study.folder / "probe" / f"{_file(start)}-{seed}.json"
+    path = study.probed(start, seed)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found))
+    with written_atomically(path) as temporary:
+        temporary.write_text(json.dumps(found), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -309,12 +334,12 @@ def write_report(study: Study) -> None:
         ),
     )
     measures = [measure for measure in FINE if measure.fraction == MIDDLE] + FROZEN
-    lines += ["The choices, each as a difference to `masked`; probes are of frozen encoders:", ""]
+    lines += ["Choices as differences to `masked`, ratios to `mask_token`; probes are of frozen encoders:", ""]
     lines += _table(
         ["variant", *(measure.title for measure in measures)],
         (
-            [variant.about, *(_difference(_values(study, name, m), _values(study, "masked", m)) for m in measures)]
-            for name, variant in VARIANTS.items()
+            [one.about, *(_difference(_values(study, name, m), _values(study, one.against, m)) for m in measures)]
+            for name, one in VARIANTS.items()
             if name != "masked"
         ),
     )
@@ -326,7 +351,7 @@ def write_report(study: Study) -> None:
             for name in (SCRATCH, *VARIANTS)
         ),
     )
-    report = DOCS / "design-choices.md"
+    report = DOCS / REPORT
     before, _, rest = report.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     report.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
@@ -346,11 +371,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", nargs="*", default=[SCRATCH, LONG, *VARIANTS], help="starts to run")
+    starts = [SCRATCH, LONG, *VARIANTS]
+    parser.add_argument("--only", nargs="*", choices=starts, default=starts, metavar="START", help=f"of {starts}")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, run nothing")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if BEGIN not in (DOCS / REPORT).read_text(encoding="utf-8"):
+        raise SystemExit(f"{DOCS / REPORT} has no line {BEGIN}, after which figures are written")
     study = Study(arguments.folder.resolve(), arguments.processes)
     if arguments.probe:
         probe(study, arguments.probe, arguments.seed)
