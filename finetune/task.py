@@ -98,7 +98,9 @@ class Segmentation(nn.Module):
     def predictions(self, batch: Batch, *, oriented: bool = False) -> Predictions:
         """Logits at the label's resolution; ``oriented`` turns each sample at random, as its seed says."""
         specs = {name: self.model.encoder(name).spec for name in self.modalities if name in batch.values}
-        inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented)
+        inputs = encoder_inputs(
+            batch, specs, self.quality_masks, oriented=oriented, empty_is_absent=not self.model.official
+        )
         side = float(batch.windows[0, 2])
         return self.model(inputs, side, round(side / self.label.gsd))
 

@@ -10,6 +10,7 @@ is checked here, before any work starts.
 from __future__ import annotations
 
 import difflib
+import os.path
 from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -64,6 +65,8 @@ def _layers(name: str) -> dict[str, DictConfig]:
     found: dict[str, DictConfig] = {}
 
     def add(current: str, above: tuple[str, ...]) -> None:
+        if current.endswith(_FILE_ENDINGS):
+            current = os.path.normpath(current)  # one file, however it is spelt
         if current in above or len(above) == _MAX_BASES:
             raise InputError(f"recipe={name}: its `base` recipes form a circle at {current!r}")
         if current not in found:
@@ -79,11 +82,14 @@ def _layers(name: str) -> dict[str, DictConfig]:
 def _bases(name: str, config: DictConfig) -> list[str]:
     """Takes the key ``base`` out of a recipe; a file is looked for beside the recipe that names it."""
     try:
-        bases = config.pop("base", ListConfig([]))
+        given = config.pop("base", None)
+        bases = given
+        if OmegaConf.is_list(given):
+            bases = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(f"recipe={name}: base: {str(error).splitlines()[0]}") from error
     found = []
-    for base in bases if isinstance(bases, ListConfig) else [bases]:
+    for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
         if not isinstance(base, str):
             raise InputError(f"recipe={name}: base: {base!r} is not the name of a recipe or the path of a YAML file")
         if base.endswith(_FILE_ENDINGS) and name.endswith(_FILE_ENDINGS):

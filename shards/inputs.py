@@ -23,10 +23,10 @@ class EncoderInput:
     Attributes:
         values: (B, C, H, W) or (B, T, C, H, W) float32, standardised; holes are 0, the mean.
         valid: bool, same shape as ``values``: False in holes, absent samples and padded dates.
-        present: (B,) bool. What is nothing but holes is absent, and so is a series without a date to look at.
+        present: (B,) bool. What is nothing but holes is absent (``encoder_inputs``), and so is a series without a date
+            to look at.
         dates: (B, T) days since 15 May, for series.
-        padding: (B, T) bool, True where there is nothing to look at: padded or cloudy dates, and those that are
-            nothing but holes.
+        padding: (B, T) bool, True where there is nothing to look at: padded or cloudy dates, and empty ones.
     """
 
     values: torch.Tensor
@@ -84,6 +84,7 @@ def encoder_inputs(
     *,
     oriented: bool,
     augment: AugmentConfig | None = None,
+    empty_is_absent: bool = True,
 ) -> dict[str, EncoderInput]:
     """What each encoder reads, on the batch's device.
 
@@ -93,6 +94,8 @@ def encoder_inputs(
         masks: the name of the quality mask of a series (``quality_masks``).
         oriented: whether each sample is turned into its random orientation (training) or left as it is.
         augment: further random changes, of training.
+        empty_is_absent: whether images and dates that are nothing but holes count as absent; otherwise they are seen
+            as the mean everywhere, which the official architecture needs, that cannot do without a sensor.
     """
     inputs: dict[str, EncoderInput] = {}
     for name, spec in specs.items():
@@ -104,9 +107,12 @@ def encoder_inputs(
         present = batch.present[name]
         if not spec.series:
             valid = torch.isfinite(values) & present.view(-1, 1, 1, 1)
-            inputs[name] = EncoderInput(fill_holes(values), valid, valid.flatten(1).any(dim=1))
+            seen = valid.flatten(1).any(dim=1) if empty_is_absent else present
+            inputs[name] = EncoderInput(fill_holes(values), valid, seen)
             continue
-        padding = batch.padding[name] | ~torch.isfinite(values).flatten(2).any(dim=2)
+        padding = batch.padding[name]
+        if empty_is_absent:
+            padding = padding | ~torch.isfinite(values).flatten(2).any(dim=2)
         if name in masks:
             # The mask may be missing for a sample that has the series: then every date is kept.
             unclear = unclear_dates(_as_long(batch.values[masks[name]], padding), padding)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.codec import Member
 from bocage.shards.collate import BatchWriter, PackedBatch
-from bocage.shards.crop import WHOLE_PATCH, check_side, draw_windows, lattice, pixels
+from bocage.shards.crop import check_side, draw_windows, lattice, pixels
 from bocage.shards.errors import InputError
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
@@ -271,8 +271,12 @@ def evaluation_batches(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    window: float = PATCH_SIZE,
 ) -> Iterator[Batch]:
-    """Whole patches, each exactly once over all ranks, in the order of ``rows``; the last batch may be short."""
-    dataset = ShardDataset(manifest, modalities, WHOLE_PATCH.side, seed=0)
+    """Patches, each exactly once over all ranks, in the order of ``rows``; the last batch may be short.
+
+    They are whole, or of each a ``window`` of so many metres, drawn once and for all.
+    """
+    dataset = ShardDataset(manifest, modalities, window, seed=0)
     requests = EvaluationRequests(rows, manifest.index.shard, batch_size, rank, world)
     yield from _read(dataset, requests, workers)

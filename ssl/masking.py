@@ -42,7 +42,8 @@ class MaskingConfig:
             of its own. Where it is hidden a frame holds the mean, as in holes.
         cube: side of a cube on the ground, metres.
         modality_ratio: probability that a modality is hidden as a whole.
-        map_ratio: probability, in training, that a feature map of a sample is hidden from the objectives; one stays.
+        map_ratio: probability, in training, that a feature map of a sample is hidden from the objectives that read
+            tokens (``ground.ground_tokens``); one stays.
             When all maps always add up, the deepest need not say anything: a vector that is the same everywhere
             outgrows what they know, and features collapse (docs/design-choices.md).
     """
@@ -67,8 +68,9 @@ class MaskingConfig:
         for key, value in (*shares.items(), *((f"ratios.{name}", value) for name, value in self.ratios.items())):
             if not 0 <= value <= 1:
                 raise ValueError(f"masking.{key}={value} must lie between 0 and 1")
-        if not 0 < self.cube < math.inf:
-            raise ValueError(f"masking.cube={self.cube} must be a positive number of metres")
+        for key, side in (("cube", self.cube), *((f"blocks.{name}", side) for name, side in self.blocks.items())):
+            if not 0 < side < math.inf:
+                raise ValueError(f"masking.{key}={side} must be a positive number of metres")
         if self.images == "packed" and self.ratio != 0.75:
             raise ValueError("masking.ratio must be 0.75 with masking.images=packed: one block of every 2 x 2 is kept")
 
@@ -117,6 +119,8 @@ def blocks_of(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict
             )
     if config.images == "packed" and (given := sorted(set(config.ratios) & set(images))):
         raise InputError(f"masking.ratios.{given[0]} needs masking.images=mask_token: packed images hide 0.75")
+    if config.joint and (given := sorted(set(config.ratios) & set(images))):
+        raise InputError(f"masking.ratios.{given[0]}: with masking.joint all images hide masking.ratio of the ground")
     sides = {name: config.blocks.get(name, item.unit * item.gsd) for name, item in images.items()}
     if config.joint and sides:
         sides = dict.fromkeys(sides, max(sides.values()))
@@ -142,6 +146,8 @@ def block_grid(modality: Modality, pixels: int, block: int, images: str) -> int:
             f"window: {modality.name} is {pixels} px wide there, not a multiple of {multiple} px "
             f"(masked in blocks of {side} px, masking.images={images})"
         )
+    if pixels == side:
+        raise InputError(f"window: {modality.name} is one block of {side} px there, of which nothing could be hidden")
     return pixels // side
 
 

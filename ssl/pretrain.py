@@ -111,6 +111,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if not 0 < self.window < math.inf:
+            raise ValueError(f"window={self.window} must be a positive number of metres")
         for name, weight in self.weights.items():
             if name not in OBJECTIVES:
                 raise ValueError(f"weights.{name}: not an objective; objectives: {', '.join(OBJECTIVES)}")
@@ -206,7 +208,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
             "shards": manifest.digest,
         },
         evaluate=evaluate if probe is not None else None,
-        draw=draws(manifest, rows, modalities, config.pictures, pictures) if drawn else None,
+        draw=draws(manifest, rows, modalities, config, pictures) if drawn else None,
         export=export_encoders,
         rebuild={
             "command": "pretrain",
@@ -223,21 +225,21 @@ def pretrain(config: PretrainConfig) -> Outcome:
 
 
 def draws(
-    manifest: Manifest, trained: np.ndarray, modalities: list[Modality], count: int, folder: Path
+    manifest: Manifest, trained: np.ndarray, modalities: list[Modality], config: PretrainConfig, folder: Path
 ) -> Callable[[nn.Module, int], dict[str, Path]]:
-    """A function (task, step) that draws what the masked decoder makes of ``count`` patches, always the same.
+    """A function (task, step) that draws what the masked decoder makes of some windows, always the same.
 
-    They are patches that are not trained on, if there are such. It returns the paths by name.
+    They are of patches that are not trained on, if there are such. It returns the paths by name.
     """
     others = np.setdiff1d(np.arange(len(manifest)), trained)
-    rows = (others if len(others) else trained)[:count]
+    rows = (others if len(others) else trained)[: config.pictures]
 
     def draw(task: nn.Module, step: int) -> dict[str, Path]:
         assert isinstance(task, Pretraining)
         objective, device = task.terms["masked"], next(task.parameters()).device
         assert isinstance(objective, Masked)
         paths = {}
-        for batch in evaluation_batches(manifest, rows, modalities, batch_size=1):
+        for batch in evaluation_batches(manifest, rows, modalities, batch_size=1, window=config.window):
             key = batch.keys[0]
             paths[f"reconstruction/{key}"] = folder / f"reconstruction_{key}_step-{step:07d}.png"
             save_figure(reconstruction_figure(task, objective, batch.to(device), 0), paths[f"reconstruction/{key}"])

@@ -104,7 +104,21 @@ def test_several_bases_override_each_other_and_what_they_share_comes_first(tmp_p
     assert (config.steps, config.inner, config.names) == (2, Inner(rate=0.25, mode="exact"), ["a"])
 
 
-@pytest.mark.parametrize("base", ["3", "[3]", "{a: 1}", "true", "${nothing}"])
+def test_a_base_that_two_recipes_spell_differently_is_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "common.yaml", "inner: {rate: 0.5}\n")
+    write(tmp_path / "a" / "task.yaml", "base: ../common.yaml\ninner: {rate: 0.25}\n")
+    write(tmp_path / "b" / "size.yaml", "base: ../common.yaml\nsteps: 2\n")
+    config = recipes.resolve(Outer, [write(tmp_path / "both.yaml", "base: [a/task.yaml, b/size.yaml]\n")])
+    assert (config.steps, config.inner.rate) == (2, 0.25)
+
+
+def test_an_empty_base_is_none(tmp_path: Path) -> None:
+    assert recipes.resolve(Outer, [write(tmp_path / "r.yaml", "base:\nsteps: 3\n")]).steps == 3
+
+
+@pytest.mark.parametrize("base", ["3", "[3]", "{a: 1}", "true", "${nothing}", "['${nothing}']", "['???']"])
 def test_a_base_that_is_no_name_is_refused(tmp_path: Path, base: str) -> None:
     with pytest.raises(InputError, match="base: "):
         recipes.resolve(Outer, [write(tmp_path / "r.yaml", f"base: {base}\n")])

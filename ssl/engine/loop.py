@@ -71,7 +71,7 @@ def train(
         evaluate: called on all ranks with the bare task in evaluation mode, without gradients, in ``precision``, and
             the step; rank 0's answer counts. Its random draws leave no trace in training.
         draw: called on rank 0 where ``evaluate`` is, with the same; writes pictures and returns their paths by name,
-            which the tracker shows.
+            which the tracker shows. Where it fails a message says so, and training goes on.
         monitor: the name of an evaluated metric, the higher the better, that selects the best checkpoint.
         export: called on rank 0 at every save with the bare task and an empty folder of the checkpoint, ``export/``.
         parameter_groups: replaces the default groups of ``optim.decay_groups``.

@@ -314,10 +314,9 @@ class Run:
             self.window = MetricWindow()
         due = final or (config.evaluate_every > 0 and state.step % config.evaluate_every == 0)
         if due and (self.evaluate is not None or self.draw is not None):
-            result, pictures = self._evaluated()
+            result = self._evaluated(journal)
             values.update({f"evaluation/{name}": value for name, value in result.items()})
             improved = self._is_best(result)
-            journal.pictures(state.step, pictures)
         if values:
             recorded = finite_or_none(values)
             agreed(lambda: journal.record(state.step, recorded))
@@ -327,14 +326,19 @@ class Run:
         state.reported_step = state.step
         return improved
 
-    def _evaluated(self) -> tuple[dict[str, float], dict[str, Path]]:
-        """What evaluation measures, and the pictures it draws."""
+    def _evaluated(self, journal: Journal) -> dict[str, float]:
+        """What evaluation measures; pictures are drawn on the way."""
         draw = self.draw if self.accelerator.is_main_process else None
         with preserved_random_state(), self.weights.evaluated() as task:
             result = self.evaluate(task, self.state.step) if self.evaluate is not None else {}
-            pictures = agreed(lambda: draw(task, self.state.step) if draw is not None else {})[0]
+            if draw is not None:
+                try:
+                    journal.pictures(self.state.step, draw(task, self.state.step))
+                except Exception as error:  # training matters more
+                    what = " ".join(str(error).split()) or type(error).__name__
+                    journal.message(f"step {self.state.step}: pictures could not be drawn: {what}")
         answer: dict[str, float] = from_main({name: float(value) for name, value in result.items()})
-        return answer, pictures
+        return answer
 
     def _is_best(self, result: dict[str, float]) -> bool:
         if self.monitor is None:

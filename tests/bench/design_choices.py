@@ -169,8 +169,8 @@ class Study:
         """Measure frozen encoders of a variant, or random ones."""
         output = self.probed(start, seed)
         if not output.exists():
-            words = [__file__, self.folder, "--probe", start, "--seed", str(seed)]
-            self.command(f"probe-{output.stem}", *words)
+            words = ["--probe", start, "--seed", str(seed)]
+            self.command(f"probe-{output.stem}", __file__, self.folder, *words)
 
     def chain(self, start: str, seed: int) -> list[Callable[[], None]]:
         """All runs of a start and a seed, in the order in which they need each other."""

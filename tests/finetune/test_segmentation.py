@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_task import AERIAL, COSIA, DECODER, LPIS, S2, batch, encoders, task, trained
+from tiny_task import AERIAL, COSIA, DECODER, DEM, LPIS, S2, batch, encoders, task, trained
 
 from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
@@ -190,3 +190,16 @@ def test_auxiliary_decoders_survive_saving(tmp_path: Path) -> None:
     again = load_segmentation(tmp_path)
     assert list(again.model.auxiliary) == [S2]
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_sensor_of_nothing_but_holes_is_absent_except_to_an_official_model() -> None:
+    data = batch((AERIAL, DEM), (AERIAL, DEM), inputs=(AERIAL, DEM))
+    data.values[DEM][1] = -9999.0
+    own = task(AERIAL, DEM).eval()
+    absent = replace(data, present={**data.present, DEM: torch.tensor([True, False])})
+    with torch.no_grad():
+        assert torch.equal(own.logits(data), own.logits(absent))
+        official = Segmentation(encoders(AERIAL, DEM), FLAIR_HUB[COSIA], 0, DECODER, {}, official=True).eval()
+        assert torch.isfinite(official.logits(data)).all()
+        with pytest.raises(InputError, match="samples lack DEM_ELEV"):
+            official.logits(absent)

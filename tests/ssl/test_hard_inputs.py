@@ -133,10 +133,13 @@ def test_a_constant_patch(objective: str) -> None:
     batch = make_batch(3)
     for name in SOME:
         batch = changed(batch, name, lambda values: torch.full_like(values, 100))
-    loss, logs, _ = learned(task_of(objective, modality_ratio=0.0), batch)
-    assert loss >= 0
+    task = task_of(objective, modality_ratio=0.0)
+    learned(task, batch)
     if objective == "masked":  # the target of a unit without variance is zero, not amplified rounding
-        assert all(float(logs[f"masked/{name}"]) < 2 for name in SOME)
+        term = task.terms["masked"]
+        assert isinstance(term, Masked)
+        for item in term.reconstruct(task.view(batch, oriented=False)).values():
+            assert item.target.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -209,7 +212,7 @@ def one_rank() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("objective", ["contrastive", "global", "combined"])
+@pytest.mark.parametrize("objective", ["global", "combined"])
 def test_a_process_group_of_one_rank_gathers_what_no_group_does(objective: str) -> None:
     def of_seed() -> tuple[float, list[torch.Tensor]]:
         task = task_of(objective)

@@ -162,6 +162,29 @@ def test_hidden_maps_say_nothing(name: str) -> None:
         assert not task.view(make_batch(6), oriented=False).map_weights
 
 
+def test_what_is_stored_at_hidden_places_reaches_no_feature() -> None:
+    """Noise in the rasters themselves. Relief is first taken from the mean of the window, hence up to rounding."""
+    task = make_task(MaskingConfig(modality_ratio=0.0, cube_share=0.5)).eval()
+    batch = make_batch(6)
+    with torch.no_grad():
+        view = task.view(batch, oriented=False)
+        generator = torch.Generator().manual_seed(1)
+        values = dict(batch.values)
+        for name, mask in view.masks.items():
+            if mask.units is not None:
+                unit = FLAIR_HUB[name].unit
+                hidden = mask.units.repeat_interleave(unit, 1).repeat_interleave(unit, 2)[:, None]
+            else:
+                hidden = mask.places(batch.padding[name], values[name].shape[-1])[:, :, None]
+            noise = torch.randint(1, 200, values[name].shape, generator=generator).to(values[name].dtype)
+            values[name] = torch.where(hidden, noise, values[name])
+        other = task.view(replace(batch, values=values), oriented=False)
+    for name in NAMES:
+        exact = FLAIR_HUB[name].representation != "relief"
+        for one, two in zip(view.maps[name], other.maps[name], strict=True):
+            assert torch.equal(one, two) if exact else torch.allclose(one, two, atol=1e-4), name
+
+
 def test_cubes_are_reconstructed_where_they_are() -> None:
     name = next(item.name for item in FLAIR_HUB.inputs if item.role == "series")
     task = make_task(MaskingConfig(cube_share=1.0, modality_ratio=0.0), names=[name]).eval()

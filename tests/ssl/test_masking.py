@@ -135,6 +135,7 @@ def test_cubes_are_gaps_of_each_place() -> None:
     [
         (MaskingConfig(ratios={"SPOT": 0.5}), r"masking\.ratios\.SPOT: choose from"),
         (MaskingConfig(ratios={"SPOT_RGBI": 0.5}), r"masking\.ratios\.SPOT_RGBI needs masking\.images=mask_token"),
+        (MaskingConfig(images="mask_token", joint=True, ratios={"SPOT_RGBI": 0.5}), r"SPOT_RGBI: with masking\.joint"),
         (MaskingConfig(blocks={"SENTINEL2_TS": 20.48}), r"masking\.blocks\.SENTINEL2_TS: choose from"),
         (
             MaskingConfig(blocks={"AERIAL_RGBI": 9.6}),
@@ -216,6 +217,8 @@ def test_windows_that_do_not_hold_whole_units_are_refused() -> None:
     assert block_grid(FLAIR_HUB["AERIAL_RGBI"], 256, 1, "packed") == 8
     with pytest.raises(InputError, match="AERIAL_RGBI is 96 px"):
         block_grid(FLAIR_HUB["AERIAL_RGBI"], 96, 1, "packed")
+    with pytest.raises(InputError, match="one block of 64 px there, of which nothing could be hidden"):
+        block_grid(FLAIR_HUB["AERIAL_RGBI"], 64, 2, "mask_token")
 
 
 def test_configuration_is_checked() -> None:
@@ -227,3 +230,5 @@ def test_configuration_is_checked() -> None:
         MaskingConfig(ratios={"SPOT_RGBI": -0.1})
     with pytest.raises(ValueError, match=r"masking\.cube"):
         MaskingConfig(cube=0.0)
+    with pytest.raises(ValueError, match=r"masking\.blocks\.SPOT_RGBI"):
+        MaskingConfig(blocks={"SPOT_RGBI": float("inf")})

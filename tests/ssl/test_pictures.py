@@ -114,6 +114,18 @@ def test_pictures_reach_the_disk_and_the_tracker_at_each_evaluation(
         assert sum(content.count(b"PNG") for content in written) == 4
 
 
+# Some 10 s: patches are simulated, and a run trains.
+def test_pictures_that_cannot_be_drawn_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "tree", patches=2, seed=3, dates=(3, 4))
+    write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    words = [*PRETRAIN, f"shards={tmp_path / 'shards'}", f"modalities=[{OPTICAL}]", "split=all", "window=51.2"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pictures").write_text("a file")
+    outcome = pretrain(recipes.resolve(PretrainConfig, [*words, "engine.steps=2", f"output={tmp_path / 'run'}"]))
+    assert outcome.exit_code == 0 and outcome.last.is_dir() and (tmp_path / "run" / "encoders" / OPTICAL).is_dir()
+    assert "step 2: pictures could not be drawn: " in capsys.readouterr().err
+
+
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     figure = reconstruction_figure(task := make_task(names=[OPTICAL]).eval(), masked_term(task), make_batch(1), 0)
     (tmp_path / "pictures").write_text("a file")
