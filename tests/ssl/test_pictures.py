@@ -1,5 +1,7 @@
 """Reconstructions as pictures: what they show, and that they reach the disk and the tracker."""
 
+import subprocess
+import sys
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -124,6 +126,16 @@ def test_pictures_that_cannot_be_drawn_stop_nothing(tmp_path: Path, capsys: pyte
     outcome = pretrain(recipes.resolve(PretrainConfig, [*words, "engine.steps=2", f"output={tmp_path / 'run'}"]))
     assert outcome.exit_code == 0 and outcome.last.is_dir() and (tmp_path / "run" / "encoders" / OPTICAL).is_dir()
     assert "step 2: pictures could not be drawn: " in capsys.readouterr().err
+
+
+# Some 10 s: two processes import everything.
+def test_a_picture_that_fails_on_one_of_two_ranks_stops_neither(tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(Path(__file__).with_name("tiny_run.py")), str(tmp_path / "run"), "--draw-fails"]
+    done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 12: pictures could not be drawn: out of colours") == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012").is_dir()
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:

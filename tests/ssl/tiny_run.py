@@ -133,6 +133,10 @@ def _slow_export(task: nn.Module, folder: Path) -> None:
     time.sleep(0.05)
 
 
+def _no_picture(task: nn.Module, step: int) -> dict[str, Path]:
+    raise RuntimeError("out of colours")
+
+
 def _wait(child: int, output: Path, when: str) -> None:
     """Return when a run has done two more steps, or is in the middle of its second save; the first one succeeded."""
     began, seen = _recorded(output), set[str]()
@@ -160,12 +164,16 @@ def main() -> int:
     parser.add_argument("--rank-timeout", type=float, default=1800.0)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--slow-export", action="store_true")
+    parser.add_argument("--draw-fails", action="store_true")
     parser.add_argument("--broken", type=int, nargs="*", default=[])
     parser.add_argument("--kill", choices=["step", "save"], nargs="*", default=[], help="kill a forked run this often")
     words = parser.parse_args()
     options: dict[str, Any] = {"resolved": {"hub_token": os.environ.get("TINY_TOKEN", "")}}
     if words.slow_export:
         options["export"] = _slow_export
+
+    if words.draw_fails:
+        options["draw"] = _no_picture
 
     def once() -> int:
         outcome, _ = run(
