@@ -128,7 +128,7 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
 
     Args:
         schema: the dataclass of the configuration; its field ``recipe`` receives the recipe's name.
-        arguments: words of the command line. ``recipe=`` is required.
+        arguments: words of the command line. ``recipe=`` is required; ``key=`` alone is the empty text.
 
     Raises:
         InputError: no or unknown recipe, unknown key (named with the nearest valid one), value of the wrong type, or
@@ -146,7 +146,8 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
     for name, layer in _layers(chosen[0]).items():
         config = _merge(config, layer, f"recipe {name}")
     try:
-        overrides = OmegaConf.from_dotlist(arguments)
+        # Nothing after the sign is an empty text, as in a shell, and not null.
+        overrides = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in arguments])
     except OmegaConfBaseException as error:
         raise InputError(f"command line: {' '.join(str(error).split())}") from error
     config = _merge(config, overrides, "command line")

@@ -91,7 +91,7 @@ class Probe:
         if config.label not in registry or registry[config.label].role != "label":
             raise InputError(
                 f"probe.label={config.label} is not a label of {manifest.path}; labels: "
-                f"{', '.join(modality.name for modality in registry.labels)}"
+                f"{', '.join(modality.name for modality in registry.labels) or 'none'}; probe.label= makes no probes"
             )
         self.label = registry[config.label]
         if config.level > len(self.label.schemes):
@@ -102,7 +102,9 @@ class Probe:
             rows = manifest.split(split, value)
             rows = rows[labelled[rows]]
             if not len(rows):
-                raise InputError(f"probe.{key}={value}: no patch of {split} there has {config.label}")
+                raise InputError(
+                    f"probe.{key}={value}: no patch of {split} there has {config.label}; probe.label= makes no probes"
+                )
             chosen = np.linspace(0, len(rows) - 1, min(config.patches, len(rows))).round().astype(np.int64)
             self.rows.append(rows[chosen])
 

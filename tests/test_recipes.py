@@ -114,6 +114,18 @@ def test_a_base_that_two_recipes_spell_differently_is_one(tmp_path: Path) -> Non
     assert (config.steps, config.inner.rate) == (2, 0.25)
 
 
+def test_nothing_after_the_sign_is_an_empty_text(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", "names: [a]\n")
+    assert recipes.resolve(Outer, [recipe, "names=[]"]).names == []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Texts:
+        recipe: str = ""
+        label: str = "something"
+
+    assert recipes.resolve(Texts, [write(tmp_path / "t.yaml", "label: other\n"), "label="]).label == ""
+
+
 def test_an_empty_base_is_none(tmp_path: Path) -> None:
     assert recipes.resolve(Outer, [write(tmp_path / "r.yaml", "base:\nsteps: 3\n")]).steps == 3
 
