@@ -26,6 +26,7 @@ PRETRAINING = [
     "batch_size=1",
     "engine.accumulation=2",
     "engine.ema_decay=0.5",
+    "masking.map_ratio=0",
     "engine.steps=4",
     "engine.save_every=2",
 ]
