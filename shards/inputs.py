@@ -104,15 +104,15 @@ def encoder_inputs(
             values = orient(values, batch.seeds)
         if augment is not None:
             values = radiometry(values, batch.seeds, name, spec.representation, augment)
-        present = batch.present[name]
+        present, finite = batch.present[name], torch.isfinite(values)
         if not spec.series:
-            valid = torch.isfinite(values) & present.view(-1, 1, 1, 1)
+            valid = finite & present.view(-1, 1, 1, 1)
             seen = valid.flatten(1).any(dim=1) if empty_is_absent else present
             inputs[name] = EncoderInput(fill_holes(values), valid, seen)
             continue
         padding = batch.padding[name]
         if empty_is_absent:
-            padding = padding | ~torch.isfinite(values).flatten(2).any(dim=2)
+            padding = padding | ~finite.flatten(2).any(dim=2)
         if name in masks:
             # The mask may be missing for a sample that has the series: then every date is kept.
             unclear = unclear_dates(_as_long(batch.values[masks[name]], padding), padding)
@@ -121,7 +121,7 @@ def encoder_inputs(
         if augment is not None:
             padding = fewer_dates(padding, batch.seeds, name, augment.dates)
             dates = jittered(dates, batch.seeds, name, augment.jitter)
-        valid = torch.isfinite(values) & ~padding[:, :, None, None, None]
+        valid = finite & ~padding[:, :, None, None, None]
         seen = present & ~padding.all(dim=1)
         inputs[name] = EncoderInput(fill_holes(values), valid, seen, dates, padding)
     return inputs
