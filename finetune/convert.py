@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from bocage.finetune.official import DEFAULT_ARCH, OfficialModel, baseline_input, build_official
 from bocage.finetune.official_shapes import model_of
+from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation, save_segmentation
 from bocage.finetune.uperfuse import UPerFuse
 from bocage.finetune.upernet import DecoderConfig
@@ -149,8 +150,7 @@ def segmentations(model: OfficialModel) -> dict[str, Segmentation]:
             continue
         segmentation = Segmentation(
             encoders,
-            FLAIR_HUB[task],
-            sizes.index(classes),
+            [Target(label=FLAIR_HUB[task], band=sizes.index(classes))],
             DecoderConfig(),
             quality_masks(FLAIR_HUB, list(encoders)),
             auxiliary=list(inner.auxiliary),
@@ -223,16 +223,17 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
                 f"feed it{f' (it feeds {official.representation} ones)' if official else ''}: this model has no "
                 f"official form; fine-tune without {name}, or from an official encoder"
             )
-    classes = len(task.scheme)
+    tasks = {name: len(target.scheme) for name, target in task.targets.items()}
+    classes = sum(tasks.values())  # the head of an official series has those of all tasks
     other_heads = [n for n, e in encoders.items() if isinstance(e, UTAE) and e.head_classes not in (None, classes)]
     if other_heads and ours.series_alone:
         raise InputError(
-            f"the head of {other_heads[0]} serves several tasks, of which this folder holds one: the official "
-            "architecture needs them together; keep the checkpoint that they came from"
+            f"the head of {other_heads[0]} serves other tasks than those of this folder: the official architecture "
+            "needs them together; keep the checkpoint that they came from"
         )
     model = build_official(
         {name: encoder.spec.channels for name, encoder in encoders.items()},
-        {task.label.name: classes},
+        tasks,
         f"{_common_name(images)}-upernet" if images else DEFAULT_ARCH,
         {name: encoder.config.fixed_size for name, encoder in encoders.items() if encoder.config.fixed_size},
         auxiliary=[

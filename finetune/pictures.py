@@ -1,4 +1,4 @@
-"""Panels of input, label and prediction in the official colours, with a legend."""
+"""Panels of input, label and prediction in the official colours, and confusion matrices."""
 
 from __future__ import annotations
 
@@ -95,3 +95,37 @@ def _errors(truth: np.ndarray, predicted: np.ndarray, scheme: ClassScheme) -> np
     picture = np.where((truth == predicted)[..., None], right, wrong)
     picture[np.isin(truth, scheme.unscored)] = 255
     return picture
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, scheme: ClassScheme, title: str) -> None:
+    """Write a PNG of a confusion matrix: for each true class, the percentage of its pixels by predicted class.
+
+    Rows are the scored classes that the ground truth holds; columns are these and whatever else is predicted for them.
+
+    Args:
+        path: the file; its folder is made.
+        matrix: (classes, classes) pixels, [truth, prediction].
+        scheme: the classes.
+        title: what was measured.
+    """
+    rows = [value for value in scheme.scored if matrix[value].any()]
+    columns = rows + [value for value in range(len(scheme)) if value not in rows and matrix[rows, value].any()]
+    cells = matrix[np.ix_(rows, columns)].astype(np.float64)
+    percent = 100 * cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
+    side = 0.34
+    figure = Figure(figsize=(side * len(columns) + 3.0, side * len(rows) + 2.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(columns)), [scheme.classes[value] for value in columns], rotation=90, fontsize=7)
+    shares = 100 * cells.sum(axis=1) / max(cells.sum(), 1)
+    names = [f"{scheme.classes[value]} ({share:.1f} %)" for value, share in zip(rows, shares, strict=True)]
+    axis.set_yticks(range(len(rows)), names, fontsize=7)
+    axis.set(xlabel="predicted", ylabel="truth (share of pixels)")
+    for row, column in np.argwhere(percent >= 0.5):
+        value = percent[row, column]
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color="w" if value > 55 else "k")
+    axis.set_title(f"{scheme.name}, {title}: percent of the true class", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rasterio.errors import CRSError
 from rasterio.transform import Affine
 
 from bocage.finetune.pictures import Panel, draw_panels, render
+from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation
 from bocage.shards.batch import Batch
 from bocage.shards.classes import ClassScheme
@@ -68,8 +70,8 @@ def write_prediction(
         file.update_tags(1, **{f"CLASS_{value}": name for value, name in enumerate(scheme.classes)})
 
 
-def readable_modalities(task: Segmentation, manifest: Manifest, *, labels: bool) -> list[Modality]:
-    """What to read from these shards for a model: its modalities that are there, their quality masks, its label.
+def readable_modalities(task: Segmentation, manifest: Manifest, *, labels: Sequence[str]) -> list[Modality]:
+    """What to read from these shards for a model: its modalities that are there, their quality masks, these labels.
 
     Raises:
         InputError: the shards hold none of its modalities, or bands other than those it was trained on.
@@ -79,7 +81,7 @@ def readable_modalities(task: Segmentation, manifest: Manifest, *, labels: bool)
         raise InputError(f"{manifest.path}: the model reads {', '.join(task.modalities)}; the shards hold none of them")
     for name in here:
         check_bands(task.model.encoder(name).spec.bands, manifest, name)
-    return wanted_modalities(manifest.registry, here, [task.label.name] if labels else [])
+    return wanted_modalities(manifest.registry, here, list(labels))
 
 
 def check_bands(bands: tuple[str, ...], manifest: Manifest, name: str) -> None:
@@ -121,6 +123,30 @@ def complete_rows(task: Segmentation, manifest: Manifest, rows: np.ndarray) -> n
     return kept
 
 
+@dataclass(frozen=True)
+class _Predicted:
+    """One patch: its manifest row, what was read of it, and by label its (H, W) uint8 class values."""
+
+    row: int
+    batch: Batch
+    index: int
+    maps: dict[str, np.ndarray]
+
+
+def _predicted(
+    task: Segmentation, manifest: Manifest, rows: np.ndarray, modalities: list[Modality], batch_size: int, workers: int
+) -> Iterator[_Predicted]:
+    """Predictions of a model in evaluation mode, on its own device, in the order of ``rows``."""
+    device = next(task.parameters()).device
+    done = 0
+    for batch in evaluation_batches(manifest, rows, modalities, batch_size=batch_size, workers=workers):
+        maps = {name: values.cpu().numpy() for name, values in task.predict(batch.to(device)).items()}
+        for index in range(len(batch)):
+            own = {name: values[index] for name, values in maps.items()}
+            yield _Predicted(int(rows[done + index]), batch, index, own)
+        done += len(batch)
+
+
 def predict_patches(
     task: Segmentation,
     manifest: Manifest,
@@ -130,9 +156,13 @@ def predict_patches(
     batch_size: int = 4,
     workers: int = 0,
     device: torch.device | str = "cpu",
+    preview: int = _PANELS,
     progress: Callable[[int], None] | None = None,
-) -> Path:
-    """Write ``OUT/KEY.tif`` for every row and a picture of the first of them, ``OUT/panels.png``.
+) -> Path | None:
+    """Write a map for every row and a picture of the first of them.
+
+    They are ``OUT/KEY.tif`` and ``OUT/panels.png``, or, of a model of several labels, ``OUT/LABEL/KEY.tif`` and
+    ``OUT/LABEL/panels.png``.
 
     Args:
         task: the model; put into evaluation mode.
@@ -141,10 +171,11 @@ def predict_patches(
         out: folder, made when missing; files of the same name are replaced.
         batch_size, workers: of the reader.
         device: where the model runs.
+        preview: rows of the picture; 0 for none.
         progress: called with the number of patches done so far.
 
     Returns:
-        The path of the picture.
+        The path of the picture, of the first label.
 
     Raises:
         InputError: no rows, shards that hold none of the modalities (an official model needs them all in a patch), or
@@ -152,46 +183,67 @@ def predict_patches(
     """
     if len(rows) == 0:
         raise InputError(f"{manifest.path}: no patch to predict")
-    labelled = task.label.name in manifest.registry
-    modalities = readable_modalities(task, manifest, labels=labelled)
+    labels = [name for name in task.labels if name in manifest.registry]
+    modalities = readable_modalities(task, manifest, labels=labels)
     if missing := [name for name in task.modalities if name not in manifest.registry]:
         print(f"bocage: {manifest.path} has no {', '.join(missing)}: predicting without", file=sys.stderr)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a folder for the maps: {error.strerror}") from error
+    folders = {name: out / name if len(task.targets) > 1 else out for name in task.targets}
+    for folder in folders.values():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made a folder for the maps: {error.strerror}") from error
     task = task.to(device).eval()
-    panels: list[Panel] = []
-    done = 0
-    for batch in evaluation_batches(manifest, rows, modalities, batch_size=batch_size, workers=workers):
-        predicted = task.predict(batch.to(device)).cpu().numpy()
-        for index, key in enumerate(batch.keys):
-            row = manifest.row(int(rows[done + index]))
+    panels: dict[str, list[Panel]] = {name: [] for name in task.targets}
+    for done, found in enumerate(_predicted(task, manifest, rows, modalities, batch_size, workers), start=1):
+        row = manifest.row(found.row)
+        for name, target in task.targets.items():
             write_prediction(
-                out / f"{key}.tif",
-                predicted[index],
-                task.scheme,
+                folders[name] / f"{row['key']}.tif",
+                found.maps[name],
+                target.scheme,
                 crs=row["crs"] or "",
                 left=row["left"],
                 top=row["top"],
-                gsd=task.label.gsd,
+                gsd=target.label.gsd,
             )
-            if len(panels) < _PANELS:
-                panels.append(_panel(batch, index, modalities, task, predicted[index]))
-        done += len(batch)
+            if len(panels[name]) < preview:
+                panels[name].append(_panel(found, modalities, target))
         if progress is not None:
             progress(done)
-    picture = out / "panels.png"
-    draw_panels(picture, panels, task.scheme, f"{task.scheme.name} from {', '.join(task.modalities)}")
-    return picture
+    for name, target in task.targets.items():
+        if panels[name]:
+            draw_panels(folders[name] / "panels.png", panels[name], target.scheme, _title(target, task))
+    return folders[task.labels[0]] / "panels.png" if preview else None
 
 
-def _panel(batch: Batch, index: int, modalities: list[Modality], task: Segmentation, predicted: np.ndarray) -> Panel:
+def draw_patches(
+    task: Segmentation, manifest: Manifest, rows: np.ndarray, folder: Path, name: str, *, batch_size: int
+) -> dict[str, Path]:
+    """Draw predictions of some labelled patches, by label as ``FOLDER/NAME_LABEL.png``, in evaluation mode."""
+    modalities = readable_modalities(task, manifest, labels=task.labels)
+    panels: dict[str, list[Panel]] = {label: [] for label in task.targets}
+    for found in _predicted(task, manifest, rows, modalities, batch_size, workers=0):
+        for label, target in task.targets.items():
+            panels[label].append(_panel(found, modalities, target))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {f"predictions/{label}": folder / f"{name}_{label}.png" for label in task.targets}
+    for path, (label, target) in zip(paths.values(), task.targets.items(), strict=True):
+        draw_panels(path, panels[label], target.scheme, _title(target, task))
+    return paths
+
+
+def _title(target: Target, task: Segmentation) -> str:
+    return f"{target.scheme.name} from {', '.join(task.modalities)}"
+
+
+def _panel(found: _Predicted, modalities: list[Modality], target: Target) -> Panel:
     """The first of the model's modalities that the sample has is the one shown."""
-    name = task.label.name
+    batch, index = found.batch, found.index
+    key, predicted = batch.keys[index], found.maps[target.name]
     truth = None
-    if name in batch.present and batch.present[name][index]:
-        truth = task.truth(batch)[index].cpu().numpy()
+    if target.name in batch.present and batch.present[target.name][index]:
+        truth = target.truth(batch)[index].cpu().numpy()
     for modality in modalities:
         if not modality.is_input or not batch.present[modality.name][index]:
             continue
@@ -199,5 +251,5 @@ def _panel(batch: Batch, index: int, modalities: list[Modality], task: Segmentat
         if modality.has_dates:
             values = values[~batch.padding[modality.name][index].cpu().numpy()]
         if values.size:
-            return Panel(batch.keys[index], render(values, modality), truth, predicted)
-    return Panel(batch.keys[index], None, truth, predicted)
+            return Panel(key, render(values, modality), truth, predicted)
+    return Panel(key, None, truth, predicted)

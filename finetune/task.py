@@ -1,10 +1,10 @@
-"""The segmentation task: a model and a label, trained by the common loop, saved as one folder."""
+"""The segmentation task: a model and its labels, trained by the common loop, saved as one folder."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
+from bocage.finetune.losses import IGNORED, SegmentationLoss, scored_targets
+from bocage.finetune.supervision import Supervision, TaskConfig, freeze, frozen_parts, without_some
+from bocage.finetune.targets import Target
 from bocage.finetune.uperfuse import Predictions, UPerFuse
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.augment import orient
 from bocage.shards.batch import Batch
-from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.inputs import encoder_inputs
-from bocage.shards.modality import Modality
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.description import checked_input
 from bocage.ssl.encoders.keys import compare
@@ -30,116 +30,150 @@ from bocage.ssl.encoders.limits import limited_memory
 from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.encoders.weight_files import read_tensors
 
-_SCHEMA = 2
+_SCHEMA = 3
 _ROOM = 2**28  # bytes beyond twice the weights, for what is built and dropped
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 class Segmentation(nn.Module):
-    """Class maps of one label band from any of the model's modalities.
+    """Class maps of one or several labels from any of the model's modalities.
 
     Args:
         encoders: by modality, images before series.
-        label: the label raster.
-        band: which of its bands, from 0; LPIS has one a level.
-        decoder: widths and norm of the decoder.
+        targets: what is told apart, at least one; of one pixel size.
+        decoder: widths and norm of the decoders.
         quality_masks: name of the quality mask of a series (``shards.inputs.quality_masks``).
-        frozen: modalities whose encoder does not learn. Its batch statistics and dropout are those of evaluation.
-        auxiliary: modalities with a decoder of their own while training (deep supervision, arXiv 1409.5185).
-        auxiliary_weight: weight of the mean of their losses beside the main one.
+        auxiliary: modalities with decoders of their own while training (deep supervision, arXiv 1409.5185).
         official: compute as the official code does, see ``UPerFuse``.
+        supervision: how it learns. Frozen stages have the batch statistics and dropout of evaluation.
 
     Raises:
-        InputError: a band that the label does not have, or a frozen modality that the model does not read.
+        InputError: labels named twice or of different pixels, keys of ``supervision`` that name nothing, or sensors
+            left out of an official model, which has no stand-in for them.
     """
 
     def __init__(
         self,
         encoders: Mapping[str, Encoder],
-        label: Modality,
-        band: int,
+        targets: Sequence[Target],
         decoder: DecoderConfig,
         quality_masks: Mapping[str, str],
-        frozen: Collection[str] = (),
+        *,
         auxiliary: Collection[str] = (),
-        auxiliary_weight: float = 0.4,
         official: bool = False,
+        supervision: Supervision | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= band < len(label.schemes):
-            raise InputError(f"{label.name} has levels 1 to {len(label.schemes)}, not {band + 1}")
-        if unknown := set(frozen) - set(encoders):
-            raise InputError(f"freeze: {', '.join(sorted(unknown))} not among the modalities {', '.join(encoders)}")
-        self.label, self.band, self.decoder_config = label, band, decoder
+        supervision = supervision or Supervision()
+        self.targets = {target.name: target for target in targets}
+        if not targets:
+            raise InputError("labels: name at least one")
+        if len(self.targets) < len(targets):
+            raise InputError(f"labels: {', '.join(target.name for target in targets)}: each can be given once")
+        sizes = {target.label.gsd for target in targets}
+        if len(sizes) > 1:
+            raise InputError(f"labels: {', '.join(self.targets)} have pixels of different sizes")
+        self.gsd = sizes.pop()
+        if unknown := set(supervision.tasks) - set(self.targets):
+            raise InputError(f"tasks: {', '.join(sorted(unknown))} not among the labels {', '.join(self.targets)}")
+        rates = dict(supervision.modality_dropout)
+        if unknown := set(rates) - set(encoders):
+            raise InputError(
+                f"modality_dropout: {', '.join(sorted(unknown))} not among the modalities {', '.join(encoders)}"
+            )
+        if official and any(rates.values()):
+            raise InputError("modality_dropout: the official architecture has no stand-in for a missing sensor")
+        self.modality_dropout = rates
+        self.decoder_config = decoder
         self.quality_masks = dict(quality_masks)
-        self.frozen = frozenset(frozen)
-        self.auxiliary_weight = auxiliary_weight
-        self.model = UPerFuse(encoders, {label.name: len(self.scheme)}, decoder, auxiliary=auxiliary, official=official)
-        for name in self.frozen:
-            self.model.encoder(name).requires_grad_(False)
-
-    @property
-    def scheme(self) -> ClassScheme:
-        """The classes it tells apart."""
-        return self.label.schemes[self.band]
+        self.auxiliary_weight = supervision.auxiliary_weight
+        classes = {name: len(target.scheme) for name, target in self.targets.items()}
+        self.model = UPerFuse(encoders, classes, decoder, auxiliary=auxiliary, official=official)
+        tasks = {name: supervision.tasks.get(name, TaskConfig()) for name in self.targets}
+        self.weights = {name: task.weight for name, task in tasks.items()}
+        self.losses = nn.ModuleDict(
+            {
+                name: SegmentationLoss(task.loss, self.targets[name].scheme, f"tasks.{name}.loss")
+                for name, task in tasks.items()
+            }
+        )
+        freeze(encoders, supervision.freeze)
 
     @property
     def modalities(self) -> list[str]:
         """Names of the modalities it reads."""
         return list(self.model.encoders)
 
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels it predicts."""
+        return list(self.targets)
+
+    @property
+    def fusing(self) -> list[nn.Module]:
+        """What puts the encoders' maps together: the fusion, where there is one, and the tokens of absent sensors."""
+        return [part for part in (self.model.fusion, self.model.absent) if part is not None]
+
     def train(self, mode: bool = True) -> Segmentation:
-        """Training mode for everything but frozen encoders."""
+        """Training mode for everything but frozen parts of encoders."""
         super().train(mode)
-        for name in self.frozen:
-            self.model.encoder(name).eval()
+        for part in frozen_parts(self.model.encoders):
+            part.eval()
         return self
 
-    def predictions(self, batch: Batch, *, oriented: bool = False) -> Predictions:
-        """Logits at the label's resolution; ``oriented`` turns each sample at random, as its seed says."""
+    def predictions(self, batch: Batch, *, learning: bool = False) -> Predictions:
+        """Logits at the labels' resolution; where it is learning, turned and without some sensors as seeds say."""
         specs = {name: self.model.encoder(name).spec for name in self.modalities if name in batch.values}
         inputs = encoder_inputs(
-            batch, specs, self.quality_masks, oriented=oriented, empty_is_absent=not self.model.official
+            batch, specs, self.quality_masks, oriented=learning, empty_is_absent=not self.model.official
         )
+        if learning and inputs and any(self.modality_dropout.values()):
+            inputs = without_some(inputs, batch.seeds, self.modality_dropout)
         side = float(batch.windows[0, 2])
-        return self.model(inputs, side, round(side / self.label.gsd))
+        return self.model(inputs, side, round(side / self.gsd))
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """(B, classes, H, W) at the label's resolution."""
-        return self.predictions(batch).logits[self.label.name]
+    def logits(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """By label, (B, classes, H, W) at the label's resolution."""
+        return self.predictions(batch).logits
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a batch with labels, oriented while training, and what to log of it.
 
-        Logged are the share of pixels that are scored and, where there are auxiliary decoders, the main loss alone and
-        the mean of theirs.
+        Logged are the share of pixels that are scored, with several labels the loss of each, and where there are
+        auxiliary decoders the main loss alone and the mean of theirs.
         """
-        name = self.label.name
-        predictions = self.predictions(batch, oriented=self.training)
-        labels = self.truth(batch)
-        if self.training:
-            labels = orient(labels, batch.seeds)
-        targets = scored_targets(labels, batch.present[name], self.scheme)
-        loss = cross_entropy(predictions.logits[name], targets)
-        logs = {"scored_pixels": (targets != IGNORED).float().mean()}
-        supervised = predictions.auxiliary.get(name, {}).values()
-        loss = loss + sum(logits.sum() for rows, logits in supervised if not len(rows))  # nothing, but with gradients
-        found = [(rows, logits) for rows, logits in supervised if len(rows)]
-        if found:
-            losses = [cross_entropy(logits, targets[rows.to(targets.device)]) for rows, logits in found]
-            auxiliary = torch.stack(losses).mean()
-            logs |= {"main_loss": loss.detach(), "auxiliary_loss": auxiliary.detach()}
-            loss = loss + self.auxiliary_weight * auxiliary
-        return loss, logs
-
-    def truth(self, batch: Batch) -> torch.Tensor:
-        """The label band, (B, H, W) uint8."""
-        return batch.values[self.label.name][:, self.band]
+        predictions = self.predictions(batch, learning=self.training)
+        main, auxiliary, scored, idle = [], [], [], []
+        logs: dict[str, torch.Tensor] = {}
+        for name, target in self.targets.items():
+            labels = target.truth(batch)
+            if self.training:
+                labels = orient(labels, batch.seeds)
+            targets = scored_targets(labels, batch.present[name], target.scheme)
+            loss = self.losses[name](predictions.logits[name], targets)
+            if len(self.targets) > 1:
+                logs[f"loss/{name}"] = loss.detach()
+            main.append(self.weights[name] * loss)
+            scored.append((targets != IGNORED).float().mean())
+            for rows, logits in predictions.auxiliary.get(name, {}).values():
+                if len(rows):
+                    own = self.losses[name](logits, targets[rows.to(targets.device)])
+                    auxiliary.append(self.weights[name] * own)
+                else:
+                    idle.append(logits.sum())  # nothing, but with gradients
+        total = torch.stack(main).sum()
+        logs["scored_pixels"] = torch.stack(scored).mean()
+        if auxiliary:
+            # Of one label the mean over decoders, of several the sum of these means, as the main losses add up.
+            supervised = len(self.targets) * torch.stack(auxiliary).mean()
+            logs |= {"main_loss": total.detach(), "auxiliary_loss": supervised.detach()}
+            total = total + self.auxiliary_weight * supervised
+        return total + sum(idle), logs
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> torch.Tensor:
-        """The likeliest class of every pixel, (B, H, W) uint8. The module must be in evaluation mode."""
-        return self.logits(batch).argmax(dim=1).to(torch.uint8)
+    def predict(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """By label, the likeliest class of every pixel, (B, H, W) uint8. The module must be in evaluation mode."""
+        return {name: logits.argmax(dim=1).to(torch.uint8) for name, logits in self.logits(batch).items()}
 
     def to_json(self) -> dict[str, Any]:
         """What ``load_segmentation`` needs beside the weights."""
@@ -147,8 +181,7 @@ class Segmentation(nn.Module):
         return {
             "schema": _SCHEMA,
             "task": "segmentation",
-            "label": self.label.to_json(),
-            "band": self.band,
+            "targets": [target.to_json() for target in self.targets.values()],
             "decoder": asdict(self.decoder_config),
             "encoders": {
                 name: {"input": encoder.spec.to_json(), "config": asdict(encoder.config)}
@@ -222,7 +255,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def described(config: dict[str, Any], frozen: Collection[str] = (), auxiliary_weight: float = 0.4) -> Segmentation:
+def described(config: dict[str, Any], supervision: Supervision | None = None) -> Segmentation:
     """The model that ``Segmentation.to_json`` describes, with fresh weights.
 
     Raises:
@@ -234,12 +267,10 @@ def described(config: dict[str, Any], frozen: Collection[str] = (), auxiliary_we
     }
     return Segmentation(
         encoders,
-        Modality.from_json(config["label"]),
-        config["band"],
+        [Target.from_json(item) for item in config["targets"]],
         DecoderConfig(**config["decoder"]),
         config["quality_masks"],
-        frozen,
-        config["auxiliary"],
-        auxiliary_weight,
-        config["official"],
+        auxiliary=config["auxiliary"],
+        official=config["official"],
+        supervision=supervision,
     )

@@ -1,4 +1,4 @@
-"""Class schemes of the label rasters: names, official colours, scored classes, and the LPIS hierarchy.
+"""Class schemes of the label rasters: names, official colours, scored classes, the LPIS hierarchy, and groupings.
 
 Names and colours follow IGN's FLAIR-HUB documentation. The parent of an LPIS class is inferred from the names: IGN
 publishes the three levels as three bands, never as a table.
@@ -71,6 +71,49 @@ COSIA = ClassScheme(
     ),
     unscored=(15, 16, 17, 18),
 )
+
+FLAIR_CHALLENGE = ClassScheme(
+    name="FLAIR challenge",
+    classes=tuple(
+        (
+            "building/pervious/impervious/bare soil/water/coniferous/deciduous/brushwood/vineyard/herbaceous/"
+            "agricultural/plowed/other"
+        ).split("/")
+    ),
+    colours=tuple("db0e9a 938e7b f80c00 a97101 1553ae 194a26 46e483 f3a60d 660082 55ff00 fff30d e4df7c 000000".split()),
+    unscored=(12,),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """The classes of a scheme put together into those of another.
+
+    Attributes:
+        source: the scheme of the label raster.
+        scheme: the classes that take its place.
+        groups: for each class of ``source``, its class in ``scheme``.
+    """
+
+    source: ClassScheme
+    scheme: ClassScheme
+    groups: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != len(self.source) or not set(self.groups) <= set(range(len(self.scheme))):
+            raise ValueError(f"{self.scheme.name}: {len(self.groups)} groups of {len(self.source)} classes")
+
+
+def _named_alike(source: ClassScheme, scheme: ClassScheme, rest: str) -> Grouping:
+    """Classes of one name are one class; all others become ``rest``."""
+    names = {name: value for value, name in enumerate(scheme.classes)}
+    return Grouping(source=source, scheme=scheme, groups=tuple(names.get(name, names[rest]) for name in source.classes))
+
+
+# The 13 classes, 12 of them scored, of the challenges FLAIR #1 (arXiv 2211.12979) and FLAIR #2 (arXiv 2305.14467):
+# greenhouses, swimming pools, snow, clear cuts, ligneous, mixed and undefined ground are "other".
+GROUPINGS = {"flair_challenge": _named_alike(COSIA, FLAIR_CHALLENGE, "other")}
+"""By name, what the classes of a label can be grouped into."""
 
 LPIS_1 = ClassScheme(
     name="LPIS level 1",

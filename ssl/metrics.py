@@ -70,6 +70,19 @@ class ConfusionMatrix:
                 merged._add(roi, matrix)
         return merged
 
+    @staticmethod
+    def domain(roi: str) -> str:
+        """The domain-year of a region, e.g. ``D012-2019`` of ``D012-2019/AF-S1-27``."""
+        return roi.partition("/")[0]
+
+    def by_domain(self) -> dict[str, np.ndarray]:
+        """(classes, classes) int64 of each domain-year, by name."""
+        found: dict[str, np.ndarray] = {}
+        for roi in sorted(self.by_roi):
+            name = self.domain(roi)
+            found[name] = found.get(name, 0) + self.by_roi[roi]
+        return found
+
     @property
     def total(self) -> np.ndarray:
         """(classes, classes) int64, all regions together."""
@@ -85,6 +98,7 @@ class Scores:
         miou: mean intersection over union, over the classes of ``iou``.
         oa: overall accuracy.
         iou: by class name, the classes that count in ``miou``.
+        precision, recall, f1: of the same classes; 0 where a class is never predicted.
         absent: scored classes that the ground truth does not hold.
         miou_without_background: ``miou`` over the same classes but the background, where the scheme has one.
     """
@@ -92,6 +106,9 @@ class Scores:
     miou: float
     oa: float
     iou: dict[str, float]
+    precision: dict[str, float]
+    recall: dict[str, float]
+    f1: dict[str, float]
     absent: tuple[str, ...]
     miou_without_background: float | None
 
@@ -100,12 +117,22 @@ class Scores:
         return {**asdict(self), "absent": list(self.absent)}
 
 
-def _scores(scheme: ClassScheme, counted: list[int], iou: np.ndarray, accuracy: float, absent: list[int]) -> Scores:
+def _scores(scheme: ClassScheme, counted: list[int], kept: np.ndarray, absent: list[int]) -> Scores:
+    """Scores of the ``counted`` classes from the pixels that are ``kept`` of a confusion matrix."""
+    hits, truth, predicted = kept.diagonal(), kept.sum(axis=1), kept.sum(axis=0)
+    iou = _percent(hits, truth + predicted - hits)
     foreground = [value for value in counted if value != scheme.background]
+
+    def named(values: np.ndarray) -> dict[str, float]:
+        return {scheme.classes[value]: float(values[value]) for value in counted}
+
     return Scores(
         miou=_mean(iou[counted]),
-        oa=accuracy,
-        iou={scheme.classes[value]: float(iou[value]) for value in counted},
+        oa=float(_percent(hits.sum(), kept.sum())),
+        iou=named(iou),
+        precision=named(_percent(hits, predicted)),
+        recall=named(_percent(hits, truth)),
+        f1=named(_percent(2 * hits, truth + predicted)),
         absent=tuple(scheme.classes[value] for value in absent),
         miou_without_background=None if scheme.background is None else _mean(iou[foreground]),
     )
@@ -134,10 +161,7 @@ def official_scores(matrix: np.ndarray, scheme: ClassScheme) -> Scores:
     scored = list(scheme.scored)
     kept = np.zeros_like(matrix)
     kept[np.ix_(scored, scored)] = matrix[np.ix_(scored, scored)]
-    hits = kept.diagonal()
-    iou = _percent(hits, kept.sum(axis=1) + kept.sum(axis=0) - hits)
-    absent = [value for value in scored if matrix[value].sum() == 0]
-    return _scores(scheme, scored, iou, float(_percent(hits.sum(), kept.sum())), absent)
+    return _scores(scheme, scored, kept, [value for value in scored if matrix[value].sum() == 0])
 
 
 def strict_scores(matrix: np.ndarray, scheme: ClassScheme) -> Scores:
@@ -152,9 +176,6 @@ def strict_scores(matrix: np.ndarray, scheme: ClassScheme) -> Scores:
     """
     kept = matrix.copy()
     kept[list(scheme.unscored)] = 0
-    hits = kept.diagonal()
     truth = kept.sum(axis=1)
-    iou = _percent(hits, truth + kept.sum(axis=0) - hits)
     counted = [value for value in scheme.scored if truth[value]]
-    absent = [value for value in scheme.scored if not truth[value]]
-    return _scores(scheme, counted, iou, float(_percent(hits.sum(), truth.sum())), absent)
+    return _scores(scheme, counted, kept, [value for value in scheme.scored if not truth[value]])

@@ -159,7 +159,8 @@ def _last_step(metrics: Path) -> int:
 def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:
     """mIoU by initialisation on the validation and the test patches: each seed, mean and standard deviation."""
     one = scores[STARTS[0], SEEDS[0]]
-    table = Table(title=f"{one['label']}: strict mIoU (%) after {one['patches']['train']} labelled patches")
+    (label,) = one["labels"]
+    table = Table(title=f"{label}: strict mIoU (%) after {one['patches']['train']} labelled patches")
     table.add_column("patches")
     table.add_column("encoders")
     for seed in SEEDS:
@@ -168,7 +169,7 @@ def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:
     table.add_column("std", justify="right")
     for part in ("valid", "test"):
         for start in STARTS:
-            values = [float(scores[start, seed][part]["strict"]["miou"]) for seed in SEEDS]
+            values = [float(scores[start, seed][part][label]["strict"]["miou"]) for seed in SEEDS]
             figures = [*values, statistics.mean(values), statistics.stdev(values)]
             where = f"{one['patches'][part]} {part}" if start == STARTS[0] else ""
             table.add_row(where, start, *(f"{figure:.1f}" for figure in figures), end_section=start == STARTS[-1])

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage import recipes
-from bocage.finetune.train import FinetuneConfig, finetune
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.train import finetune
 from bocage.ssl.engine.distributed import is_main
 
 
@@ -39,16 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
 def report(result: dict[str, Any]) -> None:
     """Print the scores of a finished run and where its files are."""
     console = Console()
-    table = Table(title=f"{result['label']} from {', '.join(result['modalities'])}")
-    for name in ("patches of", "count", "mIoU strict", "mIoU official", "OA strict", "OA official"):
-        table.add_column(name, justify="left" if name == "patches of" else "right")
+    table = Table(title=f"from {', '.join(result['modalities'])}")
+    for name in ("label", "patches of", "count", "mIoU strict", "mIoU official", "OA strict", "OA official"):
+        table.add_column(name, justify="left" if name in ("label", "patches of") else "right")
     for part in ("valid", "test"):
-        if part not in result:
-            continue
-        strict, official = result[part]["strict"], result[part]["official"]
-        figures = (strict["miou"], official["miou"], strict["oa"], official["oa"])
-        name = f"{part} (trained on)" if part in result["fit_only"] else part
-        table.add_row(name, str(result["patches"][part]), *(f"{figure:.2f}" for figure in figures))
+        for label, scores in result.get(part, {}).items():
+            strict, official = scores["strict"], scores["official"]
+            figures = (strict["miou"], official["miou"], strict["oa"], official["oa"])
+            name = f"{part} (trained on)" if part in result["fit_only"] else part
+            table.add_row(label, name, str(result["patches"][part]), *(f"{figure:.2f}" for figure in figures))
     console.print(table)
     for name in ("model", "scores", "picture"):
         if result[name] is not None:

@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=4, help="patches at a time (default: %(default)s)")
+    parser.add_argument(
+        "--preview",
+        type=not_negative,
+        default=6,
+        metavar="N",
+        help="rows of panels.png, with input, label, prediction and errors; 0 for no picture (default: %(default)s)",
+    )
     parser.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: %(default)s)")
 
 
@@ -47,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             workers=arguments.workers,
             device=device or "cpu",
+            preview=arguments.preview,
             progress=lambda done: progress.update(bar, completed=done),
         )
-    print(f"{len(rows)} maps in {arguments.out}, picture: {picture}")
+    print(f"{len(rows)} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
     return 0

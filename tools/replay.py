@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bocage import recipes
+from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.task import described
-from bocage.finetune.train import FinetuneConfig
 from bocage.shards.errors import InputError
 from bocage.shards.normalize import InputSpec
 from bocage.shards.remote import open_shards
@@ -124,7 +124,7 @@ def _task(folder: Path, facts: dict[str, Any], shards: str | None) -> tuple[nn.M
             task.encoder(name).spec = InputSpec.from_json(spec)
         return task, pretraining.engine.precision
     tuning = recipes.restored(FinetuneConfig, settings, source)
-    return described(rebuild["model"], tuning.freeze, tuning.auxiliary_weight), tuning.engine.precision
+    return described(rebuild["model"], tuning.supervision), tuning.engine.precision
 
 
 def _shards(then: str, now: str | None, facts: dict[str, Any]) -> Any:

@@ -38,7 +38,7 @@ class Task:
 
 TASKS = {
     "land cover": Task(IMAGE, ["window=25.6"]),
-    "crops": Task(SERIES, ["label=ALL_LABEL-LPIS", "window=51.2"]),
+    "crops": Task(SERIES, ["labels=[ALL_LABEL-LPIS]", "window=51.2"]),
 }
 
 
@@ -221,7 +221,7 @@ class Study:
             path = self.finetuning(start, seed, what)[1] / "metrics.json"
             if not path.exists():
                 return None
-            strict = json.loads(path.read_text())["valid"]["strict"]
+            strict = next(iter(json.loads(path.read_text())["valid"].values()))["strict"]
             return float(strict["miou" if what.task == "land cover" else "miou_without_background"])
         if what in SPREAD:
             return self.spread(start, seed, SPREAD[what])

@@ -4,13 +4,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import torch
-from tiny_task import AERIAL, COSIA, DECODER, SWIN, UTAE
+from tiny_task import AERIAL, COSIA, DECODER, LPIS, SWIN, UTAE
 
 from bocage import recipes
-from bocage.finetune.train import FinetuneConfig, build_task, confusion, finetune, labelled_rows, nested_subset
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.measure import confusion
+from bocage.finetune.supervision import TaskConfig
+from bocage.finetune.train import build_task, finetune, labelled_rows, nested_subset
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
@@ -60,7 +64,7 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
     assert result["patches"] == {"train": 3, "valid": 3}
     stored = json.loads((run / "metrics.json").read_text())
     assert stored["valid"] == result["valid"]
-    assert np.sum(stored["valid"]["confusion"]) == 3 * 512 * 512
+    assert np.sum(stored["valid"][COSIA]["confusion"]) == 3 * 512 * 512
     assert stored["fit_only"] == ["valid"]
     assert (run / "predictions" / "panels.png").is_file()
 
@@ -84,7 +88,7 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
         ).read_bytes()
         with rasterio.open(label) as file:
             np.add.at(counted, (file.read(1).ravel(), predicted.ravel()), 1)
-    assert counted.tolist() == stored["valid"]["confusion"]
+    assert counted.tolist() == stored["valid"][COSIA]["confusion"]
 
     (tmp_path / "file").touch()
     assert main(["predict", str(run), str(shards), str(tmp_path / "file")]) == 2
@@ -96,22 +100,81 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
     assert "complete" in capsys.readouterr().err
 
 
-def test_crops_from_series_with_gaps(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six simulated patches, some of which lack sensors."""
+    folder = tmp_path_factory.mktemp("simulated")
+    write_tree(folder / "tree", patches=6, seed=3, gaps=0.3)
+    write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    return folder / "shards"
+
+
+def test_crops_from_series_with_gaps(simulated: Path, tmp_path: Path) -> None:
     # Some seconds: it simulates and shards patches first. Clouds, missing series and an LPIS level, without any image.
     torch.set_num_threads(1)
-    write_tree(tmp_path / "tree", patches=6, seed=3, gaps=0.3)
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    manifest = Manifest.open(simulated)
     series = ["SENTINEL2_TS", "SENTINEL1-ASC_TS", "SENTINEL1-DESC_TS"]
     chosen = config(
-        tmp_path / "shards", tmp_path / "run", label="ALL_LABEL-LPIS", level=2, modalities=series, predictions=1
+        simulated,
+        tmp_path / "run",
+        labels=[LPIS],
+        tasks={LPIS: TaskConfig(level=2)},
+        modalities=series,
+        predictions=1,
     )
     result = finetune(chosen)
     held = [any(manifest.row(index)[f"length.{name}"] for name in series) for index in range(len(manifest))]
     assert result["patches"]["train"] == sum(held)
-    assert len(result["classes"]) == 31
-    assert np.shape(result["valid"]["confusion"]) == (31, 31)
-    assert result["valid"]["strict"]["miou_without_background"] is not None
+    assert len(result["labels"][LPIS]["classes"]) == 31
+    assert np.shape(result["valid"][LPIS]["confusion"]) == (31, 31)
+    assert result["valid"][LPIS]["strict"]["miou_without_background"] is not None
     assert len(list((tmp_path / "run" / "predictions").glob("*.tif"))) == 1
+
+
+def test_two_labels_from_shards_to_maps_and_tables(simulated: Path, tmp_path: Path) -> None:
+    # Some seconds: a real run with two labels, sensors that go and come, and everything it writes.
+    torch.set_num_threads(1)
+    run = tmp_path / "run"
+    chosen = config(
+        simulated,
+        run,
+        labels=[COSIA, LPIS],
+        tasks={COSIA: TaskConfig(grouping="flair_challenge"), LPIS: TaskConfig(weight=0.5)},
+        modalities=[AERIAL, "SENTINEL2_TS"],
+        modality_dropout={AERIAL: 0.5, "SENTINEL2_TS": 0.2},
+        predictions=2,
+        pictures=2,
+    )
+    result = finetune(chosen)
+    assert {name: len(item["classes"]) for name, item in result["labels"].items()} == {COSIA: 13, LPIS: 23}
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    means = [result["valid"][label]["strict"]["miou"] for label in (COSIA, LPIS)]
+    assert last["evaluation/miou"] == pytest.approx(np.mean(means))
+    assert last[f"evaluation/miou/{LPIS}"] == pytest.approx(means[1])
+
+    counts = pq.read_table(run / "confusions.parquet").to_pylist()
+    scores = pq.read_table(run / "scores.parquet").to_pylist()
+    for label in (COSIA, LPIS):
+        found, names = result["valid"][label], result["labels"][label]["classes"]
+        matrix = np.zeros((len(names), len(names)), np.int64)
+        for row in counts:
+            if row["label"] == label:
+                matrix[names.index(row["truth"]), names.index(row["predicted"])] += row["pixels"]
+        assert matrix.tolist() == found["confusion"]
+        whole = [row for row in scores if (row["label"], row["domain"]) == (label, "all")]
+        for kind in ("iou", "precision", "recall", "f1"):
+            assert {row["class"]: row[kind] for row in whole} == found["strict"][kind]
+        assert set(found["domains"]) == {row["domain"] for row in counts if row["label"] == label}
+        assert sum(item["pixels"] for item in found["domains"].values()) == matrix.sum()
+        assert len(list((run / "predictions" / label).glob("*.tif"))) == 2
+        assert (run / "predictions" / label / "panels.png").is_file()
+        assert (run / "confusions" / f"valid_{label}.png").is_file()
+        assert len(list((run / "pictures").glob(f"predictions_*_{label}.png"))) == 1
+    with rasterio.open(next((run / "predictions" / COSIA).glob("*.tif"))) as file:
+        assert file.tags(1)["CLASS_12"] == "other"
+    assert main(["predict", str(run), str(simulated), str(tmp_path / "maps"), "--preview", "0"]) == 0
+    assert len(list((tmp_path / "maps" / LPIS).glob("*.tif"))) == len(Manifest.open(simulated))
+    assert not list((tmp_path / "maps").rglob("*.png"))
 
 
 def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path) -> None:
@@ -139,9 +202,15 @@ def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path)
         ({"modalities": ["DEM_ELEV"]}, r"DEM_ELEV is not an input that .* holds; inputs there: AERIAL_RGBI"),
         ({"modalities": [COSIA]}, r"is not an input"),
         ({"encoders": {"SPOT_RGBI": "x"}}, r"encoders: SPOT_RGBI not among the modalities AERIAL_RGBI"),
-        ({"label": "ALL_LABEL-LPIS"}, r"unknown modality 'ALL_LABEL-LPIS'"),
-        ({"label": AERIAL}, r"label=AERIAL_RGBI is not a label; labels: AERIAL_LABEL-COSIA"),
-        ({"level": 2}, r"has levels 1 to 1, not 2"),
+        ({"labels": [LPIS]}, r"unknown modality 'ALL_LABEL-LPIS'"),
+        ({"labels": [AERIAL]}, r"labels: AERIAL_RGBI is not a label; labels: AERIAL_LABEL-COSIA"),
+        ({"labels": []}, r"labels: name at least one"),
+        ({"labels": [COSIA, COSIA]}, r"each can be given once"),
+        ({"tasks": {COSIA: TaskConfig(level=2)}}, r"has levels 1 to 1, not 2"),
+        ({"tasks": {LPIS: TaskConfig()}}, r"tasks: ALL_LABEL-LPIS not among the labels AERIAL_LABEL-COSIA"),
+        ({"tasks": {COSIA: TaskConfig(grouping="flair")}}, r"grouping=flair is not one of flair_challenge"),
+        ({"modality_dropout": {"SPOT_RGBI": 0.5}}, r"modality_dropout: SPOT_RGBI not among"),
+        ({"freeze": [f"{AERIAL}:9"]}, r"freeze: AERIAL_RGBI:9: the encoder of AERIAL_RGBI has 0 to 4 stages"),
         ({"split": "split_1"}, r"no split 'split_1'"),
         ({"freeze": ["SPOT_RGBI"]}, r"freeze: SPOT_RGBI"),
         ({"window": 33.3}, r"window=33.3"),
@@ -187,9 +256,9 @@ def test_evaluation_counts_every_patch_once_whatever_the_batch(shards: Path, tmp
     task = build_task(settings, manifest).eval()
     rows = labelled_rows(manifest, settings, task, "train")
     matrices = [confusion(task, manifest, rows, batch_size=size, workers=0) for size in (1, 2)]
-    assert matrices[0].total.sum() == 3 * 512 * 512
-    assert np.array_equal(matrices[0].total, matrices[1].total)
-    assert set(matrices[0].by_roi) == {manifest.row(index)["roi"] for index in range(3)}
+    assert matrices[0][COSIA].total.sum() == 3 * 512 * 512
+    assert np.array_equal(matrices[0][COSIA].total, matrices[1][COSIA].total)
+    assert set(matrices[0][COSIA].by_roi) == {manifest.row(index)["roi"] for index in range(3)}
 
 
 def test_recipes_resolve_and_print(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from bocage import recipes
-from bocage.finetune.train import FinetuneConfig, build_task
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.train import build_task
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from bocage import recipes
-from bocage.finetune.train import FinetuneConfig, build_task
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.train import build_task
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.scene import write_tree

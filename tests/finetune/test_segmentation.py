@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_task import AERIAL, COSIA, DECODER, DEM, LPIS, S2, batch, encoders, task, trained
+from tiny_task import AERIAL, COSIA, DECODER, DEM, LPIS, S2, batch, task, trained
 
 from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
 from bocage.shards import classes
 from bocage.shards.augment import orient
 from bocage.shards.errors import InputError
-from bocage.shards.modality import FLAIR_HUB
 
 BOTH = (AERIAL, S2)
 MIXED = (BOTH, (AERIAL,), (S2,), BOTH)
@@ -61,23 +60,24 @@ def test_learns_with_series_alone() -> None:
 
 @pytest.mark.parametrize(("label", "band", "expected"), [(COSIA, 0, 19), (LPIS, 0, 23), (LPIS, 2, 46)])
 def test_labels_and_levels(label: str, band: int, expected: int) -> None:
-    model = task(S2, label=label, band=band).eval()
-    data = batch((S2,), (S2,), inputs=(S2,), label=label)
-    assert model.logits(data).shape == (2, expected, 256, 256)
-    assert torch.equal(model.truth(data), data.values[label][:, band])
+    model = task(S2, labels=(label,), band=band).eval()
+    data = batch((S2,), (S2,), inputs=(S2,), labels=(label,))
+    assert model.logits(data)[label].shape == (2, expected, 256, 256)
+    assert torch.equal(model.targets[label].truth(data), data.values[label][:, band])
     with pytest.raises(InputError, match="levels 1 to"):
-        task(S2, label=label, band=3)
+        task(S2, labels=(label,), band=3)
 
 
 def test_training_turns_inputs_and_labels_together_and_evaluation_does_not() -> None:
     model = task(AERIAL).eval()
     data = batch((AERIAL,), (AERIAL,), (AERIAL,), inputs=(AERIAL,))
-    straight, turned = model.logits(data), model.predictions(data, oriented=True).logits[COSIA]
+    straight, turned = model.logits(data)[COSIA], model.predictions(data, learning=True).logits[COSIA]
     assert not torch.equal(straight, turned)
     by_hand = batch((AERIAL,), (AERIAL,), (AERIAL,), inputs=(AERIAL,))
     by_hand.values[AERIAL] = orient(data.values[AERIAL], data.seeds)
-    torch.testing.assert_close(model.logits(by_hand), turned)
-    targets = scored_targets(orient(model.truth(data), data.seeds), data.present[COSIA], model.scheme)
+    torch.testing.assert_close(model.logits(by_hand)[COSIA], turned)
+    truth = orient(model.targets[COSIA].truth(data), data.seeds)
+    targets = scored_targets(truth, data.present[COSIA], classes.COSIA)
     expected = cross_entropy(turned, targets)
     for module in model.model.decoders.modules():
         module.training = False
@@ -86,13 +86,13 @@ def test_training_turns_inputs_and_labels_together_and_evaluation_does_not() -> 
 
 
 def test_a_frozen_encoder_does_not_change() -> None:
-    model = task(*BOTH, frozen=(S2,))
+    model = task(*BOTH, freeze=(S2,))
     before = {name: value.clone() for name, value in model.model.encoder(S2).state_dict().items()}
     trained(model, batch(*MIXED, inputs=BOTH), steps=2)
     after = model.model.encoder(S2).state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     with pytest.raises(InputError, match="freeze: DEM_ELEV"):
-        task(*BOTH, frozen=("DEM_ELEV",))
+        task(*BOTH, freeze=("DEM_ELEV",))
 
 
 def test_same_seed_gives_the_same_bits() -> None:
@@ -114,8 +114,8 @@ def test_a_saved_model_predicts_the_same(saved: tuple[Segmentation, Path]) -> No
     model, folder = saved
     loaded = load_segmentation(folder)
     data = batch(*MIXED, inputs=BOTH)
-    assert torch.equal(loaded.logits(data), model.logits(data))
-    assert loaded.scheme == model.scheme
+    assert torch.equal(loaded.logits(data)[COSIA], model.logits(data)[COSIA])
+    assert loaded.targets == model.targets
     assert loaded.quality_masks == {S2: "SENTINEL2_MSK-SC"}
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -156,7 +156,7 @@ def test_damaged_models_are_refused_in_one_sentence(saved: tuple[Segmentation, P
         described(encoders={AERIAL: {**entry, "input": {**entry["input"], key: value}}})
         refused(f"input.{key}")
     described(schema=1)
-    refused("has schema 1, this bocage reads 2")
+    refused("has schema 1, this bocage reads 3")
     described(task="other")
     refused("does not describe a segmentation model")
     for text in ("{", "[" * 100_000, "[]"):
@@ -173,8 +173,7 @@ def test_damaged_models_are_refused_in_one_sentence(saved: tuple[Segmentation, P
 
 
 def test_deep_supervision_adds_the_weighted_mean_of_the_auxiliary_losses() -> None:
-    torch.manual_seed(0)
-    model = Segmentation(encoders(*BOTH), FLAIR_HUB[COSIA], 0, DECODER, {}, auxiliary=BOTH, auxiliary_weight=0.5)
+    model = task(*BOTH, auxiliary=BOTH, auxiliary_weight=0.5)
     loss, logs = model.train()(batch(*MIXED, inputs=BOTH))
     torch.testing.assert_close(loss, logs["main_loss"] + 0.5 * logs["auxiliary_loss"])
     loss.backward()
@@ -185,7 +184,7 @@ def test_deep_supervision_adds_the_weighted_mean_of_the_auxiliary_losses() -> No
 
 
 def test_auxiliary_decoders_survive_saving(tmp_path: Path) -> None:
-    model = Segmentation(encoders(*BOTH), FLAIR_HUB[COSIA], 0, DECODER, {}, auxiliary=(S2,))
+    model = task(*BOTH, auxiliary=(S2,))
     save_segmentation(model, tmp_path)
     again = load_segmentation(tmp_path)
     assert list(again.model.auxiliary) == [S2]
@@ -198,8 +197,8 @@ def test_a_sensor_of_nothing_but_holes_is_absent_except_to_an_official_model() -
     own = task(AERIAL, DEM).eval()
     absent = replace(data, present={**data.present, DEM: torch.tensor([True, False])})
     with torch.no_grad():
-        assert torch.equal(own.logits(data), own.logits(absent))
-        official = Segmentation(encoders(AERIAL, DEM), FLAIR_HUB[COSIA], 0, DECODER, {}, official=True).eval()
-        assert torch.isfinite(official.logits(data)).all()
+        assert torch.equal(own.logits(data)[COSIA], own.logits(absent)[COSIA])
+        official = task(AERIAL, DEM, official=True).eval()
+        assert torch.isfinite(official.logits(data)[COSIA]).all()
         with pytest.raises(InputError, match="samples lack DEM_ELEV"):
             official.logits(absent)

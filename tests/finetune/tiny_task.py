@@ -1,10 +1,13 @@
 """Small encoders and a small world whose classes both sensors can tell: what the tests of this folder train on."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from bocage.finetune.supervision import Supervision
+from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.batch import Batch, GroundWindow, Sample
@@ -41,11 +44,24 @@ def encoders(*names: str) -> dict[str, Encoder]:
 
 
 def task(
-    *names: str, label: str = COSIA, band: int = 0, frozen: tuple[str, ...] = (), decoder: DecoderConfig = DECODER
+    *names: str,
+    labels: tuple[str, ...] = (COSIA,),
+    band: int = 0,
+    decoder: DecoderConfig = DECODER,
+    auxiliary: tuple[str, ...] = (),
+    official: bool = False,
+    **supervision: Any,
 ) -> Segmentation:
     torch.manual_seed(0)
-    masks = quality_masks(FLAIR_HUB, list(names))
-    return Segmentation(encoders(*names), FLAIR_HUB[label], band, decoder, masks, frozen)
+    return Segmentation(
+        encoders(*names),
+        [Target(label=FLAIR_HUB[label], band=band) for label in labels],
+        decoder,
+        quality_masks(FLAIR_HUB, list(names)),
+        auxiliary=auxiliary,
+        official=official,
+        supervision=Supervision(**supervision),
+    )
 
 
 def sample(index: int, held: tuple[str, ...]) -> Sample:
@@ -67,15 +83,15 @@ def sample(index: int, held: tuple[str, ...]) -> Sample:
     return Sample(f"D001-2020_AA_0-{index}", f"D001-2020/A{index % 2}", index, WINDOW, arrays, dates)
 
 
-def batch(*held: tuple[str, ...], inputs: tuple[str, ...], label: str = COSIA) -> Batch:
+def batch(*held: tuple[str, ...], inputs: tuple[str, ...], labels: tuple[str, ...] = (COSIA,)) -> Batch:
     """One sample for each tuple of modalities that it holds, with places for all ``inputs``."""
-    samples = [sample(index, (*names, label)) for index, names in enumerate(held)]
-    wanted = wanted_modalities(FLAIR_HUB, list(inputs), [label])
+    samples = [sample(index, (*names, *labels)) for index, names in enumerate(held)]
+    wanted = wanted_modalities(FLAIR_HUB, list(inputs), list(labels))
     return collate(samples, wanted)
 
 
 def trained(model: Segmentation, data: Batch, steps: int, learning_rate: float = 5e-3) -> float:
-    """Pixel accuracy in evaluation mode after some steps on one batch."""
+    """Pixel accuracy in evaluation mode after some steps on one batch, of all labels together."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
@@ -87,4 +103,6 @@ def trained(model: Segmentation, data: Batch, steps: int, learning_rate: float =
         loss.backward()
         optimizer.step()
     model.eval()
-    return float((model.predict(data) == model.truth(data)).float().mean())
+    predicted = model.predict(data)
+    right = [predicted[name] == target.truth(data) for name, target in model.targets.items()]
+    return float(torch.stack(right).float().mean())

@@ -339,7 +339,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(
 
 def test_recipes_have_keys_for_the_cache() -> None:
     from bocage import recipes
-    from bocage.finetune.train import FinetuneConfig
+    from bocage.finetune.config import FinetuneConfig
     from bocage.ssl.pretrain import PretrainConfig
 
     words = ["cache.size=2GB", "cache.folder=/somewhere"]

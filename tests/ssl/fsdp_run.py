@@ -13,7 +13,8 @@ import torch
 from small_recipes import PRETRAIN
 
 from bocage import recipes
-from bocage.finetune.train import FinetuneConfig, finetune
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.train import finetune
 from bocage.shards.errors import InputError
 from bocage.ssl.engine.distributed import gathered_with_gradients, rank_and_world
 from bocage.ssl.pretrain import PretrainConfig, pretrain

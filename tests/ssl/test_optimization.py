@@ -13,8 +13,10 @@ from test_masked import make_batch, make_task
 from tiny_run import TinySource, TinyTask, records, run
 from torch import nn
 
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation
-from bocage.finetune.train import FinetuneConfig, _parameter_groups
+from bocage.finetune.train import _parameter_groups
 from bocage.finetune.upernet import DecoderConfig as UPerNetConfig
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import quality_masks
@@ -205,7 +207,8 @@ def test_index_tables_survive_averaging() -> None:
 def test_encoders_being_fine_tuned_have_both_their_own_rate_and_layers() -> None:
     masks = quality_masks(FLAIR_HUB, INPUTS)
     encoders = {name: make_task(names=[name]).encoder(name) for name in INPUTS}
-    task = Segmentation(encoders, FLAIR_HUB["AERIAL_LABEL-COSIA"], 0, UPerNetConfig(pyramid_width=32, width=16), masks)
+    target = Target(label=FLAIR_HUB["AERIAL_LABEL-COSIA"])
+    task = Segmentation(encoders, [target], UPerNetConfig(pyramid_width=32, width=16), masks)
     engine = EngineConfig(optimizer=OptimizerConfig(learning_rate=1.0, layer_decay=0.5, base_batch=4))
     groups = _parameter_groups(FinetuneConfig(encoder_lr=0.1, engine=engine))
     optimizer = build_optimizer(task, engine.optimizer, global_batch=8, device=CPU, parameter_groups=groups)

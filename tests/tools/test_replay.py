@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from small_recipes import PRETRAIN
 
 from bocage import recipes
-from bocage.finetune.train import FinetuneConfig, finetune
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.train import finetune
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
