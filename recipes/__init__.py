@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from bocage.recipes.mistakes import full_key, placed, refused, unread
 from bocage.shards.errors import InputError
 
 Config = TypeVar("Config")
@@ -101,26 +102,8 @@ def _bases(name: str, config: DictConfig) -> list[str]:
 def _merge(config: Any, layer: Any, source: str) -> Any:
     try:
         return OmegaConf.merge(config, layer)
-    except ConfigKeyError as error:
-        raise InputError(f"{source}: unknown key {_full_key(error)!r}; {_nearest(config, error)}") from error
     except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0]
-        raise InputError(f"{source}: {_full_key(error)}: {message}") from error
-
-
-def _full_key(error: OmegaConfBaseException) -> str:
-    return str(getattr(error, "full_key", "") or getattr(error, "key", ""))
-
-
-def _nearest(config: Any, error: OmegaConfBaseException) -> str:
-    """The valid keys beside an unknown one, the likeliest first."""
-    *parents, key = _full_key(error).split(".")
-    node = OmegaConf.select(config, ".".join(parents)) if parents else config
-    valid = [str(name) for name in node] if isinstance(node, DictConfig) else []
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {'.'.join([*parents, near[0]])!r}?"
-    return f"valid keys here: {', '.join(valid)}"
+        raise InputError(f"{source}: {refused(config, layer, error)}") from error
 
 
 def resolve(schema: type[Config], arguments: list[str]) -> Config:
@@ -148,15 +131,16 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
     try:
         # Nothing after the sign is an empty text, as in a shell, and not null.
         overrides = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in arguments])
-    except OmegaConfBaseException as error:
-        raise InputError(f"command line: {' '.join(str(error).split())}") from error
+    except Exception as error:  # OmegaConf's, or PyYAML's
+        raise InputError(f"command line: {unread(arguments) or ' '.join(str(error).split())}") from error
     config = _merge(config, overrides, "command line")
     try:
         return cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise InputError(f"recipe {chosen[0]}: {_full_key(error)}: {str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        raise InputError(f"recipe {chosen[0]}: {error}") from error
+        raise InputError(f"recipe {chosen[0]}: {full_key(error)}: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:
+        given = " and what the command line changes" if len(arguments) > 1 else ""
+        raise InputError(f"recipe {chosen[0]}{given}: {placed(config, error)}") from error
 
 
 def restored(schema: type[Config], values: dict[str, Any], source: str) -> Config:

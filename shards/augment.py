@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from bocage.shards.draws import uniform
 from bocage.shards.modality import Representation
+
+_YEAR = 365
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,12 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.gain < 1:
             raise ValueError(f"augment.gain={self.gain} must be in [0, 1)")
-        for key in ("offset", "dates", "jitter"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"augment.{key}={getattr(self, key)} must not be negative")
+        if not 0 <= self.offset < math.inf:
+            raise ValueError(f"augment.offset={self.offset} must be a number of standard deviations, 0 or more")
+        if self.dates < 0:
+            raise ValueError(f"augment.dates={self.dates} must not be negative")
+        if not 0 <= self.jitter <= _YEAR // 2:
+            raise ValueError(f"augment.jitter={self.jitter} must be between 0 and {_YEAR // 2} days, half a year")
 
 
 def radiometry(

@@ -24,16 +24,30 @@ def lattice(modalities: Iterable[Modality]) -> float:
     return math.lcm(*(round(modality.gsd * 1000) for modality in modalities)) / 1000
 
 
+def valid_sides(modalities: Iterable[Modality]) -> list[float]:
+    """The sides of windows, in metres and ascending, that can be cut from every modality without resampling."""
+    step = round(lattice(modalities) * 1000)
+    return [count * step / 1000 for count in range(1, round(PATCH_SIZE * 1000) // step + 1)]
+
+
+def fits(side: float, sides: Iterable[float]) -> bool:
+    """Whether ``side`` is one of the ``sides``, rounding aside."""
+    return any(math.isclose(side, valid, abs_tol=1e-6) for valid in sides)
+
+
+def shown_sides(sides: Sequence[float]) -> str:
+    """Sides for a message: all of a few, the first and last of many."""
+    if len(sides) <= 6:
+        return f"{', '.join(f'{side:g}' for side in sides)} m"
+    return f"{sides[0]:g}, {sides[1]:g}, {sides[2]:g}, ... {sides[-1]:g} m"
+
+
 def check_side(side: float, modalities: Iterable[Modality]) -> None:
     """Raise ``InputError`` unless a window of ``side`` metres can be cut from every modality without resampling."""
-    step = round(lattice(modalities) * 1000)
-    sides = [count * step / 1000 for count in range(1, round(PATCH_SIZE * 1000) // step + 1)]
-    if not any(math.isclose(side, valid, abs_tol=1e-6) for valid in sides):
-        shown = ", ".join(f"{valid:g}" for valid in (sides if len(sides) <= 6 else [*sides[:2], *sides[-2:]]))
-        raise InputError(
-            f"window={side:g}: not a whole number of pixels in every modality; valid sides for these modalities are "
-            f"multiples of {step / 1000:g} m up to {PATCH_SIZE:g} m ({shown})"
-        )
+    sides = valid_sides(modalities)
+    if not fits(side, sides):
+        why = f"wider than a patch of {PATCH_SIZE:g} m" if side > PATCH_SIZE else "not whole pixels in every modality"
+        raise InputError(f"window={side:g}: {why}; windows of these modalities are {shown_sides(sides)} wide")
 
 
 def draw_windows(seeds: Sequence[int], side: float, step: float) -> list[GroundWindow]:

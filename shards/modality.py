@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -223,7 +224,10 @@ class Registry(Mapping[str, Modality]):
         try:
             return self._by_name[name]
         except KeyError:
-            raise InputError(f"unknown modality {name!r}; known ones: {', '.join(self._by_name)}") from None
+            near = [known for known in self._by_name if str(name).upper() in known][:1]
+            near = near or difflib.get_close_matches(str(name).upper(), self._by_name, n=1)
+            hint = f"did you mean {near[0]}? Known" if near else "known"
+            raise InputError(f"unknown modality {name!r}; {hint} ones: {', '.join(self._by_name)}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name

@@ -13,7 +13,7 @@ from torch import nn
 
 from bocage.shards.draws import uniform
 from bocage.shards.errors import InputError
-from bocage.shards.modality import Modality
+from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.ssl.decoder import Neck
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.distributed import gathered_with_gradients, number_of_ranks
@@ -29,7 +29,7 @@ class ContrastiveConfig:
 
     Attributes:
         width: channels in which sensors are compared.
-        cell: side of a cell of the ground grid, metres.
+        cell: side of a cell of the ground grid, metres, rounded so that cells divide the window.
         cells: cells of a sample that are compared in a step, drawn at random.
         keys: cells of all ranks that each cell is compared with, drawn at random. Similarities take a rank
             samples x ``cells`` x (``keys`` + ``queue``) float32 for each ordered pair of sensors.
@@ -53,9 +53,10 @@ class ContrastiveConfig:
                 raise ValueError(f"contrastive.{key}={getattr(self, key)} must be at least 1")
         if self.queue < 0:
             raise ValueError(f"contrastive.queue={self.queue} must not be negative")
-        for key in ("cell", "temperature"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"contrastive.{key}={getattr(self, key)} must be positive")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"contrastive.temperature={self.temperature} must be a positive number")
+        if not 0 < self.cell <= PATCH_SIZE:
+            raise ValueError(f"contrastive.cell={self.cell} must be positive, and at most a patch of {PATCH_SIZE} m")
 
 
 class Contrastive(nn.Module):
@@ -73,7 +74,7 @@ class Contrastive(nn.Module):
         config: the objective.
 
     Raises:
-        InputError: fewer than two modalities.
+        InputError: fewer than two modalities, or cells finer than any feature map.
     """
 
     def __init__(
@@ -84,6 +85,11 @@ class Contrastive(nn.Module):
             raise InputError(
                 f"weights.contrastive compares sensors, and modalities has {', '.join(encoders)} alone: add one, or "
                 "give weights.contrastive=0"
+            )
+        finest, name = min((modalities[name].gsd * min(item.strides), name) for name, item in encoders.items())
+        if config.cell < finest:
+            raise InputError(
+                f"contrastive.cell={config.cell:g}: the finest feature map, of {name}, has cells of {finest:g} m"
             )
         self.config = config
         self.necks = nn.ModuleDict(

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from bocage.shards.crop import fits, shown_sides, valid_sides
 from bocage.shards.draws import permutations, uniform
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
@@ -115,7 +116,9 @@ def blocks_of(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict
     ):
         if unknown := sorted(set(named) - set(kind)):
             raise InputError(
-                f"masking.{key}.{unknown[0]}: choose from {', '.join(kind) or 'nothing: there is no image'}"
+                f"masking.{key}.{unknown[0]}: not one of {', '.join(kind)}"
+                if kind
+                else f"masking.{key}.{unknown[0]}: it is for images, and modalities has none"
             )
     if config.images == "packed" and (given := sorted(set(config.ratios) & set(images))):
         raise InputError(f"masking.ratios.{given[0]} needs masking.images=mask_token: packed images hide 0.75")
@@ -129,7 +132,8 @@ def blocks_of(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict
         unit = images[name].unit * images[name].gsd
         found[name] = max(1, round(side / unit))
         if not math.isclose(found[name] * unit, side, rel_tol=1e-6):
-            raise InputError(f"masking.blocks: {side:g} m is not a multiple of the {unit:g}-m mask unit of {name}")
+            blamed = " and ".join(f"masking.blocks.{key}" for key in config.blocks)
+            raise InputError(f"{blamed}: {side:g} m is not a multiple of the {unit:g}-m mask unit of {name}")
     return found
 
 
@@ -139,22 +143,62 @@ def block_grid(modality: Modality, pixels: int, block: int, images: str) -> int:
     Raises:
         InputError: the image is not a whole number of blocks, or, when packed, not of pairs of blocks.
     """
+    if misfit := _misfit(modality, pixels, block, images):
+        raise InputError(f"window: {misfit}")
+    return pixels // (modality.unit * block)
+
+
+def _misfit(modality: Modality, pixels: int, block: int, images: str) -> str:
+    """Why an image of this many pixels cannot be hidden in such blocks; empty when it can."""
     side = modality.unit * block
+    metres = side * modality.gsd
     multiple = side * (2 if images == "packed" else 1)
     if pixels % multiple:
-        raise InputError(
-            f"window: {modality.name} is {pixels} px wide there, not a multiple of {multiple} px "
-            f"(masked in blocks of {side} px, masking.images={images})"
+        pairs = "pairs of " if images == "packed" else ""
+        return (
+            f"{modality.name} is {pixels * modality.gsd:g} m wide there and is masked in {pairs}blocks of {metres:g} m "
+            f"({side} px, masking.images={images})"
         )
     if pixels == side:
-        raise InputError(f"window: {modality.name} is one block of {side} px there, of which nothing could be hidden")
-    return pixels // side
+        return f"{modality.name} is one block of {metres:g} m there, of which nothing could be hidden"
+    return ""
 
 
-def check_window(modalities: Mapping[str, Modality], side: float, config: MaskingConfig) -> None:
-    """Raise ``InputError`` unless images of ``side`` metres divide into the blocks in which they are hidden."""
-    for name, block in blocks_of(modalities, config).items():
-        block_grid(modalities[name], round(side / modalities[name].gsd), block, config.images)
+def check_window(
+    modalities: Mapping[str, Modality], side: float, config: MaskingConfig, *, reconstructed: bool
+) -> None:
+    """Raise ``InputError`` unless windows of ``side`` metres can be cut, and divide into what is hidden of them.
+
+    Args:
+        modalities: those of a run.
+        side: metres.
+        config: how they are hidden.
+        reconstructed: whether series are divided into mask units, too, which ``masked`` reconstructs.
+    """
+    blocks = blocks_of(modalities, config)
+
+    def misfit(window: float) -> str:
+        for name, modality in modalities.items():
+            pixels = round(window / modality.gsd)
+            if modality.role == "image":
+                if why := _misfit(modality, pixels, blocks[name], config.images):
+                    return why
+            elif reconstructed and pixels % modality.unit:
+                unit = modality.unit * modality.gsd
+                return f"{name} is {window:g} m wide there and is reconstructed in units of {unit:g} m"
+        return ""
+
+    cut = valid_sides(modalities.values())
+    if fits(side, cut) and not misfit(side):
+        return
+    fitting = [window for window in cut if not misfit(window)]
+    if not fitting:
+        blamed = " or ".join(f"masking.blocks.{name}" for name in config.blocks) or "modalities"
+        raise InputError(f"window={side:g}: no window fits, {misfit(cut[-1])}; change {blamed}")
+    why = misfit(side) if fits(side, cut) else "not whole pixels in every modality"
+    if side > cut[-1]:
+        why = f"wider than a patch of {cut[-1]:g} m"
+    raise InputError(f"window={side:g}: {why}; windows that fit are {shown_sides(fitting)} wide")
 
 
 def _packed(seeds: torch.Tensor, tag: str, grid: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,8 +23,10 @@ from bocage.ssl.objective import Pretraining, View
 from bocage.ssl.targets import from_units
 
 _HIDDEN_DATES, _SEEN_DATES = 5, 3  # shown of a series
+_SHADED = 5  # pixels along a side that are averaged before heights are shaded
 _HIDDEN = 0.35  # grey level of what the encoder did not see
 _HEIGHTS = {"image": 3.0, "series": 3.3}  # inches of a modality's rows
+_HEAD = 0.4  # inches
 _DAY_ZERO = date(2021, 5, 15)  # of an ordinary year
 
 
@@ -35,8 +38,10 @@ def _shown(values: torch.Tensor, valid: torch.Tensor, spec: InputSpec, modality:
     shape = (1, 1, -1, 1, 1)
     physical = values.cpu() * torch.tensor(spec.std).view(shape) + torch.tensor(spec.mean).view(shape)
     if spec.representation == "relief":
-        heights = physical[:, :, spec.channels.index("relief")].numpy()
-        shades = np.stack([[hillshade(item, spec.gsd) for item in items] for items in heights])
+        heights = physical[:, :, spec.channels.index("relief")]
+        # Slopes between single pixels are noise, in what was measured and more so in what is made up.
+        coarse = F.avg_pool2d(heights, _SHADED, stride=1, padding=_SHADED // 2, count_include_pad=False).numpy()
+        shades = np.stack([[hillshade(item, spec.gsd) for item in items] for items in coarse])
         return np.repeat(shades[..., None], 3, axis=-1)
     frames = torch.where(valid.cpu(), physical, torch.nan).flatten(0, 1).numpy()
     reference = np.arange(len(frames)) < len(frames) // 2  # targets set the contrast
@@ -94,7 +99,8 @@ def _restored(item: Reconstruction) -> torch.Tensor:
 def _titled(modality: Modality, view: View, sample: int) -> str:
     whole = bool(view.masks[modality.name].whole[sample])
     absent = not bool(view.inputs[modality.name].present[sample])
-    return modality.name + (" (absent)" if absent else " (hidden whole)" if whole else "")
+    radar = ", VV, VH, VV - VH" if modality.representation == "decibel" else ""
+    return modality.name + radar + (" (absent)" if absent else " (hidden whole)" if whole else "")
 
 
 def _draw(axis: Axes, picture: np.ndarray, title: str = "", side: str = "") -> None:
@@ -103,25 +109,31 @@ def _draw(axis: Axes, picture: np.ndarray, title: str = "", side: str = "") -> N
     axis.text(-0.06, 0.5, side, fontsize=8, rotation=90, ha="right", va="center", transform=axis.transAxes)
 
 
-def reconstruction_figure(task: Pretraining, objective: Masked, batch: Batch, sample: int) -> Figure:
+def reconstruction_figure(task: Pretraining, objective: Masked, batch: Batch, sample: int, step: int) -> Figure:
     """One row a modality: target, what was seen, reconstruction; of a series as strips of hidden and seen dates.
+
+    Of a series at most five hidden and three seen dates are shown. What was seen is pasted into the reconstruction.
 
     Args:
         task: gives the masked view of the batch.
         objective: its masked term.
         batch: on the task's device.
         sample: which sample of the batch to show.
+        step: of training, for the title.
     """
     with torch.no_grad():
         view = task.view(batch, oriented=False)
         items = objective.reconstruct(view)
     modalities = sorted((objective.modalities[name] for name in items), key=lambda item: item.role == "series")
     heights = [_HEIGHTS[item.role] for item in modalities]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(9, sum(heights) + _HEAD), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subfigures(len(items), 1, height_ratios=heights, squeeze=False)
+    head, *rows = figure.subfigures(len(items) + 1, 1, height_ratios=[_HEAD, *heights], squeeze=False)[:, 0]
+    metres = float(batch.windows[sample, 2])
+    about = "grey was hidden; what was seen is pasted into the reconstruction"
+    head.text(0.01, 0.5, f"{batch.keys[sample]}, {metres:g} m, step {step}: {about}", fontsize=9, va="center")
     names = ("target", "seen", "reconstruction")
-    for row, modality in zip(rows[:, 0], modalities, strict=True):
+    for row, modality in zip(rows, modalities, strict=True):
         row.suptitle(_titled(modality, view, sample), fontsize=9)
         spec, item = task.encoder(modality.name).spec, items[modality.name]
         if item.chosen is None:

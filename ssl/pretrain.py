@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -164,6 +165,20 @@ def _input(modality: Modality) -> Modality:
     return modality
 
 
+def _check_comparisons(config: PretrainConfig) -> None:
+    """Raises ``InputError`` where a term would compare a sample or a sensor with nothing, and be 0 in every step."""
+    compared = [name for name in ("contrastive", "global") if config.weights.get(name)]
+    alone = config.batch_size * int(os.environ.get("WORLD_SIZE", "1")) < 2
+    for name in compared:
+        if alone and not (name == "contrastive" and config.contrastive.queue):
+            raise InputError(
+                f"weights.{name} tells samples apart, and batch_size=1 on one rank has none to tell from: give "
+                f"batch_size=2 or more{', or contrastive.queue=4096' if name == 'contrastive' else ''}"
+            )
+        if config.masking.modality_ratio == 1:
+            raise InputError(f"weights.{name} compares sensors, and masking.modality_ratio=1 leaves one: lower it")
+
+
 def export_encoders(task: nn.Module, folder: Path) -> None:
     """Write each encoder of the task to ``folder/MODALITY``."""
     assert isinstance(task, Pretraining)
@@ -173,11 +188,14 @@ def export_encoders(task: nn.Module, folder: Path) -> None:
 
 def pretrain(config: PretrainConfig) -> Outcome:
     """Run a recipe to its last step, or resume it; encoders end up in ``output/encoders/MODALITY``."""
+    if not config.output:
+        raise InputError("output= is empty: give a folder for the run")
     manifest = open_shards(config.shards, config.cache)
     rows = manifest.split(config.split, config.train)
     torch.manual_seed(config.engine.seed)  # before weights are drawn
     task = build_task(config, manifest)
-    check_window(task.modalities, config.window, config.masking)
+    check_window(task.modalities, config.window, config.masking, reconstructed="masked" in task.terms)
+    _check_comparisons(config)
     modalities = wanted_modalities(manifest.registry, list(task.encoders), [])
     source = TrainingStream(
         manifest,
@@ -242,7 +260,9 @@ def draws(
         for batch in evaluation_batches(manifest, rows, modalities, batch_size=1, window=config.window):
             key = batch.keys[0]
             paths[f"reconstruction/{key}"] = folder / f"reconstruction_{key}_step-{step:07d}.png"
-            save_figure(reconstruction_figure(task, objective, batch.to(device), 0), paths[f"reconstruction/{key}"])
+            save_figure(
+                reconstruction_figure(task, objective, batch.to(device), 0, step), paths[f"reconstruction/{key}"]
+            )
         return paths
 
     return draw

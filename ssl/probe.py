@@ -13,6 +13,7 @@ from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import encoder_inputs, wanted_modalities
 from bocage.shards.manifest import Manifest
+from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.stream import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.distributed import gathered, rank_and_world
@@ -21,6 +22,7 @@ from bocage.ssl.objective import Pretraining
 
 _SHARPNESS = 0.07  # of the votes of neighbours, as in DINO (arXiv 2104.14294)
 _ITERATIONS = 100
+_MOST_CELLS = 2**18  # of each part: more take longer than what they tell is worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class ProbeConfig:
         train: value of the split whose patches teach the probes.
         test: value of the split that they are measured on.
         patches: of each of the two, spread evenly.
-        cell: side of a cell, metres; its label is the commonest scored class.
+        cell: side of a cell, metres, rounded so that cells divide a patch; its label is the commonest scored class.
         neighbours: whose votes decide in kNN.
         penalty: on the squared weights of the linear probe.
     """
@@ -51,8 +53,14 @@ class ProbeConfig:
         for key in ("level", "patches", "neighbours"):
             if getattr(self, key) < 1:
                 raise ValueError(f"probe.{key}={getattr(self, key)} must be at least 1")
-        if not self.cell > 0:
-            raise ValueError(f"probe.cell={self.cell} must be positive")
+        if not 0 < self.cell <= PATCH_SIZE / 2:
+            raise ValueError(f"probe.cell={self.cell} must be positive, and at most half a patch of {PATCH_SIZE} m")
+        cells = self.patches * round(PATCH_SIZE / self.cell) ** 2
+        if cells > _MOST_CELLS:
+            raise ValueError(
+                f"probe.cell={self.cell} makes {cells} cells of probe.patches={self.patches}: at most {_MOST_CELLS} "
+                "are feasible"
+            )
         if not self.penalty >= 0:
             raise ValueError(f"probe.penalty={self.penalty} must not be negative")
 
@@ -124,8 +132,9 @@ class Probe:
         for name in task.encoders:
             if name not in train or name not in test:
                 continue
-            near = nearest(train[name], test[name].features, len(self.scheme), self.config.neighbours)
-            linear = linear_probe(train[name], test[name].features, len(self.scheme), self.config.penalty)
+            with torch.autocast("cpu", enabled=False):  # features are of the run's precision, probes of them are not
+                near = nearest(train[name], test[name].features, len(self.scheme), self.config.neighbours)
+                linear = linear_probe(train[name], test[name].features, len(self.scheme), self.config.penalty)
             figures[f"knn_miou/{name}"] = self._scores(test[name].labels, near)[0]
             figures[f"linear_miou/{name}"], by_class = self._scores(test[name].labels, linear)
             figures.update({f"linear_iou/{name}/{cls}": value for cls, value in by_class.items()})

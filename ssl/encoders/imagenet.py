@@ -85,8 +85,11 @@ def load_imagenet(encoder: SwinEncoder, file: Path | None = None) -> KeyReport:
     try:
         path = _published(encoder.config.name) if file is None else _file_in(file)
     except InputError as error:
-        if file is None and changed:  # fetching the file would not help
-            raise InputError(f"{error}; but they would not fit a Swin built with {changed}") from error
+        if file is None and changed and not _as_published(encoder):  # fetching the file would not help
+            raise InputError(
+                f"timm's published weights of {encoder.config.name} do not fit a Swin built with {changed}: leave these "
+                "options out, or give a file of fitting weights as imagenet:FILE"
+            ) from error
         raise
     stored = read_tensors(path)
     dropped = tuple(name for name in stored if name in FINAL_NORM or name.startswith("head.") or _is_computed(name))
@@ -113,6 +116,18 @@ def load_imagenet(encoder: SwinEncoder, file: Path | None = None) -> KeyReport:
         for name, tensor in targets.items():
             tensor.copy_(resized[name])
     return report
+
+
+def _as_published(encoder: SwinEncoder) -> bool:
+    """Whether its weights have the shapes of timm's model of that name, apart from stem and tables, which adapt."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        published = SwinEncoder(3, encoder.config.name, {})
+
+    def shapes(model: SwinEncoder) -> dict[str, torch.Size]:
+        names = (name for name in model.state_dict() if "relative_position" not in name and "patch_embed" not in name)
+        return {name: model.state_dict()[name].shape for name in names if not name.endswith("mask_token")}
+
+    return shapes(encoder) == shapes(published)
 
 
 def _check_offsets(encoder: SwinEncoder) -> None:

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.encoders.timm_format import architecture_of
-
-_logger = logging.getLogger(__name__)
 
 IMAGENET = "imagenet"
 
@@ -57,6 +56,7 @@ def pretrained_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
             raise InputError(f"is an encoder of {saved.spec.modality}, not of {scratch.spec.modality}")
         _check_input(saved.spec, scratch.spec, ("bands",))
         if not keep_architecture:
+            _tell(f"{key}: {len(saved.state_dict())} tensors, as they were saved")
             return saved
         _check_input(saved.spec, scratch.spec, ("channels", "representation", "gsd"))
         _check_architecture(saved.config, scratch.config)
@@ -64,8 +64,15 @@ def pretrained_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
         raise InputError(f"{key}: {error}") from error
     tokens = {name: tensor for name, tensor in scratch.state_dict().items() if name == "mask_token"}
     scratch.load_state_dict({**saved.state_dict(), **tokens})
+    _tell(f"{key}: {len(saved.state_dict())} tensors{', the mask token starts anew' if tokens else ''}")
     scratch.spec = saved.spec
     return scratch
+
+
+def _tell(text: str) -> None:
+    """What was loaded, on stderr and once for all ranks, which are told their number before they meet."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"bocage: {text}", file=sys.stderr)
 
 
 def _from_imagenet(scratch: Encoder, source: str) -> Encoder:
@@ -80,7 +87,7 @@ def _from_imagenet(scratch: Encoder, source: str) -> Encoder:
     if named and not file:
         raise InputError(f"give a file after {source!r}, or {IMAGENET!r} alone for timm's published weights")
     report = load_imagenet(scratch, Path(file) if named else None)
-    _logger.info("encoders.%s=%s: %s", scratch.spec.modality, source, report)
+    _tell(f"encoders.{scratch.spec.modality}={source}: {report}")
     return scratch
 
 

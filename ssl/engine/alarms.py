@@ -9,6 +9,31 @@ _SECONDS = 0.01  # of waiting a step: less is not worth a word
 _WINDOWS = 2  # in a row; the first one holds the start of the readers
 
 
+class Idleness:
+    """Notices a gradient or a term of the loss that is exactly 0 in two records in a row. Says so once for each."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, int] = {}
+        self._told: set[str] = set()
+
+    def messages(self, values: Mapping[str, float], step: int) -> list[str]:
+        """What to tell the user after the record of a step; ``values`` are its gradient norm and terms."""
+        found = []
+        for name, value in values.items():
+            if value != 0:
+                self._since.pop(name, None)
+            elif name not in self._since:
+                self._since[name] = step
+            elif name not in self._told:
+                self._told.add(name)
+                what = "the gradient is" if name == "gradient_norm" else f"the term {name} is"
+                found.append(
+                    f"{what} exactly 0 in every record since step {self._since[name]}: nothing is learned from it. "
+                    "Look at what is hidden, at the batch size and at the sensors that samples have"
+                )
+        return found
+
+
 class Starvation:
     """Notices that training waits for data. Says so once."""
 

@@ -18,7 +18,7 @@ from torch import nn
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.ssl.engine import checkpoint
-from bocage.ssl.engine.alarms import Starvation
+from bocage.ssl.engine.alarms import Idleness, Starvation
 from bocage.ssl.engine.buffers import Buffers
 from bocage.ssl.engine.checkpoint import TrainingState
 from bocage.ssl.engine.collapse import Collapse
@@ -40,7 +40,7 @@ from bocage.ssl.engine.profiling import profiled
 from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.saving import Export, save
 from bocage.ssl.engine.signals import StopSignals, exit_code
-from bocage.ssl.engine.tracking import Journal, MetricWindow, finite_or_none
+from bocage.ssl.engine.tracking import Journal, MetricWindow, finite_or_none, terms_of
 from bocage.ssl.engine.weights import Weights
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
@@ -113,6 +113,7 @@ class Run:
     arithmetic: Arithmetic
     collapse: Collapse
     starvation: Starvation = field(default_factory=Starvation)
+    idleness: Idleness = field(default_factory=Idleness)
     followers: list[Callable[[], None]] = field(default_factory=list)
     dumps_left: int = 0
     saved: float = field(default_factory=time.monotonic)
@@ -307,7 +308,12 @@ class Run:
             values.update(self.window.averages())
             if "step_seconds" in values:
                 values.update(self.arithmetic.figures(config.accumulation, values["step_seconds"]))
-            for message in (*self.starvation.messages(values), *self.collapse.messages(values, state.step)):
+            watched = {name: values[name] for name in ("gradient_norm", *terms_of(values)) if name in values}
+            for message in (
+                *self.starvation.messages(values),
+                *self.collapse.messages(values, state.step),
+                *self.idleness.messages(watched, state.step),
+            ):
                 journal.message(message)
             values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
             values["skipped_steps"] = state.skipped

@@ -29,7 +29,8 @@ from bocage.ssl.engine.collapse import LEAST_VECTORS, MOST_VECTORS, feature_std,
 from bocage.ssl.engine.distributed import from_main, gathered, is_main
 from bocage.ssl.engine.provenance import flat, plain
 
-_EVALUATIONS_SHOWN = 3
+_EVALUATIONS_SHOWN = 6
+_BAR = 12  # characters
 # What the loop records itself; other names without a slash are terms of the task's loss.
 _ENGINE = {
     "loss",
@@ -179,13 +180,15 @@ class Journal:
             _start_tracker(accelerator, tracker, output, project, run, config, reported_step)
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
-                BarColumn(bar_width=12),
-                TimeRemainingColumn(table_column=Column(min_width=7)),
-                TextColumn("{task.fields[summary]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+                TextColumn("step", table_column=Column(no_wrap=True)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)),
+                BarColumn(bar_width=_BAR, table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+                # Only this one gives way where the terminal is narrow.
+                TextColumn("{task.fields[summary]}", table_column=Column(overflow="ellipsis")),
                 console=Console(stderr=True),
             )
+            self._room = max(10, self._bar.console.width - len("step") - 2 * len(str(steps)) - 1 - _BAR - 7 - 4)
             self._task = self._bar.add_task("train", total=steps, completed=step, summary="")
             self._bar.start()
 
@@ -206,7 +209,7 @@ class Journal:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, summary=_summary(values))
+            self._bar.update(self._task, completed=step, summary=_shortened(_summary(values), self._room))
         else:
             left = (self._steps - step) * (values.get("step_seconds") or 0.0)
             print(f"step {step}/{self._steps}  {_summary(values)}  left {_duration(left)}", file=sys.stderr, flush=True)
@@ -277,6 +280,11 @@ def _drop_records_after(path: Path, step: int) -> None:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
+def terms_of(values: Mapping[str, float | None]) -> list[str]:
+    """Those of the recorded names that are terms of the task's loss."""
+    return [name for name in values if "/" not in name and name not in _ENGINE]
+
+
 def _summary(values: Mapping[str, float | None]) -> str:
     """The few numbers worth a glance."""
     formats = {
@@ -290,14 +298,20 @@ def _summary(values: Mapping[str, float | None]) -> str:
         "mfu": "mfu {:.0%}",
     }
     shown = [text.format(value) for name, text in formats.items() if (value := values.get(name)) is not None]
-    terms = [name for name in values if "/" not in name and name not in _ENGINE]
+    terms = terms_of(values)
     if len(terms) > 1:  # one term is the loss
         shown[1:1] = [f"{name} {value:.4f}" for name in terms if (value := values[name]) is not None]
     evaluated = [
-        (name, value) for name, value in values.items() if name.startswith("evaluation/") and value is not None
+        (name, value)
+        for name, value in values.items()
+        if name.startswith("evaluation/") and name.count("/") <= 2 and value is not None  # not those by class
     ]
     shown += [f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in evaluated[:_EVALUATIONS_SHOWN]]
     return "  ".join(shown)
+
+
+def _shortened(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}\u2026"
 
 
 def _duration(seconds: float) -> str:

@@ -168,11 +168,19 @@ def test_tensors_of_any_shape_and_kind_end_in_one_sentence(
 def test_without_a_network_one_sentence_says_what_to_do(hub: Callable[..., None]) -> None:
     with pytest.raises(InputError) as caught:
         pretrained_encoder(build(), "imagenet", keep_architecture=False)
+    # Fetching them would not help, so nobody is told to.
+    assert str(caught.value) == (
+        f"encoders.AERIAL_RGBI=imagenet: timm's published weights of {V1} do not fit a Swin built with embed_dim=16, "
+        "depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4]: leave these options out, or give a file of fitting weights as "
+        "imagenet:FILE"
+    )
+    fitting = replace(SWIN, options={"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]})
+    with pytest.raises(InputError) as caught:
+        pretrained_encoder(build(config=fitting), "imagenet", keep_architecture=False)
     assert str(caught.value) == (
         f"encoders.AERIAL_RGBI=imagenet: ImageNet weights of {V1}: hf:timm/{V1}.ms_in1k is not in the local cache and "
         "huggingface.co cannot be reached: copy model.safetensors from there to a folder and give that, "
-        "as imagenet:FOLDER; but they would not fit a Swin built with embed_dim=16, depths=[1, 1, 1, 1], "
-        "num_heads=[1, 2, 2, 4]"
+        "as imagenet:FOLDER"
     )
     with pytest.raises(InputError, match=r"hf:org/name is not in the local cache .* config.json and model.safetensors"):
         load_encoder("hf:org/name")

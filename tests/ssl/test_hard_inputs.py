@@ -180,11 +180,12 @@ def test_a_crop_that_does_not_divide_is_refused_before_anything_starts(
     assert main([*words, f"modalities=[{RELIEF}]", "window=70.4"]) == 2
     error = capsys.readouterr().err
     assert error == (
-        "pretrain: error: window: DEM_ELEV is 352 px wide there, not a multiple of 64 px (masked in blocks of 32 px, "
-        "masking.images=packed)\n"
+        "pretrain: error: window=70.4: DEM_ELEV is 70.4 m wide there and is masked in pairs of blocks of 6.4 m (32 px, "
+        "masking.images=packed); windows that fit are 12.8, 25.6, 38.4, ... 102.4 m wide\n"
     )
     assert main([*words, f"modalities=[{RELIEF},{OPTICAL}]", "window=76.8"]) == 2
-    assert "valid sides for these modalities are multiples of 51.2 m" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not whole pixels in every modality; windows that fit are 51.2, 102.4 m wide" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.seeds import sample_seed
-from bocage.ssl.masking import MaskingConfig, block_grid, blocks_of, draw_map_weights, draw_masks
+from bocage.ssl.masking import MaskingConfig, block_grid, blocks_of, check_window, draw_map_weights, draw_masks
 from bocage.ssl.visible import pack
 
 SEEDS = torch.tensor([sample_seed(0, 0, str(index)) for index in range(256)])
@@ -133,10 +133,10 @@ def test_cubes_are_gaps_of_each_place() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MaskingConfig(ratios={"SPOT": 0.5}), r"masking\.ratios\.SPOT: choose from"),
+        (MaskingConfig(ratios={"SPOT": 0.5}), r"masking\.ratios\.SPOT: not one of"),
         (MaskingConfig(ratios={"SPOT_RGBI": 0.5}), r"masking\.ratios\.SPOT_RGBI needs masking\.images=mask_token"),
         (MaskingConfig(images="mask_token", joint=True, ratios={"SPOT_RGBI": 0.5}), r"SPOT_RGBI: with masking\.joint"),
-        (MaskingConfig(blocks={"SENTINEL2_TS": 20.48}), r"masking\.blocks\.SENTINEL2_TS: choose from"),
+        (MaskingConfig(blocks={"SENTINEL2_TS": 20.48}), r"masking\.blocks\.SENTINEL2_TS: not one of"),
         (
             MaskingConfig(blocks={"AERIAL_RGBI": 9.6}),
             r"9\.6 m is not a multiple of the 6\.4-m mask unit",
@@ -215,10 +215,55 @@ def test_a_mask_depends_on_the_sample_alone() -> None:
 
 def test_windows_that_do_not_hold_whole_units_are_refused() -> None:
     assert block_grid(FLAIR_HUB["AERIAL_RGBI"], 256, 1, "packed") == 8
-    with pytest.raises(InputError, match="AERIAL_RGBI is 96 px"):
+    with pytest.raises(InputError, match=r"AERIAL_RGBI is 19.2 m wide there and is masked in pairs of blocks of 6.4 m"):
         block_grid(FLAIR_HUB["AERIAL_RGBI"], 96, 1, "packed")
-    with pytest.raises(InputError, match="one block of 64 px there, of which nothing could be hidden"):
+    with pytest.raises(InputError, match=r"one block of 12.8 m there, of which nothing could be hidden"):
         block_grid(FLAIR_HUB["AERIAL_RGBI"], 64, 2, "mask_token")
+
+
+@pytest.mark.parametrize(
+    ("names", "side", "settings", "sentence"),
+    [
+        (["SENTINEL2_TS"], 20.48, {}, r"SENTINEL2_TS is 20.48 m wide .* in units of 51.2 m; .* are 51.2, 102.4 m wide"),
+        (["SENTINEL2_TS"], 10.0, {}, r"not whole pixels in every modality; windows that fit are 51.2, 102.4 m"),
+        (["AERIAL_RGBI"], 50.0, {}, r"pairs of blocks of 6.4 m .*; windows that fit are 12.8, 25.6, 38.4, ... 102.4 m"),
+        (["AERIAL_RGBI"], 204.8, {}, r"window=204.8: wider than a patch of 102.4 m; windows that fit are 12.8"),
+        (
+            ["AERIAL_RGBI", "SPOT_RGBI"],
+            38.4,
+            {},
+            r"SPOT_RGBI .* blocks of 12.8 m.*that fit are 25.6, 51.2, 76.8",
+        ),
+        (["AERIAL_RGBI"], 51.2, {"blocks": {"AERIAL_RGBI": 51.2}}, r"pairs of blocks of 51.2 m .* are 102.4 m wide"),
+        (
+            ["AERIAL_RGBI"],
+            51.2,
+            {"blocks": {"AERIAL_RGBI": 64.0}},
+            r"no window fits, .*; change masking.blocks.AERIAL",
+        ),
+        (
+            ["AERIAL_RGBI"],
+            51.2,
+            {"blocks": {"AERIAL_RGBI": 19.0}},
+            r"blocks.AERIAL_RGBI: 19 m is not a multiple",
+        ),
+        (["SENTINEL2_TS"], 51.2, {"blocks": {"SPOT_RGBI": 12.8}}, r"masking.blocks.SPOT_RGBI: it is for images"),
+    ],
+)
+def test_a_window_that_does_not_fit_is_refused_with_those_that_do(
+    names: list[str], side: float, settings: dict, sentence: str
+) -> None:
+    modalities = {name: FLAIR_HUB[name] for name in names}
+    with pytest.raises(InputError, match=sentence):
+        check_window(modalities, side, MaskingConfig(**settings), reconstructed=True)
+
+
+def test_windows_that_fit_are_taken() -> None:
+    series, image = {"SENTINEL2_TS": FLAIR_HUB["SENTINEL2_TS"]}, {"AERIAL_RGBI": FLAIR_HUB["AERIAL_RGBI"]}
+    check_window(series, 51.2, MaskingConfig(), reconstructed=True)
+    check_window(series, 20.48, MaskingConfig(), reconstructed=False)
+    for side in (12.8, 38.4, 102.4):
+        check_window(image, side, MaskingConfig(), reconstructed=True)
 
 
 def test_configuration_is_checked() -> None:

@@ -16,6 +16,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
+from bocage.ssl.engine.alarms import Idleness
 from bocage.ssl.engine.collapse import MOST_VECTORS, Collapse, feature_std, rankme, sampled
 from bocage.ssl.engine.flops import Arithmetic, peak
 from bocage.ssl.pretrain import PretrainConfig, pretrain
@@ -156,3 +157,13 @@ def test_arithmetic_is_three_times_the_forward_pass(tmp_path: Path) -> None:
 )
 def test_peaks_of_devices(device: str, precision: str, expected: float | None) -> None:
     assert peak(device, precision) == expected  # type: ignore[arg-type]
+
+
+def test_a_gradient_or_a_term_that_stays_exactly_zero_is_told_once() -> None:
+    watch = Idleness()
+    assert not watch.messages({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 20)
+    (told,) = watch.messages({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 40)
+    assert told.startswith("the term contrastive is exactly 0 in every record since step 20")
+    assert not watch.messages({"gradient_norm": 0.0, "masked": 0.0, "contrastive": 0.0}, 60)
+    told = watch.messages({"gradient_norm": 0.0, "masked": 0.1, "contrastive": 0.0}, 80)
+    assert [text.partition(" is ")[0] for text in told] == ["the gradient"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bocage import recipes
 from bocage.shards.errors import InputError
@@ -14,6 +15,7 @@ from bocage.shards.manifest import Manifest
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
 from bocage.ssl.pretrain import PretrainConfig, build_task, pretrain
+from bocage.ssl.probe import Probe, ProbeConfig
 
 TERMS = {
     "mae_multimodal": {"masked", "contrastive"},
@@ -67,3 +69,70 @@ def test_one_sensor_alone_cannot_be_contrasted(manifest: Manifest) -> None:
     config = resolved("quickstart", f"shards={manifest.path}", "modalities=[SPOT_RGBI]")
     with pytest.raises(InputError, match=r"modalities has SPOT_RGBI alone: add one, or give weights\.contrastive=0"):
         build_task(config, manifest)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["batch_size=1"], r"weights.contrastive tells samples apart, and batch_size=1 on one rank has none"),
+        (["batch_size=1", "weights.contrastive=0", "weights.global=1"], r"weights.global tells samples apart"),
+        (["masking.modality_ratio=1"], r"masking.modality_ratio=1 leaves one"),
+        (["contrastive.cell=0.1"], r"contrastive.cell=0.1: the finest feature map, of AERIAL_RGBI, has cells of 0.8 m"),
+        (["output="], r"output= is empty"),
+        (["modalities=[AERIAL]"], r"unknown modality 'AERIAL'; did you mean AERIAL_RGBI\?"),
+        (["modalities=[spot_rgbi]"], r"did you mean SPOT_RGBI\?"),
+    ],
+)
+def test_what_could_teach_nothing_is_refused_before_it_starts(
+    words: list[str], sentence: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    given = ["modalities=[AERIAL_RGBI,SPOT_RGBI]"] if not any(word.startswith("modalities") for word in words) else []
+    config = resolved(
+        "quickstart", f"shards={manifest.path}", f"output={tmp_path / 'run'}", "split=all", *given, *words
+    )
+    with pytest.raises(InputError, match=sentence):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["probe.cell=0.3"], r"probe.cell=0.3 makes \d+ cells of probe.patches=64: at most 262144"),
+        (["probe.cell=1000"], r"probe.cell=1000.0 must be positive, and at most half a patch"),
+        (["contrastive.cell=1000"], r"contrastive.cell=1000.0 must be positive, and at most a patch"),
+        (["contrastive.temperature=inf"], r"contrastive.temperature=inf"),
+        (["augment.offset=inf"], r"augment.offset=inf"),
+        (["augment.jitter=400"], r"augment.jitter=400 must be between 0 and 182 days"),
+        (["masked.decoder.heads=3"], r"masked.decoder.width=128"),
+        (["latent.decoder.heads=3"], r"latent.decoder.width=256"),
+        (
+            ["engine.optimizer.learning_rate=-1"],
+            r"line changes: engine.optimizer.learning_rate must be positive",
+        ),
+        (["masking.ratio=1.5"], r"command line changes: masking.ratio=1.5 must lie"),
+        (["modalities=[AERIAL_RGBI"], r"'modalities=\[AERIAL_RGBI' cannot be read: .*; do brackets and quotes close"),
+        (["swin.options={embed_dim:96,depths:[2,2,6,2]}"], r"'swin.options=.*' cannot be read"),
+        (["weights={masked:1}"], r"'masked:1': in braces, write a space after each colon"),
+        (["masking=mask_token"], r"masking is no single value: give one of masking.images, masking.ratio"),
+        (["masking.ratios=0.5"], r"masking.ratios is no single value: give masking.ratios.NAME"),
+        (["modalities=AERIAL_RGBI"], r"modalities is a list: write modalities=\[AERIAL_RGBI\]"),
+        (["seed=3"], r"did you mean 'engine.seed'\?"),
+        (["learning_rate=3"], r"did you mean 'engine.optimizer.learning_rate'\?"),
+        (["batchsize=3"], r"did you mean 'batch_size'\?"),
+    ],
+)
+def test_a_wrong_word_is_told_by_its_whole_key(words: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        resolved("quickstart", *words)
+
+
+def test_probes_of_encoders_in_bfloat16(manifest: Manifest) -> None:
+    config = resolved("quickstart", "modalities=[SPOT_RGBI]", "weights.contrastive=0")
+    task = build_task(config, manifest).eval()
+    probe = Probe(manifest, ProbeConfig(label="AERIAL_LABEL-COSIA", patches=4, train="all", test="all"), "all")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = probe.figures(task, batch_size=2, workers=0)
+    whole = probe.figures(task, batch_size=2, workers=0)
+    assert half.keys() == whole.keys()
+    assert abs(half["linear_miou/SPOT_RGBI"] - whole["linear_miou/SPOT_RGBI"]) < 10
