@@ -87,8 +87,8 @@ def load_imagenet(encoder: SwinEncoder, file: Path | None = None) -> KeyReport:
     except InputError as error:
         if file is None and changed and not _as_published(encoder):  # fetching the file would not help
             raise InputError(
-                f"timm's published weights of {encoder.config.name} do not fit a Swin built with {changed}: leave these "
-                "options out, or give a file of fitting weights as imagenet:FILE"
+                f"timm's published weights of {encoder.config.name} do not fit a Swin built with {changed}: leave "
+                "these options out, or give a file of fitting weights as imagenet:FILE"
             ) from error
         raise
     stored = read_tensors(path)
