@@ -32,6 +32,8 @@ class FinetuneConfig:
         modality_dropout: by modality, the probability that a training sample goes without it; one always stays.
         swin, utae: how encoders from scratch are built, for images and for series.
         decoder: widths and norm of the decoder.
+        official: build and compute as IGN's code does (``finetune.official``): its channels and normalisation, Swins of
+            one image size, heads of series. Sensors must all be there: patches that lack one are left out.
         auxiliary: modalities with decoders of their own while training (deep supervision).
         auxiliary_weight: weight of the mean of their losses beside the main one.
         split: split column of the shards, or ``all``: train on every patch and measure the fit on the same ones.
@@ -62,6 +64,7 @@ class FinetuneConfig:
     swin: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="swin"))
     utae: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="utae"))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    official: bool = False
     auxiliary: list[str] = field(default_factory=list)
     auxiliary_weight: float = 0.4
     split: str = "split_1"
@@ -89,9 +92,21 @@ class FinetuneConfig:
             raise ValueError("workers, predictions and pictures must not be negative")
         if min(self.encoder_lr, self.fusion_lr, self.auxiliary_weight) < 0:
             raise ValueError("encoder_lr, fusion_lr and auxiliary_weight must not be negative")
+        if self.official:
+            self._check_official()
         for name, rate in self.modality_dropout.items():
             if not 0 <= rate <= 1:
                 raise ValueError(f"modality_dropout.{name}={rate} is not a probability in [0, 1]")
+
+    def _check_official(self) -> None:
+        wrong = {
+            f"decoder={self.decoder}": self.decoder != DecoderConfig(),
+            f"swin.options={self.swin.options}": bool(self.swin.options),
+            f"window={self.window}": self.window != PATCH_SIZE,
+        }
+        for key, differs in wrong.items():
+            if differs:
+                raise ValueError(f"{key}: official=true has its own decoder and Swin, of whole patches; leave it out")
 
     @property
     def supervision(self) -> Supervision:

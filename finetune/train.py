@@ -16,8 +16,9 @@ from torch import nn
 
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.measure import Confusions, confusion, monitored, summary, write_tables
+from bocage.finetune.official import build_official
 from bocage.finetune.pictures import draw_confusion
-from bocage.finetune.predict import draw_patches, predict_patches, readable_modalities
+from bocage.finetune.predict import complete_rows, draw_patches, predict_patches, readable_modalities
 from bocage.finetune.supervision import TaskConfig
 from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
@@ -57,17 +58,36 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         if registry[name].role != "label":
             raise InputError(f"labels: {name} is not a label; labels: {', '.join(m.name for m in registry.labels)}")
     tasks = [config.tasks.get(name, TaskConfig()) for name in config.labels]
+    targets = [
+        Target(label=registry[name], band=task.level - 1, grouping=task.grouping)
+        for name, task in zip(config.labels, tasks, strict=True)
+    ]
+    if config.official:
+        encoders = _official_encoders(config, chosen, targets)
+    else:
+        encoders = {modality.name: _encoder(config, manifest, modality) for modality in chosen}
     return Segmentation(
-        {modality.name: _encoder(config, manifest, modality) for modality in chosen},
-        [
-            Target(label=registry[name], band=task.level - 1, grouping=task.grouping)
-            for name, task in zip(config.labels, tasks, strict=True)
-        ],
+        encoders,
+        targets,
         config.decoder,
         quality_masks(registry, inputs),
         auxiliary=config.auxiliary,
+        official=config.official,
         supervision=config.supervision,
     )
+
+
+def _official_encoders(
+    config: FinetuneConfig, modalities: Sequence[Modality], targets: Sequence[Target]
+) -> dict[str, Encoder]:
+    """The encoders that the official code builds for these labels, the heads of series with all their classes."""
+    classes = {target.name: len(target.scheme) for target in targets}
+    names = [modality.name for modality in modalities]
+    model = build_official(names, classes, f"{config.swin.name}-upernet").uperfuse
+    encoders = {name: model.encoder(name) for name in model.encoders}
+    for name, source in config.encoders.items():
+        encoders[name] = pretrained_encoder(encoders[name], source, keep_architecture=True)
+    return encoders
 
 
 def _encoder(config: FinetuneConfig, manifest: Manifest, modality: Modality) -> Encoder:
@@ -91,7 +111,7 @@ def labelled_rows(manifest: Manifest, config: FinetuneConfig, task: Segmentation
         np.stack([_held(manifest, name)[rows] for name in names]).any(axis=0)
         for names in (task.modalities, task.labels)
     )
-    rows = rows[labels & inputs]
+    rows = complete_rows(task, manifest, rows[labels & inputs])
     if len(rows) == 0:
         where = "the shards" if config.split == EVERY_SAMPLE else f"{config.split}={value}"
         raise InputError(

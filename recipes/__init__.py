@@ -29,8 +29,20 @@ _FILE_ENDINGS = (".yaml", ".yml")
 
 
 def names() -> list[str]:
-    """Names of the recipes that come with bocage."""
-    return sorted(item.name[:-5] for item in resources.files(__name__).iterdir() if item.name.endswith(".yaml"))
+    """Names of the recipes that come with bocage; those of a folder of recipes as ``folder/name``."""
+    found = []
+    for item in resources.files(__name__).iterdir():
+        inside = [(f"{item.name}/", below) for below in item.iterdir()] if item.is_dir() else [("", item)]
+        found += [folder + below.name[:-5] for folder, below in inside if below.name.endswith(".yaml")]
+    return sorted(found)
+
+
+def _listed() -> str:
+    """Names for a message; what a folder holds is told by one of them."""
+    every = names()
+    folders = sorted({name.partition("/")[0] for name in every if "/" in name})
+    shown = [name for name in every if "/" not in name]
+    return ", ".join([*shown, *(f"{folder}/*" for folder in folders)])
 
 
 def _read(name: str) -> DictConfig:
@@ -49,7 +61,7 @@ def _read(name: str) -> DictConfig:
         item = resources.files(__name__) / f"{name}.yaml"
         if not item.is_file():
             near = difflib.get_close_matches(name, names(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names())}"
+            hint = f"did you mean {near[0]!r}?" if near else f"recipes: {_listed()}"
             raise InputError(f"recipe={name}: no such recipe; {hint}")
         text = item.read_text(encoding="utf-8")
     try:
@@ -124,7 +136,7 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
             raise InputError(f"argument {word!r} is not of the form key=value")
     chosen = [word.split("=", 1)[1] for word in arguments if word.startswith("recipe=")]
     if len(chosen) != 1:
-        raise InputError(f"give one recipe as recipe=NAME; recipes: {', '.join(names())}")
+        raise InputError(f"give one recipe as recipe=NAME; recipes: {_listed()}")
     config: Any = OmegaConf.structured(schema)
     for name, layer in _layers(chosen[0]).items():
         config = _merge(config, layer, f"recipe {name}")

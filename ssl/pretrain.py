@@ -271,7 +271,7 @@ def draws(
 def main(arguments: list[str]) -> int:
     """``pretrain.py``: returns the exit status."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        names = [name for name in recipes.names() if not name.startswith("finetune")]
+        names = [name for name in recipes.names() if not name.startswith(("finetune", "official/"))]
         print(USAGE.format(recipes=", ".join(names)))
         return 0 if arguments else 2
     words = [word for word in arguments if word != "--print-config"]

@@ -4,6 +4,7 @@
 - ``hf:org/name`` or ``hf:org/name@revision``: the same in a Hugging Face repository.
 - ``imagenet``: timm's published weights of the configured Swin (see ``imagenet.py``).
 - ``imagenet:FILE``: the same from a local file or folder.
+- ``scratch``: nowhere, against a recipe that names a source.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.encoders.timm_format import architecture_of
 
-IMAGENET = "imagenet"
+IMAGENET, SCRATCH = "imagenet", "scratch"
 
 _TRAINING_ONLY = frozenset({"drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "img_size"})
 """Options that change neither the weights an encoder has nor the features it computes from them."""
@@ -48,6 +49,8 @@ def pretrained_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
         raise InputError(
             f"encoders.{scratch.spec.modality}: give a folder, hf:org/name, imagenet or imagenet:FILE, not {source!r}"
         )
+    if source == SCRATCH:
+        return scratch
     try:
         if source == IMAGENET or source.startswith(f"{IMAGENET}:"):
             return _from_imagenet(scratch, source)

@@ -15,6 +15,8 @@ from torch import nn
 from bocage.shards.errors import InputError
 
 OptimizerName = Literal["adamw", "lars"]
+Schedule = Literal["cosine", "one_cycle"]
+_ONE_CYCLE = (1e-3, 1e-7)  # where one_cycle starts and ends, as fractions of the peak
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 # Fused AdamW on the CPU gives the same bits in every run and on any number of threads, and is several times faster.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -36,8 +38,12 @@ class OptimizerConfig:
             encoders learns at the full rate (Clark et al., arXiv 2003.10555; Bao et al., arXiv 2106.08254). 1 is off.
         weight_decay: decoupled decay of weight matrices and kernels; see ``decay_groups`` for what never decays.
         betas: AdamW's moving averages; the first is the momentum of LARS, which has no second.
-        warmup_steps: optimiser steps of linear warm-up.
-        final_learning_rate: where the cosine ends, as a fraction of ``learning_rate``.
+        decay_all: whether biases, scales of norms and tables decay too, as in the official FLAIR-HUB code.
+        schedule: ``cosine``, after a linear warm-up; or ``one_cycle``, which warms up along a cosine from a thousandth
+            of the peak and ends at a ten-millionth of it (Smith & Topin, arXiv 1708.07120, with the numbers of the
+            official FLAIR-HUB code).
+        warmup_steps: optimiser steps of warm-up.
+        final_learning_rate: where ``cosine`` ends, as a fraction of ``learning_rate``.
     """
 
     name: OptimizerName = "adamw"
@@ -46,12 +52,18 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    decay_all: bool = False
+    schedule: Schedule = "cosine"
     warmup_steps: int = 0
     final_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, not {self.name!r}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(
+                f"optimizer.schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}"
+            )
         if self.base_batch < 0:
             raise ValueError(f"optimizer.base_batch must not be negative, not {self.base_batch}")
         if not 0 < self.layer_decay <= 1:
@@ -73,11 +85,21 @@ def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> floa
 
     A function of the step and nothing else: there is no scheduler state to save or to get out of step.
     """
+    if config.schedule == "one_cycle":
+        # As torch's OneCycleLR, which reaches the peak at the last step of the warm-up.
+        peak = config.warmup_steps - 1
+        if step < peak:
+            return _between(_ONE_CYCLE[0], 1.0, step / peak)
+        return _between(1.0, _ONE_CYCLE[1], min(1.0, (step - peak) / max(1, steps - 1 - peak)))
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.final_learning_rate + (1.0 - config.final_learning_rate) * cosine
+    return _between(1.0, config.final_learning_rate, min(1.0, progress))
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    """From ``start`` to ``end`` along half a cosine, as ``progress`` goes from 0 to 1."""
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -144,7 +166,8 @@ def decay_groups(task: nn.Module, config: OptimizerConfig) -> list[dict[str, Any
 
     Each group has ``params``, ``weight_decay`` and ``lr_scale``, its rate as a fraction of the peak rate.
     """
-    undecayed, scales = undecayed_names(task), layer_scales(task, config.layer_decay)
+    undecayed = set() if config.decay_all else undecayed_names(task)
+    scales = layer_scales(task, config.layer_decay)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if parameter.requires_grad:
