@@ -113,7 +113,7 @@ def encoder_inputs(
         padding = batch.padding[name]
         if empty_is_absent:
             padding = padding | ~finite.flatten(2).any(dim=2)
-        if name in masks:
+        if masks.get(name) in batch.values:  # other shards than those of training may lack it
             # The mask may be missing for a sample that has the series: then every date is kept.
             unclear = unclear_dates(_as_long(batch.values[masks[name]], padding), padding)
             padding = torch.where(batch.present[masks[name]][:, None], unclear, padding)

@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "print what shards hold, and draw a patch in all its modalities",
     "finetune": "train UPerFuse on labels, from pretrained encoders or from scratch",
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
+    "map": "write one map of a zone of any size from rasters of any size",
     "attention": "draw which dates of a series an encoder looks at",
     "convert": "turn official FLAIR-HUB checkpoints into bocage's folders, and back",
     "replay": "run a bad step of a training again and name what is not finite in it",

@@ -1,0 +1,301 @@
+"""Maps of zones of any size: windows of a model blended where they overlap, tile by tile, in constant memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rasterio
+import torch
+from rasterio.transform import Affine
+
+from bocage.finetune.cog import NODATA, write_cog
+from bocage.finetune.task import Segmentation
+from bocage.finetune.zone_rasters import ZoneRaster, covered, window_batch
+from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.shards.modality import PATCH_SIZE
+
+Kind = Literal["classes", "probabilities"]
+LEVELS = NODATA - 1
+"""Probabilities are written as whole numbers from 0 to this."""
+
+_CACHE = 64  # MB that GDAL may keep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The grid of a map, its windows and its tiles, in pixels of the map.
+
+    Attributes:
+        raster: sets coordinate system and corner.
+        gsd: pixel of the map, metres.
+        width, height: of the map.
+        size: side of a window.
+        step: from one window to the next; windows overlap by ``size - step``, at most half of them.
+        across: windows that begin in a tile, along a side. More are computed for its borders, and memory is in
+            proportion.
+    """
+
+    raster: ZoneRaster
+    gsd: float
+    width: int
+    height: int
+    size: int
+    step: int
+    across: int = 8
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile."""
+        return self.across * self.step
+
+    def corner(self, row: int, column: int) -> tuple[float, float]:
+        """Left and top of a pixel, in the raster's coordinates."""
+        extent = self.raster.extent
+        return extent.left + column * self.gsd, extent.top - row * self.gsd
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """Row and column of every tile."""
+        rows, columns = (math.ceil(length / self.tile) for length in (self.height, self.width))
+        return [(row, column) for row in range(rows) for column in range(columns)]
+
+    def windows(self, start: int, stop: int, length: int) -> range:
+        """Numbers of the windows that reach pixels from ``start`` to ``stop`` of an axis of ``length``.
+
+        Window i covers ``size`` pixels from i * step; there are as many as it takes to cover the axis.
+        """
+        last = max(1, math.ceil((length - (self.size - self.step)) / self.step))
+        first = max(0, (start - self.size) // self.step + 1)
+        return range(first, min(last, math.ceil(stop / self.step)))
+
+
+def plan_zone(task: Segmentation, raster: ZoneRaster, overlap: float) -> Plan:
+    """The plan of a map over all that ``raster`` covers.
+
+    Args:
+        task: the model; maps have the pixel of its labels.
+        raster: sets the grid.
+        overlap: metres by which windows overlap.
+
+    Raises:
+        InputError: an overlap of more than half a window, or negative.
+    """
+    if not 0 <= overlap <= PATCH_SIZE / 2:
+        raise InputError(f"--overlap {overlap:g}: it must be between 0 and {PATCH_SIZE / 2:g} m, half a window")
+    extent, size = raster.extent, round(PATCH_SIZE / task.gsd)
+    width, height = (max(1, round(length / task.gsd)) for length in (extent.width, extent.height))
+    return Plan(raster, task.gsd, width, height, size, size - round(overlap / task.gsd))
+
+
+def map_zone(
+    task: Segmentation,
+    rasters: Mapping[str, ZoneRaster],
+    plan: Plan,
+    out: Path,
+    *,
+    kind: Kind = "classes",
+    batch_size: int = 4,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world: int = 1,
+    meet: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Path]:
+    """Write a map of each label, ``OUT/LABEL.tif`` or ``OUT/LABEL_probabilities.tif``: cloud-optimised GeoTIFFs.
+
+    Windows are blended by weights that fall off towards their borders, so that no border of a window or of a tile
+    shows. Finished tiles lie in ``OUT/tiles`` until the map is whole: the same call goes on with them, on any number
+    of ranks, to the same bytes. Where no raster has data, maps have none.
+
+    Args:
+        task: the model; put into evaluation mode.
+        rasters: see ``open_rasters``.
+        plan: see ``plan_zone``.
+        out: folder, made when missing.
+        kind: the likeliest class, or a band a class with its probability times ``LEVELS``.
+        batch_size: windows at a time.
+        device: where the model runs.
+        rank, world: this process makes every ``world``-th tile.
+        meet: waits for all ranks.
+        progress: called with tiles done and all tiles.
+
+    Returns:
+        By label, the path of its map.
+
+    Raises:
+        InputError: ``out`` holds a map of something else, or cannot be written.
+    """
+    names = {name: name if kind == "classes" else f"{name}_probabilities" for name in task.targets}
+    paths = {name: out / f"{stem}.tif" for name, stem in names.items()}
+    folder = out / "tiles" / kind
+    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            finished = _claim(out / f"{kind}.json", _description(task, rasters, plan, batch_size), rank, meet)
+            if finished and all(path.exists() for path in paths.values()):
+                return paths
+            for name in task.targets:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{out} cannot be written: {error.strerror}") from error
+        task = task.to(device).eval()
+        tiles = plan.tiles()
+        for number, tile in enumerate(tiles):
+            own = {name: folder / name / f"{tile[0]}_{tile[1]}.tif" for name in task.targets}
+            if number % world == rank and not all(path.exists() for path in own.values()):
+                for name, values in _tile(task, rasters, plan, tile, kind, batch_size, torch.device(device)).items():
+                    _write_tile(own[name], values, plan, tile)
+            if progress is not None:
+                progress(number + 1, len(tiles))
+        meet()
+        if rank == 0:
+            for name, target in task.targets.items():
+                write_cog(paths[name], folder / name, plan, target.scheme, kind)
+            shutil.rmtree(folder)
+            with written_atomically(out / f"{kind}.json") as temporary:
+                described = {**_description(task, rasters, plan, batch_size), "finished": True}
+                temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        meet()
+    return paths
+
+
+def _tile(
+    task: Segmentation,
+    rasters: Mapping[str, ZoneRaster],
+    plan: Plan,
+    tile: tuple[int, int],
+    kind: Kind,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """By label the pixels of a tile, (bands, H, W) uint8.
+
+    Sums of probabilities of one row of windows are held at a time: rows of pixels are done when the next one begins.
+    """
+    top, left = tile[0] * plan.tile, tile[1] * plan.tile
+    height, width = min(plan.tile, plan.height - top), min(plan.tile, plan.width - left)
+    columns = plan.windows(left, left + width, plan.width)
+    weights = torch.from_numpy(_weights(plan.size, plan.step))
+    sums = {
+        name: torch.zeros(len(target.scheme) + 1, plan.size, width)  # the last channel sums the weights
+        for name, target in task.targets.items()
+    }
+    seen = np.zeros((plan.size, width), bool)
+    bands = {name: len(target.scheme) if kind == "probabilities" else 1 for name, target in task.targets.items()}
+    made = {name: np.full((count, height, width), NODATA, np.uint8) for name, count in bands.items()}
+    for row in plan.windows(top, top + height, plan.height):
+        for column, logits, data in _windows(task, rasters, plan, row, columns, batch_size, device):
+            at = column * plan.step - left
+            inside = slice(max(0, at), min(width, at + plan.size))
+            part = slice(inside.start - at, inside.stop - at)
+            seen[:, inside] |= data[:, part]
+            for name, scores in logits.items():
+                weighted = torch.cat([scores.softmax(dim=0) * weights, weights[None]])
+                sums[name][:, :, inside] += weighted[:, :, part]
+        # The window below adds to the rest only, but for the last, which has nothing below.
+        begin = row * plan.step - top
+        rows = plan.size if begin + plan.size >= height else plan.step
+        shown = slice(max(0, begin), min(height, begin + rows))
+        taken = slice(shown.start - begin, shown.stop - begin)
+        if shown.stop > shown.start:
+            for name, total in sums.items():
+                values = _values(total[:, taken], kind)
+                made[name][:, shown] = np.where(seen[taken], values, NODATA)
+        seen = np.concatenate([seen[plan.step :], np.zeros((plan.step, width), bool)])
+        for name, total in sums.items():
+            sums[name] = torch.cat([total[:, plan.step :], total.new_zeros(len(total), plan.step, width)], dim=1)
+    return made
+
+
+def _windows(
+    task: Segmentation,
+    rasters: Mapping[str, ZoneRaster],
+    plan: Plan,
+    row: int,
+    columns: range,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[tuple[int, dict[str, torch.Tensor], np.ndarray]]:
+    """Of a row of windows those with data: column, by label logits (classes, size, size), and where there are data."""
+    inputs = [name for name in rasters if name in task.modalities]
+    for first in range(columns.start, columns.stop, batch_size):
+        chosen = range(first, min(first + batch_size, columns.stop))
+        corners = [plan.corner(row * plan.step, column * plan.step) for column in chosen]
+        batch, some = window_batch(rasters, corners, PATCH_SIZE)
+        rows = np.flatnonzero(some)
+        if not len(rows):
+            continue
+        batch = batch.subset(rows.tolist())
+        data = covered(batch, inputs, plan.size)
+        with torch.no_grad():
+            logits = {name: values.float().cpu() for name, values in task.logits(batch.to(device)).items()}
+        for place, index in enumerate(rows):
+            yield chosen[index], {name: values[place] for name, values in logits.items()}, data[place]
+
+
+def _weights(size: int, step: int) -> np.ndarray:
+    """(size, size) float32: 1 inside, falling linearly to the border over the overlap; neighbours add up to 1."""
+    overlap = size - step
+    distance = np.minimum(np.arange(size), np.arange(size)[::-1]) + 0.5
+    along = np.minimum(1.0, distance / overlap) if overlap else np.ones(size)
+    return np.outer(along, along).astype(np.float32)
+
+
+def _values(sums: torch.Tensor, kind: Kind) -> np.ndarray:
+    """Weighted sums of probabilities (classes + 1, H, W) as what is written, (bands, H, W) uint8."""
+    if kind == "classes":
+        return sums[:-1].argmax(dim=0, keepdim=True).to(torch.uint8).numpy()
+    shares = sums[:-1] / sums[-1:].clamp_min(torch.finfo(torch.float32).tiny)
+    return (LEVELS * shares).round().clamp(0, LEVELS).to(torch.uint8).numpy()
+
+
+def _write_tile(path: Path, values: np.ndarray, plan: Plan, tile: tuple[int, int]) -> None:
+    profile: dict[str, Any] = {"driver": "GTiff", "dtype": "uint8", "compress": "deflate", "tiled": True}
+    profile |= {"blockxsize": 256, "blockysize": 256, "interleave": "band"}
+    left, top = plan.corner(tile[0] * plan.tile, tile[1] * plan.tile)
+    profile |= {"crs": plan.raster.extent.crs, "transform": Affine(plan.gsd, 0.0, left, 0.0, -plan.gsd, top)}
+    count, height, width = values.shape
+    with (
+        written_atomically(path) as temporary,
+        rasterio.open(temporary, "w", count=count, height=height, width=width, **profile) as file,
+    ):
+        file.write(values)
+
+
+def _claim(path: Path, description: dict[str, Any], rank: int, meet: Callable[[], None]) -> bool:
+    """Whether a map of this description is finished; writes the description where there is none.
+
+    Raises:
+        InputError: there is one of another map.
+    """
+    if rank == 0 and not path.exists():
+        with written_atomically(path) as temporary:
+            temporary.write_text(json.dumps({**description, "finished": False}, indent=1) + "\n", encoding="utf-8")
+    meet()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    finished = bool(found.pop("finished", False))
+    if differing := [key for key in description if found.get(key) != description[key]]:
+        raise InputError(f"{path.parent} holds a map made otherwise ({', '.join(differing)}): choose another folder")
+    return finished
+
+
+def _description(task: Segmentation, rasters: Mapping[str, ZoneRaster], plan: Plan, batch_size: int) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(task.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(task.model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    grid = {key: getattr(plan, key) for key in ("gsd", "width", "height", "size", "step", "across")}
+    described = {
+        "model": digest.hexdigest(),
+        "rasters": {name: raster.describe() for name, raster in rasters.items()},
+        "grid": grid,
+        "batch_size": batch_size,  # sums of another batch differ in their last digits
+    }
+    return json.loads(json.dumps(described))

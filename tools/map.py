@@ -1,0 +1,79 @@
+"""``bocage map RUN OUT --raster MODALITY=FILE ...``: maps of zones of any size from rasters of any size."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bocage.finetune.task import load_segmentation
+from bocage.finetune.zone import map_zone, plan_zone
+from bocage.finetune.zone_rasters import open_rasters
+from bocage.shards.errors import InputError
+from bocage.tools.arguments import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the maps, one GeoTIFF (COG) a label")
+    parser.add_argument(
+        "--raster",
+        nargs="+",
+        required=True,
+        metavar="MODALITY=FILE",
+        help="what the model reads: GeoTIFFs or VRT mosaics in one metric coordinate system, of any pixel; of a series "
+        "all bands of the first date, then of the second, ...",
+    )
+    parser.add_argument(
+        "--dates", nargs="+", default=[], metavar="SERIES=FILE", help="text files with one date (YYYY-MM-DD) a line"
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="a band a class, 0 to 254 for 0 to 1, in place of the class"
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=12.8, help="metres by which windows overlap (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=4, help="windows at a time (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Map the zone, or go on with it, and say where the maps are."""
+    task = load_segmentation(arguments.run_folder / "model")
+    rasters, reference = open_rasters(task, _pairs("--raster", arguments.raster), _pairs("--dates", arguments.dates))
+    plan = plan_zone(task, reference, arguments.overlap)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("tiles"), *columns, disable=not state.is_main_process) as progress:
+        bar = progress.add_task("tiles", total=len(plan.tiles()))
+        paths = map_zone(
+            task,
+            rasters,
+            plan,
+            arguments.out,
+            kind="probabilities" if arguments.probabilities else "classes",
+            batch_size=arguments.batch_size,
+            device=state.device,
+            rank=state.process_index,
+            world=state.num_processes,
+            meet=state.wait_for_everyone,
+            progress=lambda done, _: progress.update(bar, completed=done),
+        )
+    if state.is_main_process:
+        for name, path in paths.items():
+            print(f"{name}: {path}")
+    state.destroy_process_group()
+    return 0
+
+
+def _pairs(option: str, words: list[str]) -> dict[str, Path]:
+    pairs = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator or not name or not value or name in pairs:
+            raise InputError(f"{option} {word}: expected NAME=FILE, each name once")
+        pairs[name] = Path(value)
+    return pairs
