@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bocage.finetune.predict import readable_modalities
+from bocage.finetune.pictures import draw_confusion
+from bocage.finetune.predict import complete_rows, readable_modalities
 from bocage.finetune.task import Segmentation
+from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
-from bocage.shards.manifest import Manifest
+from bocage.shards.manifest import EVERY_SAMPLE, Manifest
+from bocage.shards.patches import Patches, ShardPatches
 from bocage.shards.stream import evaluation_batches
 from bocage.ssl.engine.distributed import rank_and_world
 from bocage.ssl.metrics import ConfusionMatrix, official_scores, strict_scores
@@ -24,26 +27,71 @@ Confusions = dict[str, ConfusionMatrix]
 """By label."""
 
 
+def labelled_rows(patches: Patches, task: Segmentation, split: str, value: str) -> np.ndarray:
+    """Rows of one value of a split that have one of a model's labels and at least one of its modalities.
+
+    For an official model they have all of its modalities, see ``complete_rows``.
+
+    Raises:
+        InputError: there is none.
+    """
+    rows = patches.split(split, value)
+    known = [name for name in (*task.modalities, *task.labels) if name in patches.registry]
+    held = {name: patches.held(name)[rows] for name in known}
+    there = [
+        np.any([held[name] for name in names if name in held] or [np.zeros(len(rows), bool)], axis=0)
+        for names in (task.modalities, task.labels)
+    ]
+    rows = complete_rows(task, patches, rows[there[0] & there[1]])
+    if len(rows) == 0:
+        where = "all of them" if split == EVERY_SAMPLE else f"{split}={value}"
+        wanted = " or ".join(task.labels)
+        raise InputError(f"{patches.path}: no patch of {where} has {wanted} and one of the modalities")
+    return rows
+
+
 @torch.no_grad()
-def confusion(task: Segmentation, manifest: Manifest, rows: np.ndarray, *, batch_size: int, workers: int) -> Confusions:
-    """Confusion matrices of whole patches, shared out over the ranks; the same on all of them. A collective call."""
+def confusion(
+    task: Segmentation,
+    manifest: Manifest,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    workers: int,
+    only: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Confusions:
+    """Confusion matrices of whole patches, shared out over the ranks; the same on all of them. A collective call.
+
+    Args:
+        task: the model, in evaluation mode.
+        manifest: open shards.
+        rows: of these patches.
+        batch_size, workers: of the reader.
+        only: the modalities that the model may see; all when None.
+        progress: called with the patches that this rank has done so far.
+    """
     rank, world = rank_and_world()
     device = next(task.parameters()).device
     matrices = {name: ConfusionMatrix(target.scheme) for name, target in task.targets.items()}
     batches = evaluation_batches(
         manifest,
         rows,
-        readable_modalities(task, manifest, labels=task.labels),
+        readable_modalities(task, ShardPatches(manifest), labels=task.labels, only=only),
         batch_size=batch_size,
         workers=workers,
         rank=rank,
         world=world,
     )
+    done = 0
     for batch in batches:
         moved = batch.to(device)
         predicted = task.predict(moved)
         for name, target in task.targets.items():
             matrices[name].update(target.truth(moved), predicted[name], batch.rois, batch.present[name])
+        done += len(batch)
+        if progress is not None:
+            progress(done)
     return {name: matrix.merged() for name, matrix in matrices.items()}
 
 
@@ -75,8 +123,8 @@ def summary(matrix: ConfusionMatrix) -> dict[str, Any]:
     }
 
 
-def write_tables(folder: Path, parts: Mapping[str, Confusions]) -> None:
-    """Write ``confusions.parquet`` and ``scores.parquet``.
+def write_results(folder: Path, parts: Mapping[str, Confusions]) -> None:
+    """Write ``confusions.parquet``, ``scores.parquet`` and a picture a matrix, ``confusions/PART_LABEL.png``.
 
     The former has the pixels of each ``part``, ``label``, ``domain``, ``roi``, true and predicted class, without rows
     of no pixel: everything else follows from it. The latter has strict scores in percent by ``part``, ``label``,
@@ -84,8 +132,12 @@ def write_tables(folder: Path, parts: Mapping[str, Confusions]) -> None:
 
     Args:
         folder: where.
-        parts: by part of the split, what was measured.
+        parts: by part of the split, or whatever was measured.
     """
+    for part, confusions in parts.items():
+        for label, matrix in confusions.items():
+            path = folder / "confusions" / f"{part.replace(' ', '_')}_{label}.png"
+            draw_confusion(path, matrix.total, matrix.scheme, part)
     counts: dict[str, list[Any]] = {
         key: [] for key in ("part", "label", "domain", "roi", "truth", "predicted", "pixels")
     }

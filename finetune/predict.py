@@ -1,4 +1,4 @@
-"""A model and shards to label maps: one GeoTIFF a patch, and a picture of some of them."""
+"""A model and patches to label maps: one GeoTIFF a patch, and a picture of some of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import rasterio
 import torch
 from rasterio.crs import CRS
@@ -27,7 +26,7 @@ from bocage.shards.files import written_atomically
 from bocage.shards.inputs import wanted_modalities
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import Modality
-from bocage.shards.stream import evaluation_batches
+from bocage.shards.patches import Patches, Place
 
 _PANELS = 6  # rows of the picture
 
@@ -70,30 +69,34 @@ def write_prediction(
         file.update_tags(1, **{f"CLASS_{value}": name for value, name in enumerate(scheme.classes)})
 
 
-def readable_modalities(task: Segmentation, manifest: Manifest, *, labels: Sequence[str]) -> list[Modality]:
-    """What to read from these shards for a model: its modalities that are there, their quality masks, these labels.
+def readable_modalities(
+    task: Segmentation, patches: Patches, *, labels: Sequence[str], only: Sequence[str] | None = None
+) -> list[Modality]:
+    """What to read of patches for a model: its modalities that are there, their quality masks, these labels.
+
+    With ``only``, of its modalities no others than these.
 
     Raises:
         InputError: the shards hold none of its modalities, or bands other than those it was trained on.
     """
-    here = [name for name in task.modalities if name in manifest.registry]
+    here = [name for name in task.modalities if name in patches.registry and (only is None or name in only)]
     if not here:
-        raise InputError(f"{manifest.path}: the model reads {', '.join(task.modalities)}; the shards hold none of them")
+        raise InputError(f"{patches.path}: the model reads {', '.join(task.modalities)}; the shards hold none of them")
     for name in here:
-        check_bands(task.model.encoder(name).spec.bands, manifest, name)
-    return wanted_modalities(manifest.registry, here, list(labels))
+        check_bands(task.model.encoder(name).spec.bands, patches, name)
+    return wanted_modalities(patches.registry, here, list(labels))
 
 
-def check_bands(bands: tuple[str, ...], manifest: Manifest, name: str) -> None:
-    """Raise ``InputError`` unless the shards hold these bands of a modality, in this order."""
-    stored = tuple(band.name for band in manifest.registry[name].bands)
+def check_bands(bands: tuple[str, ...], patches: Patches | Manifest, name: str) -> None:
+    """Raise ``InputError`` unless they hold these bands of a modality, in this order."""
+    stored = tuple(band.name for band in patches.registry[name].bands)
     if stored != bands:
         raise InputError(
-            f"{manifest.path}: {name} has the bands {', '.join(stored)}; its encoder reads {', '.join(bands)}"
+            f"{patches.path}: {name} has the bands {', '.join(stored)}; its encoder reads {', '.join(bands)}"
         )
 
 
-def complete_rows(task: Segmentation, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+def complete_rows(task: Segmentation, patches: Patches, rows: np.ndarray) -> np.ndarray:
     """Those of the ``rows`` that a model can predict: an official one needs every sensor, and says what it leaves out.
 
     Raises:
@@ -101,19 +104,16 @@ def complete_rows(task: Segmentation, manifest: Manifest, rows: np.ndarray) -> n
     """
     if not task.model.official:
         return rows
-    if missing := [name for name in task.modalities if name not in manifest.registry]:
+    if missing := [name for name in task.modalities if name not in patches.registry]:
         raise InputError(
-            f"{manifest.path} has no {', '.join(missing)}, and the official architecture has no stand-in for a missing "
+            f"{patches.path} has no {', '.join(missing)}, and the official architecture has no stand-in for a missing "
             "sensor; use a model of bocage's own architecture"
         )
     kept = rows
     for name in task.modalities:
-        kept = kept[manifest.column(f"length.{name}").to_numpy()[kept] > 0]
-        if manifest.registry[name].has_dates:
-            counts = pc.fill_null(pc.list_value_length(manifest.column(f"dates.{name}")), 0).to_numpy()
-            kept = kept[counts[kept] > 0]
+        kept = kept[patches.held(name)[kept]]
     if len(kept) == 0:
-        raise InputError(f"{manifest.path}: no patch has all of {', '.join(task.modalities)}, which this model needs")
+        raise InputError(f"{patches.path}: no patch has all of {', '.join(task.modalities)}, which this model needs")
     if left := len(rows) - len(kept):
         print(
             f"bocage: {left} of {len(rows)} patches left out: they lack a sensor, and the official architecture has no "
@@ -125,31 +125,28 @@ def complete_rows(task: Segmentation, manifest: Manifest, rows: np.ndarray) -> n
 
 @dataclass(frozen=True)
 class _Predicted:
-    """One patch: its manifest row, what was read of it, and by label its (H, W) uint8 class values."""
+    """One patch: where it lies, what was read of it, and by label its (H, W) uint8 class values."""
 
-    row: int
+    place: Place
     batch: Batch
     index: int
     maps: dict[str, np.ndarray]
 
 
 def _predicted(
-    task: Segmentation, manifest: Manifest, rows: np.ndarray, modalities: list[Modality], batch_size: int, workers: int
+    task: Segmentation, patches: Patches, rows: np.ndarray, modalities: list[Modality], batch_size: int, workers: int
 ) -> Iterator[_Predicted]:
     """Predictions of a model in evaluation mode, on its own device, in the order of ``rows``."""
     device = next(task.parameters()).device
-    done = 0
-    for batch in evaluation_batches(manifest, rows, modalities, batch_size=batch_size, workers=workers):
+    for batch, places in patches.batches(rows, modalities, batch_size=batch_size, workers=workers):
         maps = {name: values.cpu().numpy() for name, values in task.predict(batch.to(device)).items()}
-        for index in range(len(batch)):
-            own = {name: values[index] for name, values in maps.items()}
-            yield _Predicted(int(rows[done + index]), batch, index, own)
-        done += len(batch)
+        for index, place in enumerate(places):
+            yield _Predicted(place, batch, index, {name: values[index] for name, values in maps.items()})
 
 
 def predict_patches(
     task: Segmentation,
-    manifest: Manifest,
+    patches: Patches,
     rows: np.ndarray,
     out: Path,
     *,
@@ -166,8 +163,8 @@ def predict_patches(
 
     Args:
         task: the model; put into evaluation mode.
-        manifest: open shards. Modalities and labels that they lack are done without.
-        rows: manifest rows, at least one; for an official model, ``complete_rows``.
+        patches: of shards or a tree. Modalities and labels that they lack are done without.
+        rows: of these patches, at least one; for an official model, ``complete_rows``.
         out: folder, made when missing; files of the same name are replaced.
         batch_size, workers: of the reader.
         device: where the model runs.
@@ -182,11 +179,11 @@ def predict_patches(
             an ``out`` that cannot be a folder.
     """
     if len(rows) == 0:
-        raise InputError(f"{manifest.path}: no patch to predict")
-    labels = [name for name in task.labels if name in manifest.registry]
-    modalities = readable_modalities(task, manifest, labels=labels)
-    if missing := [name for name in task.modalities if name not in manifest.registry]:
-        print(f"bocage: {manifest.path} has no {', '.join(missing)}: predicting without", file=sys.stderr)
+        raise InputError(f"{patches.path}: no patch to predict")
+    labels = [name for name in task.labels if name in patches.registry]
+    modalities = readable_modalities(task, patches, labels=labels)
+    if missing := [name for name in task.modalities if name not in patches.registry]:
+        print(f"bocage: {patches.path} has no {', '.join(missing)}: predicting without", file=sys.stderr)
     folders = {name: out / name if len(task.targets) > 1 else out for name in task.targets}
     for folder in folders.values():
         try:
@@ -195,16 +192,15 @@ def predict_patches(
             raise InputError(f"{folder}: cannot be made a folder for the maps: {error.strerror}") from error
     task = task.to(device).eval()
     panels: dict[str, list[Panel]] = {name: [] for name in task.targets}
-    for done, found in enumerate(_predicted(task, manifest, rows, modalities, batch_size, workers), start=1):
-        row = manifest.row(found.row)
+    for done, found in enumerate(_predicted(task, patches, rows, modalities, batch_size, workers), start=1):
         for name, target in task.targets.items():
             write_prediction(
-                folders[name] / f"{row['key']}.tif",
+                folders[name] / f"{found.place.key}.tif",
                 found.maps[name],
                 target.scheme,
-                crs=row["crs"] or "",
-                left=row["left"],
-                top=row["top"],
+                crs=found.place.crs,
+                left=found.place.left,
+                top=found.place.top,
                 gsd=target.label.gsd,
             )
             if len(panels[name]) < preview:
@@ -218,12 +214,12 @@ def predict_patches(
 
 
 def draw_patches(
-    task: Segmentation, manifest: Manifest, rows: np.ndarray, folder: Path, name: str, *, batch_size: int
+    task: Segmentation, patches: Patches, rows: np.ndarray, folder: Path, name: str, *, batch_size: int
 ) -> dict[str, Path]:
     """Draw predictions of some labelled patches, by label as ``FOLDER/NAME_LABEL.png``, in evaluation mode."""
-    modalities = readable_modalities(task, manifest, labels=task.labels)
+    modalities = readable_modalities(task, patches, labels=task.labels)
     panels: dict[str, list[Panel]] = {label: [] for label in task.targets}
-    for found in _predicted(task, manifest, rows, modalities, batch_size, workers=0):
+    for found in _predicted(task, patches, rows, modalities, batch_size, workers=0):
         for label, target in task.targets.items():
             panels[label].append(_panel(found, modalities, target))
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.measure import Confusions, confusion, monitored, summary, write_tables
+from bocage.finetune.measure import Confusions, confusion, labelled_rows, monitored, summary, write_results
 from bocage.finetune.official import build_official
-from bocage.finetune.pictures import draw_confusion
-from bocage.finetune.predict import complete_rows, draw_patches, predict_patches, readable_modalities
+from bocage.finetune.predict import draw_patches, predict_patches, readable_modalities
 from bocage.finetune.supervision import TaskConfig
 from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
@@ -27,6 +26,7 @@ from bocage.shards.files import written_atomically
 from bocage.shards.inputs import quality_masks
 from bocage.shards.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.modality import Modality
+from bocage.shards.patches import ShardPatches
 from bocage.shards.remote import open_shards
 from bocage.shards.stream import TrainingStream
 from bocage.ssl.encoders.base import Encoder
@@ -44,12 +44,12 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
     Raises:
         InputError: unknown names, or an encoder of another modality or other bands than the shards hold.
     """
-    registry = manifest.registry
-    names = config.modalities or [modality.name for modality in registry.inputs if _held(manifest, modality.name).any()]
-    held = ", ".join(modality.name for modality in registry.inputs)
+    registry, held = manifest.registry, ShardPatches(manifest).held
+    names = config.modalities or [modality.name for modality in registry.inputs if held(modality.name).any()]
+    there = ", ".join(modality.name for modality in registry.inputs)
     for name in names:
         if name not in registry or not registry[name].is_input:
-            raise InputError(f"modalities: {name} is not an input that {manifest.path} holds; inputs there: {held}")
+            raise InputError(f"modalities: {name} is not an input that {manifest.path} holds; inputs there: {there}")
     chosen = registry.subset(names).inputs
     inputs = [modality.name for modality in chosen]
     if unused := set(config.encoders) - set(inputs):
@@ -100,31 +100,6 @@ def _encoder(config: FinetuneConfig, manifest: Manifest, modality: Modality) -> 
     return pretrained_encoder(scratch, config.encoders[name], keep_architecture=False)
 
 
-def labelled_rows(manifest: Manifest, config: FinetuneConfig, task: Segmentation, value: str) -> np.ndarray:
-    """Manifest rows of one value of the split that have one of the labels and at least one of the modalities.
-
-    Raises:
-        InputError: there is none.
-    """
-    rows = manifest.split(config.split, value)
-    inputs, labels = (
-        np.stack([_held(manifest, name)[rows] for name in names]).any(axis=0)
-        for names in (task.modalities, task.labels)
-    )
-    rows = complete_rows(task, manifest, rows[labels & inputs])
-    if len(rows) == 0:
-        where = "the shards" if config.split == EVERY_SAMPLE else f"{config.split}={value}"
-        raise InputError(
-            f"{manifest.path}: no patch of {where} has {' or '.join(task.labels)} and one of the modalities"
-        )
-    return rows
-
-
-def _held(manifest: Manifest, name: str) -> np.ndarray:
-    """(samples,) bool: which samples have a modality."""
-    return manifest.column(f"length.{name}").to_numpy() > 0
-
-
 def nested_subset(rows: np.ndarray, keys: Sequence[str], fraction: float) -> np.ndarray:
     """The ``fraction`` (at least one) of ``rows`` whose keys come first in hash order, in their original order.
 
@@ -141,7 +116,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     Leaves in ``output``: ``checkpoints/`` and ``metrics.jsonl`` (the loop's), ``pictures/`` of each evaluation,
     ``model/`` (the best checkpoint, what ``bocage predict`` reads), ``metrics.json``, ``confusions.parquet`` and
-    ``scores.parquet`` (``measure.write_tables``), ``confusions/`` (pictures), ``predictions/``.
+    ``scores.parquet`` (``measure.write_results``), ``confusions/`` (pictures), ``predictions/``.
 
     Args:
         config: the run.
@@ -158,18 +133,19 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     manifest, output = open_shards(config.shards, config.cache), Path(config.output)
     torch.manual_seed(config.engine.seed)
     task = build_task(config, manifest)
-    rows = {"train": labelled_rows(manifest, config, task, config.train)}
+    patches = ShardPatches(manifest)
+    rows = {"train": labelled_rows(patches, task, config.split, config.train)}
     keys = manifest.column("key").take(rows["train"]).to_pylist()
     rows["train"] = nested_subset(rows["train"], keys, config.train_fraction)
     rows["valid"] = (
-        labelled_rows(manifest, config, task, config.valid) if config.split != EVERY_SAMPLE else rows["train"]
+        labelled_rows(patches, task, config.split, config.valid) if config.split != EVERY_SAMPLE else rows["train"]
     )
     if config.split != EVERY_SAMPLE and config.test in manifest.column(config.split).unique().to_pylist():
-        rows["test"] = labelled_rows(manifest, config, task, config.test)
+        rows["test"] = labelled_rows(patches, task, config.split, config.test)
     source = TrainingStream(
         manifest,
         rows["train"],
-        readable_modalities(task, manifest, labels=task.labels),
+        readable_modalities(task, patches, labels=task.labels),
         batch_size=config.batch_size,
         window=config.window,
         seed=config.engine.seed,
@@ -190,7 +166,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         assert isinstance(module, Segmentation)
         shown = rows["valid"][: config.pictures]
         folder = output / "pictures"
-        return draw_patches(module, manifest, shown, folder, f"predictions_{step:08d}", batch_size=config.batch_size)
+        return draw_patches(module, patches, shown, folder, f"predictions_{step:08d}", batch_size=config.batch_size)
 
     unheeded = ("cache", "pictures", "predictions", "test")
     outcome = train(
@@ -239,17 +215,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     picture: Path | None = None
     if is_main():
         save_segmentation(best, output / "model")
-        write_tables(output, parts)
-        for measured_part, confusions in parts.items():
-            for name, matrix in confusions.items():
-                path = output / "confusions" / f"{measured_part}_{name}.png"
-                draw_confusion(path, matrix.total, matrix.scheme, measured_part)
+        write_results(output, parts)
         with written_atomically(output / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         if config.predictions:
             picture = predict_patches(
                 best,
-                manifest,
+                patches,
                 rows["valid"][: config.predictions],
                 output / "predictions",
                 batch_size=config.batch_size,

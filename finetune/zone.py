@@ -209,9 +209,12 @@ def _tile(
             for name, total in sums.items():
                 values = _values(total[:, taken], kind)
                 made[name][:, shown] = np.where(seen[taken], values, NODATA)
-        seen = np.concatenate([seen[plan.step :], np.zeros((plan.step, width), bool)])
-        for name, total in sums.items():
-            sums[name] = torch.cat([total[:, plan.step :], total.new_zeros(len(total), plan.step, width)], dim=1)
+        # What the next row of windows adds to comes first.
+        rest = plan.size - plan.step
+        seen[:rest], seen[rest:] = seen[plan.step :].copy(), False
+        for total in sums.values():
+            total[:, :rest] = total[:, plan.step :].clone()
+            total[:, rest:] = 0.0
     return made
 
 

@@ -134,7 +134,8 @@ class TrainingRequests:
 class EvaluationRequests:
     """Each sample of a set once over all ranks, in the order given; nothing is dropped or repeated at the end.
 
-    Rank r of R takes every R-th sample, so the last batch of a rank may be short, and a rank may have one batch fewer.
+    Rank r of R takes every R-th batch, so that batches are the same on any number of ranks, and with them the last
+    digits of what is computed from them. The very last may be short, and a rank may have one batch fewer.
 
     Args:
         rows: (N,) int64, manifest rows.
@@ -144,7 +145,7 @@ class EvaluationRequests:
     """
 
     def __init__(self, rows: np.ndarray, shard: np.ndarray, batch_size: int, rank: int, world: int) -> None:
-        self._rows, self._batch_size = rows[rank::world], batch_size
+        self._rows, self._batch_size = rows[np.arange(len(rows)) // batch_size % world == rank], batch_size
         shards = shard[self._rows]
         # Where another shard begins to be read.
         self._changes = np.flatnonzero(np.diff(shards, prepend=-1))

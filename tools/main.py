@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "check shards against their manifest and name what is broken",
     "inspect": "print what shards hold, and draw a patch in all its modalities",
     "finetune": "train UPerFuse on labels, from pretrained encoders or from scratch",
+    "evaluate": "measure a fine-tuned model on any patches, also without each of its sensors",
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
     "map": "write one map of a zone of any size from rasters of any size",
     "attention": "draw which dates of a series an encoder looks at",

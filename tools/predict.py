@@ -1,8 +1,9 @@
-"""``bocage predict RUN SHARDS OUT``: label maps of a fine-tuned model as GeoTIFFs."""
+"""``bocage predict RUN SOURCE OUT``: label maps of a fine-tuned model as GeoTIFFs."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from rich.progress import Progress
 
 from bocage.finetune.predict import complete_rows, predict_patches
-from bocage.finetune.task import load_segmentation
+from bocage.finetune.task import Segmentation, load_segmentation
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.naming import FOLDER
+from bocage.shards.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.remote import open_shards
 from bocage.tools.arguments import not_negative, positive
 
@@ -18,7 +22,9 @@ from bocage.tools.arguments import not_negative, positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
-    parser.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder that `bocage shard` wrote or its address, or a FLAIR-HUB tree"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the GeoTIFFs")
     parser.add_argument(
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
@@ -38,17 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Predict and say where the files are."""
     task = load_segmentation(arguments.run_folder / "model")
-    manifest = open_shards(arguments.shards)
-    rows = np.arange(len(manifest))
+    patches = _patches(arguments.source, task)
+    rows = np.arange(len(patches))
     if arguments.split is not None:
-        rows = manifest.split(arguments.split, arguments.value)
-    rows = complete_rows(task, manifest, rows)
+        rows = patches.split(arguments.split, arguments.value)
+    rows = complete_rows(task, patches, rows)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with Progress() as progress:
         bar = progress.add_task("predicting", total=len(rows))
         picture = predict_patches(
             task,
-            manifest,
+            patches,
             rows,
             arguments.out,
             batch_size=arguments.batch_size,
@@ -59,3 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"{len(rows)} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
     return 0
+
+
+def _patches(source: str, task: Segmentation) -> Patches:
+    """Patches of shards, or of a tree where the folder holds one."""
+    folder = Path(source)
+    if not (folder.is_dir() and any(FOLDER.match(name) for name in os.listdir(folder))):
+        return ShardPatches(open_shards(source))
+    wanted = [*task.modalities, *task.quality_masks.values(), *task.labels]
+    return TreePatches(Catalogue.open(folder, modalities=wanted))

@@ -12,13 +12,15 @@ from tiny_task import AERIAL, COSIA, DECODER, LPIS, SWIN, UTAE
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.measure import confusion
+from bocage.finetune.measure import confusion, labelled_rows
 from bocage.finetune.supervision import TaskConfig
-from bocage.finetune.train import build_task, finetune, labelled_rows, nested_subset
+from bocage.finetune.task import save_segmentation
+from bocage.finetune.train import build_task, finetune, nested_subset
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.patches import ShardPatches
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
@@ -177,6 +179,30 @@ def test_two_labels_from_shards_to_maps_and_tables(simulated: Path, tmp_path: Pa
     assert not list((tmp_path / "maps").rglob("*.png"))
 
 
+def test_a_tree_is_predicted_like_its_shards(
+    simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    chosen = config(simulated, tmp_path, modalities=[AERIAL, "SENTINEL2_TS"])
+    save_segmentation(build_task(chosen, Manifest.open(simulated)), tmp_path / "run" / "model")
+    for source, out in ((simulated, "shards"), (simulated.parent / "tree", "tree")):
+        words = [str(tmp_path / "run"), str(source), str(tmp_path / out), "--split", "split_1", "--value", "train"]
+        assert main(["predict", *words]) == 0
+    maps = sorted(path.name for path in (tmp_path / "tree").glob("*.tif"))
+    assert maps == sorted(path.name for path in (tmp_path / "shards").glob("*.tif"))
+    assert maps
+    for name in maps:
+        with rasterio.open(tmp_path / "tree" / name) as one, rasterio.open(tmp_path / "shards" / name) as other:
+            assert np.array_equal(one.read(), other.read())
+            assert one.transform == other.transform
+            assert one.crs == other.crs
+    assert (
+        main(["predict", str(tmp_path / "run"), str(simulated.parent / "tree"), str(tmp_path / "x"), "--split", "s"])
+        == 2
+    )
+    assert "no split 's'; splits: split_1" in capsys.readouterr().err
+
+
 def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path) -> None:
     manifest = Manifest.open(shards)
     encoder = build_encoder(manifest.input_spec(AERIAL), SWIN)
@@ -254,7 +280,7 @@ def test_evaluation_counts_every_patch_once_whatever_the_batch(shards: Path, tmp
     settings = config(shards, tmp_path)
     torch.manual_seed(0)
     task = build_task(settings, manifest).eval()
-    rows = labelled_rows(manifest, settings, task, "train")
+    rows = labelled_rows(ShardPatches(manifest), task, "all", "train")
     matrices = [confusion(task, manifest, rows, batch_size=size, workers=0) for size in (1, 2)]
     assert matrices[0][COSIA].total.sum() == 3 * 512 * 512
     assert np.array_equal(matrices[0][COSIA].total, matrices[1][COSIA].total)

@@ -24,6 +24,7 @@ from bocage.finetune.zone_rasters import ZoneRaster, open_rasters
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
+from bocage.shards.patches import ShardPatches
 from bocage.shards.writer import write_shards
 from bocage.tools.main import main
 
@@ -85,7 +86,7 @@ def read(path: Path) -> np.ndarray:
 def test_a_zone_of_one_patch_is_what_predict_makes_of_it(tmp_path: Path) -> None:
     manifest = write_shards(Catalogue.open(REAL), tmp_path / "shards")
     chosen = model(AERIAL)
-    predict_patches(chosen, manifest, np.arange(1), tmp_path / "patches")
+    predict_patches(chosen, ShardPatches(manifest), np.arange(1), tmp_path / "patches")
     row = manifest.row(0)
     domain, roi, cell = row["key"].split("_")
     image = REAL / f"{domain}_{AERIAL}" / roi / f"{domain}_{AERIAL}_{roi}_{cell}.tif"

@@ -91,7 +91,10 @@ def test_evaluation_delivers_every_sample_once_in_the_order_given(manifest: Mani
     rows = np.random.default_rng(world).permutation(COUNT)
     ranks = [[key for batch in batches for key in batch.keys] for batches in evaluated(manifest, rows, world, workers)]
     assert Counter(key for keys in ranks for key in keys) == Counter(keys_of(manifest, range(COUNT)))
-    assert ranks == [keys_of(manifest, rows[rank::world]) for rank in range(world)]
+    # Batches are those of one rank, in turn.
+    alone = [batch.keys for batch in evaluated(manifest, rows, 1, workers=0)[0]]
+    assert [key for keys in alone for key in keys] == keys_of(manifest, rows)
+    assert ranks == [[key for keys in alone[rank::world] for key in keys] for rank in range(world)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -109,7 +112,7 @@ def test_an_epoch_of_training_delivers_every_sample_once_in_one_order(
 def test_ranks_without_a_sample_get_no_batch(manifest: Manifest, ranks: int) -> None:
     rows = np.array([5, 3])
     batches = evaluated(manifest, rows, ranks, workers=0)
-    assert [len(rank) for rank in batches] == [1, 1] + [0] * (ranks - 2)
+    assert [[batch.keys for batch in rank] for rank in batches] == [[keys_of(manifest, rows)]] + [[]] * (ranks - 1)
 
 
 # A run that ends after any number of steps, and goes on with any other number of ranks and readers.

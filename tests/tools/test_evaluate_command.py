@@ -1,0 +1,84 @@
+"""``bocage evaluate``: the scores of a model on patches, without sensors, and on two ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bocage import recipes
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.task import save_segmentation
+from bocage.finetune.train import build_task
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.tools.main import main
+
+AERIAL, S2, COSIA, LPIS = "AERIAL_RGBI", "SENTINEL2_TS", "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven simulated patches that lack sensors here and there, and an untrained model of two labels."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tree(folder / "tree", patches=7, seed=3, dates=(3, 5), gaps=0.2)
+    write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    words = ["recipe=finetune_quickstart", f"modalities=[{AERIAL},{S2}]", f"labels=[{COSIA},{LPIS}]"]
+    torch.manual_seed(0)
+    task = build_task(recipes.resolve(FinetuneConfig, words), Manifest.open(folder / "shards"))
+    save_segmentation(task, folder / "run" / "model")
+    return folder
+
+
+def test_sensors_are_taken_from_a_model_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+    words = ["evaluate", str(folder / "run"), str(folder / "shards")]
+    assert main([*words, str(folder / "out"), "--missing", "--batch-size", "3"]) == 0
+    assert "without SENTINEL2_TS" in capsys.readouterr().out
+    metrics = json.loads((folder / "out" / "metrics.json").read_text())
+    sets = {"all", f"without {AERIAL}", f"without {S2}", f"only {AERIAL}", f"only {S2}"}
+    assert set(metrics) == {"patches", *sets}
+    assert metrics["all"] != metrics[f"without {S2}"]
+    for one, other in ((AERIAL, S2), (S2, AERIAL)):
+        assert metrics[f"without {one}"] == metrics[f"only {other}"]
+    pixels = {part: sum(map(sum, metrics[part][COSIA]["confusion"])) for part in sets}
+    assert len(set(pixels.values())) == 1
+    table = pq.read_table(folder / "out" / "confusions.parquet").to_pylist()
+    assert {row["part"] for row in table} == sets
+    assert (folder / "out" / "confusions" / f"without_{S2}_{LPIS}.png").is_file()
+
+    assert main([*words, str(folder / "less"), "--without", S2]) == 0
+    less = json.loads((folder / "less" / "metrics.json").read_text())
+    assert less[f"without {S2}"] == metrics[f"without {S2}"]
+
+
+def test_what_cannot_be_evaluated_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(folder / "run"), str(folder / "shards"), str(folder / "none")]
+    for more, sentence in (
+        (["--without", "SPOT_RGBI"], "--without SPOT_RGBI: the model reads AERIAL_RGBI, SENTINEL2_TS"),
+        (["--without", AERIAL, S2], "nothing is left for the model to see"),
+        (["--split", "split_9"], "no split 'split_9'"),
+    ):
+        assert main([*words, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.slow  # Some twenty seconds: three processes load torch.
+def test_two_ranks_count_what_one_counts(folder: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["-m", "bocage.tools.main", "evaluate", str(folder / "run"), str(folder / "shards")]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, out in (([], "one"), (two, "two")):
+        line = [sys.executable, *launcher, *command, str(folder / out), "--batch-size", "2"]
+        subprocess.run(line, env=environment, check=True)
+    one, other = ((folder / out / "metrics.json").read_bytes() for out in ("one", "two"))
+    assert one == other
+    tables = [pq.read_table(folder / out / "confusions.parquet") for out in ("one", "two")]
+    assert tables[0].equals(tables[1])

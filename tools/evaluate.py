@@ -1,0 +1,99 @@
+"""``bocage evaluate RUN SHARDS OUT``: scores of a fine-tuned model on any patches, also without each of its sensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bocage.finetune.measure import Confusions, confusion, labelled_rows, summary, write_results
+from bocage.finetune.task import load_segmentation
+from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.shards.manifest import EVERY_SAMPLE
+from bocage.shards.patches import ShardPatches
+from bocage.shards.remote import open_shards
+from bocage.ssl.engine.distributed import build_accelerator, is_main
+from bocage.tools.arguments import not_negative, positive
+
+_PATIENCE = 1800.0  # seconds that ranks wait for each other
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
+    parser.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for metrics.json, tables and pictures")
+    parser.add_argument("--split", default=EVERY_SAMPLE, metavar="COLUMN", help="e.g. split_1 (default: all patches)")
+    parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="MODALITY", help="sensors that the model shall not see"
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="also without each of the sensors, and with each of them alone"
+    )
+    parser.add_argument("--batch-size", type=positive, default=4, help="patches at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print the scores and leave them in files."""
+    task = load_segmentation(arguments.run_folder / "model")
+    manifest = open_shards(arguments.shards)
+    if unknown := [name for name in arguments.without if name not in task.modalities]:
+        raise InputError(f"--without {unknown[0]}: the model reads {', '.join(task.modalities)}")
+    seen = [name for name in task.modalities if name not in arguments.without]
+    sets = {"all" if not arguments.without else f"without {' '.join(arguments.without)}": seen}
+    if arguments.missing and len(seen) > 1:
+        sets |= {f"without {name}": [other for other in seen if other != name] for name in seen}
+        sets |= {f"only {name}": [name] for name in seen}
+    if not seen or (task.model.official and (arguments.without or arguments.missing)):
+        why = "the official architecture needs all its sensors" if seen else "nothing is left for the model to see"
+        raise InputError(f"--without, --missing: {why}")
+    rows = labelled_rows(ShardPatches(manifest), task, arguments.split, arguments.value)
+    accelerator = build_accelerator("fp32", "none", arguments.out, _PATIENCE)
+    task = task.to(accelerator.device).eval()
+    parts: dict[str, Confusions] = {}
+    world = accelerator.num_processes
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, disable=not is_main()) as progress:
+        for name, only in sets.items():
+            bar = progress.add_task(name, total=len(rows))
+            parts[name] = confusion(
+                task,
+                manifest,
+                rows,
+                batch_size=arguments.batch_size,
+                workers=arguments.workers,
+                only=only,
+                progress=lambda done, bar=bar: progress.update(bar, completed=min(done * world, len(rows))),  # type: ignore[misc]
+            )
+    if is_main():
+        _leave(arguments.out, parts, len(rows))
+    accelerator.wait_for_everyone()  # ranks leave together: gloo aborts when a peer goes first
+    return 0
+
+
+def _leave(out: Path, parts: dict[str, Confusions], patches: int) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_results(out, parts)
+        metrics = {part: {name: summary(matrix) for name, matrix in found.items()} for part, found in parts.items()}
+        with written_atomically(out / "metrics.json") as path:
+            path.write_text(json.dumps({"patches": patches, **metrics}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    table = Table(title=f"{patches} patches")
+    for name in ("sensors", "label", "mIoU strict", "mIoU official", "OA strict", "OA official"):
+        table.add_column(name, justify="left" if name in ("sensors", "label") else "right")
+    for part, found in metrics.items():
+        for name, scores in found.items():
+            strict, official = scores["strict"], scores["official"]
+            figures = (strict["miou"], official["miou"], strict["oa"], official["oa"])
+            table.add_row(part, name, *(f"{figure:.2f}" for figure in figures))
+    Console().print(table)
+    print(f"scores: {out / 'metrics.json'}")
