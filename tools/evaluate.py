@@ -87,13 +87,15 @@ def _leave(out: Path, parts: dict[str, Confusions], patches: int) -> None:
             path.write_text(json.dumps({"patches": patches, **metrics}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    table = Table(title=f"{patches} patches")
-    for name in ("sensors", "label", "mIoU strict", "mIoU official", "OA strict", "OA official"):
-        table.add_column(name, justify="left" if name in ("sensors", "label") else "right")
-    for part, found in metrics.items():
-        for name, scores in found.items():
-            strict, official = scores["strict"], scores["official"]
+    console = Console()
+    for label in next(iter(metrics.values())):  # a table each: names of sensors and labels side by side are too wide
+        table = Table(title=f"{label}, {patches} patches")
+        table.add_column("sensors", no_wrap=True)
+        for name in ("mIoU strict", "mIoU official", "OA strict", "OA official"):
+            table.add_column(name, justify="right")
+        for part, found in metrics.items():
+            strict, official = found[label]["strict"], found[label]["official"]
             figures = (strict["miou"], official["miou"], strict["oa"], official["oa"])
-            table.add_row(part, name, *(f"{figure:.2f}" for figure in figures))
-    Console().print(table)
+            table.add_row(part, *(f"{figure:.2f}" for figure in figures))
+        console.print(table)
     print(f"scores: {out / 'metrics.json'}")

@@ -40,16 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
 def report(result: dict[str, Any]) -> None:
     """Print the scores of a finished run and where its files are."""
     console = Console()
-    table = Table(title=f"from {', '.join(result['modalities'])}")
-    for name in ("label", "patches of", "count", "mIoU strict", "mIoU official", "OA strict", "OA official"):
-        table.add_column(name, justify="left" if name in ("label", "patches of") else "right")
-    for part in ("valid", "test"):
-        for label, scores in result.get(part, {}).items():
-            strict, official = scores["strict"], scores["official"]
+    for label in result["labels"]:
+        table = Table(title=f"{label} from {', '.join(result['modalities'])}")
+        for name in ("patches of", "count", "mIoU strict", "mIoU official", "OA strict", "OA official"):
+            table.add_column(name, justify="left" if name == "patches of" else "right")
+        for part in [name for name in ("valid", "test") if name in result]:
+            strict, official = result[part][label]["strict"], result[part][label]["official"]
             figures = (strict["miou"], official["miou"], strict["oa"], official["oa"])
             name = f"{part} (trained on)" if part in result["fit_only"] else part
-            table.add_row(label, name, str(result["patches"][part]), *(f"{figure:.2f}" for figure in figures))
-    console.print(table)
+            table.add_row(name, str(result["patches"][part]), *(f"{figure:.2f}" for figure in figures))
+        console.print(table)
     for name in ("model", "scores", "picture"):
         if result[name] is not None:
             console.print(f"{name}: {result[name]}", soft_wrap=True, highlight=False)
