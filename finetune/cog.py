@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rasterio.shutil
-from rasterio.errors import RasterioError
 
 from bocage.shards.classes import ClassScheme
 from bocage.shards.composites import palette
-from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 
 if TYPE_CHECKING:
@@ -32,26 +30,20 @@ def write_cog(path: Path, tiles: Path, plan: Plan, scheme: ClassScheme, kind: st
         plan: the grid.
         scheme: the classes.
         kind: ``classes`` or ``probabilities``.
-
-    Raises:
-        InputError: it cannot be written.
     """
     mosaic = tiles / "mosaic.vrt"
     mosaic.write_text(_mosaic(tiles, plan, scheme, kind), encoding="utf-8")
     resampling = "mode" if kind == "classes" else "average"
-    try:
-        with written_atomically(path) as temporary:
-            rasterio.shutil.copy(
-                mosaic,
-                temporary,
-                driver="COG",
-                compress="deflate",
-                predictor="no",
-                overview_resampling=resampling,
-                bigtiff="if_safer",
-            )
-    except (OSError, RasterioError) as error:
-        raise InputError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
+    with written_atomically(path) as temporary:
+        rasterio.shutil.copy(
+            mosaic,
+            temporary,
+            driver="COG",
+            compress="deflate",
+            predictor="no",
+            overview_resampling=resampling,
+            bigtiff="if_safer",
+        )
 
 
 def _mosaic(tiles: Path, plan: Plan, scheme: ClassScheme, kind: str) -> str:

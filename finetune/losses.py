@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -44,8 +45,11 @@ class LossConfig:
             raise ValueError(f"loss.pixels={self.pixels!r} is not one of {', '.join(get_args(PixelLoss))}")
         if self.overlap not in get_args(Overlap):
             raise ValueError(f"loss.overlap={self.overlap!r} is not one of {', '.join(get_args(Overlap)[1:])}")
-        if min(self.gamma, self.overlap_weight, *self.class_weights.values()) < 0:
-            raise ValueError("loss.gamma, loss.overlap_weight and loss.class_weights must not be negative")
+        numbers = {"gamma": self.gamma, "overlap_weight": self.overlap_weight}
+        numbers |= {f"class_weights.{name}": weight for name, weight in self.class_weights.items()}
+        for key, value in numbers.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"loss.{key}={value} must be a number that is not negative")
 
 
 def scored_targets(labels: torch.Tensor, present: torch.Tensor, scheme: ClassScheme) -> torch.Tensor:
@@ -114,10 +118,11 @@ class SegmentationLoss(nn.Module):
             self._focal = _library(f"{key}.pixels=focal").FocalLoss(gamma=config.gamma, class_weights=own, **settings)
         if config.overlap == "dice":
             dice = _library(f"{key}.overlap=dice").DiceLoss
-            self._overlap = dice(classes=list(scheme.scored), **settings)
+            self._overlap = dice(classes=[value for value in scheme.scored if weights[value]], **settings)
         elif config.overlap == "lovasz":
             self._overlap = _library(f"{key}.overlap=lovasz").LovaszLoss(**settings)
         self._overlap_weight = config.overlap_weight
+        self._idle = [value for value in scheme.scored if weights[value] == 0]
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """A scalar, 0 with a zero gradient where no pixel is scored.
@@ -126,6 +131,8 @@ class SegmentationLoss(nn.Module):
             logits: (B, classes, H, W); computed in float32 whatever their dtype.
             targets: (B, H, W) int64, see ``scored_targets``.
         """
+        for value in self._idle:
+            targets = torch.where(targets == value, IGNORED, targets)
         if self._focal is None and self._overlap is None:
             return cross_entropy(logits, targets, self.weights)
         if not (targets != IGNORED).any():  # means over nothing are not a number in the library

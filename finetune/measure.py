@@ -63,6 +63,8 @@ def confusion(
 ) -> Confusions:
     """Confusion matrices of whole patches, shared out over the ranks; the same on all of them. A collective call.
 
+    They are of the labels that the shards hold.
+
     Args:
         task: the model, in evaluation mode.
         manifest: open shards.
@@ -73,11 +75,12 @@ def confusion(
     """
     rank, world = rank_and_world()
     device = next(task.parameters()).device
-    matrices = {name: ConfusionMatrix(target.scheme) for name, target in task.targets.items()}
+    targets = {name: target for name, target in task.targets.items() if name in manifest.registry}
+    matrices = {name: ConfusionMatrix(target.scheme) for name, target in targets.items()}
     batches = evaluation_batches(
         manifest,
         rows,
-        readable_modalities(task, ShardPatches(manifest), labels=task.labels, only=only),
+        readable_modalities(task, ShardPatches(manifest), labels=list(targets), only=only),
         batch_size=batch_size,
         workers=workers,
         rank=rank,
@@ -87,7 +90,7 @@ def confusion(
     for batch in batches:
         moved = batch.to(device)
         predicted = task.predict(moved)
-        for name, target in task.targets.items():
+        for name, target in targets.items():
             matrices[name].update(target.truth(moved), predicted[name], batch.rois, batch.present[name])
         done += len(batch)
         if progress is not None:
@@ -98,6 +101,8 @@ def confusion(
 def monitored(confusions: Confusions) -> dict[str, float]:
     """Scores to follow while training: with several labels their means, and those of each as ``miou/LABEL``."""
     found: dict[str, list[float]] = {"miou": [], "oa": [], "official_miou": [], "official_oa": []}
+    # A label of which there is not a pixel has no score, and would count 0.
+    confusions = {name: matrix for name, matrix in confusions.items() if matrix.total.any()} or confusions
     for matrix in confusions.values():
         strict, official = strict_scores(matrix.total, matrix.scheme), official_scores(matrix.total, matrix.scheme)
         for name, value in zip(found, (strict.miou, strict.oa, official.miou, official.oa), strict=True):

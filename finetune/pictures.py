@@ -101,6 +101,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, scheme: ClassScheme, title: s
     """Write a PNG of a confusion matrix: for each true class, the percentage of its pixels by predicted class.
 
     Rows are the scored classes that the ground truth holds; columns are these and whatever else is predicted for them.
+    Of no pixel there is no picture.
 
     Args:
         path: the file; its folder is made.
@@ -109,6 +110,8 @@ def draw_confusion(path: Path, matrix: np.ndarray, scheme: ClassScheme, title: s
         title: what was measured.
     """
     rows = [value for value in scheme.scored if matrix[value].any()]
+    if not rows:
+        return
     columns = rows + [value for value in range(len(scheme)) if value not in rows and matrix[rows, value].any()]
     cells = matrix[np.ix_(rows, columns)].astype(np.float64)
     percent = 100 * cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)

@@ -27,6 +27,7 @@ from bocage.shards.inputs import wanted_modalities
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import Modality
 from bocage.shards.patches import Patches, Place
+from bocage.ssl.engine.distributed import is_main
 
 _PANELS = 6  # rows of the picture
 
@@ -114,7 +115,7 @@ def complete_rows(task: Segmentation, patches: Patches, rows: np.ndarray) -> np.
         kept = kept[patches.held(name)[kept]]
     if len(kept) == 0:
         raise InputError(f"{patches.path}: no patch has all of {', '.join(task.modalities)}, which this model needs")
-    if left := len(rows) - len(kept):
+    if (left := len(rows) - len(kept)) and is_main():
         print(
             f"bocage: {left} of {len(rows)} patches left out: they lack a sensor, and the official architecture has no "
             "stand-in for one",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,8 +35,8 @@ class TaskConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"the weight of a task must be positive, not {self.weight}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} must be a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)

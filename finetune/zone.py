@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import rasterio
 import torch
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
 from bocage.finetune.cog import NODATA, write_cog
@@ -22,8 +24,11 @@ from bocage.finetune.zone_rasters import ZoneRaster, covered, window_batch
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.modality import PATCH_SIZE
+from bocage.ssl.engine.distributed import agreed, rank_and_world
+from bocage.ssl.engine.resume import claimed
 
 Kind = Literal["classes", "probabilities"]
+Value = TypeVar("Value")
 LEVELS = NODATA - 1
 """Probabilities are written as whole numbers from 0 to this."""
 
@@ -104,16 +109,13 @@ def map_zone(
     kind: Kind = "classes",
     batch_size: int = 4,
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    meet: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Path]:
     """Write a map of each label, ``OUT/LABEL.tif`` or ``OUT/LABEL_probabilities.tif``: cloud-optimised GeoTIFFs.
 
     Windows are blended by weights that fall off towards their borders, so that no border of a window or of a tile
     shows. Finished tiles lie in ``OUT/tiles`` until the map is whole: the same call goes on with them, on any number
-    of ranks, to the same bytes. Where no raster has data, maps have none.
+    of ranks, to the same bytes. Where no raster has data, maps have none. All ranks call it.
 
     Args:
         task: the model; put into evaluation mode.
@@ -123,48 +125,71 @@ def map_zone(
         kind: the likeliest class, or a band a class with its probability times ``LEVELS``.
         batch_size: windows at a time.
         device: where the model runs.
-        rank, world: this process makes every ``world``-th tile.
-        meet: waits for all ranks.
-        progress: called with tiles done and all tiles.
+        progress: called with the tiles that this rank has done and has to do.
 
     Returns:
         By label, the path of its map.
 
     Raises:
-        InputError: ``out`` holds a map of something else, or cannot be written.
+        InputError: ``out`` holds a map of something else, another process writes there, or it cannot be written.
     """
     names = {name: name if kind == "classes" else f"{name}_probabilities" for name in task.targets}
     paths = {name: out / f"{stem}.tif" for name, stem in names.items()}
-    folder = out / "tiles" / kind
-    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            finished = _claim(out / f"{kind}.json", _description(task, rasters, plan, batch_size), rank, meet)
-            if finished and all(path.exists() for path in paths.values()):
-                return paths
-            for name in task.targets:
-                (folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{out} cannot be written: {error.strerror}") from error
-        task = task.to(device).eval()
-        tiles = plan.tiles()
-        for number, tile in enumerate(tiles):
-            own = {name: folder / name / f"{tile[0]}_{tile[1]}.tif" for name in task.targets}
-            if number % world == rank and not all(path.exists() for path in own.values()):
-                for name, values in _tile(task, rasters, plan, tile, kind, batch_size, torch.device(device)).items():
-                    _write_tile(own[name], values, plan, tile)
+    folder, facts = out / "tiles" / kind, out / f"{kind}.json"
+    description = _description(task, rasters, plan, batch_size)
+    rank, world = rank_and_world()
+    task = task.to(device).eval()
+
+    def files(tile: tuple[int, int]) -> dict[str, Path]:
+        return {name: folder / name / f"{tile[0]}_{tile[1]}.tif" for name in task.targets}
+
+    def begin() -> list[tuple[int, int]]:
+        """The tiles that are missing, for all ranks; none where the map is whole."""
+        if rank:
+            return []
+        out.mkdir(parents=True, exist_ok=True)
+        if _claim(facts, description) and all(path.exists() for path in paths.values()):
+            return []
+        for name in task.targets:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        return [tile for tile in plan.tiles() if not all(path.exists() for path in files(tile).values())]
+
+    def work() -> None:
+        own = missing[rank::world]
+        for number, tile in enumerate(own, start=1):
+            for name, values in _tile(task, rasters, plan, tile, kind, batch_size, torch.device(device)).items():
+                _write_tile(files(tile)[name], values, plan, tile)
             if progress is not None:
-                progress(number + 1, len(tiles))
-        meet()
-        if rank == 0:
+                progress(number, len(own))
+
+    def end() -> None:
+        if rank:
+            return
+        if folder.exists() and not all(path.exists() for path in paths.values()):
             for name, target in task.targets.items():
                 write_cog(paths[name], folder / name, plan, target.scheme, kind)
-            shutil.rmtree(folder)
-            with written_atomically(out / f"{kind}.json") as temporary:
-                described = {**_description(task, rasters, plan, batch_size), "finished": True}
-                temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        meet()
+        with written_atomically(facts) as temporary:
+            temporary.write_text(json.dumps({**description, "finished": True}, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+
+    with rasterio.Env(GDAL_CACHEMAX=_CACHE), claimed(out):
+        missing = agreed(_told(begin, out))[0]
+        agreed(_told(work, out))
+        agreed(_told(end, out))
     return paths
+
+
+def _told(action: Callable[[], Value], out: Path) -> Callable[[], Value]:
+    """``action``, in which what disk or GDAL refuse becomes one sentence: other ranks must hear of it."""
+
+    def guarded() -> Value:
+        try:
+            return action()
+        except (OSError, RasterioError, CPLE_BaseError) as error:
+            what = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise InputError(f"{out} cannot be written: {what}") from error
+
+    return guarded
 
 
 def _tile(
@@ -273,21 +298,22 @@ def _write_tile(path: Path, values: np.ndarray, plan: Plan, tile: tuple[int, int
         file.write(values)
 
 
-def _claim(path: Path, description: dict[str, Any], rank: int, meet: Callable[[], None]) -> bool:
+def _claim(path: Path, description: dict[str, Any]) -> bool:
     """Whether a map of this description is finished; writes the description where there is none.
 
     Raises:
         InputError: there is one of another map.
     """
-    if rank == 0 and not path.exists():
+    if not path.exists():
         with written_atomically(path) as temporary:
             temporary.write_text(json.dumps({**description, "finished": False}, indent=1) + "\n", encoding="utf-8")
-    meet()
-    found = json.loads(path.read_text(encoding="utf-8"))
-    finished = bool(found.pop("finished", False))
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a description of a map: choose another folder") from error
     if differing := [key for key in description if found.get(key) != description[key]]:
         raise InputError(f"{path.parent} holds a map made otherwise ({', '.join(differing)}): choose another folder")
-    return finished
+    return bool(found.get("finished"))
 
 
 def _description(task: Segmentation, rasters: Mapping[str, ZoneRaster], plan: Plan, batch_size: int) -> dict[str, Any]:

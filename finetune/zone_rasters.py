@@ -48,11 +48,12 @@ class ZoneRaster:
 
     Args:
         name: the modality.
-        path: anything GDAL opens: GeoTIFF, COG, VRT mosaic. One more band than asked for may be an alpha.
+        path: a local file that GDAL opens: GeoTIFF, COG, VRT mosaic. One more band than asked for may be an alpha; of
+            as many bands as asked for none is.
         bands: how many there are of each date.
         gsd: the pixel that the model reads, metres.
         dates: of a series, days since 1970-01-01; None for an image.
-        counted: whether values are counts or classes, which must not be averaged.
+        counted: whether values are counts or classes, which must not be averaged, and whose nodata value is one.
 
     Raises:
         InputError: a file that is not a raster, is turned, is not in metres, or has another number of bands.
@@ -70,19 +71,21 @@ class ZoneRaster:
         transform = self._file.transform
         if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
             raise InputError(f"{path} is turned or has no georeference: write it north up, e.g. with gdalwarp")
-        if self._file.crs is not None and not self._file.crs.is_projected:
-            raise InputError(f"{path} is in {_short(self._file.crs)}, not in metres: e.g. gdalwarp -t_srs EPSG:2154")
+        crs = self._file.crs
+        if crs is not None and not (crs.is_projected and math.isclose(crs.linear_units_factor[1], 1.0)):
+            raise InputError(f"{path} is in {_short(crs)}, not in metres: e.g. gdalwarp -t_srs EPSG:2154")
         wanted = math.prod(self._shape)
         alphas = [interpretation == ColorInterp.alpha for interpretation in self._file.colorinterp]
         if any(alphas[:wanted]):
             # GDAL takes the fourth of four bands of bytes for an alpha unless it is told: it is infrared.
             self._file = _without_alpha(self._file)
-            alphas = []
+            alphas = [False] * self._file.count
         if self._file.count != wanted and not (self._file.count == wanted + 1 and alphas[-1]):
             of = "" if dates is None else f" of {len(dates)} dates with {bands} bands each"
             raise InputError(f"{path} has {self._file.count} bands; {name} needs {wanted}{of}")
         pixel = max(transform.a, -transform.e)
         self._resampling = Resampling.average if pixel < _FINER * gsd else Resampling.bilinear
+        self._counted = counted
         if counted:
             self._resampling = Resampling.nearest
         self._bands = list(range(1, wanted + 1))
@@ -96,6 +99,12 @@ class ZoneRaster:
         """What it covers."""
         bounds = self._file.bounds
         return Extent(self._file.crs, bounds.left, bounds.top, bounds.right - bounds.left, bounds.top - bounds.bottom)
+
+    def overlaps(self, other: Extent) -> bool:
+        """Whether it covers some of that ground."""
+        own = self.extent
+        across = own.left < other.left + other.width and own.left + own.width > other.left
+        return across and own.top > other.top - other.height and own.top - own.height < other.top
 
     def check_crs(self, reference: ZoneRaster) -> None:
         """Raise ``InputError`` unless both rasters' coordinate systems put this one at the same place."""
@@ -128,27 +137,22 @@ class ZoneRaster:
             "height": pixels,
             "resampling": Resampling.nearest if self._on_its_pixels(left, top) else self._resampling,
         }
-        settings |= {"add_alpha": True} if self._adds_alpha else {}
-        extent = self.extent
-        inside = (
-            left < extent.left + extent.width
-            and left + side > extent.left
-            and top > extent.top - extent.height
-            and top - side < extent.top
-        )
-        if not inside:
+        # Each band has its own holes: a date that is missing somewhere is not one where another is there.
+        settings |= {"add_alpha": True} if self._adds_alpha else {"UNIFIED_SRC_NODATA": "PARTIAL"}
+        if not self.overlaps(Extent(self._file.crs, left, top, side, side)):
             return np.full((*self._shape, pixels, pixels), np.nan, np.float32)
         try:
             with WarpedVRT(self._file, **settings) as view:
                 values = view.read(self._bands).astype(np.float32)
-                last = self._has_alpha or self._adds_alpha
-                there = (view.read(view.count) if last else view.dataset_mask()) > 0
+                if self._counted:
+                    there = self._reached(left, top, pixels)
+                elif self._has_alpha or self._adds_alpha:
+                    there = view.read(view.count) > 0
+                else:
+                    there = view.read_masks(self._bands) > 0
         except RasterioError as error:
             raise InputError(f"{self.path}: cannot be read: {' '.join(str(error).split())}") from error
-        nodata = self._file.nodata
-        if nodata is not None and not math.isnan(nodata):
-            values[values == np.float32(nodata)] = np.nan
-        values[:, ~there] = np.nan
+        values[~np.broadcast_to(there, values.shape)] = np.nan
         return values.reshape(*self._shape, pixels, pixels)
 
     def _on_its_pixels(self, left: float, top: float) -> bool:
@@ -158,13 +162,19 @@ class ZoneRaster:
         same = math.isclose(transform.a, self.gsd, rel_tol=1e-6) and math.isclose(-transform.e, self.gsd, rel_tol=1e-6)
         return same and all(abs(offset - round(offset)) < _BESIDE for offset in offsets)
 
+    def _reached(self, left: float, top: float, pixels: int) -> np.ndarray:
+        """(pixels, pixels) bool: which pixels of a window have their centre in the raster."""
+        extent, centres = self.extent, (np.arange(pixels) + 0.5) * self.gsd
+        across = (left + centres >= extent.left) & (left + centres < extent.left + extent.width)
+        down = (top - centres <= extent.top) & (top - centres > extent.top - extent.height)
+        return np.outer(down, across)
+
     def describe(self) -> dict[str, Any]:
         """What tells this raster from another, for a resumed run."""
-        status = self.path.stat() if self.path.exists() else None
+        files = [Path(name) for name in self._file.files] or [self.path]  # of a mosaic all that it names
+        states = [(str(file.resolve()), file.stat()) for file in files if file.exists()]
         return {
-            "path": str(self.path),
-            "size": status.st_size if status else None,
-            "modified": status.st_mtime_ns if status else None,
+            "files": [[name, state.st_size, state.st_mtime_ns] for name, state in states],
             "shape": [self._file.count, self._file.height, self._file.width],
             "dates": None if self.dates is None else self.dates.tolist(),
         }
@@ -215,6 +225,8 @@ def open_rasters(
     reference = found[given[0]]
     for raster in found.values():
         raster.check_crs(reference)
+        if not raster.overlaps(reference.extent):
+            raise InputError(f"{raster.path} and {reference.path} do not overlap: they are of different places")
     return found, reference
 
 

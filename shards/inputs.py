@@ -43,16 +43,23 @@ def unclear_dates(probabilities: torch.Tensor, padding: torch.Tensor) -> torch.T
     such date keeps the dates free of snow; with none of these either, all its dates.
 
     Args:
-        probabilities: (B, T, 2, H, W), snow then cloud, percent.
+        probabilities: (B, T, 2, H, W), snow then cloud, percent; NaN where unknown.
         padding: (B, T) bool.
 
     Returns:
         (B, T) bool, True for padded dates and dates to leave out.
     """
-    clear = probabilities.to(torch.float32) <= _CLEAR_PERCENT
-    kept = clear.all(dim=2).float().mean(dim=(-2, -1)) >= _CLEAR_SHARE
-    kept &= ~padding
-    snow_free = (clear[:, :, 0].float().mean(dim=(-2, -1)) >= _CLEAR_SHARE) & ~padding
+    chances = probabilities.to(torch.float32)
+    known, clear = torch.isfinite(chances).all(dim=2), chances <= _CLEAR_PERCENT
+    pixels = known.sum(dim=(-2, -1))
+
+    def mostly(found: torch.Tensor) -> torch.Tensor:
+        """(B, T): whether it is found in enough of the pixels that are known; in none, nothing speaks against it."""
+        share = (found & known).sum(dim=(-2, -1)) / pixels.clamp_min(1)
+        return (share >= _CLEAR_SHARE) | (pixels == 0)
+
+    kept = mostly(clear.all(dim=2)) & ~padding
+    snow_free = mostly(clear[:, :, 0]) & ~padding
     kept = torch.where(kept.any(dim=1, keepdim=True), kept, snow_free)
     kept = torch.where(kept.any(dim=1, keepdim=True), kept, ~padding)
     return ~kept

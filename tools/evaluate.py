@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -46,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     manifest = open_shards(arguments.shards)
     if unknown := [name for name in arguments.without if name not in task.modalities]:
         raise InputError(f"--without {unknown[0]}: the model reads {', '.join(task.modalities)}")
-    seen = [name for name in task.modalities if name not in arguments.without]
+    seen = [name for name in task.modalities if name not in arguments.without and name in manifest.registry]
+    if lacking := [name for name in (*task.modalities, *task.labels) if name not in manifest.registry]:
+        print(f"bocage: {manifest.path} has no {', '.join(lacking)}: measuring without", file=sys.stderr)
     sets = {"all" if not arguments.without else f"without {' '.join(arguments.without)}": seen}
     if arguments.missing and len(seen) > 1:
         sets |= {f"without {name}": [other for other in seen if other != name] for name in seen}

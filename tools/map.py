@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -45,10 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     task = load_segmentation(arguments.run_folder / "model")
     rasters, reference = open_rasters(task, _pairs("--raster", arguments.raster), _pairs("--dates", arguments.dates))
     plan = plan_zone(task, reference, arguments.overlap)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # Ranks wait for each other at the end only, and for the first to put the tiles together.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("tiles"), *columns, disable=not state.is_main_process) as progress:
-        bar = progress.add_task("tiles", total=len(plan.tiles()))
+        bar = progress.add_task("tiles", total=None)
         paths = map_zone(
             task,
             rasters,
@@ -57,10 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             kind="probabilities" if arguments.probabilities else "classes",
             batch_size=arguments.batch_size,
             device=state.device,
-            rank=state.process_index,
-            world=state.num_processes,
-            meet=state.wait_for_everyone,
-            progress=lambda done, _: progress.update(bar, completed=done),
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     if state.is_main_process:
         for name, path in paths.items():

@@ -64,6 +64,8 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}"
             )
+        if self.schedule == "one_cycle" and self.final_learning_rate:
+            raise ValueError("optimizer.final_learning_rate is of schedule=cosine: one_cycle has its own end")
         if self.base_batch < 0:
             raise ValueError(f"optimizer.base_batch must not be negative, not {self.base_batch}")
         if not 0 < self.layer_decay <= 1:

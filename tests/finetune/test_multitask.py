@@ -182,6 +182,16 @@ def test_nothing_scored_is_a_loss_of_zero_with_gradients(config: LossConfig) -> 
     assert not logits.grad.any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"pixels": "focal"}, {"overlap": "dice"}, {"overlap": "lovasz"}])
+def test_of_a_class_of_weight_zero_nothing_is_learned(settings: dict) -> None:
+    logits, targets = pixels()
+    scored(LossConfig(class_weights={"b": 0.0}, **settings), logits, targets).backward()
+    assert logits.grad is not None
+    gradients = logits.grad.permute(0, 2, 3, 1)
+    assert not gradients[targets == 1].any()
+    assert gradients[targets == 0].any()
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
@@ -195,7 +205,7 @@ def test_losses_that_cannot_be_are_refused(config: LossConfig, sentence: str) ->
 
 
 @pytest.mark.parametrize(
-    "settings", [{"pixels": "hinge"}, {"overlap": "jaccard"}, {"gamma": -1.0}, {"class_weights": {"a": -1.0}}]
+    "settings", [{"pixels": "hinge"}, {"overlap": "jaccard"}, {"gamma": -1.0}, {"class_weights": {"a": float("nan")}}]
 )
 def test_impossible_settings_name_their_key(settings: dict) -> None:
     with pytest.raises(ValueError, match=f"loss.{next(iter(settings))}"):

@@ -24,6 +24,7 @@ from bocage.finetune.zone_rasters import ZoneRaster, open_rasters
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
+from bocage.shards.inputs import unclear_dates
 from bocage.shards.patches import ShardPatches
 from bocage.shards.writer import write_shards
 from bocage.tools.main import main
@@ -193,6 +194,33 @@ def test_infrared_is_no_alpha_and_an_alpha_is(tmp_path: Path) -> None:
         assert np.isnan(masked[:, :, 30:]).all()
 
 
+def test_a_gap_of_one_date_is_no_gap_of_another(tmp_path: Path) -> None:
+    series = np.full((20, 12, 12), 1000, np.int16)
+    series[:10, :, 6:] = -9999
+    path = write(tmp_path / "s2.tif", series, 10.0, nodata=-9999)
+    found = ZoneRaster(S2, path, 10, 10.24, np.array([0, 30])).read(LEFT, TOP, 102.4)
+    assert np.isnan(found[0, :, :, 7:]).all()
+    assert (found[0, :, :, :5] == 1000).all()
+    assert (found[1] == 1000).all()
+    fine = np.full((4, 1100, 1100), 200, np.uint8)
+    fine[1, 500:] = 0
+    found = ZoneRaster("X", write(tmp_path / "fine.tif", fine, 0.1, nodata=0), 4, 0.2, None).read(LEFT, TOP, 102.4)
+    assert np.isnan(found[1, 251:]).all()
+    assert (found[[0, 2, 3]] == 200).all()
+
+
+def test_clouds_count_at_the_border_and_where_zero_is_nodata(tmp_path: Path) -> None:
+    clouds = np.zeros((4, 12, 12), np.uint8)
+    clouds[:2] = 100  # the first of two dates
+    days = np.array([0, 30])
+    for nodata in (None, 0):
+        path = write(tmp_path / f"clouds-{nodata}.tif", clouds, 10.24, nodata=nodata)
+        raster = ZoneRaster("SENTINEL2_MSK-SC", path, 2, 10.24, days, counted=True)
+        for left in (LEFT, LEFT + 51.2):  # inside, and beyond the border by a third
+            values = torch.from_numpy(raster.read(left, TOP, 102.4))[None]
+            assert unclear_dates(values, torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize(("gsd", "pixel"), [(0.2, 0.2), (0.2, 0.05), (0.2, 0.5), (1.6, 1.5), (10.24, 10.0)])
 def test_an_edge_stays_where_it_is_whatever_the_pixel(gsd: float, pixel: float, tmp_path: Path) -> None:
     edge = 61.3  # metres to the right of a corner that lies beside the grid of the windows
@@ -300,6 +328,11 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, capsys: pytest
     far = write(tmp_path / "utm.tif", np.ones((10, 9, 9), np.uint16), 10.0, crs="EPSG:32631")
     three = write(tmp_path / "three.tif", image[:3], 0.2)
     degrees = write(tmp_path / "degrees.tif", image, 1e-5, left=2.0, top=48.0, crs="EPSG:4326")
+    feet = write(tmp_path / "feet.tif", image, 0.2, crs="EPSG:2263")
+    away = write(tmp_path / "away.tif", np.ones((30, 9, 9), np.uint16), 10.0, left=LEFT + 200_000)
+    mixed = write(tmp_path / "mixed.tif", np.concatenate([image, image[:1]]), 0.2)
+    with rasterio.open(mixed, "r+") as file:
+        file.colorinterp = [*file.colorinterp[:3], ColorInterp.alpha, ColorInterp.undefined]
     (tmp_path / "text.tif").write_text("no raster")
     (tmp_path / "bad.txt").write_text("2021-05-15\n15 May\n")
     dated = ["--dates", f"{S2}={dates_file(tmp_path, 3)}"]
@@ -314,6 +347,9 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, capsys: pytest
         (both, [good, series, *dated], "good.tif has 4 bands; SENTINEL2_TS needs 30 of 3 dates with 10 bands each"),
         (both, [good, series, "--dates", f"{S2}={tmp_path / 'bad.txt'}"], "bad.txt: one date a line is expected"),
         (both, [good, f"{S2}={far}", "--dates", f"{S2}={dates_file(tmp_path, 1)}"], "utm.tif is in EPSG:32631 and"),
+        (both, [good, f"{S2}={away}", *dated], "away.tif and"),
+        (run, [f"{AERIAL}={feet}"], "feet.tif is in EPSG:2263, not in metres"),
+        (run, [f"{AERIAL}={mixed}"], "mixed.tif has 5 bands; AERIAL_RGBI needs 4"),
         (run, [good, "--overlap", "60"], "--overlap 60: it must be between 0 and 51.2 m"),
     ]
     for folder, words, sentence in cases:
@@ -324,6 +360,60 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, capsys: pytest
     assert main(["map", str(run), str(tmp_path / "out"), "--raster", good]) == 0
     assert main(["map", str(run), str(tmp_path / "out"), "--raster", good, "--overlap", "0"]) == 2
     assert "holds a map made otherwise (grid): choose another folder" in capsys.readouterr().err
+
+
+def test_whatever_is_left_of_a_map_it_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = model(AERIAL)
+    rasters, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "a.tif", ground(300, 300), 0.2)}, {})
+    plan, out = plan_zone(chosen, reference, 0.0), tmp_path / "zone"
+    done: list[int] = []
+
+    def make() -> bytes:
+        done.clear()
+        (path,) = map_zone(chosen, rasters, plan, out, progress=lambda number, _: done.append(number)).values()
+        return path.read_bytes()
+
+    first = make()
+    assert done == [1]
+    assert not (out / "tiles" / "classes").exists()
+    assert make() == first
+    assert not done
+    facts = out / "classes.json"
+    facts.write_text(facts.read_text().replace('"finished": true', '"finished": false'))  # killed before it was said
+    (out / "tiles" / "classes" / COSIA).mkdir(parents=True)
+    write(out / "tiles" / "classes" / COSIA / "0_0.tif", ground(300, 300)[:1], 0.2)
+    assert make() == first
+    assert not done
+    facts.write_text("")
+    with pytest.raises(InputError, match=r"classes.json is not a description of a map"):
+        make()
+
+
+# Holds a folder until its standard input is closed.
+HOLDER = """
+import sys
+from pathlib import Path
+from bocage.ssl.engine.resume import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_map_into_one_folder(tmp_path: Path) -> None:
+    # Some five seconds: another process loads torch.
+    chosen = model(AERIAL)
+    rasters, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "a.tif", ground(60, 60), 0.2)}, {})
+    plan, out = plan_zone(chosen, reference, 0.0), tmp_path / "zone"
+    out.mkdir()
+    line = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(line, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdin is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match=r"zone"):
+            map_zone(chosen, rasters, plan, out)
+        holder.stdin.close()
+    assert map_zone(chosen, rasters, plan, out)[COSIA].is_file()
 
 
 def test_another_name_of_the_same_coordinate_system_is_taken(tmp_path: Path) -> None:

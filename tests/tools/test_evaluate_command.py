@@ -58,6 +58,16 @@ def test_sensors_are_taken_from_a_model_one_by_one(folder: Path, capsys: pytest.
     assert less[f"without {S2}"] == metrics[f"without {S2}"]
 
 
+def test_shards_that_lack_a_sensor_and_a_label(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(Catalogue.open(folder / "tree", modalities=[AERIAL, COSIA]), folder / "fewer")
+    words = ["evaluate", str(folder / "run"), str(folder / "fewer"), str(folder / "fewer_scores"), "--missing"]
+    assert main(words) == 0
+    assert f"has no {S2}, {LPIS}: measuring without" in capsys.readouterr().err
+    metrics = json.loads((folder / "fewer_scores" / "metrics.json").read_text())
+    assert set(metrics) == {"patches", "all"}
+    assert set(metrics["all"]) == {COSIA}
+
+
 def test_what_cannot_be_evaluated_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(folder / "run"), str(folder / "shards"), str(folder / "none")]
     for more, sentence in (
