@@ -147,7 +147,6 @@ def map_zone(
         """The tiles that are missing, for all ranks; none where the map is whole."""
         if rank:
             return []
-        out.mkdir(parents=True, exist_ok=True)
         if _claim(facts, description) and all(path.exists() for path in paths.values()):
             return []
         for name in task.targets:
@@ -172,6 +171,7 @@ def map_zone(
             temporary.write_text(json.dumps({**description, "finished": True}, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
 
+    agreed(_told(lambda: out.mkdir(parents=True, exist_ok=True), out))
     with rasterio.Env(GDAL_CACHEMAX=_CACHE), claimed(out):
         missing = agreed(_told(begin, out))[0]
         agreed(_told(work, out))

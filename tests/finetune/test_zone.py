@@ -405,7 +405,7 @@ def test_two_processes_do_not_map_into_one_folder(tmp_path: Path) -> None:
     chosen = model(AERIAL)
     rasters, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "a.tif", ground(60, 60), 0.2)}, {})
     plan, out = plan_zone(chosen, reference, 0.0), tmp_path / "zone"
-    out.mkdir()
+    out.mkdir()  # as the other process would
     line = [sys.executable, "-c", HOLDER, str(out)]
     with subprocess.Popen(line, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdin is not None
