@@ -23,6 +23,7 @@ from torch import nn
 
 from bocage import recipes
 from bocage.finetune import train as finetuning
+from bocage.finetune.config import FinetuneConfig
 from bocage.shards.batch import Batch
 from bocage.shards.inputs import wanted_modalities
 from bocage.shards.manifest import Manifest
@@ -47,8 +48,8 @@ def built(variant: str, side: float, manifest: Manifest) -> tuple[nn.Module, Bat
     labels = []
     if variant == "supervised":
         words = ["recipe=finetune_cosia", f"modalities=[{aerial}]", *SWIN]
-        config = recipes.resolve(finetuning.FinetuneConfig, words)
-        task, labels = finetuning.build_task(config, manifest), [config.label]
+        config = recipes.resolve(FinetuneConfig, words)
+        task, labels = finetuning.build_task(config, manifest), config.labels
         names = [aerial]
     else:
         own = ALONE.get(variant) or TOGETHER[variant]
