@@ -72,7 +72,7 @@ class Variant:
 
 
 VARIANTS = {
-    "masked": Variant("masked, packed, masks of each sensor its own", MASKED, main=True),
+    "masked": Variant("masked, packed, masks of each sensor its own", MASKED, main=True, longer=True),
     "combined": Variant("masked and dense contrast, as `mae_multimodal`", main=True, longer=True),
     "less contrast": Variant("masked and a little dense contrast", ["weights.contrastive=0.02"]),
     "contrastive": Variant("dense contrast alone", ["weights.masked=0", "weights.contrastive=1"], main=True),
