@@ -80,7 +80,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     scored = targets != IGNORED
     if weights is None:
         return total / scored.sum().clamp_min(1)
-    return total / weights[targets[scored]].sum().clamp_min(torch.finfo(torch.float32).tiny)
+    shares = weights[targets.clamp_min(0)] * scored
+    return total / shares.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class SegmentationLoss(nn.Module):

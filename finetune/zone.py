@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import rasterio
 import torch
-from rasterio._err import CPLE_BaseError
+from rasterio._err import CPLE_BaseError  # what GDAL's own errors are, and rasterio.errors does not have
 from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
@@ -143,18 +143,16 @@ def map_zone(
     def files(tile: tuple[int, int]) -> dict[str, Path]:
         return {name: folder / name / f"{tile[0]}_{tile[1]}.tif" for name in task.targets}
 
-    def begin() -> list[tuple[int, int]]:
-        """The tiles that are missing, for all ranks; none where the map is whole."""
-        if rank:
-            return []
-        if _claim(facts, description) and all(path.exists() for path in paths.values()):
-            return []
+    def begin() -> list[tuple[int, int]] | None:
+        """The tiles that are missing, for all ranks; None where the map is whole."""
+        if rank or (_claim(facts, description) and all(path.exists() for path in paths.values())):
+            return None
         for name in task.targets:
             (folder / name).mkdir(parents=True, exist_ok=True)
         return [tile for tile in plan.tiles() if not all(path.exists() for path in files(tile).values())]
 
     def work() -> None:
-        own = missing[rank::world]
+        own = (missing or [])[rank::world]
         for number, tile in enumerate(own, start=1):
             for name, values in _tile(task, rasters, plan, tile, kind, batch_size, torch.device(device)).items():
                 _write_tile(files(tile)[name], values, plan, tile)
@@ -164,12 +162,11 @@ def map_zone(
     def end() -> None:
         if rank:
             return
-        if folder.exists() and not all(path.exists() for path in paths.values()):
+        if missing is not None:
             for name, target in task.targets.items():
                 write_cog(paths[name], folder / name, plan, target.scheme, kind)
-        with written_atomically(facts) as temporary:
-            temporary.write_text(json.dumps({**description, "finished": True}, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+            _describe(facts, description, finished=True)
+        shutil.rmtree(folder, ignore_errors=True)  # or what is left of a folder whose removal was broken off
 
     agreed(_told(lambda: out.mkdir(parents=True, exist_ok=True), out))
     with rasterio.Env(GDAL_CACHEMAX=_CACHE), claimed(out):
@@ -305,8 +302,7 @@ def _claim(path: Path, description: dict[str, Any]) -> bool:
         InputError: there is one of another map.
     """
     if not path.exists():
-        with written_atomically(path) as temporary:
-            temporary.write_text(json.dumps({**description, "finished": False}, indent=1) + "\n", encoding="utf-8")
+        _describe(path, description, finished=False)
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -314,6 +310,11 @@ def _claim(path: Path, description: dict[str, Any]) -> bool:
     if differing := [key for key in description if found.get(key) != description[key]]:
         raise InputError(f"{path.parent} holds a map made otherwise ({', '.join(differing)}): choose another folder")
     return bool(found.get("finished"))
+
+
+def _describe(path: Path, description: dict[str, Any], *, finished: bool) -> None:
+    with written_atomically(path) as temporary:
+        temporary.write_text(json.dumps({**description, "finished": finished}, indent=1) + "\n", encoding="utf-8")
 
 
 def _description(task: Segmentation, rasters: Mapping[str, ZoneRaster], plan: Plan, batch_size: int) -> dict[str, Any]:

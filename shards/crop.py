@@ -30,9 +30,11 @@ def valid_sides(modalities: Iterable[Modality]) -> list[float]:
     return [count * step / 1000 for count in range(1, round(PATCH_SIZE * 1000) // step + 1)]
 
 
-def fits(side: float, sides: Iterable[float]) -> bool:
-    """Whether ``side`` is one of the ``sides``, rounding aside."""
-    return any(math.isclose(side, valid, abs_tol=1e-6) for valid in sides)
+def misfit(side: float, sides: Iterable[float]) -> str:
+    """Why ``side`` is none of the ``valid_sides``; empty when it is one, rounding aside."""
+    if any(math.isclose(side, valid, abs_tol=1e-6) for valid in sides):
+        return ""
+    return f"wider than a patch of {PATCH_SIZE:g} m" if side > PATCH_SIZE else "not whole pixels in every modality"
 
 
 def shown_sides(sides: Sequence[float]) -> str:
@@ -45,8 +47,7 @@ def shown_sides(sides: Sequence[float]) -> str:
 def check_side(side: float, modalities: Iterable[Modality]) -> None:
     """Raise ``InputError`` unless a window of ``side`` metres can be cut from every modality without resampling."""
     sides = valid_sides(modalities)
-    if not fits(side, sides):
-        why = f"wider than a patch of {PATCH_SIZE:g} m" if side > PATCH_SIZE else "not whole pixels in every modality"
+    if why := misfit(side, sides):
         raise InputError(f"window={side:g}: {why}; windows of these modalities are {shown_sides(sides)} wide")
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from bocage.shards.crop import fits, shown_sides, valid_sides
+from bocage.shards.crop import misfit, shown_sides, valid_sides
 from bocage.shards.draws import permutations, uniform
 from bocage.shards.errors import InputError
 from bocage.shards.inputs import EncoderInput
@@ -176,8 +176,11 @@ def check_window(
         reconstructed: whether series are divided into mask units, too, which ``masked`` reconstructs.
     """
     blocks = blocks_of(modalities, config)
+    cut = valid_sides(modalities.values())
 
-    def misfit(window: float) -> str:
+    def why_not(window: float) -> str:
+        if found := misfit(window, cut):
+            return found
         for name, modality in modalities.items():
             pixels = round(window / modality.gsd)
             if modality.role == "image":
@@ -188,16 +191,12 @@ def check_window(
                 return f"{name} is {window:g} m wide there and is reconstructed in units of {unit:g} m"
         return ""
 
-    cut = valid_sides(modalities.values())
-    if fits(side, cut) and not misfit(side):
+    if not (why := why_not(side)):
         return
-    fitting = [window for window in cut if not misfit(window)]
+    fitting = [window for window in cut if not why_not(window)]
     if not fitting:
         blamed = " or ".join(f"masking.blocks.{name}" for name in config.blocks) or "modalities"
-        raise InputError(f"window={side:g}: no window fits, {misfit(cut[-1])}; change {blamed}")
-    why = misfit(side) if fits(side, cut) else "not whole pixels in every modality"
-    if side > cut[-1]:
-        why = f"wider than a patch of {cut[-1]:g} m"
+        raise InputError(f"window={side:g}: no window fits, {why_not(cut[-1])}; change {blamed}")
     raise InputError(f"window={side:g}: {why}; windows that fit are {shown_sides(fitting)} wide")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.encoders.sources import pretrained_encoder
 from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.engine.distributed import is_main
+from bocage.ssl.engine.distributed import announced, is_main
 from bocage.ssl.engine.loop import train
 from bocage.ssl.engine.run import Outcome
 from bocage.ssl.latent import Latent, LatentConfig
@@ -168,7 +167,7 @@ def _input(modality: Modality) -> Modality:
 def _check_comparisons(config: PretrainConfig) -> None:
     """Raises ``InputError`` where a term would compare a sample or a sensor with nothing, and be 0 in every step."""
     compared = [name for name in ("contrastive", "global") if config.weights.get(name)]
-    alone = config.batch_size * int(os.environ.get("WORLD_SIZE", "1")) < 2
+    alone = config.batch_size * announced()[1] < 2
     for name in compared:
         if alone and not (name == "contrastive" and config.contrastive.queue):
             raise InputError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from bocage.shards.errors import InputError
+
 
 def positive(text: str) -> int:
     """A whole number from 1."""
@@ -24,6 +26,21 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
+
+
+def pairs(option: str, words: list[str]) -> dict[str, str]:
+    """What the words ``MODALITY=VALUE`` of an option say, by modality.
+
+    Raises:
+        InputError: another word, or a modality twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator or not name or not value or name in found:
+            raise InputError(f"{option} {word}: expected MODALITY=VALUE, each modality once")
+        found[name] = value
+    return found
 
 
 def _from(least: int, text: str) -> int:

@@ -16,6 +16,7 @@ from bocage.finetune.task import Segmentation, load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.files import check_new_folder, written_atomically
 from bocage.ssl.encoders.keys import KeyReport
+from bocage.tools.arguments import pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +85,8 @@ def _from_official(arguments: argparse.Namespace) -> KeyReport:
     model, report = load_official(
         arguments.source,
         arch=arguments.arch,
-        image_sizes={name: _pixels(name, text) for name, text in _pairs("--image-size", arguments.image_size).items()},
-        channels={name: text.split(",") for name, text in _pairs("--channels", arguments.channels).items()},
+        image_sizes={name: _pixels(name, text) for name, text in pairs("--image-size", arguments.image_size).items()},
+        channels={name: text.split(",") for name, text in pairs("--channels", arguments.channels).items()},
         auxiliary=not arguments.drop_auxiliary,
     )
     for folder in from_official(model, arguments.destination, any_size=not arguments.fixed_size):
@@ -95,16 +96,6 @@ def _from_official(arguments: argparse.Namespace) -> KeyReport:
         _print_inputs(task)
         break
     return report
-
-
-def _pairs(option: str, words: list[str]) -> dict[str, str]:
-    pairs = {}
-    for word in words:
-        name, separator, value = word.partition("=")
-        if not separator or not name or not value or name in pairs:
-            raise InputError(f"{option} {word}: expected MODALITY=VALUE, each modality once")
-        pairs[name] = value
-    return pairs
 
 
 def _pixels(name: str, text: str) -> int:

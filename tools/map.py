@@ -13,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bocage.finetune.task import load_segmentation
 from bocage.finetune.zone import map_zone, plan_zone
 from bocage.finetune.zone_rasters import open_rasters
-from bocage.shards.errors import InputError
-from bocage.tools.arguments import positive
+from bocage.tools.arguments import pairs, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Map the zone, or go on with it, and say where the maps are."""
     task = load_segmentation(arguments.run_folder / "model")
-    rasters, reference = open_rasters(task, _pairs("--raster", arguments.raster), _pairs("--dates", arguments.dates))
+    files, dates = (
+        {name: Path(value) for name, value in pairs(option, words).items()}
+        for option, words in (("--raster", arguments.raster), ("--dates", arguments.dates))
+    )
+    rasters, reference = open_rasters(task, files, dates)
     plan = plan_zone(task, reference, arguments.overlap)
     # Ranks wait for each other at the end only, and for the first to put the tiles together.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
@@ -66,13 +69,3 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name}: {path}")
     state.destroy_process_group()
     return 0
-
-
-def _pairs(option: str, words: list[str]) -> dict[str, Path]:
-    pairs = {}
-    for word in words:
-        name, separator, value = word.partition("=")
-        if not separator or not name or not value or name in pairs:
-            raise InputError(f"{option} {word}: expected NAME=FILE, each name once")
-        pairs[name] = Path(value)
-    return pairs

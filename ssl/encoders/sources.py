@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.encoders.timm_format import architecture_of
+from bocage.ssl.engine.distributed import announced
 
 IMAGENET, SCRATCH = "imagenet", "scratch"
 
@@ -73,8 +73,8 @@ def pretrained_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
 
 
 def _tell(text: str) -> None:
-    """What was loaded, on stderr and once for all ranks, which are told their number before they meet."""
-    if os.environ.get("RANK", "0") == "0":
+    """What was loaded, on stderr and once for all ranks."""
+    if announced()[0] == 0:
         print(f"bocage: {text}", file=sys.stderr)
 
 

@@ -204,6 +204,11 @@ def from_main(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def announced() -> tuple[int, int]:
+    """Rank and number of ranks as a launcher tells them, before the process group exists: (0, 1) without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
     state = PartialState()

@@ -341,7 +341,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, capsys: pytest
         (run, [f"{AERIAL}={tmp_path / 'text.tif'}"], "text.tif: cannot be opened as a raster"),
         (run, [f"{AERIAL}={three}"], "three.tif has 3 bands; AERIAL_RGBI needs 4"),
         (run, [series], f"--raster {S2}: the model reads AERIAL_RGBI"),
-        (run, [AERIAL], "expected NAME=FILE"),
+        (run, [AERIAL], "expected MODALITY=VALUE, each modality once"),
         (run, [f"{AERIAL}={degrees}"], "degrees.tif is in EPSG:4326, not in metres"),
         (both, [good, series], f"--dates {S2}=FILE is missing"),
         (both, [good, series, *dated], "good.tif has 4 bands; SENTINEL2_TS needs 30 of 3 dates with 10 bands each"),
@@ -381,9 +381,13 @@ def test_whatever_is_left_of_a_map_it_is_made_once(tmp_path: Path, capsys: pytes
     facts = out / "classes.json"
     facts.write_text(facts.read_text().replace('"finished": true', '"finished": false'))  # killed before it was said
     (out / "tiles" / "classes" / COSIA).mkdir(parents=True)
-    write(out / "tiles" / "classes" / COSIA / "0_0.tif", ground(300, 300)[:1], 0.2)
+    write(out / "tiles" / "classes" / COSIA / "0_0.tif", read(out / f"{COSIA}.tif"), 0.2)
     assert make() == first
     assert not done
+    facts.unlink()
+    (out / f"{COSIA}.tif").write_bytes(b"another map")
+    assert make() == first
+    assert done == [1]
     facts.write_text("")
     with pytest.raises(InputError, match=r"classes.json is not a description of a map"):
         make()
