@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PATCHES, SAMPLE_SEED = 1000, 11
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.01, 0.05, 0.1)
-MIDDLE = 0.05  # where every variant is fine-tuned, and where longer fine-tuning is compared
+MIDDLE = 0.05  # where every variant is fine-tuned, and encoders from scratch for longer
 IMAGE, SERIES = "AERIAL_RGBI", "SENTINEL2_TS"
 SENSORS = (IMAGE, "SPOT_RGBI", SERIES)
 _COMMON = ["workers=0", "engine.save_every=0", "engine.log_every=50"]
@@ -25,7 +25,7 @@ PRETRAIN = ["recipe=quickstart", "engine.steps=400", "engine.optimizer.warmup_st
 MASKED = ["weights.masked=1", "weights.contrastive=0"]
 FINETUNE = ["recipe=finetune_quickstart", "predictions=0", "test=none", "batch_size=8", *_COMMON]
 FINETUNE += ["engine.optimizer.learning_rate=5.0e-3", "encoder_lr=0.2"]
-STEPS, LONGER = 250, 3  # of fine-tuning; longer runs take so many times as many
+SHORT, STEPS, LONG = 250, 750, 2250  # of fine-tuning
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A way to fine-tune: the task, the share of labelled patches and the multiple of the usual steps."""
+    """A way to fine-tune."""
 
     task: str
-    fraction: float
-    times: int = 1
+    fraction: float  # of the labelled patches
+    steps: int = STEPS
 
     @property
     def title(self) -> str:
         """For the head of a column."""
-        return f"{self.task}, {self.fraction:.0%}" + (f", {self.times} x steps" if self.times > 1 else "")
+        return f"{self.task}, {self.fraction:.0%}" + (f", {self.steps:,} steps" if self.steps != STEPS else "")
 
 
 SPREAD = {"spread image": IMAGE, "spread series": SERIES}
@@ -67,13 +67,13 @@ class Variant:
     words: list[str] = field(default_factory=list)
     groups: tuple[tuple[str, ...], ...] = (SENSORS,)
     main: bool = False  # fine-tuned for both tasks at all fractions, others for land cover at one
-    longer: bool = False  # fine-tuned for longer too
+    short: bool = False  # fine-tuned for fewer steps too
     against: str = "masked"  # what it is compared with
 
 
 VARIANTS = {
-    "masked": Variant("masked, packed, masks of each sensor its own", MASKED, main=True, longer=True),
-    "combined": Variant("masked and dense contrast, as `mae_multimodal`", main=True, longer=True),
+    "masked": Variant("masked, packed, masks of each sensor its own", MASKED, main=True, short=True),
+    "combined": Variant("masked and dense contrast, as `mae_multimodal`", main=True, short=True),
     "less contrast": Variant("masked and a little dense contrast", ["weights.contrastive=0.02"]),
     "contrastive": Variant("dense contrast alone", ["weights.masked=0", "weights.contrastive=1"], main=True),
     "one sensor": Variant("masked, each sensor from itself alone", MASKED, ((IMAGE,), (SERIES,))),
@@ -92,21 +92,23 @@ VARIANTS = {
     "joint": Variant("masked, the same ground hidden from all images", [*MASKED, "masking.joint=true"]),
     "plain targets": Variant("masked, targets not normalised", [*MASKED, "masked.normalize_targets=false"]),
     "combined, 4 x": Variant(
-        "combined, four times the steps of pretraining", ["engine.steps=1600"], longer=True, against="combined"
+        "combined, four times the steps of pretraining", ["engine.steps=1600"], against="combined"
     ),
 }
 SCRATCH = "scratch"
 
 
 def cases(start: str) -> list[Case]:
-    """How encoders of a start are fine-tuned."""
+    """How encoders of a start are fine-tuned, what matters most first."""
     variant = VARIANTS.get(start)
-    found = [Case(task, fraction) for fraction in FRACTIONS for task in TASKS]
     if variant and not variant.main:
-        tasks = TASKS if variant.longer else ["land cover"]
-        found = [Case(task, MIDDLE) for task in tasks]
-    if not variant or variant.longer:
-        found += [Case(task, MIDDLE, LONGER) for task in TASKS]
+        return [Case("land cover", MIDDLE)]
+    found = [Case(task, MIDDLE) for task in TASKS]
+    found += [Case(task, fraction) for task in TASKS for fraction in FRACTIONS if fraction != MIDDLE]
+    if not variant:
+        found += [Case("land cover", MIDDLE, LONG)]
+    if not variant or variant.short:
+        found += [Case(task, fraction, SHORT) for task in TASKS for fraction in FRACTIONS]
     return found
 
 
@@ -163,7 +165,7 @@ class Study:
         """Words of the command line and folder of a fine-tuning run, from a variant's encoder or from scratch."""
         sensor = TASKS[case.task].sensor
         words = [*FINETUNE, *TASKS[case.task].words, f"modalities=[{sensor}]", f"train_fraction={case.fraction:g}"]
-        words += [f"engine.seed={seed}", f"engine.steps={STEPS * case.times}"]
+        words += [f"engine.seed={seed}", f"engine.steps={case.steps}"]
         if start in VARIANTS:
             words.append(f"encoders.{sensor}={self.encoder(start, seed, sensor)}")
         return words, self.folder / "finetune" / _named(f"{start}-{seed}-{case.task}-{case.fraction:g}", words)
@@ -187,33 +189,33 @@ class Study:
             words = [self.folder, "--probe", start, "--seed", str(seed)]
             self.command(f"probe-{output.stem}", Path(__file__).with_name("design_choices.py"), *words)
 
-    def chain(self, start: str, seed: int) -> list[Callable[[], None]]:
-        """All runs of a start and a seed, in the order in which they need each other."""
-        work: list[Callable[[], None]] = [lambda: self.pretrain(start, seed)] if start in VARIANTS else []
-        work.append(lambda: self.probe(start, seed))
-        return work + [lambda c=case: self.finetune(start, seed, c) for case in cases(start)]
-
-    def run(self, starts: Iterable[str]) -> None:
-        """Everything, the chains of ``processes`` starts at a time; all seeds of a start before the next start."""
+    def run(self, starts: list[str]) -> None:
+        """Everything, ``processes`` runs at a time: pretraining and probes, then fine-tuning, by importance."""
         self.data()
-        chains = [self.chain(start, seed) for start in starts for seed in SEEDS]
+
+        def prepare(start: str, seed: int) -> None:
+            if start in VARIANTS:
+                self.pretrain(start, seed)
+            self.probe(start, seed)
+
+        every = [(start, case) for start in starts for case in cases(start)]
+        rank = {case: number for number, case in enumerate(cases(SCRATCH))}
+        every.sort(key=lambda item: rank[item[1]])
+        first = [partial(prepare, start, seed) for start in starts for seed in SEEDS]
+        then = [partial(self.finetune, start, seed, case) for start, case in every for seed in SEEDS]
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(TextColumn("runs"), *columns) as progress:
-            bar = progress.add_task("runs", total=sum(len(chain) for chain in chains))
-
-            def work(chain: list[Callable[[], None]]) -> None:
-                for item in chain:
-                    item()
-                    progress.advance(bar)
-
-            with ThreadPoolExecutor(self.processes) as pool:
-                futures = [pool.submit(work, chain) for chain in chains]
-                try:
-                    for future in futures:
-                        future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            bar = progress.add_task("runs", total=len(first) + len(then))
+            for work in (first, then):
+                with ThreadPoolExecutor(self.processes) as pool:
+                    futures = [pool.submit(item) for item in work]
+                    try:
+                        for future in as_completed(futures):
+                            future.result()
+                            progress.advance(bar)
+                    except BaseException:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
 
     def value(self, start: str, seed: int, what: str | Case) -> float | None:
         """mIoU in percent, of fine-tuning or of a probe, or a spread; None where it was not run."""
