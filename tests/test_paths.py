@@ -23,6 +23,7 @@ from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 
 DATA = Path(__file__).parent / "data"
+COSIA, LPIS = "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
 
 
 def losses(output: Path, name: str = "loss") -> list[float]:
@@ -76,6 +77,28 @@ def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
 def test_real_patches_are_fitted(tmp_path: Path) -> None:
     words = ("window=102.4", "batch_size=3", "decoder.norm=batch", "engine.steps=280")
     assert take_real_patches_to_maps(tmp_path, *words, "engine.optimizer.learning_rate=3e-3") > 80
+
+
+@pytest.mark.slow  # About four minutes each: it trains until four simulated patches are fitted.
+@pytest.mark.parametrize("labels", [[COSIA], [LPIS], [COSIA, LPIS]])
+def test_simulated_scenes_are_fitted(tmp_path: Path, labels: list[str]) -> None:
+    write_tree(tmp_path / "tree", patches=4, seed=5)
+    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    settings = [
+        "recipe=finetune_quickstart",
+        f"shards={manifest.path}",
+        f"output={tmp_path / 'run'}",
+        f"labels=[{','.join(labels)}]",
+        "modalities=[AERIAL_RGBI,SENTINEL2_TS]",
+        "split=all",
+        "workers=0",
+        "predictions=0",
+        "engine.steps=300",
+        "engine.optimizer.learning_rate=5e-3",
+    ]
+    result = finetune(recipes.resolve(FinetuneConfig, settings))
+    for label in labels:
+        assert result["valid"][label]["strict"]["miou"] > 80, label
 
 
 # About 15 s: U-TAE on 146, 115 and 235 real dates.
