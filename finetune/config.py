@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bocage.finetune.subsets import TRACKS, Track
 from bocage.finetune.supervision import Supervision, TaskConfig
 from bocage.finetune.upernet import DecoderConfig
 from bocage.shards.cache import CacheConfig
+from bocage.shards.manifest import EVERY_SAMPLE
 from bocage.shards.modality import PATCH_SIZE
 from bocage.ssl.encoders.base import EncoderConfig
 from bocage.ssl.engine.config import EngineConfig
@@ -38,8 +40,11 @@ class FinetuneConfig:
         auxiliary_weight: weight of the mean of their losses beside the main one.
         split: split column of the shards, or ``all``: train on every patch and measure the fit on the same ones.
         train, valid, test: values of the split. Without patches of the value ``test`` nothing is tested.
-        train_fraction: share of the training patches to use. Subsets are drawn by key and nested: a larger share
-            holds the smaller ones.
+        train_fraction: share of the training patches to use (``finetune.subsets``).
+        draw: which subset of that size; those of one draw are nested, a larger one holds the smaller ones.
+        track: whether subsets are of single patches (``patch``) or of whole regions (``roi``).
+        disjoint_validation: validate on whole regions that nothing is trained on, drawn within domains from the patches
+            of ``train`` and ``valid``, about as many as ``valid`` has.
         window: side of the ground window trained on, metres. Evaluation sees whole patches.
         batch_size: samples a rank and micro-batch.
         workers: reading processes of each rank.
@@ -72,6 +77,9 @@ class FinetuneConfig:
     valid: str = "valid"
     test: str = "test"
     train_fraction: float = 1.0
+    draw: int = 0
+    track: Track = "patch"
+    disjoint_validation: bool = False
     window: float = PATCH_SIZE
     batch_size: int = 4
     workers: int = 0
@@ -84,6 +92,10 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"train_fraction={self.train_fraction} is not in (0, 1]")
+        if self.track not in TRACKS:
+            raise ValueError(f"track={self.track} is not one of {', '.join(TRACKS)}")
+        if self.disjoint_validation and self.split == EVERY_SAMPLE:
+            raise ValueError(f"disjoint_validation: split={EVERY_SAMPLE} validates on what it trains on; name a split")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.batch_size == 1 and self.decoder.norm == "batch":

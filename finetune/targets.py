@@ -51,13 +51,17 @@ class Target:
         """The classes that are told apart."""
         return GROUPINGS[self.grouping].scheme if self.grouping else self.label.schemes[self.band]
 
+    @property
+    def groups(self) -> tuple[int, ...] | None:
+        """For each class of the label its class in ``scheme``; None where they are the same."""
+        return GROUPINGS[self.grouping].groups if self.grouping else None
+
     def truth(self, batch: Batch) -> torch.Tensor:
         """The label of each sample, (B, H, W) uint8, zeros where a sample lacks it."""
         values = batch.values[self.name][:, self.band]
-        if not self.grouping:
+        if self.groups is None:
             return values
-        groups = torch.tensor(GROUPINGS[self.grouping].groups, dtype=torch.uint8, device=values.device)
-        return groups[values.long()]
+        return torch.tensor(self.groups, dtype=torch.uint8, device=values.device)[values.long()]
 
     def to_json(self) -> dict[str, Any]:
         """What ``from_json`` reads."""

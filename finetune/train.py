@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.measure import Confusions, confusion, labelled_rows, monitored, summary, write_results
 from bocage.finetune.official import build_official
 from bocage.finetune.predict import draw_patches, predict_patches, readable_modalities
+from bocage.finetune.subsets import LabelledPatches, disjoint_regions, keys_digest, subset
 from bocage.finetune.supervision import TaskConfig
 from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
@@ -100,15 +99,33 @@ def _encoder(config: FinetuneConfig, manifest: Manifest, modality: Modality) -> 
     return pretrained_encoder(scratch, config.encoders[name], keep_architecture=False)
 
 
-def nested_subset(rows: np.ndarray, keys: Sequence[str], fraction: float) -> np.ndarray:
-    """The ``fraction`` (at least one) of ``rows`` whose keys come first in hash order, in their original order.
+def parts_of(config: FinetuneConfig, patches: ShardPatches, task: Segmentation) -> dict[str, np.ndarray]:
+    """Rows of the patches of ``train``, ``valid`` and, where there are any, ``test``: (N,) int64 each, ascending.
 
-    The order depends on nothing but the keys, so subsets are nested and the same in every run and in any shards.
+    Raises:
+        InputError: a part without patches.
     """
-    count = max(1, math.ceil(fraction * len(rows) - 1e-9))
-    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
-    first = sorted(range(len(rows)), key=digests.__getitem__)[:count]
-    return rows[np.sort(first)]
+    manifest = patches.manifest
+    train = labelled_rows(patches, task, config.split, config.train)
+    parts = {"train": train, "valid": train}
+    if config.split != EVERY_SAMPLE:
+        parts["valid"] = labelled_rows(patches, task, config.split, config.valid)
+        if config.test in manifest.column(config.split).unique().to_pylist():
+            parts["test"] = labelled_rows(patches, task, config.split, config.test)
+    if config.disjoint_validation:
+        both = np.union1d(train, parts["valid"])
+        rois, domains = (np.array(manifest.column(name).take(both).to_pylist()) for name in ("roi", "domain"))
+        chosen = disjoint_regions(rois, domains, len(parts["valid"]) / len(both))
+        parts |= {"train": both[~chosen], "valid": both[chosen]}
+        if not len(parts["valid"]):
+            raise InputError(f"disjoint_validation: the domains of {patches.path} have one region each, which stays")
+    if config.train_fraction < 1:
+        labelled = LabelledPatches.read(manifest, parts["train"], list(task.targets.values()))
+        kept = subset(labelled, config.train_fraction, draw=config.draw, track=config.track)
+        parts["train"] = parts["train"][kept]
+        if config.split == EVERY_SAMPLE:
+            parts["valid"] = parts["train"]
+    return parts
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -134,14 +151,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     torch.manual_seed(config.engine.seed)
     task = build_task(config, manifest)
     patches = ShardPatches(manifest)
-    rows = {"train": labelled_rows(patches, task, config.split, config.train)}
-    keys = manifest.column("key").take(rows["train"]).to_pylist()
-    rows["train"] = nested_subset(rows["train"], keys, config.train_fraction)
-    rows["valid"] = (
-        labelled_rows(patches, task, config.split, config.valid) if config.split != EVERY_SAMPLE else rows["train"]
-    )
-    if config.split != EVERY_SAMPLE and config.test in manifest.column(config.split).unique().to_pylist():
-        rows["test"] = labelled_rows(patches, task, config.split, config.test)
+    rows = parts_of(config, patches, task)
     source = TrainingStream(
         manifest,
         rows["train"],
@@ -203,6 +213,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "steps": outcome.step,
         "checkpoint": (outcome.best or outcome.last).name,
         "patches": {part: len(indices) for part, indices in rows.items()},
+        "train_keys": keys_digest(manifest.column("key").take(rows["train"]).to_pylist()),
         # Which parts were measured on patches that were trained on.
         "fit_only": ["valid"] if config.split == EVERY_SAMPLE else [],
     }

@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.measure import confusion, labelled_rows
 from bocage.finetune.supervision import TaskConfig
 from bocage.finetune.task import save_segmentation
-from bocage.finetune.train import build_task, finetune, nested_subset
+from bocage.finetune.train import build_task, finetune
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
@@ -254,6 +253,8 @@ def test_wrong_input_is_refused_before_any_work(
     ("changes", "key"),
     [
         ({"train_fraction": 0.0}, "train_fraction"),
+        ({"track": "pixel"}, "track=pixel"),
+        ({"disjoint_validation": True}, "disjoint_validation: split=all"),
         ({"batch_size": 0}, "batch_size"),
         ({"workers": -1}, "workers"),
         ({"batch_size": 1, "decoder": replace(DECODER, norm="batch")}, "decoder.norm=group"),
@@ -262,17 +263,6 @@ def test_wrong_input_is_refused_before_any_work(
 def test_impossible_values_are_named(changes: dict[str, object], key: str) -> None:
     with pytest.raises(ValueError, match=key):
         config(Path("s"), Path("o"), **changes)
-
-
-def test_subsets_are_nested_and_depend_on_keys_alone() -> None:
-    rows = np.arange(100) * 3
-    keys = [f"D001-2020_AA_{row}-0" for row in rows]
-    chosen = {fraction: set(nested_subset(rows, keys, fraction)) for fraction in (0.001, 0.05, 0.29, 0.5, 1.0)}
-    assert [len(subset) for subset in chosen.values()] == [1, 5, 29, 50, 100]
-    ordered = list(chosen.values())
-    assert all(small < large for small, large in pairwise(ordered))
-    backwards = nested_subset(rows[::-1], keys[::-1], 0.29)
-    assert set(backwards) == chosen[0.29]
 
 
 def test_evaluation_counts_every_patch_once_whatever_the_batch(shards: Path, tmp_path: Path) -> None:
