@@ -98,6 +98,14 @@ def confusion(
     return {name: matrix.merged() for name, matrix in matrices.items()}
 
 
+def sensor_sets(modalities: Sequence[str]) -> dict[str, list[str]]:
+    """What a model may be left with: all but each of its sensors, and each alone; nothing of a single one."""
+    if len(modalities) < 2:
+        return {}
+    without = {f"without {name}": [other for other in modalities if other != name] for name in modalities}
+    return without | {f"only {name}": [name] for name in modalities}
+
+
 def monitored(confusions: Confusions) -> dict[str, float]:
     """Scores to follow while training: with several labels their means, and those of each as ``miou/LABEL``."""
     found: dict[str, list[float]] = {"miou": [], "oa": [], "official_miou": [], "official_oa": []}
@@ -129,7 +137,16 @@ def summary(matrix: ConfusionMatrix) -> dict[str, Any]:
 
 
 def write_results(folder: Path, parts: Mapping[str, Confusions]) -> None:
-    """Write ``confusions.parquet``, ``scores.parquet`` and a picture a matrix, ``confusions/PART_LABEL.png``.
+    """Write the tables of ``write_tables`` and a picture a matrix, ``confusions/PART_LABEL.png``."""
+    for part, confusions in parts.items():
+        for label, matrix in confusions.items():
+            path = folder / "confusions" / f"{part.replace(' ', '_')}_{label}.png"
+            draw_confusion(path, matrix.total, matrix.scheme, part)
+    write_tables(folder, parts)
+
+
+def write_tables(folder: Path, parts: Mapping[str, Confusions]) -> None:
+    """Write ``confusions.parquet`` and ``scores.parquet``.
 
     The former has the pixels of each ``part``, ``label``, ``domain``, ``roi``, true and predicted class, without rows
     of no pixel: everything else follows from it. The latter has strict scores in percent by ``part``, ``label``,
@@ -139,10 +156,6 @@ def write_results(folder: Path, parts: Mapping[str, Confusions]) -> None:
         folder: where.
         parts: by part of the split, or whatever was measured.
     """
-    for part, confusions in parts.items():
-        for label, matrix in confusions.items():
-            path = folder / "confusions" / f"{part.replace(' ', '_')}_{label}.png"
-            draw_confusion(path, matrix.total, matrix.scheme, part)
     counts: dict[str, list[Any]] = {
         key: [] for key in ("part", "label", "domain", "roi", "truth", "predicted", "pixels")
     }

@@ -96,7 +96,9 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """Two-sided, of being 0; at least 2 / (B + 1)."""
+        """Two-sided, of being 0; at least 2 / (B + 1). 1 for a single run, which cannot tell chance from effect."""
+        if self.runs < 2:
+            return 1.0
         count = len(self.replicates)
         below, above = (self.replicates <= 0).sum(), (self.replicates >= 0).sum()
         return float(min(1.0, 2 * (min(below, above) + 1) / (count + 1)))

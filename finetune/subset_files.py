@@ -137,4 +137,4 @@ def _classes(held: LabelledPatches, track: str, draw: int | str, fraction: float
 def _left_out(every: LabelledPatches, held: LabelledPatches) -> list[str]:
     """Classes that there are but not in the subset, ``LABEL/class``."""
     lost = every.pixels.any(axis=0) & ~held.pixels.any(axis=0)
-    return [f"{label}/{name}" for (label, name), gone in zip(held.classes, lost.tolist(), strict=True) if gone]
+    return [f"{label}/{name}" for (label, name), gone in zip(held.classes, np.asarray(lost), strict=True) if gone]

@@ -63,6 +63,17 @@ class Target:
             return values
         return torch.tensor(self.groups, dtype=torch.uint8, device=values.device)[values.long()]
 
+    def facts(self) -> dict[str, Any]:
+        """What scores of it mean, for files of scores: ``label_scheme`` makes its classes of this."""
+        scheme = self.scheme
+        return {
+            "level": self.band + 1,
+            "grouping": self.grouping,
+            "classes": list(scheme.classes),
+            "unscored": list(scheme.unscored),
+            "background": scheme.background,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """What ``from_json`` reads."""
         return {"label": self.label.to_json(), "band": self.band, "grouping": self.grouping}
@@ -75,3 +86,15 @@ class Target:
             InputError, or what Python says of a key or value that is not as ``to_json`` writes it.
         """
         return cls(label=Modality.from_json(item["label"]), band=item["band"], grouping=item["grouping"])
+
+
+def label_scheme(name: str, facts: dict[str, Any]) -> ClassScheme:
+    """The classes that ``Target.facts`` describes, without their colours."""
+    classes = tuple(facts["classes"])
+    return ClassScheme(
+        name=name,
+        classes=classes,
+        colours=("000000",) * len(classes),
+        unscored=tuple(facts["unscored"]),
+        background=facts["background"],
+    )

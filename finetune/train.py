@@ -204,10 +204,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     best = load_segmentation((outcome.best or outcome.last) / "export").to(device)
     metrics: dict[str, Any] = {
         "recipe": config.recipe,
-        "labels": {
-            name: {"level": target.band + 1, "grouping": target.grouping, "classes": list(target.scheme.classes)}
-            for name, target in best.targets.items()
-        },
+        "labels": {name: target.facts() for name, target in best.targets.items()},
         "modalities": best.modalities,
         "pretrained": config.encoders,
         "steps": outcome.step,

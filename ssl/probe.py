@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +135,7 @@ class Probe:
                 continue
             with torch.autocast("cpu", enabled=False):  # features are of the run's precision, probes of them are not
                 near = nearest(train[name], test[name].features, len(self.scheme), self.config.neighbours)
-                linear = linear_probe(train[name], test[name].features, len(self.scheme), self.config.penalty)
+                linear = linear_probe(train[name], len(self.scheme), self.config.penalty)(test[name].features)
             figures[f"knn_miou/{name}"] = self._scores(test[name].labels, near)[0]
             figures[f"linear_miou/{name}"], by_class = self._scores(test[name].labels, linear)
             figures.update({f"linear_iou/{name}/{cls}": value for cls, value in by_class.items()})
@@ -242,8 +243,12 @@ def nearest(train: Cells, queries: torch.Tensor, classes: int, neighbours: int) 
     return torch.cat(predicted) if predicted else torch.empty(0, dtype=torch.int64)
 
 
-def linear_probe(train: Cells, queries: torch.Tensor, classes: int, penalty: float) -> torch.Tensor:
-    """Classes (N,) by multinomial logistic regression on standardised features, fitted by L-BFGS from zero."""
+def linear_probe(train: Cells, classes: int, penalty: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Multinomial logistic regression on standardised features, fitted by L-BFGS from zero.
+
+    Returns:
+        What tells the classes (N,) of features (N, C).
+    """
     mean, std = train.features.mean(dim=0), train.features.std(dim=0, correction=0).clamp_min(1e-6)
     values = (train.features - mean) / std
     with torch.enable_grad():
@@ -258,4 +263,5 @@ def linear_probe(train: Cells, queries: torch.Tensor, classes: int, penalty: flo
             return value
 
         optimizer.step(loss)
-    return ((queries - mean) / std @ weight.detach().T + bias.detach()).argmax(dim=1)
+    slopes, constants = weight.detach().T, bias.detach()
+    return lambda features: ((features - mean) / std @ slopes + constants).argmax(dim=1)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bocage.finetune.measure import Confusions, confusion, labelled_rows, summary, write_results
+from bocage.finetune.measure import Confusions, confusion, labelled_rows, sensor_sets, summary, write_results
 from bocage.finetune.task import load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
@@ -51,9 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if lacking := [name for name in (*task.modalities, *task.labels) if name not in manifest.registry]:
         print(f"bocage: {manifest.path} has no {', '.join(lacking)}: measuring without", file=sys.stderr)
     sets = {"all" if not arguments.without else f"without {' '.join(arguments.without)}": seen}
-    if arguments.missing and len(seen) > 1:
-        sets |= {f"without {name}": [other for other in seen if other != name] for name in seen}
-        sets |= {f"only {name}": [name] for name in seen}
+    if arguments.missing:
+        sets |= sensor_sets(seen)
     if not seen or (task.model.official and (arguments.without or arguments.missing)):
         why = "the official architecture needs all its sensors" if seen else "nothing is left for the model to see"
         raise InputError(f"--without, --missing: {why}")

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "measure a fine-tuned model on any patches, also without each of its sensors",
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
     "map": "write one map of a zone of any size from rasters of any size",
+    "study": "measure how few labels encoders need: subsets, a grid of runs, a report, probes",
     "attention": "draw which dates of a series an encoder looks at",
     "convert": "turn official FLAIR-HUB checkpoints into bocage's folders, and back",
     "replay": "run a bad step of a training again and name what is not finite in it",

@@ -37,7 +37,7 @@ def blobs(count: int, seed: int) -> Cells:
 
 def test_both_probes_tell_classes_apart_that_are_apart() -> None:
     train, test = blobs(300, 0), blobs(200, 1)
-    for predicted in (nearest(train, test.features, 19, 20), linear_probe(train, test.features, 19, 1e-3)):
+    for predicted in (nearest(train, test.features, 19, 20), linear_probe(train, 19, 1e-3)(test.features)):
         assert (predicted == test.labels).float().mean() > 0.97
 
 
@@ -57,10 +57,10 @@ def test_nearest_is_the_vote_written_out() -> None:
 
 def test_the_linear_probe_does_not_depend_on_scale_and_repeats() -> None:
     train, test = blobs(200, 0), blobs(200, 1)
-    first = linear_probe(train, test.features, 19, 1e-3)
-    assert torch.equal(first, linear_probe(train, test.features, 19, 1e-3))
+    first = linear_probe(train, 19, 1e-3)(test.features)
+    assert torch.equal(first, linear_probe(train, 19, 1e-3)(test.features))
     scale = torch.logspace(-3, 3, 8)
-    scaled = linear_probe(Cells(train.features * scale, train.labels), test.features * scale, 19, 1e-3)
+    scaled = linear_probe(Cells(train.features * scale, train.labels), 19, 1e-3)(test.features * scale)
     assert (first == scaled).float().mean() > 0.99
 
 

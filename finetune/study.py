@@ -1,0 +1,189 @@
+"""A study of few labels: the grid of shares, draws, seeds, starts, modes and rates, and the run that each cell is.
+
+The protocol is that of GEO-Bench (arXiv 2306.03831) and rliable (arXiv 2108.13264) where they agree: fixed optimiser
+steps, one grid of learning rates for every start, the rate chosen on validation, several draws of labels and training
+seeds, which starts share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any, Literal, get_args
+
+from bocage import recipes
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.probing import KINDS
+from bocage.finetune.subsets import TRACKS, Track
+from bocage.shards.errors import InputError
+
+Mode = Literal["knn", "linear", "frozen", "full"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+_OWN = ("recipe", "shards", "cache", "output", "train_fraction", "draw", "track", "encoders", "freeze", "engine.seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of the labelled patches.
+
+    Attributes:
+        fraction: of them.
+        draws: different subsets of that size. Of all patches there is one.
+        seeds: trainings on each.
+    """
+
+    fraction: float
+    draws: int = 1
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction} is not in (0, 1]")
+        if min(self.draws, self.seeds) < 1:
+            raise ValueError("draws and seeds must be at least 1")
+        if self.fraction == 1 and self.draws > 1:
+            raise ValueError(f"draws={self.draws}: of fraction=1 there is one draw; give seeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A study.
+
+    Attributes:
+        recipe: name of the recipe it came from.
+        shards: folder that ``bocage shard`` wrote, or its address.
+        output: folder of the study: ``cells/`` with a run each, ``features/`` of probes, ``report/``.
+        finetune: recipe of the runs.
+        words: what the runs change of it, ``key=value`` each, e.g. ``engine.steps=20000``.
+        starts: by name, what encoders start from: by modality as in ``encoders.MODALITY=...``. Those not named start
+            from scratch; ``{}`` is all of them.
+        reference: the start that others are compared with.
+        modes: probes of frozen features (``knn``, ``linear``), everything but the encoders trained (``frozen``), or all
+            of it (``full``).
+        shares: shares of the labelled patches.
+        track: whether patches or whole regions are labelled, see ``finetune.subsets``.
+        learning_rates: of trained modes, each tried with every start; the best on validation counts, by start, mode and
+            share. None is that of the recipe.
+        background: whether the mean IoU counts the background of crops (LPIS), which covers most of the ground.
+        interquartile: report the mean of the middle half of the runs rather than of all.
+        replicates: of the bootstrap.
+        missing: also measure trained cells of several sensors without each of them, and with each alone.
+        watts: power of what a process runs on, to estimate energy from hours; 0: it is not reported.
+        keep_models: keep checkpoints and models of finished runs, not only their scores.
+    """
+
+    recipe: str = ""
+    shards: str = ""
+    output: str = ""
+    finetune: str = "finetune_cosia"
+    words: list[str] = field(default_factory=list)
+    starts: dict[str, dict[str, str]] = field(default_factory=dict)
+    reference: str = "scratch"
+    modes: list[str] = field(default_factory=lambda: ["full"])
+    shares: list[Share] = field(default_factory=list)
+    track: Track = "patch"
+    learning_rates: list[float] = field(default_factory=list)
+    background: bool = True
+    interquartile: bool = False
+    replicates: int = 2000
+    missing: bool = False
+    watts: float = 0.0
+    keep_models: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.starts:
+            raise ValueError("starts: name at least one, e.g. starts={scratch: {}, ours: {AERIAL_RGBI: FOLDER}}")
+        if self.reference not in self.starts:
+            raise ValueError(f"reference={self.reference} is not one of starts: {', '.join(self.starts)}")
+        if wrong := [name for name in self.starts if not name.replace("_", "").replace("-", "").isalnum()]:
+            raise ValueError(f"starts: {wrong[0]!r}: names become folders: letters, digits, - and _")
+        if not self.modes or (unknown := [mode for mode in self.modes if mode not in MODES]):
+            raise ValueError(f"modes: {', '.join(unknown) if self.modes else 'none'}; there are {', '.join(MODES)}")
+        if not self.shares:
+            raise ValueError("shares: name at least one, e.g. shares=[{fraction: 0.01, draws: 5}]")
+        fractions = [share.fraction for share in self.shares]
+        for key, values in (("shares", fractions), ("modes", self.modes), ("learning_rates", self.learning_rates)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: each can be given once")
+        if self.track not in TRACKS:
+            raise ValueError(f"track={self.track} is not one of {', '.join(TRACKS)}")
+        if self.replicates < 1000:
+            raise ValueError(f"replicates={self.replicates} must be at least 1000")
+        if not 0 <= self.watts < math.inf:
+            raise ValueError(f"watts={self.watts} must not be negative")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError("learning_rates must be positive")
+        for word in self.words:
+            if own := [key for key in _OWN if word.startswith((f"{key}=", f"{key}."))]:
+                raise ValueError(f"words: {word}: the study itself gives {own[0]}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid; ``rate`` is None where the recipe's is used, and for probes."""
+
+    start: str
+    mode: Mode
+    fraction: float
+    draw: int
+    seed: int
+    rate: float | None
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        rate = "" if self.rate is None else f"-rate{self.rate:g}"
+        return f"{self.start}-{self.mode}-{self.fraction:g}-draw{self.draw}-seed{self.seed}{rate}"
+
+
+def cells(study: StudyConfig) -> list[Cell]:
+    """All cells of a grid: small shares first, and what starts share side by side."""
+
+    def every() -> Iterator[Cell]:
+        for share in sorted(study.shares, key=lambda share: share.fraction):
+            for mode in study.modes:
+                rates: list[float | None] = [None]
+                if study.learning_rates and mode not in KINDS:
+                    rates = [*study.learning_rates]
+                for draw in range(share.draws):
+                    for seed in range(share.seeds):
+                        for rate in rates:
+                            for start in study.starts:
+                                yield Cell(start, mode, share.fraction, draw, seed, rate)  # type: ignore[arg-type]
+
+    return list(every())
+
+
+def cell_config(study: StudyConfig, cell: Cell, output: str) -> FinetuneConfig:
+    """The fine-tuning run of a cell.
+
+    Raises:
+        InputError: the recipe or a word of the study is wrong.
+    """
+    words = [f"recipe={study.finetune}", *study.words, f"shards={study.shards}", f"track={study.track}"]
+    words += [f"encoders.{name}={source}" for name, source in study.starts[cell.start].items()]
+    config = _resolved(tuple(words), cell.mode == "frozen")
+    optimizer = config.engine.optimizer
+    if cell.rate is not None:
+        optimizer = replace(optimizer, learning_rate=cell.rate)
+    engine = replace(config.engine, seed=100 * cell.draw + cell.seed, optimizer=optimizer)
+    return replace(config, output=output, train_fraction=cell.fraction, draw=cell.draw, engine=engine)
+
+
+@cache
+def _resolved(words: tuple[str, ...], frozen: bool) -> FinetuneConfig:
+    """What words say: the same for many cells, and not resolved at once."""
+    config = recipes.resolve(FinetuneConfig, list(words))
+    if frozen and not config.modalities:
+        raise InputError("words: name modalities=[...], which mode frozen freezes")
+    return replace(config, freeze=list(config.modalities)) if frozen else config
+
+
+def described(config: FinetuneConfig) -> dict[str, Any]:
+    """What decides the result of a cell, in JSON's types: its configuration without the places of things."""
+    kept = {key: value for key, value in asdict(config).items() if key not in ("shards", "cache", "output", "workers")}
+    found: dict[str, Any] = json.loads(json.dumps(kept))
+    return found

@@ -1,0 +1,115 @@
+"""One cell of a study, run in this process: a fine-tuning run or a probe, with all that the study measures of it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bocage.finetune.measure import confusion, labelled_rows, sensor_sets, summary
+from bocage.finetune.probing import KINDS, probe
+from bocage.finetune.study import Cell, StudyConfig, cell_config, cells
+from bocage.finetune.study_runs import CellFolders
+from bocage.finetune.task import load_segmentation
+from bocage.finetune.train import finetune
+from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.shards.patches import ShardPatches
+from bocage.shards.remote import open_shards
+from bocage.ssl.engine.distributed import is_main
+
+_FEW_STEPS = 5
+
+
+def run_cell(study: StudyConfig, name: str) -> int:
+    """Run the cell of a name, unless it is finished; the exit status.
+
+    Raises:
+        InputError: the study has no such cell, or its folder is that of another configuration.
+    """
+    found = {cell.name: cell for cell in cells(study)}
+    if name not in found:
+        raise InputError(f"--cell {name}: the study has no such cell; `--dry-run` lists them")
+    cell, folders = found[name], CellFolders(study)
+    folders.prepare(cell)
+    if folders.finished(cell):
+        return 0
+    began = time.monotonic()
+    try:
+        status = _run(study, cell, folders)
+    finally:
+        if is_main():
+            folders.add_seconds(cell, time.monotonic() - began)
+    if is_main() and folders.finished(cell):
+        folders.tidy(cell)
+    return status
+
+
+def _run(study: StudyConfig, cell: Cell, folders: CellFolders) -> int:
+    config = cell_config(study, cell, str(folders.of(cell)))
+    if cell.mode in KINDS:
+        probe(config, cell.mode, folders.features)
+        return 0
+    result = finetune(config)
+    if not result["stopped"] and study.missing:
+        _measure_missing(study, folders.of(cell), result["modalities"])
+    return int(result["exit_code"])
+
+
+def _measure_missing(study: StudyConfig, folder: Path, modalities: list[str]) -> None:
+    """Write ``missing.json``: scores by set of sensors and label, of the patches that the study reports.
+
+    Of a single sensor it is empty.
+    """
+    config = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["config"]
+    manifest = open_shards(study.shards)
+    task = load_segmentation(folder / "model")
+    task.to("cuda" if torch.cuda.is_available() else "cpu")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    part = "test" if "test" in metrics else "valid"
+    rows = labelled_rows(ShardPatches(manifest), task, config["split"], config[part])
+    found = {}
+    for name, only in sensor_sets(modalities).items():
+        matrices = confusion(task, manifest, rows, batch_size=config["batch_size"], workers=0, only=only)
+        found[name] = {label: summary(matrix) for label, matrix in matrices.items()}
+    if is_main():
+        with written_atomically(folder / "missing.json") as path:
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a cell takes.
+
+    Attributes:
+        seconds: of time.
+        step_seconds: of a step; None where it was not measured.
+        bytes: on disk, once it is finished.
+    """
+
+    seconds: float
+    step_seconds: float | None
+    bytes: int
+
+
+def measured_cost(study: StudyConfig, cell: Cell) -> Cost:
+    """What a trained cell takes, from a few steps and the measuring after them, in a folder that is deleted."""
+    with tempfile.TemporaryDirectory(prefix="bocage-") as folder:
+        output = Path(folder) / "run"
+        config = cell_config(study, cell, str(output))
+        steps = config.engine.steps
+        engine = replace(config.engine, steps=min(_FEW_STEPS, steps), log_every=1, save_every=0, evaluate_every=0)
+        began = time.monotonic()
+        finetune(replace(config, engine=replace(engine, tracker="none")))
+        whole = time.monotonic() - began
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        step = statistics.median(json.loads(line)["step_seconds"] for line in lines)
+        kept = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
+        if study.keep_models:
+            kept = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return Cost(whole + (steps - engine.steps) * step, step, kept)

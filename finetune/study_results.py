@@ -1,0 +1,268 @@
+"""What the cells of a study scored, and what follows: curves, paired differences, labels needed, classes, domains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bocage.finetune.statistics import (
+    Estimate,
+    estimate,
+    holm,
+    labels_needed,
+    mean_iou,
+    paired,
+    region_weights,
+    strict_counts,
+    strict_iou,
+    trimmed,
+)
+from bocage.finetune.study import Cell, StudyConfig, cells
+from bocage.finetune.study_runs import CellFolders
+from bocage.finetune.targets import label_scheme
+from bocage.shards.classes import ClassScheme
+from bocage.shards.errors import InputError
+from bocage.ssl.metrics import ConfusionMatrix
+
+Curve = tuple[str, str]
+"""A start and a mode."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one cell scored for one label.
+
+    Attributes:
+        cell: which.
+        valid: strict mIoU on the validation patches, percent.
+        counts: (regions, 3, scored classes) ``strict_counts`` of what is reported.
+        facts: the rest of what the cell tells: ``steps``, ``patches`` and ``train_keys`` of training, ``seconds``.
+        missing: mIoU by set of sensors, where it was measured.
+    """
+
+    cell: Cell
+    valid: float
+    counts: np.ndarray
+    facts: dict[str, Any]
+    missing: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A start against the reference: the paired difference, and its p-value corrected over the shares of a curve."""
+
+    estimate: Estimate
+    corrected: float
+
+
+class Analysis:
+    """The results for one label.
+
+    Args:
+        study: the study.
+        scheme: classes of the label.
+        regions: names of the regions tested on.
+        scores: of all finished cells.
+        part: what is reported: ``test``, or ``valid`` where the shards have no test patches.
+    """
+
+    def __init__(
+        self, study: StudyConfig, scheme: ClassScheme, regions: Sequence[str], scores: Sequence[Score], part: str
+    ) -> None:
+        self.study, self.scheme, self.regions, self.part = study, scheme, list(regions), part
+        self.scores = list(scores)
+        self.rates = self._rates()
+        self.chosen = [score for score in scores if score.cell.rate == self.rates[self._key(score.cell)]]
+        self._weights = region_weights(
+            [ConfusionMatrix.domain(region) for region in self.regions], study.replicates, np.random.default_rng(0)
+        )
+        self._measured: dict[tuple[str, str, float], dict[Hashable, tuple[float, np.ndarray]]] = {}
+        for score in self.chosen:
+            value = self.miou(score.counts.sum(axis=0))
+            resampled = self.miou(np.einsum("br,rkc->bkc", self._weights, score.counts))
+            run = (score.cell.draw, score.cell.seed)
+            self._measured.setdefault(self._key(score.cell), {})[run] = (float(value), resampled)
+
+    @staticmethod
+    def _key(cell: Cell) -> tuple[str, str, float]:
+        return (cell.start, cell.mode, cell.fraction)
+
+    def miou(self, counts: np.ndarray) -> np.ndarray:
+        """The study's mean IoU of (..., 3, C) counts."""
+        return mean_iou(counts, self.scheme, background=self.study.background)
+
+    def _rates(self) -> dict[tuple[str, str, float], float | None]:
+        """By start, mode and share the learning rate that is best on validation, the mean over runs."""
+        found: dict[tuple[str, str, float], dict[float | None, list[float]]] = {}
+        for score in self.scores:
+            found.setdefault(self._key(score.cell), {}).setdefault(score.cell.rate, []).append(score.valid)
+        return {key: max(rates, key=lambda rate: float(np.mean(rates[rate]))) for key, rates in found.items()}
+
+    @property
+    def curves_there(self) -> list[Curve]:
+        """Starts and modes of which there are results, in the order of the study."""
+        there = {(start, mode) for start, mode, _ in self._measured}
+        return [(start, mode) for mode in self.study.modes for start in self.study.starts if (start, mode) in there]
+
+    @cached_property
+    def curves(self) -> dict[Curve, dict[float, Estimate]]:
+        """By start and mode, the score at each share."""
+        found: dict[Curve, dict[float, Estimate]] = {}
+        for start, mode in self.curves_there:
+            shares = sorted(share for one, other, share in self._measured if (one, other) == (start, mode))
+            found[start, mode] = {share: self._estimate(start, mode, share) for share in shares}
+        return found
+
+    def _estimate(self, start: str, mode: str, share: float) -> Estimate:
+        runs = list(self._measured[start, mode, share].values())
+        found = estimate(
+            np.array([value for value, _ in runs]),
+            np.stack([resampled for _, resampled in runs]),
+            self._random("curve", start, mode, share),
+            interquartile=self.study.interquartile,
+        )
+        return replace(found, replicates=found.replicates.clip(0, 100))  # what a mean IoU may be
+
+    def _random(self, *names: object) -> np.random.Generator:
+        """A generator that depends on names alone: no figure depends on which others were asked for before."""
+        return np.random.default_rng(list("/".join(map(str, names)).encode()))
+
+    @cached_property
+    def differences(self) -> dict[Curve, dict[float, Difference]]:
+        """By start and mode, what it is above the reference at each share, paired by draw and seed."""
+        found: dict[Curve, dict[float, Difference]] = {}
+        for start, mode in self.curves_there:
+            if start == self.study.reference:
+                continue
+            shares, estimates = [], []
+            for share in self.curves[start, mode]:
+                difference = paired(
+                    self._measured[start, mode, share],
+                    self._measured.get((self.study.reference, mode, share), {}),
+                    self._random("difference", start, mode, share),
+                    interquartile=self.study.interquartile,
+                )
+                if difference is not None:
+                    shares.append(share)
+                    estimates.append(difference)
+            told = [item.p_value for item in estimates if item.runs > 1]  # a single run asks no question
+            by_holm = iter(holm(told))
+            corrected = [next(by_holm) if item.runs > 1 else 1.0 for item in estimates]
+            if shares:
+                found[start, mode] = {
+                    share: Difference(item, p) for share, item, p in zip(shares, estimates, corrected, strict=True)
+                }
+        return found
+
+    @cached_property
+    def needed(self) -> dict[tuple[str, str, str], Estimate]:
+        """By start, mode and other start: the share of labels at which it reaches what the other has at the largest."""
+        found = {}
+        for start, mode in self.curves_there:
+            for other in self.study.starts:
+                if other != start and (other, mode) in self.curves:
+                    largest = max(self.curves[other, mode])
+                    target = self.curves[other, mode][largest]
+                    found[start, mode, other] = labels_needed(self.curves[start, mode], target)
+        return found
+
+    def classes(self, start: str, mode: str, share: float) -> np.ndarray:
+        """(C,) IoU in percent of the scored classes, mean over runs; NaN for those that no pixel tested is of."""
+        runs = [strict_iou(score.counts.sum(axis=0)) for score in self._of(start, mode, share)]
+        return trimmed(np.stack(runs), False)
+
+    def domains(self, start: str, mode: str, share: float) -> dict[str, float]:
+        """Mean IoU in percent in each domain, mean over runs."""
+        names = np.array([ConfusionMatrix.domain(region) for region in self.regions])
+        runs = self._of(start, mode, share)
+        return {
+            str(name): float(np.mean([self.miou(score.counts[names == name].sum(axis=0)) for score in runs]))
+            for name in np.unique(names)
+        }
+
+    def missing(self, start: str, mode: str, share: float) -> dict[str, float]:
+        """Mean IoU by set of sensors, mean over runs; empty where it was not measured."""
+        runs = [score.missing for score in self._of(start, mode, share) if score.missing]
+        return {name: float(np.mean([run[name] for run in runs])) for name in (runs[0] if runs else {})}
+
+    def _of(self, start: str, mode: str, share: float) -> list[Score]:
+        return [score for score in self.chosen if self._key(score.cell) == (start, mode, share)]
+
+
+def analyses(study: StudyConfig) -> dict[str, Analysis]:
+    """By label, what the finished cells of a study scored.
+
+    Raises:
+        InputError: no cell is finished, or they were measured on different patches.
+    """
+    folders = CellFolders(study)
+    done = [cell for cell in cells(study) if folders.finished(cell)]
+    if not done:
+        raise InputError(f"{study.output}: no cell of this study is finished; run `bocage study run` first")
+    for cell in done:
+        folders.prepare(cell)  # the scores are those of the configuration that is asked for
+    metrics = {cell: json.loads((folders.of(cell) / "metrics.json").read_text(encoding="utf-8")) for cell in done}
+    part = "test" if all("test" in found for found in metrics.values()) else "valid"
+    schemes = {name: label_scheme(name, facts) for name, facts in metrics[done[0]]["labels"].items()}
+    found = {}
+    for label, scheme in schemes.items():
+        matrices = {cell: _matrices(folders.of(cell), part, label, scheme) for cell in done}
+        regions = sorted(matrices[done[0]])
+        if other := next((cell for cell in done if sorted(matrices[cell]) != regions), None):
+            raise InputError(
+                f"{folders.of(other)} and {folders.of(done[0])} were measured on different patches of {label}"
+            )
+        scores = [
+            Score(
+                cell,
+                _valid(metrics[cell], label, study.background),
+                strict_counts(np.stack([matrices[cell][region] for region in regions]), scheme),
+                {
+                    "steps": metrics[cell].get("steps", 0),
+                    "patches": metrics[cell]["patches"]["train"],
+                    "train_keys": metrics[cell]["train_keys"],
+                    "seconds": folders.seconds(cell),
+                },
+                _missing(folders.of(cell), label, study.background),
+            )
+            for cell in done
+        ]
+        found[label] = Analysis(study, scheme, regions, scores, part)
+    return found
+
+
+def _matrices(folder: Path, part: str, label: str, scheme: ClassScheme) -> dict[str, np.ndarray]:
+    """(classes, classes) int64 confusion matrix of each region."""
+    table = pq.read_table(folder / "confusions.parquet")
+    table = table.filter(pc.and_(pc.equal(table["part"], part), pc.equal(table["label"], label)))
+    value = {name: index for index, name in enumerate(scheme.classes)}
+    truth, predicted = ([value[name] for name in table[key].to_pylist()] for key in ("truth", "predicted"))
+    names, region = np.unique(np.array(table["roi"].to_pylist()), return_inverse=True)
+    counts = np.zeros((len(names), len(scheme), len(scheme)), np.int64)
+    np.add.at(counts, (region, np.array(truth), np.array(predicted)), table["pixels"].to_numpy())
+    return {str(name): counts[index] for index, name in enumerate(names)}
+
+
+def _valid(metrics: Mapping[str, Any], label: str, background: bool) -> float:
+    return _miou(metrics["valid"][label]["strict"], background)
+
+
+def _miou(strict: Mapping[str, Any], background: bool) -> float:
+    bare = strict["miou_without_background"]
+    return float(strict["miou"] if background or bare is None else bare)
+
+
+def _missing(folder: Path, label: str, background: bool) -> dict[str, float]:
+    path = folder / "missing.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: _miou(labels[label]["strict"], background) for name, labels in found.items() if label in labels}

@@ -1,0 +1,366 @@
+"""Studies of few labels: the grid, processes that run it, and what is made of their scores."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bocage import recipes
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.measure import summary, write_tables
+from bocage.finetune.study import Cell, Share, StudyConfig, cell_config, cells
+from bocage.finetune.study_report import write_report
+from bocage.finetune.study_results import analyses
+from bocage.finetune.study_runs import CellFolders, Runner, slurm_script
+from bocage.finetune.subsets import keys_digest
+from bocage.finetune.targets import Target
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.metrics import ConfusionMatrix
+from bocage.tools.main import main
+
+LPIS = "ALL_LABEL-LPIS"
+S2 = "SENTINEL2_TS"
+SMALL = [
+    "modalities=[SENTINEL2_TS]",
+    "labels=[ALL_LABEL-LPIS]",
+    "workers=0",
+    "pictures=0",
+    "predictions=0",
+    "engine.steps=2",
+    "engine.optimizer.warmup_steps=0",
+]
+
+
+def study(output: Path, **changes: object) -> StudyConfig:
+    settings: dict[str, object] = {
+        "shards": "shards",
+        "output": str(output),
+        "finetune": "finetune_quickstart",
+        "words": SMALL,
+        "starts": {"scratch": {}, "ours": {S2: "somewhere"}},
+        "shares": [Share(fraction=0.1, draws=3, seeds=2), Share(fraction=1.0, seeds=3)],
+        "modes": ["knn", "full"],
+        "background": False,
+        "replicates": 1000,
+    }
+    return StudyConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_the_grid_has_every_combination_once_and_rates_for_trained_modes_alone(tmp_path: Path) -> None:
+    grid = cells(study(tmp_path, learning_rates=[1e-4, 1e-3]))
+    assert len(grid) == len(set(grid)) == len({cell.name for cell in grid}) == 2 * (6 + 3) * (1 + 2)
+    assert {cell.rate for cell in grid if cell.mode == "knn"} == {None}
+    assert grid == sorted(grid, key=lambda cell: cell.fraction)
+
+
+def test_starts_share_draws_seeds_and_everything_but_their_encoders(tmp_path: Path) -> None:
+    settings = study(tmp_path, modes=["frozen", "full"])
+    by_run: dict[tuple[object, ...], list[FinetuneConfig]] = {}
+    for cell in cells(settings):
+        config = cell_config(settings, cell, "out")
+        assert (config.train_fraction, config.draw, config.track) == (cell.fraction, cell.draw, "patch")
+        assert config.freeze == ([S2] if cell.mode == "frozen" else [])
+        assert config.encoders == settings.starts[cell.start]
+        run = (cell.mode, cell.fraction, cell.draw, cell.seed)
+        by_run.setdefault(run, []).append(replace(config, encoders={}))
+    assert all(len(found) == 2 and found[0] == found[1] for found in by_run.values())
+    # Of all labels there is one draw: its seeds are those of the first draw, and one more.
+    assert len({found[0].engine.seed for found in by_run.values()}) == 3 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"starts": {}}, "starts: name at least one"),
+        ({"reference": "imagenet"}, "reference=imagenet is not one of starts: scratch, ours"),
+        ({"starts": {"scratch": {}, "a/b": {}}}, "names become folders"),
+        ({"modes": ["fine"]}, "modes: fine; there are knn, linear, frozen, full"),
+        ({"shares": []}, "shares: name at least one"),
+        ({"shares": [Share(fraction=0.1), Share(fraction=0.1)]}, "shares: each can be given once"),
+        ({"track": "pixel"}, "track=pixel"),
+        ({"replicates": 10}, "at least 1000"),
+        ({"learning_rates": [0.0]}, "learning_rates"),
+        ({"words": ["engine.seed=3"]}, "the study itself gives engine.seed"),
+        ({"words": ["train_fraction=0.3"]}, "the study itself gives train_fraction"),
+    ],
+)
+def test_impossible_studies_are_named(tmp_path: Path, changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        study(tmp_path, **changes)
+    with pytest.raises(ValueError, match="of fraction=1 there is one draw"):
+        Share(fraction=1.0, draws=2)
+
+
+def test_the_recipe_resolves_and_takes_further_starts() -> None:
+    found = recipes.resolve(
+        StudyConfig, ["recipe=label_efficiency", "shards=s", "starts.ours.AERIAL_RGBI=runs/x", "reference=imagenet"]
+    )
+    assert found.starts == {"scratch": {}, "imagenet": {"AERIAL_RGBI": "imagenet"}, "ours": {"AERIAL_RGBI": "runs/x"}}
+    assert cell_config(found, cells(found)[-1], "out").engine.steps == 20000
+    assert {share.fraction: share.draws for share in found.shares}[0.05] == 5
+
+
+# A stand-in for training, in place of ``bocage study run ... --cell``: what the runner sees of either is a process, its
+# status, and the files that it leaves.
+STAND_IN = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1]) / "cells" / sys.argv[2]
+with (folder / "starts.txt").open("a") as file:
+    file.write("x")
+signal.signal(signal.SIGTERM, lambda *_: ((folder / "checkpoint").touch(), sys.exit(143)))
+if "draw1" in sys.argv[2] and not (folder / "repaired").exists():
+    print("bocage: error: this one cannot")
+    sys.exit(2)
+time.sleep(float(sys.argv[3]))
+(folder / "metrics.json").write_text("{}")
+"""
+
+
+def runner(settings: StudyConfig, folder: Path, seconds: float = 0.0, processes: int = 2) -> Runner:
+    script = folder / "stand_in.py"
+    script.write_text(
+        STAND_IN.replace("sys.argv[1]", repr(settings.output))
+        .replace("sys.argv[2]", "sys.argv[1]")
+        .replace("sys.argv[3]", repr(seconds))
+    )
+    return Runner(CellFolders(settings), [str(script)], processes)
+
+
+def starts(settings: StudyConfig) -> dict[str, int]:
+    folders = CellFolders(settings)
+    return {cell.name: len((folders.of(cell) / "starts.txt").read_text()) for cell in cells(settings)}
+
+
+def test_a_cell_that_fails_does_not_stop_the_rest_and_is_named(tmp_path: Path) -> None:
+    settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=3)])
+    told: list[Cell] = []
+    failures = runner(settings, tmp_path).run(cells(settings), lambda cell, _: told.append(cell))
+    assert {(failure.cell.start, failure.cell.draw) for failure in failures} == {("scratch", 1), ("ours", 1)}
+    assert {(failure.status, failure.line) for failure in failures} == {(2, "bocage: error: this one cannot")}
+    assert len(told) == 6
+    for failure in failures:
+        (CellFolders(settings).of(failure.cell) / "repaired").touch()
+    assert runner(settings, tmp_path).run(cells(settings), lambda *_: None) == []
+    # Finished ones were not run again.
+    assert sorted(starts(settings).values()) == [1, 1, 1, 1, 2, 2]
+
+
+def test_processes_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=1, seeds=3)])
+    script = tmp_path / "tell.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path / 'out')!r}) / 'cells' / sys.argv[1]\n"
+        "time.sleep(0.3)\n"
+        "(folder / 'metrics.json').write_text(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ['OMP_NUM_THREADS'])"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    folders = CellFolders(settings)
+    assert Runner(folders, [str(script)], 2).run(cells(settings), lambda *_: None) == []
+    found = [(folders.of(cell) / "metrics.json").read_text().split() for cell in cells(settings)]
+    assert {device for device, _ in found} == {"4", "7"}
+    assert {threads for _, threads in found} == {str(max(1, (os.cpu_count() or 1) // 2))}
+
+
+# Some seconds: a process that is stopped on its way, as a cluster does.
+def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path) -> None:
+    settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=1, seeds=3)])
+    script = tmp_path / "study.py"
+    script.write_text(
+        "import sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from test_study import runner, study\n"
+        "from bocage.finetune.study import Share, cells\n"
+        "from bocage.tools.interrupts import InterruptedCommand, Interrupts\n"
+        "folder = Path(sys.argv[2])\n"
+        "settings = study(folder / 'out', modes=['full'], shares=[Share(fraction=0.1, draws=1, seeds=3)])\n"
+        "try:\n"
+        "    with Interrupts():\n"
+        "        runner(settings, folder, seconds=60.0).run(cells(settings), lambda *_: None)\n"
+        "except InterruptedCommand as stop:\n"
+        "    sys.exit(stop.exit_code)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    folders, grid = CellFolders(settings), cells(settings)
+    end = time.monotonic() + 60
+    while sum((folders.of(cell) / "starts.txt").exists() for cell in grid) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(0.5)  # the handler of the stand-in is set after its first line
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    saved = [cell for cell in grid if (folders.of(cell) / "checkpoint").exists()]
+    assert len(saved) == 2
+    assert not any(folders.finished(cell) for cell in grid)
+    assert runner(settings, tmp_path).run(grid, lambda *_: None) == []
+    assert all(folders.finished(cell) for cell in grid)
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    settings = study(tmp_path)
+    cell = cells(settings)[0]
+    CellFolders(settings).prepare(cell)
+    CellFolders(settings).prepare(cell)
+    other = study(tmp_path, words=[*SMALL, "engine.optimizer.weight_decay=0.5"])
+    with pytest.raises(InputError, match=r"another configuration \(engine.optimizer.weight_decay differ\)"):
+        CellFolders(other).prepare(cell)
+    CellFolders(study(tmp_path, shards="elsewhere")).prepare(cell)  # shards may move
+
+
+def test_the_slurm_array_runs_what_is_missing(tmp_path: Path) -> None:
+    settings = study(tmp_path, modes=["full"], shares=[Share(fraction=0.1)])
+    folders, (first, second) = CellFolders(settings), cells(settings)
+    folders.prepare(first)
+    (folders.of(first) / "metrics.json").write_text("{}")
+    text = slurm_script(folders, cells(settings), "bocage", ["recipe=a b.yaml"], ["--gpus=1"])
+    script = tmp_path / "array.sh"
+    script.write_text(text)
+    assert "#SBATCH --array=0-0\n" in text
+    assert "#SBATCH --gpus=1\n" in text
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    ran = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == f"bocage|study|run|recipe=a b.yaml|--cell|{second.name}|"
+    (folders.of(second)).mkdir(parents=True)
+    (folders.of(second) / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match="all cells are finished"):
+        slurm_script(folders, cells(settings), "bocage", [], [])
+
+
+def scored(settings: StudyConfig, gains: dict[str, float], part: str = "test") -> None:
+    """Write what cells of a study leave, of a world where starts are better by their gain, in logits."""
+    target = Target(label=FLAIR_HUB[LPIS])
+    classes, folders = len(target.scheme), CellFolders(settings)
+    for cell in cells(settings):
+        ease = np.random.default_rng(3).normal(0, 0.5, 24)  # of regions, the same for all cells
+        run = np.random.default_rng(100 * cell.draw + cell.seed)
+        gain = gains[cell.start] + 0.5 * np.log10(cell.fraction) + run.normal(0, 0.05)
+        gain += -0.3 if cell.rate == 1.0 else 0.0
+        matrix = ConfusionMatrix(target.scheme)
+        for region in range(24):
+            counts = np.full((classes, classes), 10, np.int64)
+            counts[5] = 0  # a class that nobody grows
+            chance = 1 / (1 + np.exp(-(gain + ease[region])))
+            np.fill_diagonal(counts, np.where(np.arange(classes) == 5, 0, 400 * chance).astype(np.int64))
+            matrix.by_roi[f"D{region % 6:03}-2020/R{region}"] = counts
+        folders.prepare(cell)
+        folder = folders.of(cell)
+        write_tables(folder, {name: {LPIS: matrix} for name in {"valid", part}})
+        metrics = {
+            "labels": {LPIS: target.facts()},
+            "patches": {"train": int(100 * cell.fraction)},
+            "train_keys": keys_digest([f"{cell.fraction}/{cell.draw}"]),
+            "steps": 2,
+            **{name: {LPIS: summary(matrix)} for name in {"valid", part}},
+        }
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        folders.add_seconds(cell, 90.0)
+
+
+# Some ten seconds: figures for light and dark pages.
+def test_a_report_says_what_the_cells_scored(tmp_path: Path) -> None:
+    write_tree(tmp_path / "tree", patches=1, seed=0, dates=(3, 3))
+    write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    settings = study(
+        tmp_path / "out",
+        shards=str(tmp_path / "shards"),
+        modes=["full"],
+        starts={"scratch": {}, "ours": {S2: "x"}, "same": {S2: "y"}},
+        shares=[Share(fraction=0.01, draws=3), Share(fraction=1.0, seeds=3)],
+        learning_rates=[1.0, 0.1],
+        watts=300,
+    )
+    scored(settings, {"scratch": 0.0, "ours": 1.0, "same": 0.0})
+    found = analyses(settings)[LPIS]
+    assert found.part == "test"
+    assert set(found.rates.values()) == {0.1}  # the better one, by validation
+    for share in (0.01, 1.0):
+        difference = found.differences["ours", "full"][share]
+        assert difference.corrected < 0.05
+        assert difference.estimate.interval[0] > 0
+        assert found.differences["same", "full"][share].estimate.value == 0
+        alone = found.curves["ours", "full"][share].interval
+        paired = difference.estimate.interval
+        assert paired[1] - paired[0] < alone[1] - alone[0]
+    needed = found.needed["ours", "full", "scratch"]
+    assert needed.value < 0.1  # half the gain is worth ten times the labels
+    assert needed.interval[1] < 1
+    assert found.needed["scratch", "full", "ours"].value == np.inf
+    assert np.isnan(found.classes("ours", "full", 0.01)).sum() == 1
+
+    page = write_report(settings, tmp_path / "report")
+    text = page.read_text()
+    value = found.curves["ours", "full"][0.01].value
+    assert f"{value:.1f} (" in text
+    assert "ours, full: above scratch at 1 %, 100 % of the labels" in text
+    assert "same, full: not told apart from scratch at any share" in text
+    assert not re.search(r"(src|href|srcset)=\"(?!data:|#)", text)  # nothing is fetched
+    assert not re.findall(r"<script|@import|url\(", text)
+    rows = (tmp_path / "report" / "curves.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6
+    assert f"ours,full,0.01,3,{value:.4f}" in "\n".join(rows)
+    assert (tmp_path / "report" / "cells.csv").read_text().count("\n") == 1 + 3 * 6 * 2
+    assert r"\toprule" in (tmp_path / "report" / "tables.tex").read_text()
+    assert "kWh" in text
+    again = write_report(settings, tmp_path / "again")
+    assert again.read_bytes() == page.read_bytes()
+
+
+def test_reports_need_cells_of_this_study_on_the_same_patches(tmp_path: Path) -> None:
+    settings = study(tmp_path, modes=["full"], shares=[Share(fraction=0.1, draws=2)])
+    with pytest.raises(InputError, match="no cell of this study is finished"):
+        analyses(settings)
+    scored(settings, {"scratch": 0.0, "ours": 1.0}, part="valid")
+    found = analyses(settings)[LPIS]
+    assert found.part == "valid"
+    assert found.rates["ours", "full", 0.1] is None
+    path = CellFolders(settings).of(cells(settings)[0]) / "confusions.parquet"
+    other = ConfusionMatrix(Target(label=FLAIR_HUB[LPIS]).scheme)
+    other.by_roi["D000-2020/R0"] = np.ones((23, 23), np.int64)
+    write_tables(path.parent, {"valid": {LPIS: other}})
+    with pytest.raises(InputError, match="measured on different patches"):
+        analyses(settings)
+
+
+# About a minute: twelve small patches, and cells of every mode, each a process of its own.
+@pytest.mark.slow
+def test_a_study_from_shards_to_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "tree", patches=24, seed=1, dates=(4, 5))
+    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    recipe = tmp_path / "study.yaml"
+    recipe.write_text(
+        f"shards: {shards}\noutput: {tmp_path / 'out'}\nfinetune: finetune_quickstart\nbackground: false\n"
+        f"words: {json.dumps([*SMALL, 'split=split_1'])}\n"
+        "starts: {scratch: {}}\nmodes: [knn, linear, frozen, full]\nshares: [{fraction: 0.5, draws: 2}]\n"
+    )
+    word = f"recipe={recipe}"
+    assert main(["study", "run", word, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "8 runs" in out
+    assert "hours of a process" in out
+    assert not (tmp_path / "out").exists()
+    assert main(["study", "run", word, "--processes", "2"]) == 0
+    assert main(["study", "report", word]) == 0
+    assert (tmp_path / "out" / "report" / "report.html").is_file()
+    assert not list((tmp_path / "out" / "cells").glob("*/checkpoints"))
+    capsys.readouterr()
+    began = time.monotonic()
+    assert main(["study", "run", word]) == 0
+    assert time.monotonic() - began < 5

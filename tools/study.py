@@ -1,0 +1,288 @@
+"""``bocage study subsets|run|report|probe``: how few labels encoders need."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.shards.manifest import EVERY_SAMPLE
+from bocage.tools.arguments import positive, share
+from bocage.tools.interrupts import InterruptedCommand, Interrupts
+
+_COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+_STUDY_WORDS = "recipe=label_efficiency shards=PATH output=PATH, and any key of the recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    subsets = actions.add_parser("subsets", help="write nested, stratified subsets of the labelled patches")
+    subsets.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
+    subsets.add_argument("out", metavar="OUT", type=Path, help="folder for subsets.parquet, classes.csv, subsets.json")
+    _labels(subsets)
+    subsets.add_argument("--split", default="split_1", metavar="COLUMN", help="default: %(default)s; or all")
+    subsets.add_argument("--value", default="train", help="value of the split to draw from (default: %(default)s)")
+    subsets.add_argument("--fractions", nargs="+", type=share, metavar="SHARE", help="shares of the patches")
+    subsets.add_argument("--draws", type=positive, default=5, help="subsets of each share up to 0.05 (default: 5)")
+    subsets.add_argument("--draws-above", type=positive, default=3, help="subsets of larger shares (default: 3)")
+    subsets.set_defaults(act=_subsets)
+
+    run = actions.add_parser("run", help="run the grid of a study, what is missing of it")
+    run.add_argument("words", nargs="*", metavar="key=value", help=_STUDY_WORDS)
+    run.add_argument("--processes", type=positive, default=1, help="runs at a time (default: 1)")
+    run.add_argument("--dry-run", action="store_true", help="print the grid and what it will cost, run nothing")
+    run.add_argument("--slurm", type=Path, metavar="FILE", help="write an array script for sbatch, run nothing")
+    run.add_argument(
+        "--sbatch", nargs="+", default=[], metavar="OPTION", help="with --slurm: e.g. gpus=1 time=04:00:00"
+    )
+    launcher = "with --slurm: what starts a run (default: bocage), e.g. 'accelerate launch -m bocage.tools.main'"
+    run.add_argument("--launcher", default="bocage", help=launcher)
+    run.add_argument("--cell", metavar="NAME", help="run this one in this process")
+    run.set_defaults(act=_run)
+
+    report = actions.add_parser("report", help="write a page of what the finished runs say")
+    report.add_argument("words", nargs="*", metavar="key=value", help=_STUDY_WORDS)
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the study's output")
+    report.set_defaults(act=_report)
+
+    probe = actions.add_parser("probe", help="what an encoder's frozen features tell, taught with few labels")
+    probe.add_argument("encoder", metavar="ENCODER", help="folder of an encoder, or hf:org/name")
+    probe.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
+    probe.add_argument("out", metavar="OUT", type=Path, help="folder for features and scores")
+    _labels(probe)
+    probe.add_argument("--split", default="split_1", metavar="COLUMN", help="with train, valid and test patches")
+    probe.add_argument("--fraction", type=share, default=1.0, help="of the training patches (default: all)")
+    probe.add_argument("--draw", type=int, default=0, help="which subset of that size (default: 0)")
+    probe.add_argument("--track", choices=("patch", "roi"), default="patch", help="label patches, or whole regions")
+    probe.add_argument("--kinds", nargs="+", choices=("knn", "linear"), default=["knn", "linear"], metavar="KIND")
+    probe.add_argument("--batch-size", type=positive, default=8, help="patches at a time (default: 8)")
+    probe.add_argument("--workers", type=int, default=0, help="reading processes (default: 0)")
+    probe.set_defaults(act=_probe)
+
+
+def _labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label", default="AERIAL_LABEL-COSIA", help="the label raster (default: %(default)s)")
+    parser.add_argument("--level", type=positive, default=1, help="which of its bands (default: 1)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what was asked for; the exit status."""
+    act: Callable[[argparse.Namespace], int] = arguments.act
+    return act(arguments)
+
+
+def _subsets(arguments: argparse.Namespace) -> int:
+    from bocage.finetune.subset_files import DESCRIPTION, SubsetPlan, write_subsets
+    from bocage.finetune.subsets import LabelledPatches
+    from bocage.finetune.targets import Target
+    from bocage.shards.patches import ShardPatches
+    from bocage.shards.remote import open_shards
+
+    manifest = open_shards(arguments.shards)
+    registry = manifest.registry
+    if arguments.label not in registry or registry[arguments.label].role != "label":
+        there = ", ".join(item.name for item in registry.labels) or "none"
+        raise InputError(f"--label {arguments.label}: no label of {arguments.shards}; labels: {there}")
+    rows = manifest.split(arguments.split, arguments.value)
+    rows = rows[ShardPatches(manifest).held(arguments.label)[rows]]
+    target = Target(label=registry[arguments.label], band=arguments.level - 1)
+    patches = LabelledPatches.read(manifest, rows, [target])
+    plan = SubsetPlan(draws=arguments.draws, draws_above=arguments.draws_above)
+    try:
+        if arguments.fractions is not None:
+            plan = replace(plan, fractions=tuple(arguments.fractions))
+    except ValueError as error:
+        raise InputError(f"--fractions: {error}") from error
+    source = {
+        "shards": manifest.digest,
+        "split": arguments.split if arguments.split == EVERY_SAMPLE else f"{arguments.split}={arguments.value}",
+        "label": arguments.label,
+        "level": arguments.level,
+    }
+    with Progress(TextColumn("draws"), *_COLUMNS) as progress:
+        bar = progress.add_task("draws", total=len(list(plan.subsets())))
+        try:
+            found = write_subsets(
+                arguments.out, patches, plan, source, lambda done: progress.update(bar, completed=done)
+            )
+        except OSError as error:
+            raise InputError(f"{arguments.out} cannot be written: {error.strerror}") from error
+    table = Table(title=f"{len(patches):,} patches, {len(set(patches.rois)):,} regions")
+    for name in ("track", "share", "draws", "patches", "regions", "classes left out of some draw"):
+        table.add_column(name, justify="left" if name.startswith(("track", "classes")) else "right")
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for item in found["subsets"]:
+        groups.setdefault((item["track"], item["fraction"]), []).append(item)
+    for (track, fraction), items in sorted(groups.items()):
+        lost = sorted({name.partition("/")[2] for item in items for name in item["without"]})
+        counts = [_range(item[key] for item in items) for key in ("patches", "regions")]
+        table.add_row(track, f"{100 * fraction:g} %", str(len(items)), *counts, ", ".join(lost) or "none")
+    Console().print(table)
+    print(f"subsets: {arguments.out / DESCRIPTION}")
+    return 0
+
+
+def _range(values: Any) -> str:
+    found = sorted(set(values))
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,}-{found[-1]:,}"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from bocage import recipes
+    from bocage.finetune.study import StudyConfig, cells
+    from bocage.finetune.study_cell import run_cell
+    from bocage.finetune.study_runs import CellFolders, Failure, Runner, slurm_script
+
+    study = recipes.resolve(StudyConfig, arguments.words)
+    if arguments.cell:
+        return run_cell(study, arguments.cell)
+    folders, grid = CellFolders(study), cells(study)
+    if arguments.slurm:
+        options = [option if option.startswith("--") else f"--{option}" for option in arguments.sbatch]
+        text = slurm_script(folders, grid, arguments.launcher, arguments.words, options)
+        with written_atomically(arguments.slurm) as path:
+            path.write_text(text, encoding="utf-8")
+        print(f"sbatch {arguments.slurm}")
+        return 0
+    if arguments.dry_run:
+        return _dry_run(study, arguments.processes)
+    command = ["-m", "bocage.tools.main", "study", "run", *arguments.words, "--cell"]
+    runner = Runner(folders, command, arguments.processes)
+    wanted = [cell for cell in grid if not folders.finished(cell)]
+    with Interrupts(), Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
+        bar = progress.add_task("runs", total=len(grid), completed=len(grid) - len(wanted))
+
+        def done(cell: Any, failure: Failure | None) -> None:
+            progress.advance(bar)
+            if failure is not None:
+                progress.console.print(f"failed: {cell.name}: {failure.line}", markup=False, highlight=False)
+
+        try:
+            failures = runner.run(grid, done)
+        except InterruptedCommand as interruption:
+            print(f"\nbocage: stopped; the same command goes on with what is missing ({interruption.name})")
+            return interruption.exit_code
+    if not failures:
+        print(f"{len(grid)} runs in {folders.root / 'cells'}; `bocage study report` tells what they scored")
+        return 0
+    print(f"{len(failures)} of {len(grid)} runs failed; the same command tries them again:")
+    for failure in failures:
+        print(f"  {failure.cell.name} (status {failure.status}): {folders.of(failure.cell) / 'log.txt'}")
+    return 1
+
+
+def _dry_run(study: Any, processes: int) -> int:
+    from bocage.finetune.probing import KINDS
+    from bocage.finetune.study import cell_config, cells
+    from bocage.finetune.study_cell import Cost, measured_cost
+    from bocage.finetune.study_runs import CellFolders
+
+    folders, grid = CellFolders(study), cells(study)
+    for cell in grid:
+        cell_config(study, cell, "")  # a wrong word is found before anything is measured
+    table = Table(title=f"{len(grid)} runs")
+    for name in ("mode", "runs", "finished", "seconds a run", "seconds a step", "hours left", "MB left"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    hours = 0.0
+    for mode in study.modes:
+        cells_here = [cell for cell in grid if cell.mode == mode]
+        there = [cell for cell in cells_here if folders.finished(cell)]
+        left = len(cells_here) - len(there)
+        cost: Cost | None = None
+        if there:
+            seconds = statistics.mean(folders.seconds(cell) for cell in there)
+            size = statistics.mean(
+                sum(path.stat().st_size for path in folders.of(cell).rglob("*") if path.is_file()) for cell in there
+            )
+            cost = Cost(seconds, None, int(size))
+        elif mode not in KINDS:
+            cost = measured_cost(study, cells_here[-1])
+        if cost is None:
+            table.add_row(mode, str(len(cells_here)), "0", "not measured", "", "", "")
+            continue
+        hours += left * cost.seconds / 3600
+        table.add_row(
+            mode,
+            str(len(cells_here)),
+            str(len(there)),
+            f"{cost.seconds:.0f}",
+            "" if cost.step_seconds is None else f"{cost.step_seconds:.2f}",
+            f"{left * cost.seconds / 3600:.2f}",
+            f"{left * cost.bytes / 1e6:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    for cell in grid:
+        console.print(f"  {cell.name}{'  finished' if folders.finished(cell) else ''}", highlight=False, soft_wrap=True)
+    together = f"{hours / processes:.2f} with --processes {processes}, if they do not slow each other down"
+    print(f"{hours:.2f} hours of a process, {together}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from bocage import recipes
+    from bocage.finetune.study import StudyConfig
+    from bocage.finetune.study_report import write_report
+
+    study = recipes.resolve(StudyConfig, arguments.words)
+    out = arguments.out or Path(study.output) / "report"
+    try:
+        print(f"report: {write_report(study, out)}")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from bocage.finetune.config import FinetuneConfig
+    from bocage.finetune.probing import probe
+    from bocage.finetune.supervision import TaskConfig
+    from bocage.ssl.encoders.export import load_encoder
+
+    modality = load_encoder(arguments.encoder).spec.modality
+    try:
+        config = FinetuneConfig(
+            shards=arguments.shards,
+            labels=[arguments.label],
+            tasks={arguments.label: TaskConfig(level=arguments.level)},
+            modalities=[modality],
+            encoders={modality: arguments.encoder},
+            split=arguments.split,
+            train_fraction=arguments.fraction,
+            draw=arguments.draw,
+            track=arguments.track,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    table = Table(title=f"{arguments.label} from frozen features of {modality}")
+    for name in ("probe", "patches of", "count", "mIoU strict", "OA strict"):
+        table.add_column(name, justify="left" if name in ("probe", "patches of") else "right")
+    for kind in arguments.kinds:
+        with Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
+            bar = progress.add_task(modality, total=None)
+            found = probe(
+                replace(config, output=str(arguments.out / kind)),
+                kind,
+                arguments.out / "features",
+                lambda name, total, done, bar=bar: progress.update(bar, total=total, completed=done),  # type: ignore[misc]
+            )
+        for part in [name for name in ("valid", "test") if name in found]:
+            strict = found[part][arguments.label]["strict"]
+            count = str(found["patches"][part])
+            table.add_row(kind, part, count, f"{strict['miou']:.2f}", f"{strict['oa']:.2f}")
+    Console().print(table)
+    print(f"scores: {', '.join(str(arguments.out / kind / 'metrics.json') for kind in arguments.kinds)}")
+    return 0
