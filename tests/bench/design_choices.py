@@ -24,12 +24,12 @@ from design_runs import (
     LONG,
     MASKED,
     MIDDLE,
+    PROBED,
     SCRATCH,
     SEEDS,
     SHORT,
     SPREAD,
     STEPS,
-    TASKS,
     VARIANTS,
     Case,
     Study,
@@ -54,8 +54,7 @@ def probe(study: Study, start: str, seed: int) -> None:
     torch.set_num_threads(1)
     manifest = Manifest.open(study.data())
     found: dict[str, float] = {}
-    for task, label in (("land cover", "AERIAL_LABEL-COSIA"), ("crops", "ALL_LABEL-LPIS")):
-        sensor = TASKS[task].sensor
+    for task, (sensor, label) in PROBED.items():
         words = ["recipe=quickstart", f"modalities=[{sensor}]", *MASKED]
         if start in VARIANTS:
             words.append(f"encoders.{sensor}={study.encoder(start, seed, sensor)}")
@@ -81,10 +80,11 @@ def _of(found: Iterable[Case]) -> list[Measure]:
     return [Measure(case.title, case) for case in found]
 
 
-FINE = _of(Case(task, fraction) for task in TASKS for fraction in FRACTIONS)
-FEWER = _of(Case(task, fraction, SHORT) for task in TASKS for fraction in FRACTIONS)
-DURATIONS = [Measure(f"{steps:,} steps", Case("land cover", MIDDLE, steps)) for steps in (SHORT, STEPS, LONG)]
-FROZEN = [Measure(title, title) for title in (f"{kind} {task}" for task in TASKS for kind in ("linear", "knn"))]
+FINE = _of(Case(fraction) for fraction in FRACTIONS)
+FEWER = _of(Case(fraction, SHORT) for fraction in FRACTIONS)
+DURATIONS = [Measure(f"{steps:,} steps", Case(MIDDLE, steps)) for steps in (SHORT, STEPS, LONG)]
+UNTRAINED = _of([Case(MIDDLE, frozen=True)])
+FROZEN = [Measure(title, title) for title in (f"{kind} {task}" for task in PROBED for kind in ("linear", "knn"))]
 SPREADS = [Measure(title, title) for title in SPREAD]
 
 
@@ -111,10 +111,10 @@ def _difference(one: dict[int, float], other: dict[int, float]) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
-def _pooled(study: Study, start: str, task: str) -> dict[int, float]:
+def _pooled(study: Study, start: str) -> dict[int, float]:
     """The mean over fractions of each seed that has them all."""
     by_seed: dict[int, list[float]] = {}
-    for measure in _of(Case(task, fraction) for fraction in FRACTIONS):
+    for measure in FINE:
         for seed, value in _values(study, start, measure).items():
             by_seed.setdefault(seed, []).append(value)
     return {seed: statistics.mean(values) for seed, values in by_seed.items() if len(values) == len(FRACTIONS)}
@@ -128,36 +128,41 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 def write_report(study: Study) -> None:
     """``docs/design-choices.md`` around its figures, which replace those between the marks, and the CSV."""
     main = [SCRATCH, *(name for name, variant in VARIANTS.items() if variant.main)]
-    lines = [f"Strict mIoU (%) on the validation patches, mean ± standard deviation over seeds, {STEPS} steps:", ""]
+    lines = [
+        f"Land cover after {STEPS} steps of fine-tuning by share of labels, strict mIoU (%) on the validation patches,",
+        "",
+    ]
+    lines[0] += " mean ± standard deviation over seeds; *frozen*: the encoder stays as it is:"
+    columns = [*FINE, *UNTRAINED]
     lines += _table(
-        ["encoder", *(measure.title for measure in FINE)],
-        ([start, *(_mean(_values(study, start, measure)) for measure in FINE)] for start in main),
+        ["encoder", *(measure.title for measure in columns)],
+        ([start, *(_mean(_values(study, start, measure)) for measure in columns)] for start in main),
     )
-    lines += ["Differences paired by seed, 95 % intervals, bold where 0 is outside; means are over the fractions:", ""]
+    lines += ["Differences paired by seed, 95 % intervals, bold where 0 is outside; the mean is over the shares:", ""]
     pairs = [(one, SCRATCH) for one in main[1:]]
     pairs += [("masked", "contrastive"), ("combined", "masked"), ("combined", "contrastive")]
     lines += _table(
-        ["", *(measure.title for measure in FINE), *(f"{task}, mean" for task in TASKS)],
+        ["", *(measure.title for measure in columns), "mean"],
         (
             [
                 f"{one} - {other}",
-                *(_difference(_values(study, one, m), _values(study, other, m)) for m in FINE),
-                *(_difference(_pooled(study, one, t), _pooled(study, other, t)) for t in TASKS),
+                *(_difference(_values(study, one, m), _values(study, other, m)) for m in columns),
+                _difference(_pooled(study, one), _pooled(study, other)),
             ]
             for one, other in pairs
         ),
     )
     lines += [f"Fewer steps of fine-tuning, {SHORT}:", ""]
     lines += _table(
-        ["encoder", *(measure.title for measure in FEWER)],
+        ["encoder", *(measure.title for measure in FINE)],
         ([start, *(_mean(_values(study, start, measure)) for measure in FEWER)] for start in main),
     )
-    lines += ["Land cover at 5 % by steps of fine-tuning, longer from scratch:", ""]
+    lines += [f"By steps of fine-tuning, {MIDDLE:.0%} of labels, and longer from scratch:", ""]
     lines += _table(
         ["encoder", *(measure.title for measure in DURATIONS)],
         ([start, *(_mean(_values(study, start, measure)) for measure in DURATIONS)] for start in main),
     )
-    measures = [*_of([Case("land cover", MIDDLE)]), *FROZEN]
+    measures = [*_of([Case(MIDDLE)]), *FROZEN]
     lines += ["Choices as differences to `masked`, or to what is named; probes are of frozen encoders:", ""]
     lines += _table(
         ["variant", *(measure.title for measure in measures)],
@@ -181,7 +186,7 @@ def write_report(study: Study) -> None:
     report.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for start in (SCRATCH, *VARIANTS):
-        for measure in (*FINE, *FEWER, *_of([Case("land cover", MIDDLE, LONG)]), *FROZEN, *SPREADS):
+        for measure in (*FINE, *FEWER, *_of([Case(MIDDLE, LONG)]), *UNTRAINED, *FROZEN, *SPREADS):
             for seed, value in _values(study, start, measure).items():
                 rows.append({"encoder": start, "measure": measure.title, "seed": seed, "percent": f"{value:.3f}"})
     with (DOCS / "design-choices.csv").open("w", newline="", encoding="utf-8") as file:

@@ -24,36 +24,27 @@ _COMMON = ["workers=0", "engine.save_every=0", "engine.log_every=50"]
 PRETRAIN = ["recipe=quickstart", "engine.steps=400", "engine.optimizer.warmup_steps=40", "pictures=0", *_COMMON]
 MASKED = ["weights.masked=1", "weights.contrastive=0"]
 FINETUNE = ["recipe=finetune_quickstart", "predictions=0", "test=none", "batch_size=8", *_COMMON]
-FINETUNE += ["engine.optimizer.learning_rate=5.0e-3", "encoder_lr=0.2"]
+FINETUNE += ["engine.optimizer.learning_rate=5.0e-3", "encoder_lr=0.2", "window=25.6"]
 SHORT, STEPS, LONG = 250, 750, 2250  # of fine-tuning
 
 
-@dataclass(frozen=True)
-class Task:
-    """What encoders are fine-tuned for."""
-
-    sensor: str
-    words: list[str]
-
-
-TASKS = {
-    "land cover": Task(IMAGE, ["window=25.6"]),
-    "crops": Task(SERIES, ["labels=[ALL_LABEL-LPIS]", "window=51.2"]),
-}
+PROBED = {"land cover": (IMAGE, "AERIAL_LABEL-COSIA"), "crops": (SERIES, "ALL_LABEL-LPIS")}
+"""What frozen encoders are probed for: the sensor and its label."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A way to fine-tune."""
+    """A way to fine-tune the image's encoder for land cover."""
 
-    task: str
     fraction: float  # of the labelled patches
     steps: int = STEPS
+    frozen: bool = False  # the encoder stays as it is
 
     @property
     def title(self) -> str:
         """For the head of a column."""
-        return f"{self.task}, {self.fraction:.0%}" + (f", {self.steps:,} steps" if self.steps != STEPS else "")
+        steps = f", {self.steps:,} steps" if self.steps != STEPS else ""
+        return f"{'frozen, ' if self.frozen else ''}{self.fraction:.0%}{steps}"
 
 
 SPREAD = {"spread image": IMAGE, "spread series": SERIES}
@@ -66,15 +57,17 @@ class Variant:
     about: str
     words: list[str] = field(default_factory=list)
     groups: tuple[tuple[str, ...], ...] = (SENSORS,)
-    main: bool = False  # fine-tuned for both tasks at all fractions, others for land cover at one
+    main: bool = False  # fine-tuned at all fractions, others at one
     short: bool = False  # fine-tuned for fewer steps too
     against: str = "masked"  # what it is compared with
 
 
 VARIANTS = {
     "masked": Variant("masked, packed, masks of each sensor its own", MASKED, main=True, short=True),
-    "combined": Variant("masked and dense contrast, as `mae_multimodal`", main=True, short=True),
-    "less contrast": Variant("masked and a little dense contrast", ["weights.contrastive=0.02"]),
+    "combined": Variant(
+        "masked and dense contrast at a weight of 0.1", ["weights.contrastive=0.1"], main=True, short=True
+    ),
+    "less contrast": Variant("masked and dense contrast at 0.02, as `mae_multimodal`", ["weights.contrastive=0.02"]),
     "contrastive": Variant("dense contrast alone", ["weights.masked=0", "weights.contrastive=1"], main=True),
     "one sensor": Variant("masked, each sensor from itself alone", MASKED, ((IMAGE,), (SERIES,))),
     "all maps": Variant("masked, no map hidden from the objective", [*MASKED, "masking.map_ratio=0"]),
@@ -92,7 +85,7 @@ VARIANTS = {
     "joint": Variant("masked, the same ground hidden from all images", [*MASKED, "masking.joint=true"]),
     "plain targets": Variant("masked, targets not normalised", [*MASKED, "masked.normalize_targets=false"]),
     "combined, 4 x": Variant(
-        "combined, four times the steps of pretraining", ["engine.steps=1600"], against="combined"
+        "combined, four times the steps", ["weights.contrastive=0.1", "engine.steps=1600"], against="combined"
     ),
 }
 SCRATCH = "scratch"
@@ -102,13 +95,13 @@ def cases(start: str) -> list[Case]:
     """How encoders of a start are fine-tuned, what matters most first."""
     variant = VARIANTS.get(start)
     if variant and not variant.main:
-        return [Case("land cover", MIDDLE)]
-    found = [Case(task, MIDDLE) for task in TASKS]
-    found += [Case(task, fraction) for task in TASKS for fraction in FRACTIONS if fraction != MIDDLE]
+        return [Case(MIDDLE)]
+    found = [Case(MIDDLE), Case(MIDDLE, frozen=True)]
+    found += [Case(fraction) for fraction in FRACTIONS if fraction != MIDDLE]
     if not variant:
-        found += [Case("land cover", MIDDLE, LONG)]
+        found.append(Case(MIDDLE, LONG))
     if not variant or variant.short:
-        found += [Case(task, fraction, SHORT) for task in TASKS for fraction in FRACTIONS]
+        found += [Case(fraction, SHORT) for fraction in FRACTIONS]
     return found
 
 
@@ -163,15 +156,16 @@ class Study:
 
     def finetuning(self, start: str, seed: int, case: Case) -> tuple[list[str], Path]:
         """Words of the command line and folder of a fine-tuning run, from a variant's encoder or from scratch."""
-        sensor = TASKS[case.task].sensor
-        words = [*FINETUNE, *TASKS[case.task].words, f"modalities=[{sensor}]", f"train_fraction={case.fraction:g}"]
+        words = [*FINETUNE, f"modalities=[{IMAGE}]", f"train_fraction={case.fraction:g}"]
         words += [f"engine.seed={seed}", f"engine.steps={case.steps}"]
         if start in VARIANTS:
-            words.append(f"encoders.{sensor}={self.encoder(start, seed, sensor)}")
-        return words, self.folder / "finetune" / _named(f"{start}-{seed}-{case.task}-{case.fraction:g}", words)
+            words.append(f"encoders.{IMAGE}={self.encoder(start, seed, IMAGE)}")
+        if case.frozen:
+            words.append(f"freeze=[{IMAGE}]")
+        return words, self.folder / "finetune" / _named(f"{start}-{seed}-land_cover-{case.fraction:g}", words)
 
     def finetune(self, start: str, seed: int, case: Case) -> None:
-        """Fine-tune for a task."""
+        """Fine-tune."""
         words, output = self.finetuning(start, seed, case)
         if not (output / "metrics.json").exists():
             words = [*words, f"shards={self.data()}", f"output={output}"]
@@ -224,7 +218,7 @@ class Study:
             if not path.exists():
                 return None
             strict = next(iter(json.loads(path.read_text())["valid"].values()))["strict"]
-            return float(strict["miou" if what.task == "land cover" else "miou_without_background"])
+            return float(strict["miou"])
         if what in SPREAD:
             return self.spread(start, seed, SPREAD[what])
         path = self.probed(start, seed)
