@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.patches import ShardPatches
 from bocage.shards.remote import open_shards
+from bocage.ssl.encoders.sources import SCRATCH
 from bocage.ssl.metrics import ConfusionMatrix
 from bocage.ssl.probe import Cells, linear_probe, nearest
 
@@ -29,7 +31,9 @@ CELL = 12.8
 """Side of the cells that are told apart, metres."""
 
 _NEIGHBOURS, _PENALTY = 20, 1e-3
-_MOST_CELLS = 2**17  # that teach: more take longer than what they tell is worth
+MOST_CELLS = 2**17
+"""That teach a probe: more take longer than what they tell is worth."""
+
 _PATCHES = 256  # whose features are in memory at once
 
 
@@ -52,7 +56,8 @@ def probe(
         progress: called with the name of an encoder, of how many patches, and how many are done.
 
     Returns:
-        The contents of ``metrics.json``.
+        The contents of ``metrics.json``; under ``taught`` how many labelled cells it learned from, of how many: at most
+        131,072, so that probes of large shares of a large dataset learn from as many.
 
     Raises:
         InputError: see ``train.build_task`` and ``train.parts_of``; no labelled cell to learn from.
@@ -62,29 +67,38 @@ def probe(
     manifest, output = open_shards(config.shards, config.cache), Path(config.output)
     torch.manual_seed(config.engine.seed)
     task = build_task(config, manifest).eval()
-    task.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task.to(device)
     rows = parts_of(config, ShardPatches(manifest), task)
     every = np.unique(np.concatenate(list(rows.values())))
-    dense = DenseFeatures(cache, manifest, CELL)
     reading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
-    features: list[CellFiles] = []
-    for name in task.modalities:
-        told = None if progress is None else partial(progress, name, len(every))
-        features.append(dense.features(task.model.encoder(name), every, progress=told, **reading))
-    keys = {part: manifest.column("key").take(indices).to_pylist() for part, indices in rows.items()}
-    parts: dict[str, Confusions] = {name: {} for name in rows if name != "train"}
-    for label, target in task.targets.items():
-        labels = dense.labels(target, every, **reading)
-        predicted = _taught(kind, features, labels, keys["train"], len(target.scheme))
-        for part, confusions in parts.items():
-            regions = manifest.column("roi").take(rows[part]).to_pylist()
-            confusions[label] = ConfusionMatrix(target.scheme)
-            for start in range(0, len(regions), _PATCHES):
-                some = slice(start, start + _PATCHES)
-                _count(confusions[label], keys[part][some], regions[some], labels, features, predicted)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="random-") as passing:
+        features: list[CellFiles] = []
+        for name in task.modalities:
+            told = None if progress is None else partial(progress, name, len(every))
+            # Features of random encoders are of one seed, and nobody asks for them again.
+            known = config.encoders.get(name, SCRATCH) != SCRATCH
+            dense = DenseFeatures(cache if known else Path(passing), manifest, CELL)
+            features.append(dense.features(task.model.encoder(name), every, progress=told, **reading))
+        keys = {part: manifest.column("key").take(indices).to_pylist() for part, indices in rows.items()}
+        parts: dict[str, Confusions] = {name: {} for name in rows if name != "train"}
+        taught = {}
+        for label, target in task.targets.items():
+            labels = DenseFeatures(cache, manifest, CELL).labels(target, every, **reading)
+            train, there = _labelled_cells(features, labels, keys["train"])
+            taught[label] = {"cells": len(train.labels), "of": there}
+            predicted = _fitted(kind, train, len(target.scheme), device)
+            for part, confusions in parts.items():
+                regions = manifest.column("roi").take(rows[part]).to_pylist()
+                confusions[label] = ConfusionMatrix(target.scheme)
+                for start in range(0, len(regions), _PATCHES):
+                    some = slice(start, start + _PATCHES)
+                    _count(confusions[label], keys[part][some], regions[some], labels, features, predicted)
     metrics: dict[str, Any] = {
         "recipe": config.recipe,
         "probe": kind,
+        "taught": taught,
         "labels": {name: target.facts() for name, target in task.targets.items()},
         "modalities": task.modalities,
         "pretrained": config.encoders,
@@ -99,25 +113,30 @@ def probe(
     return metrics
 
 
-def _taught(
-    kind: Kind, features: Sequence[CellFiles], labels: CellFiles, keys: Sequence[str], classes: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What tells classes (N,) of features (N, C), from the labelled cells of some patches."""
+def _labelled_cells(features: Sequence[CellFiles], labels: CellFiles, keys: Sequence[str]) -> tuple[Cells, int]:
+    """The labelled cells of some patches, and how many there are: of very many some are taken, spread evenly."""
     truth = labels.read(keys)
     known = (truth.flatten() >= 0).nonzero()[:, 0]
-    if not len(known):
+    there = len(known)
+    if not there:
         raise InputError("no cell of the training patches has a scored class: take a larger train_fraction")
-    if len(known) > _MOST_CELLS:
-        known = known[torch.linspace(0, len(known) - 1, _MOST_CELLS).round().long()]
+    if there > MOST_CELLS:
+        known = known[torch.linspace(0, there - 1, MOST_CELLS).round().long()]
     cells = truth[0].numel()
     chosen = []
     for start in range(0, len(keys), _PATCHES):
         here = known[(known >= start * cells) & (known < (start + _PATCHES) * cells)]
         chosen.append(_vectors(features, keys[start : start + _PATCHES])[here - start * cells])
-    train = Cells(torch.cat(chosen), truth.flatten()[known].long())
+    return Cells(torch.cat(chosen), truth.flatten()[known].long()), there
+
+
+def _fitted(kind: Kind, train: Cells, classes: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What tells classes (N,) of features (N, C), learned and computed on a device."""
+    train = Cells(train.features.to(device), train.labels.to(device))
     if kind == "linear":
-        return linear_probe(train, classes, _PENALTY)
-    return lambda queries: nearest(train, queries, classes, _NEIGHBOURS)
+        told = linear_probe(train, classes, _PENALTY)
+        return lambda queries: told(queries.to(device)).cpu()
+    return lambda queries: nearest(train, queries.to(device), classes, _NEIGHBOURS).cpu()
 
 
 def _vectors(features: Sequence[CellFiles], keys: Sequence[str]) -> torch.Tensor:

@@ -1,16 +1,17 @@
 """What can be said of scores that were measured on some regions after some runs: intervals, differences, corrections.
 
-Two things make a score uncertain, and both are resampled. *Regions* tested on: within each domain, regions are drawn
-with replacement, one fewer than there are, weighted up (the rescaling bootstrap of Rao & Wu 1988, which is unbiased for
-the few regions of a domain). *Runs*, i.e. draws of labelled patches and training seeds: there are three to five, too
-few to resample; the mean of n runs is off by s / sqrt(n) times a Student variable of n - 1 degrees, and such a variable
-is added to each replicate. Starts that are compared share regions and runs: differences are paired in both.
+Two things make a score uncertain. *Regions* tested on: in each replicate the regions of a domain have random weights,
+those of the Bayesian bootstrap (Rubin 1981) as wide as the rescaling bootstrap for strata of few units (Rao & Wu 1988),
+which is unbiased; no weight is 0, so that a class which one region holds does not vanish. *Runs*: draws of labelled
+patches, or training seeds where there is one draw. There are three to five, too few to resample; the mean of n is off
+by s / sqrt(n) times a Student variable of n - 1 degrees, and such a variable is added to each replicate. Starts that
+are compared share regions and runs: differences are paired in both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,10 @@ def mean_iou(counts: np.ndarray, scheme: ClassScheme, *, background: bool) -> np
 
 
 def region_weights(domains: Sequence[str], replicates: int, random: np.random.Generator) -> np.ndarray:
-    """Weights of regions in each replicate, (replicates, R) float64 of mean 1; domains of one region are one domain.
+    """Weights of regions in each replicate, (replicates, R) float64 of mean and variance 1, adding up within domains.
+
+    n times a Dirichlet variable of concentration (n - 2) / n has that variance; of two regions it is one or the other.
+    Domains of one region are one domain.
 
     Args:
         domains: of each of the R regions.
@@ -67,9 +71,11 @@ def region_weights(domains: Sequence[str], replicates: int, random: np.random.Ge
     for name in np.unique(strata):
         here = np.flatnonzero(strata == name)
         if len(here) > 1:
-            chances = np.full(len(here), 1 / len(here))
-            drawn = random.multinomial(len(here) - 1, chances, size=replicates)
-            weights[:, here] = drawn * (len(here) / (len(here) - 1))
+            if len(here) == 2:
+                drawn = random.integers(0, 2, (replicates, 1)) == [0, 1]
+            else:
+                drawn = random.standard_gamma(1 - 2 / len(here), (replicates, len(here)))
+            weights[:, here] = len(here) * drawn / drawn.sum(axis=1, keepdims=True)
     return weights
 
 
@@ -102,10 +108,6 @@ class Estimate:
         count = len(self.replicates)
         below, above = (self.replicates <= 0).sum(), (self.replicates >= 0).sum()
         return float(min(1.0, 2 * (min(below, above) + 1) / (count + 1)))
-
-    def __sub__(self, other: Estimate) -> Estimate:
-        """The difference of two figures that vary independently but for the regions."""
-        return Estimate(self.value - other.value, self.replicates - other.replicates, min(self.runs, other.runs))
 
 
 def trimmed(values: np.ndarray, interquartile: bool) -> np.ndarray:
@@ -144,25 +146,41 @@ def estimate(
     return Estimate(value, replicates, len(scores))
 
 
+Runs = Mapping[tuple[int, int], tuple[float, np.ndarray]]
+"""By draw and seed, the score of a run and its (B,) scores in the replicates of the regions."""
+
+
+def mean_of(runs: Runs, random: np.random.Generator, *, interquartile: bool = False) -> Estimate:
+    """The mean over draws, each the mean of its seeds, which share labels; of a single draw over its seeds.
+
+    Args:
+        runs: at least one.
+        random, interquartile: see ``estimate``.
+    """
+    draws = {draw for draw, _ in runs}
+    units: dict[int, list[tuple[float, np.ndarray]]] = {}
+    for (draw, seed), run in sorted(runs.items(), key=lambda item: item[0]):
+        units.setdefault(draw if len(draws) > 1 else seed, []).append(run)
+    scores = np.array([np.mean([value for value, _ in found]) for found in units.values()])
+    resampled = np.stack([np.mean([replicates for _, replicates in found], axis=0) for found in units.values()])
+    return estimate(scores, resampled, random, interquartile=interquartile)
+
+
 def paired(
-    one: Mapping[Hashable, tuple[float, np.ndarray]],
-    other: Mapping[Hashable, tuple[float, np.ndarray]],
+    one: Runs,
+    other: Runs,
     random: np.random.Generator,
     *,
     interquartile: bool = False,
 ) -> Estimate | None:
-    """The difference of two starts over the runs that both have, by (draw, seed); None without any.
+    """The difference of two starts over the runs that both have; None without any.
 
     Args:
-        one, other: by run, its score and its (B,) scores in the replicates of the regions.
+        one, other: their runs.
         random, interquartile: see ``estimate``.
     """
-    runs = [run for run in one if run in other]
-    if not runs:
-        return None
-    scores = np.array([one[run][0] - other[run][0] for run in runs])
-    resampled = np.stack([one[run][1] - other[run][1] for run in runs])
-    return estimate(scores, resampled, random, interquartile=interquartile)
+    runs = {run: (one[run][0] - other[run][0], one[run][1] - other[run][1]) for run in one if run in other}
+    return mean_of(runs, random, interquartile=interquartile) if runs else None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -186,12 +204,13 @@ def labels_needed(curve: Mapping[float, Estimate], target: Estimate) -> Estimate
     shares = np.array(sorted(curve))
     values = np.stack([np.append(curve[share].value, curve[share].replicates) for share in shares]).astype(np.float64)
     wanted = np.append(target.value, target.replicates)
-    found = _first_reached(np.log(shares), np.maximum.accumulate(values, axis=0), wanted)
+    found = _first_reached(shares, np.maximum.accumulate(values, axis=0), wanted)
     return Estimate(float(found[0]), found[1:], min(item.runs for item in curve.values()))
 
 
-def _first_reached(positions: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """exp of where each rising column of (F, B) ``values`` reaches its (B,) ``wanted``, infinite where it does not."""
+def _first_reached(shares: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The share where each rising column of (F, B) ``values`` reaches its (B,) ``wanted``, infinite where none does."""
+    positions = np.log(shares)
     reached = values >= wanted
     place = reached.argmax(axis=0)
     columns = np.arange(values.shape[1])
@@ -199,5 +218,5 @@ def _first_reached(positions: np.ndarray, values: np.ndarray, wanted: np.ndarray
     low, high = values[before, columns], values[place, columns]
     share = np.divide(wanted - low, high - low, out=np.zeros_like(low), where=high > low)
     position = positions[before] + share * (positions[place] - positions[before])
-    position = np.where(place == 0, positions[0], position)
-    return np.where(reached.any(axis=0), np.exp(position), np.inf)
+    found = np.where(place == 0, shares[0], np.exp(position))  # exp of a logarithm is not quite the same
+    return np.where(reached.any(axis=0), found, np.inf)

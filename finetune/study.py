@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -19,10 +21,15 @@ from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.probing import KINDS
 from bocage.finetune.subsets import TRACKS, Track
 from bocage.shards.errors import InputError
+from bocage.shards.manifest import EVERY_SAMPLE
+from bocage.ssl.engine.provenance import CHANGEABLE_KEYS, flat, matches
 
 Mode = Literal["knn", "linear", "frozen", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-_OWN = ("recipe", "shards", "cache", "output", "train_fraction", "draw", "track", "encoders", "freeze", "engine.seed")
+_OWN = ("recipe", "shards", "output", "train_fraction", "draw", "track", "encoders", "freeze", "engine.seed")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_PLACES = ("shards", "cache", "output", "predictions", "pictures")
+_DECISIVE = ("engine.steps", "engine.evaluate_every")  # which a resumed run may change, and which change its result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +105,8 @@ class StudyConfig:
             raise ValueError("starts: name at least one, e.g. starts={scratch: {}, ours: {AERIAL_RGBI: FOLDER}}")
         if self.reference not in self.starts:
             raise ValueError(f"reference={self.reference} is not one of starts: {', '.join(self.starts)}")
-        if wrong := [name for name in self.starts if not name.replace("_", "").replace("-", "").isalnum()]:
-            raise ValueError(f"starts: {wrong[0]!r}: names become folders: letters, digits, - and _")
+        if wrong := [name for name in self.starts if not _NAME.fullmatch(name)]:
+            raise ValueError(f"starts: {wrong[0]!r}: names become folders: letters, digits, then also - and _")
         if not self.modes or (unknown := [mode for mode in self.modes if mode not in MODES]):
             raise ValueError(f"modes: {', '.join(unknown) if self.modes else 'none'}; there are {', '.join(MODES)}")
         if not self.shares:
@@ -148,42 +155,69 @@ def cells(study: StudyConfig) -> list[Cell]:
                 rates: list[float | None] = [None]
                 if study.learning_rates and mode not in KINDS:
                     rates = [*study.learning_rates]
+                seeds = 1 if mode in KINDS else share.seeds  # a probe of the same features gives the same again
                 for draw in range(share.draws):
-                    for seed in range(share.seeds):
+                    for seed in range(seeds):
                         for rate in rates:
                             for start in study.starts:
                                 yield Cell(start, mode, share.fraction, draw, seed, rate)  # type: ignore[arg-type]
 
-    return list(every())
+    found = list(every())
+    names = Counter(cell.name for cell in found)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"shares, learning_rates: two cells have the name {twice[0]}: take values further apart")
+    return found
 
 
 def cell_config(study: StudyConfig, cell: Cell, output: str) -> FinetuneConfig:
-    """The fine-tuning run of a cell.
+    """The fine-tuning run of a cell. Encoders and frozen parts are those of the cell, whatever the recipe says.
 
     Raises:
-        InputError: the recipe or a word of the study is wrong.
+        InputError: the recipe or a word of the study is wrong, or the run would validate on what it trains on.
     """
-    words = [f"recipe={study.finetune}", *study.words, f"shards={study.shards}", f"track={study.track}"]
-    words += [f"encoders.{name}={source}" for name, source in study.starts[cell.start].items()]
-    config = _resolved(tuple(words), cell.mode == "frozen")
+    config = _resolved(study.finetune, tuple(study.words))
+    if config.split == EVERY_SAMPLE:
+        raise InputError(f"words: split={EVERY_SAMPLE} validates on what is trained on; a study needs a split")
+    if cell.mode == "frozen" and not config.modalities:
+        raise InputError("words: name modalities=[...], which mode frozen freezes")
     optimizer = config.engine.optimizer
     if cell.rate is not None:
         optimizer = replace(optimizer, learning_rate=cell.rate)
-    engine = replace(config.engine, seed=100 * cell.draw + cell.seed, optimizer=optimizer)
-    return replace(config, output=output, train_fraction=cell.fraction, draw=cell.draw, engine=engine)
+    return replace(
+        config,
+        shards=study.shards,
+        output=output,
+        train_fraction=cell.fraction,
+        draw=cell.draw,
+        track=study.track,
+        encoders=dict(study.starts[cell.start]),
+        freeze=list(config.modalities) if cell.mode == "frozen" else [],
+        engine=replace(config.engine, seed=100 * cell.draw + cell.seed, optimizer=optimizer),
+    )
 
 
 @cache
-def _resolved(words: tuple[str, ...], frozen: bool) -> FinetuneConfig:
-    """What words say: the same for many cells, and not resolved at once."""
-    config = recipes.resolve(FinetuneConfig, list(words))
-    if frozen and not config.modalities:
-        raise InputError("words: name modalities=[...], which mode frozen freezes")
-    return replace(config, freeze=list(config.modalities)) if frozen else config
+def _resolved(recipe: str, words: tuple[str, ...]) -> FinetuneConfig:
+    """What a recipe and words say: the same for all cells, and not resolved at once."""
+    return recipes.resolve(FinetuneConfig, [f"recipe={recipe}", *words])
 
 
 def described(config: FinetuneConfig) -> dict[str, Any]:
-    """What decides the result of a cell, in JSON's types: its configuration without the places of things."""
-    kept = {key: value for key, value in asdict(config).items() if key not in ("shards", "cache", "output", "workers")}
+    """The configuration of a cell in JSON's types, without the places of things."""
+    kept = {key: value for key, value in asdict(config).items() if key not in _PLACES}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
+
+
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Keys that make two configurations, as ``described`` gives them, give different results.
+
+    A key that one of them does not know, being of another version of bocage, has its default there.
+    """
+    default = flat(described(FinetuneConfig()))
+    old, new = default | flat(found), default | flat(wanted)
+    return [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and (key in _DECISIVE or not matches(key, CHANGEABLE_KEYS))
+    ]

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from bocage.finetune.measure import confusion, labelled_rows, sensor_sets, summary
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.measure import confusion, sensor_sets, summary
 from bocage.finetune.probing import KINDS, probe
 from bocage.finetune.study import Cell, StudyConfig, cell_config, cells
 from bocage.finetune.study_runs import CellFolders
 from bocage.finetune.task import load_segmentation
-from bocage.finetune.train import finetune
+from bocage.finetune.train import finetune, parts_of
+from bocage.shards.claims import Claim
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.patches import ShardPatches
-from bocage.shards.remote import open_shards
-from bocage.ssl.engine.distributed import is_main
+from bocage.ssl.engine.distributed import agreed, announced, is_main
 
 _FEW_STEPS = 5
 
@@ -37,48 +38,51 @@ def run_cell(study: StudyConfig, name: str) -> int:
         raise InputError(f"--cell {name}: the study has no such cell; `--dry-run` lists them")
     cell, folders = found[name], CellFolders(study)
     folders.prepare(cell)
-    if folders.finished(cell):
-        return 0
-    began = time.monotonic()
-    try:
-        status = _run(study, cell, folders)
-    finally:
-        if is_main():
-            folders.add_seconds(cell, time.monotonic() - began)
-    if is_main() and folders.finished(cell):
+    if not folders.finished(cell):
+        began = time.monotonic()
+        try:
+            status = _run(study, cell, folders)
+        finally:
+            if announced()[0] == 0:
+                folders.add_seconds(cell, time.monotonic() - began)
+        if status:
+            return status
+    if announced()[0] == 0 and folders.finished(cell):
         folders.tidy(cell)
-    return status
+    return 0
 
 
 def _run(study: StudyConfig, cell: Cell, folders: CellFolders) -> int:
     config = cell_config(study, cell, str(folders.of(cell)))
     if cell.mode in KINDS:
-        probe(config, cell.mode, folders.features)
+        if announced()[0] == 0:  # there is nothing that ranks could share
+            with Claim(folders.of(cell) / ".claim", range(1), folders.of(cell)):
+                probe(config, cell.mode, folders.features)
         return 0
     result = finetune(config)
     if not result["stopped"] and study.missing:
-        _measure_missing(study, folders.of(cell), result["modalities"])
+        agreed(lambda: None)  # the model is there when rank 0 has written it
+        _measure_missing(config, folders, cell)
     return int(result["exit_code"])
 
 
-def _measure_missing(study: StudyConfig, folder: Path, modalities: list[str]) -> None:
+def _measure_missing(config: FinetuneConfig, folders: CellFolders, cell: Cell) -> None:
     """Write ``missing.json``: scores by set of sensors and label, of the patches that the study reports.
 
     Of a single sensor it is empty.
     """
-    config = json.loads((folder / "cell.json").read_text(encoding="utf-8"))["config"]
-    manifest = open_shards(study.shards)
-    task = load_segmentation(folder / "model")
+    task = load_segmentation(folders.of(cell) / "model")
     task.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    part = "test" if "test" in metrics else "valid"
-    rows = labelled_rows(ShardPatches(manifest), task, config["split"], config[part])
+    rows = parts_of(config, ShardPatches(folders.manifest), task)
+    reported = rows["test" if "test" in rows else "valid"]
     found = {}
-    for name, only in sensor_sets(modalities).items():
-        matrices = confusion(task, manifest, rows, batch_size=config["batch_size"], workers=0, only=only)
+    for name, only in sensor_sets(task.modalities).items():
+        matrices = confusion(
+            task, folders.manifest, reported, batch_size=config.batch_size, workers=config.workers, only=only
+        )
         found[name] = {label: summary(matrix) for label, matrix in matrices.items()}
     if is_main():
-        with written_atomically(folder / "missing.json") as path:
+        with written_atomically(folders.of(cell) / "missing.json") as path:
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -103,13 +107,15 @@ def measured_cost(study: StudyConfig, cell: Cell) -> Cost:
         output = Path(folder) / "run"
         config = cell_config(study, cell, str(output))
         steps = config.engine.steps
-        engine = replace(config.engine, steps=min(_FEW_STEPS, steps), log_every=1, save_every=0, evaluate_every=0)
+        few = min(_FEW_STEPS, steps)
+        optimizer = replace(config.engine.optimizer, warmup_steps=min(config.engine.optimizer.warmup_steps, few))
+        engine = replace(config.engine, steps=few, log_every=1, save_every=0, evaluate_every=0, tracker="none")
         began = time.monotonic()
-        finetune(replace(config, engine=replace(engine, tracker="none")))
+        finetune(replace(config, engine=replace(engine, optimizer=optimizer)))
         whole = time.monotonic() - began
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         step = statistics.median(json.loads(line)["step_seconds"] for line in lines)
         kept = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
         if study.keep_models:
             kept = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return Cost(whole + (steps - engine.steps) * step, step, kept)
+    return Cost(whole + (steps - few) * step, step, kept)

@@ -149,11 +149,12 @@ def draw_classes(analysis: Analysis, mode: str, theme: Theme) -> Figure:
     study = analysis.study
     curves = {start: curve for (start, other), curve in analysis.curves.items() if other == mode}
     others = [start for start in curves if start != study.reference]
-    compared = bool(others) and study.reference in curves
+    common = {share for start in others for share in curves[start] if share in curves.get(study.reference, {})}
+    compared = bool(common)
     columns, cells = [], []
     for start in others if compared else list(curves):
         for share in curves[start]:
-            if compared and share not in curves[study.reference]:
+            if compared and share not in common:
                 continue
             values = analysis.classes(start, mode, share)
             if compared:

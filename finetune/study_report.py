@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from bocage import recipes
 from bocage.finetune import study_tables
+from bocage.finetune.probing import MOST_CELLS
 from bocage.finetune.statistics import LEVEL
 from bocage.finetune.study import StudyConfig, cells
 from bocage.finetune.study_figures import (
@@ -199,16 +200,23 @@ def _method(study: StudyConfig, found: Mapping[str, Analysis]) -> list[str]:
         f"Labels: nested {what}, stratified by domain and rarest class. Runs by share: {runs}.",
         f"Scores: strict mIoU (a scored pixel predicted as an unscored class is a miss), {mean}; "
         "classes that the tested patches lack are left out.",
-        f"Intervals: {study.replicates:,} replicates; in each, regions are drawn again within their domains (rescaling "
-        "bootstrap), and the mean over runs is off by a Student variable. Differences are paired by region, draw and "
-        "seed; p-values are corrected over the shares (Holm). Of a single run, marked *, the interval holds what "
-        "regions do alone, and there is no p-value.",
+        f"Intervals: in each of {study.replicates:,} replicates, the regions of a domain have random weights (Bayesian "
+        "bootstrap), and the mean over draws, or over the seeds of a single draw, is off by a Student variable. Differences "
+        "are paired by region, draw and seed; p-values are corrected over the shares (Holm). Of a single run, marked *, the "
+        "interval holds what regions do alone, and there is no p-value.",
     ]
     if study.learning_rates:
         rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
         lines.append(f"Learning rates {rates} are tried for every start; the best on validation counts, by share.")
     if "knn" in study.modes or "linear" in study.modes:
         lines.append("knn and linear are probes of frozen features on cells of 12.8 m: not comparable with maps.")
+        scores = [score for analysis in found.values() for score in analysis.scores if score.facts["taught"]]
+        full = {score.cell.fraction for score in scores if score.facts["taught"]["cells"] < score.facts["taught"]["of"]}
+        if full:
+            lines.append(
+                f"Probes learn from at most {MOST_CELLS:,} labelled cells: those of shares from {percent(min(full))} "
+                "on learn from as many."
+            )
     if not study.background and any(item.scheme.background is not None for item in found.values()):
         lines.append("The background of crops is left out of the mean.")
     if next(iter(found.values())).part == "valid":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bocage.finetune.probing import KINDS
 from bocage.finetune.statistics import (
     Estimate,
-    estimate,
     holm,
     labels_needed,
     mean_iou,
+    mean_of,
     paired,
     region_weights,
     strict_counts,
@@ -44,7 +45,8 @@ class Score:
         cell: which.
         valid: strict mIoU on the validation patches, percent.
         counts: (regions, 3, scored classes) ``strict_counts`` of what is reported.
-        facts: the rest of what the cell tells: ``steps``, ``patches`` and ``train_keys`` of training, ``seconds``.
+        facts: the rest of what the cell tells: ``steps``, ``patches`` and ``train_keys`` of training, ``seconds``, and
+            ``taught`` of probes.
         missing: mIoU by set of sensors, where it was measured.
     """
 
@@ -84,7 +86,7 @@ class Analysis:
         self._weights = region_weights(
             [ConfusionMatrix.domain(region) for region in self.regions], study.replicates, np.random.default_rng(0)
         )
-        self._measured: dict[tuple[str, str, float], dict[Hashable, tuple[float, np.ndarray]]] = {}
+        self._measured: dict[tuple[str, str, float], dict[tuple[int, int], tuple[float, np.ndarray]]] = {}
         for score in self.chosen:
             value = self.miou(score.counts.sum(axis=0))
             resampled = self.miou(np.einsum("br,rkc->bkc", self._weights, score.counts))
@@ -100,11 +102,23 @@ class Analysis:
         return mean_iou(counts, self.scheme, background=self.study.background)
 
     def _rates(self) -> dict[tuple[str, str, float], float | None]:
-        """By start, mode and share the learning rate that is best on validation, the mean over runs."""
-        found: dict[tuple[str, str, float], dict[float | None, list[float]]] = {}
+        """By start, mode and share the learning rate that is best on validation, over the runs that all rates have.
+
+        Without such a run, of a study that has only begun, the one with most runs.
+        """
+        found: dict[tuple[str, str, float], dict[float | None, dict[tuple[int, int], float]]] = {}
         for score in self.scores:
-            found.setdefault(self._key(score.cell), {}).setdefault(score.cell.rate, []).append(score.valid)
-        return {key: max(rates, key=lambda rate: float(np.mean(rates[rate]))) for key, rates in found.items()}
+            runs = found.setdefault(self._key(score.cell), {}).setdefault(score.cell.rate, {})
+            runs[score.cell.draw, score.cell.seed] = score.valid
+        chosen = {}
+        for key, rates in found.items():
+            common = set.intersection(*(set(runs) for runs in rates.values()))
+            merit = {
+                rate: float(np.mean([runs[run] for run in common])) if common else float(len(runs))
+                for rate, runs in rates.items()
+            }
+            chosen[key] = max(merit, key=lambda rate: merit[rate])
+        return chosen
 
     @property
     def curves_there(self) -> list[Curve]:
@@ -122,10 +136,8 @@ class Analysis:
         return found
 
     def _estimate(self, start: str, mode: str, share: float) -> Estimate:
-        runs = list(self._measured[start, mode, share].values())
-        found = estimate(
-            np.array([value for value, _ in runs]),
-            np.stack([resampled for _, resampled in runs]),
+        found = mean_of(
+            self._measured[start, mode, share],
             self._random("curve", start, mode, share),
             interquartile=self.study.interquartile,
         )
@@ -215,19 +227,20 @@ def analyses(study: StudyConfig) -> dict[str, Analysis]:
     found = {}
     for label, scheme in schemes.items():
         matrices = {cell: _matrices(folders.of(cell), part, label, scheme) for cell in done}
-        regions = sorted(matrices[done[0]])
-        if other := next((cell for cell in done if sorted(matrices[cell]) != regions), None):
-            raise InputError(
-                f"{folders.of(other)} and {folders.of(done[0])} were measured on different patches of {label}"
-            )
+        _check_same_patches(matrices, folders, label)
+        regions = sorted({region for found in matrices.values() for region in found})
+        if not regions:
+            continue  # no tested patch has the label
+        none = np.zeros((len(scheme), len(scheme)), np.int64)  # a probe may find no labelled cell in a region
         scores = [
             Score(
                 cell,
                 _valid(metrics[cell], label, study.background),
-                strict_counts(np.stack([matrices[cell][region] for region in regions]), scheme),
+                strict_counts(np.stack([matrices[cell].get(region, none) for region in regions]), scheme),
                 {
                     "steps": metrics[cell].get("steps", 0),
                     "patches": metrics[cell]["patches"]["train"],
+                    "taught": metrics[cell].get("taught", {}).get(label),
                     "train_keys": metrics[cell]["train_keys"],
                     "seconds": folders.seconds(cell),
                 },
@@ -239,15 +252,31 @@ def analyses(study: StudyConfig) -> dict[str, Analysis]:
     return found
 
 
+def _check_same_patches(matrices: Mapping[Cell, Mapping[str, np.ndarray]], folders: CellFolders, label: str) -> None:
+    """Raises ``InputError`` unless trained cells counted the same true pixels of each region, and so did probes."""
+    first: dict[bool, Cell] = {}
+
+    def truth(cell: Cell) -> dict[str, list[int]]:
+        return {name: counts.sum(axis=1).tolist() for name, counts in matrices[cell].items()}
+
+    for cell in matrices:
+        known = first.setdefault(cell.mode in KINDS, cell)
+        if truth(cell) != truth(known):
+            both = f"{folders.of(cell)} and {folders.of(known)}"
+            raise InputError(f"{both} were measured on different patches of {label}")
+
+
 def _matrices(folder: Path, part: str, label: str, scheme: ClassScheme) -> dict[str, np.ndarray]:
     """(classes, classes) int64 confusion matrix of each region."""
     table = pq.read_table(folder / "confusions.parquet")
     table = table.filter(pc.and_(pc.equal(table["part"], part), pc.equal(table["label"], label)))
     value = {name: index for index, name in enumerate(scheme.classes)}
-    truth, predicted = ([value[name] for name in table[key].to_pylist()] for key in ("truth", "predicted"))
-    names, region = np.unique(np.array(table["roi"].to_pylist()), return_inverse=True)
+    truth, predicted = (
+        np.array([value[name] for name in table[key].to_pylist()], np.int64) for key in ("truth", "predicted")
+    )
+    names, region = np.unique(np.array(table["roi"].to_pylist(), str), return_inverse=True)
     counts = np.zeros((len(names), len(scheme), len(scheme)), np.int64)
-    np.add.at(counts, (region, np.array(truth), np.array(predicted)), table["pixels"].to_numpy())
+    np.add.at(counts, (region, truth, predicted), table["pixels"].to_numpy())
     return {str(name): counts[index] for index, name in enumerate(names)}
 
 

@@ -6,6 +6,7 @@ beside it says which configuration it has, so that a folder is never taken for t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -17,16 +18,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import torch
 
-from bocage.finetune.probing import KINDS
-from bocage.finetune.study import Cell, StudyConfig, cell_config, described
+from bocage.finetune.probing import CELL, KINDS
+from bocage.finetune.study import Cell, StudyConfig, cell_config, cells, described, differing
+from bocage.finetune.train import build_task
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
+from bocage.shards.manifest import Manifest
+from bocage.shards.modality import PATCH_SIZE
+from bocage.shards.remote import open_shards
 
 _GRACE = 60.0  # seconds that interrupted cells have to save a checkpoint
 _SECONDS = "seconds.txt"
@@ -84,27 +91,69 @@ class CellFolders:
         path = self.of(cell) / _SECONDS
         return float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
 
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The shards, open."""
+        first = next(iter(cells(self.study)))
+        return open_shards(self.study.shards, cell_config(self.study, first, "").cache)
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """What decides the scores of a cell: its configuration, the shards, and the weights that it starts from.
+
+        Of sources that are no folders, as ``hf:org/name``, only the name is known: give a revision.
+        """
+        return {
+            "mode": cell.mode,
+            "start": cell.start,
+            "missing": self.study.missing and cell.mode not in KINDS,
+            "shards": self.manifest.digest,
+            "encoders": {name: _weights(source) for name, source in self.study.starts[cell.start].items()},
+            "config": described(cell_config(self.study, cell, "")),
+        }
+
+    def feature_bytes(self) -> int:
+        """What features of all patches by all encoders with a source would take."""
+        first = next(iter(cells(self.study)))
+        encoders = build_task(replace(cell_config(self.study, first, ""), encoders={}), self.manifest).model.encoders
+        width = {name: sum(encoder.widths) for name, encoder in encoders.items()}  # type: ignore[arg-type]
+        known = sum(width.get(name, 0) for sources in self.study.starts.values() for name in sources)
+        return 2 * known * round(PATCH_SIZE / CELL) ** 2 * len(self.manifest)
+
     def prepare(self, cell: Cell) -> None:
         """Write ``cell.json``.
 
         Raises:
-            InputError: the folder is that of another configuration.
+            InputError: the folder is that of another configuration, other shards or other weights.
         """
-        folder = self.of(cell)
-        wanted = {"mode": cell.mode, "start": cell.start, "config": described(cell_config(self.study, cell, ""))}
+        folder, wanted = self.of(cell), self.identity(cell)
         path = folder / "cell.json"
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found.get("config") != wanted["config"]:
-                keys = _differing(found.get("config", {}), wanted["config"])
+            # The place of weights may change, what they are may not.
+            found_config, wanted_config = ({**item["config"], "encoders": {}} for item in (found, wanted))
+            other = [key for key in wanted if key != "config" and found.get(key) != wanted[key]]
+            if keys := [*other, *differing(found_config, wanted_config)]:
                 raise InputError(
-                    f"{folder} is a cell of another configuration ({', '.join(keys)} differ): give another output, or "
-                    "delete its folder to run it again"
+                    f"{folder} is a cell of another study ({', '.join(keys)} differ): give another output, or delete "
+                    "its folder to run it again"
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
         with written_atomically(path, contested=True) as temporary:  # ranks of one cell write the same
             temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+    def check(self) -> None:
+        """Build the model of every start, as its runs will: whatever is wrong with words or encoders is found here.
+
+        Raises:
+            InputError: what the runs would end with.
+        """
+        seen: set[str] = set()
+        for cell in cells(self.study):
+            config = cell_config(self.study, cell, "")
+            if cell.start not in seen:
+                seen.add(cell.start)
+                build_task(config, self.manifest)
 
     def tidy(self, cell: Cell) -> None:
         """Delete what a finished cell need not keep."""
@@ -113,12 +162,14 @@ class CellFolders:
                 shutil.rmtree(self.of(cell) / name, ignore_errors=True)
 
 
-def _differing(found: object, wanted: object, key: str = "") -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = sorted({*found, *wanted})
-        parts = [_differing(found.get(name), wanted.get(name), f"{key}.{name}" if key else name) for name in keys]
-        return [name for part in parts for name in part]
-    return [] if found == wanted else [key]
+@cache
+def _weights(source: str) -> str:
+    """SHA-256 of the weights in a folder; of other sources their name."""
+    path = Path(source) / "model.safetensors"
+    if not path.is_file():
+        return source
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Runner:
@@ -126,7 +177,7 @@ class Runner:
 
     Args:
         folders: of the study.
-        command: words after the Python interpreter that run a cell; its name is added.
+        command: words after the Python interpreter that run a cell; ``--cell=NAME`` is added.
         processes: at a time.
     """
 
@@ -155,8 +206,8 @@ class Runner:
             self.folders.prepare(cell)
         failures = []
         with ThreadPoolExecutor(self.processes) as pool:
-            futures = {pool.submit(self._one, cell): cell for cell in cells if not self.folders.finished(cell)}
             try:
+                futures = {pool.submit(self._one, cell): cell for cell in cells if not self.folders.finished(cell)}
                 for future in as_completed(futures):
                     failure = future.result()
                     if failure is not None:
@@ -176,7 +227,7 @@ class Runner:
                     return None
                 with log.open("ab") as output:
                     process = subprocess.Popen(
-                        [sys.executable, *self.command, cell.name],
+                        [sys.executable, *self.command, f"--cell={cell.name}"],
                         stdout=output,
                         stderr=output,
                         env={**os.environ, **place},
@@ -208,12 +259,12 @@ class Runner:
 
 def _places(processes: int) -> list[dict[str, str]]:
     """For each process its part of the machine, as variables of the environment: threads, and one of the GPUs."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     found = []
     for number in range(processes):
-        place = {"OMP_NUM_THREADS": str(threads)}
+        place = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         if devices:
             place["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         found.append(place)
@@ -249,5 +300,5 @@ def slurm_script(
     lines += [f"#SBATCH {option}" for option in options]
     # The names are in the script, so that a task means the same cell whatever has finished since.
     lines += ["set -euo pipefail", "cells=(", *(f"  {shlex.quote(name)}" for name in names), ")"]
-    lines.append(f'srun {launcher} study run {shlex.join(words)} --cell "${{cells[$SLURM_ARRAY_TASK_ID]}}"')
+    lines.append(f'srun {launcher} study run {shlex.join(words)} "--cell=${{cells[$SLURM_ARRAY_TASK_ID]}}"')
     return "\n".join(lines) + "\n"

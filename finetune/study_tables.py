@@ -148,28 +148,26 @@ def difference_table(analysis: Analysis, mode: str) -> Table:
 
 
 def needed_table(analysis: Analysis, mode: str) -> Table:
-    """Labels that each start needs to reach what another has with most labels."""
-    starts = list(dict.fromkeys(start for start, other in analysis.curves if other == mode))
-    smallest = min(_shares(analysis, mode))
+    """Labels that each start needs to reach what another has with most of its labels."""
+    curves = {start: curve for (start, other), curve in analysis.curves.items() if other == mode}
 
-    def text(share: float) -> str:
+    def text(share: float, curve: Mapping[float, Estimate]) -> str:
         if math.isinf(share):
-            return "more than there are"
-        return f"{percent(smallest)} or fewer" if share <= smallest else percent(share)
+            return f"over {percent(max(curve))}"
+        return f"{percent(min(curve))} or fewer" if share <= min(curve) else percent(share)
 
     rows = []
-    for start in starts:
+    for start, curve in curves.items():
         row = [start]
-        for other in starts:
+        for other in curves:
             item = analysis.needed.get((start, mode, other))
             if item is None:
                 row.append("")
                 continue
-            low, high = item.interval
-            row.append(f"{text(item.value)} ({text(low)} to {text(high)})")
+            low, high = (text(share, curve) for share in item.interval)
+            row.append(f"{text(item.value, curve)} ({low} to {high})")
         rows.append(row)
-    largest = percent(max(_shares(analysis, mode)))
-    head = ["labels that … needs", *(f"to match {start} at {largest}" for start in starts)]
+    head = ["labels that … needs", *(f"to match {other} at {percent(max(curve))}" for other, curve in curves.items())]
     return Table(f"Labels needed, {mode}", head, rows)
 
 

@@ -71,7 +71,7 @@ def _histograms(manifest: Manifest, rows: np.ndarray, target: Target) -> np.ndar
     column = manifest.column(f"histogram.{target.name}.{band}").take(rows).combine_chunks()
     there = column.is_valid().to_numpy(zero_copy_only=False)
     stored = np.zeros((len(rows), len(target.label.schemes[target.band])), np.int64)
-    stored[there] = column.flatten().to_numpy().reshape(int(there.sum()), -1)
+    stored[there] = column.flatten().to_numpy().reshape(-1, stored.shape[1])
     if target.groups is None:
         return stored
     grouped = np.zeros((len(rows), len(target.scheme)), np.int64)

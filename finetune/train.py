@@ -112,17 +112,30 @@ def parts_of(config: FinetuneConfig, patches: ShardPatches, task: Segmentation) 
         parts["valid"] = labelled_rows(patches, task, config.split, config.valid)
         if config.test in manifest.column(config.split).unique().to_pylist():
             parts["test"] = labelled_rows(patches, task, config.split, config.test)
+    # Regions and subsets are drawn from all labelled patches, whatever the model reads: models of other sensors learn
+    # from the same patches and are measured on the same regions.
+    pool = patches.split(config.split, config.train)
     if config.disjoint_validation:
-        both = np.union1d(train, parts["valid"])
-        rois, domains = (np.array(manifest.column(name).take(both).to_pylist()) for name in ("roi", "domain"))
-        chosen = disjoint_regions(rois, domains, len(parts["valid"]) / len(both))
-        parts |= {"train": both[~chosen], "valid": both[chosen]}
+        pool = np.union1d(pool, patches.split(config.split, config.valid))
+    pool = pool[np.any([patches.held(name) for name in task.labels if name in patches.registry], axis=0)[pool]]
+    if config.disjoint_validation:
+        rois, domains = (np.array(manifest.column(name).take(pool).to_pylist()) for name in ("roi", "domain"))
+        share = len(parts["valid"]) / (len(parts["train"]) + len(parts["valid"]))
+        held_out = disjoint_regions(rois, domains, share)
+        both = np.union1d(parts["train"], parts["valid"])
+        parts |= {"train": np.intersect1d(both, pool[~held_out]), "valid": np.intersect1d(both, pool[held_out])}
+        pool = pool[~held_out]
         if not len(parts["valid"]):
             raise InputError(f"disjoint_validation: the domains of {patches.path} have one region each, which stays")
     if config.train_fraction < 1:
-        labelled = LabelledPatches.read(manifest, parts["train"], list(task.targets.values()))
-        kept = subset(labelled, config.train_fraction, draw=config.draw, track=config.track)
-        parts["train"] = parts["train"][kept]
+        drawn = LabelledPatches.read(manifest, pool, list(task.targets.values()))
+        chosen = pool[subset(drawn, config.train_fraction, draw=config.draw, track=config.track)]
+        parts["train"] = np.intersect1d(parts["train"], chosen)
+        if not len(parts["train"]):
+            raise InputError(
+                f"train_fraction={config.train_fraction}: none of the {len(chosen)} patches of draw {config.draw} has "
+                "one of the modalities; take a larger share or another draw"
+            )
         if config.split == EVERY_SAMPLE:
             parts["valid"] = parts["train"]
     return parts

@@ -237,7 +237,7 @@ def nearest(train: Cells, queries: torch.Tensor, classes: int, neighbours: int) 
     predicted = []
     for part in F.normalize(queries, dim=1).split(1024):
         similarity, index = (part @ known.T).topk(count, dim=1)
-        votes = torch.zeros(len(part), classes)
+        votes = torch.zeros(len(part), classes, device=part.device)
         votes.scatter_add_(1, train.labels[index], (similarity / _SHARPNESS).exp())
         predicted.append(votes.argmax(dim=1))
     return torch.cat(predicted) if predicted else torch.empty(0, dtype=torch.int64)
@@ -252,8 +252,8 @@ def linear_probe(train: Cells, classes: int, penalty: float) -> Callable[[torch.
     mean, std = train.features.mean(dim=0), train.features.std(dim=0, correction=0).clamp_min(1e-6)
     values = (train.features - mean) / std
     with torch.enable_grad():
-        weight = torch.zeros(classes, values.shape[1], requires_grad=True)
-        bias = torch.zeros(classes, requires_grad=True)
+        weight = torch.zeros(classes, values.shape[1], device=values.device, requires_grad=True)
+        bias = torch.zeros(classes, device=values.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
 
         def loss() -> torch.Tensor:

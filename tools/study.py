@@ -148,15 +148,19 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.cell:
         return run_cell(study, arguments.cell)
     folders, grid = CellFolders(study), cells(study)
+    folders.check()
     if arguments.slurm:
-        options = [option if option.startswith("--") else f"--{option}" for option in arguments.sbatch]
+        options = [f"--{option}" for option in arguments.sbatch]
         text = slurm_script(folders, grid, arguments.launcher, arguments.words, options)
-        with written_atomically(arguments.slurm) as path:
-            path.write_text(text, encoding="utf-8")
+        try:
+            with written_atomically(arguments.slurm) as path:
+                path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--slurm {arguments.slurm}: cannot be written: {error.strerror}") from error
         print(f"sbatch {arguments.slurm}")
         return 0
     if arguments.dry_run:
-        return _dry_run(study, arguments.processes)
+        return _dry_run(study, folders, arguments.processes)
     command = ["-m", "bocage.tools.main", "study", "run", *arguments.words, "--cell"]
     runner = Runner(folders, command, arguments.processes)
     wanted = [cell for cell in grid if not folders.finished(cell)]
@@ -182,15 +186,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1
 
 
-def _dry_run(study: Any, processes: int) -> int:
+def _dry_run(study: Any, folders: Any, processes: int) -> int:
     from bocage.finetune.probing import KINDS
-    from bocage.finetune.study import cell_config, cells
+    from bocage.finetune.study import cells
     from bocage.finetune.study_cell import Cost, measured_cost
-    from bocage.finetune.study_runs import CellFolders
 
-    folders, grid = CellFolders(study), cells(study)
-    for cell in grid:
-        cell_config(study, cell, "")  # a wrong word is found before anything is measured
+    grid = cells(study)
     table = Table(title=f"{len(grid)} runs")
     for name in ("mode", "runs", "finished", "seconds a run", "seconds a step", "hours left", "MB left"):
         table.add_column(name, justify="left" if name == "mode" else "right")
@@ -225,6 +226,9 @@ def _dry_run(study: Any, processes: int) -> int:
     console.print(table)
     for cell in grid:
         console.print(f"  {cell.name}{'  finished' if folders.finished(cell) else ''}", highlight=False, soft_wrap=True)
+    if set(study.modes) & set(KINDS):
+        size = f"{folders.feature_bytes() / 1e6:.0f} MB at most in {folders.features}"
+        print(f"probes keep features of each encoder that is not random: {size}")
     together = f"{hours / processes:.2f} with --processes {processes}, if they do not slow each other down"
     print(f"{hours:.2f} hours of a process, {together}")
     return 0

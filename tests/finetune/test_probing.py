@@ -121,7 +121,7 @@ def test_no_region_is_trained_and_validated_on_and_no_test_patch_is_trained_on(
     manifest = Manifest.open(shards)
     rois = np.array(manifest.column("roi").to_pylist())
     split = np.array(manifest.column("split_1").to_pylist())
-    for fraction in (0.1, 0.5, 1.0):
+    for fraction in (0.3, 0.6, 1.0):
         for disjoint in (False, True):
             settings = config(
                 shards, tmp_path, train_fraction=fraction, track=track, disjoint_validation=disjoint, draw=1

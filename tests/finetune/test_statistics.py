@@ -11,6 +11,7 @@ from bocage.finetune.statistics import (
     holm,
     labels_needed,
     mean_iou,
+    mean_of,
     paired,
     region_weights,
     strict_counts,
@@ -44,7 +45,9 @@ def test_weights_keep_domains_and_their_totals() -> None:
     assert weights[:, :5].sum(axis=1) == pytest.approx(5)
     assert weights[:, 5:8].sum(axis=1) == pytest.approx(3)
     assert weights[:, 8:].sum(axis=1) == pytest.approx(2)  # the two domains of one region are one
-    assert weights.mean(axis=0) == pytest.approx(1, abs=0.05)
+    assert weights.mean(axis=0) == pytest.approx(1, abs=0.06)
+    assert weights.var(axis=0) == pytest.approx(1, abs=0.15)  # the mean of n regions then varies by s² / n
+    assert np.all(weights[:, :5] > 0)  # what one region alone holds does not vanish
     assert np.all(region_weights(["a"], 10, np.random.default_rng(0)) == 1)
 
 
@@ -93,7 +96,7 @@ def test_intervals_cover_the_truth() -> None:
         seed = random.integers(1 << 30)  # the regions of a study are the same for both starts
         found = [_replicates(_matrices(np.random.default_rng(seed), gain, _REGIONS), weights) for gain in gains]
         alone = [estimate(*item, random) for item in found]
-        by_run = [{run: (item[0][run], item[1][run]) for run in range(runs)} for item in found]
+        by_run = [{(run, 0): (item[0][run], item[1][run]) for run in range(runs)} for item in found]
         difference = paired(by_run[1], by_run[0], random)
         assert difference is not None
         scores, resampled = found[0]
@@ -141,6 +144,26 @@ def test_pairing_takes_out_what_starts_share() -> None:
     assert paired(one, {(9, 9): one[0, 0]}, random) is None
 
 
+# Seeds of one draw share its labels: they are no runs of their own. Some seconds.
+@pytest.mark.parametrize(("draw_spread", "seed_spread"), [(1.0, 0.0), (1.0, 0.5), (0.3, 1.0)])
+def test_intervals_cover_the_truth_of_nested_runs(draw_spread: float, seed_spread: float) -> None:
+    random = np.random.default_rng(2)
+    covered = 0
+    for _ in range(1500):
+        draws = 50 + draw_spread * random.standard_normal(5)
+        values = {(d, s): draws[d] + seed_spread * random.standard_normal() for d in range(5) for s in range(3)}
+        found = mean_of({run: (value, np.full(400, value)) for run, value in values.items()}, random)
+        low, high = found.interval
+        covered += low <= 50 <= high
+        assert found.runs == 5
+    assert 0.93 <= covered / 1500 <= 0.97
+
+
+def test_seeds_count_where_there_is_one_draw() -> None:
+    runs = {(0, seed): (float(seed), np.full(10, float(seed))) for seed in range(3)}
+    assert mean_of(runs, np.random.default_rng(0)).runs == 3
+
+
 def test_holm_is_that_of_his_paper() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
@@ -158,6 +181,11 @@ def _flat(value: float) -> Estimate:
 def test_labels_needed_are_interpolated_over_the_logarithm(target: float, share: float) -> None:
     curve = {0.01: _flat(20), 0.1: _flat(40), 1.0: _flat(50)}
     assert labels_needed(curve, _flat(target)).value == pytest.approx(share)
+
+
+def test_the_smallest_share_is_told_exactly() -> None:
+    for share in (0.001, 0.01, 0.05, 0.1):
+        assert labels_needed({share: _flat(20), 1.0: _flat(50)}, _flat(10)).value == share
 
 
 def test_labels_needed_of_a_curve_that_falls_are_those_of_what_it_reached() -> None:
