@@ -40,7 +40,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def test_every_recipe_for_pretraining_is_listed_here() -> None:
     small = {f"{name}_quickstart" for name in TERMS if name != "mae_multimodal"} | {"quickstart"}
-    assert {name for name in recipes.names() if not name.startswith(("finetune", "label_efficiency", "official/"))} == set(TERMS) | small
+    assert {
+        name for name in recipes.names() if not name.startswith(("finetune", "label_efficiency", "official/"))
+    } == set(TERMS) | small
 
 
 @pytest.mark.parametrize("name", TERMS)
