@@ -161,7 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         return _dry_run(study, folders, arguments.processes)
-    command = ["-m", "bocage.tools.main", "study", "run", *arguments.words, "--cell"]
+    command = ["-m", "bocage.tools.main", "study", "run", *arguments.words]
     runner = Runner(folders, command, arguments.processes)
     wanted = [cell for cell in grid if not folders.finished(cell)]
     with Interrupts(), Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
