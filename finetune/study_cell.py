@@ -109,9 +109,17 @@ def measured_cost(study: StudyConfig, cell: Cell) -> Cost:
         steps = config.engine.steps
         few = min(_FEW_STEPS, steps)
         optimizer = replace(config.engine.optimizer, warmup_steps=min(config.engine.optimizer.warmup_steps, few))
-        engine = replace(config.engine, steps=few, log_every=1, save_every=0, evaluate_every=0, tracker="none")
+        engine = replace(
+            config.engine,
+            steps=few,
+            log_every=1,
+            save_every=0,
+            evaluate_every=0,
+            tracker="none",
+            optimizer=optimizer,
+        )
         began = time.monotonic()
-        finetune(replace(config, engine=replace(engine, optimizer=optimizer)))
+        finetune(replace(config, engine=engine))
         whole = time.monotonic() - began
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         step = statistics.median(json.loads(line)["step_seconds"] for line in lines)
