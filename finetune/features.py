@@ -26,7 +26,7 @@ from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.stream import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.probe import cell_features, commonest
+from bocage.ssl.probe import commonest, present_features
 
 _PATCHES = 256  # of a file
 
@@ -128,12 +128,8 @@ class DenseFeatures:
         def of(batch: Batch) -> torch.Tensor:
             given = encoder_inputs(batch, {name: encoder.spec}, masks, oriented=False)[name]
             found = torch.zeros(len(batch), width, self.cells, self.cells, dtype=torch.float16)
-            there = given.present.nonzero()[:, 0]
-            if len(there):
-                dates = None if given.dates is None else given.dates[there]
-                padding = None if given.padding is None else given.padding[there]
-                values = cell_features(encoder, given.values[there], dates, padding, self.cells)
-                found[there.cpu()] = values.to("cpu", torch.float16)
+            there, values = present_features(encoder, given, self.cells)
+            found[there.cpu()] = values.to("cpu", torch.float16)
             return found
 
         device = next(encoder.parameters()).device

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from bocage.finetune.subsets import TRACKS, LabelledPatches, Track, keys_digest, smallest_fractions
 from bocage.shards.files import written_atomically
 
+_FEW = 0.05  # shares up to it have more draws
+_LEAST_REGIONS = 0.05  # smaller shares are not drawn by regions, of which some hundred patches come together
 TABLE, CLASSES, DESCRIPTION = "subsets.parquet", "classes.csv", "subsets.json"
 
 
@@ -26,17 +28,13 @@ class SubsetPlan:
 
     Attributes:
         fractions: shares of the labelled patches, under 1.
-        draws: subsets of each share up to ``few``, and ``draws_above`` of larger ones, which differ less.
-        few: see ``draws``.
-        least_regions: smallest share that is drawn by regions, of which some hundred patches come together.
+        draws: subsets of each share up to 0.05.
+        draws_above: subsets of each larger one, which differ less.
     """
 
     fractions: tuple[float, ...] = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)
     draws: int = 5
     draws_above: int = 3
-    few: float = 0.05
-    least_regions: float = 0.05
-    tracks: tuple[Track, ...] = TRACKS
 
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction < 1 for fraction in self.fractions):
@@ -46,12 +44,12 @@ class SubsetPlan:
 
     def draws_of(self, fraction: float) -> int:
         """How many subsets of a share there are."""
-        return self.draws if fraction <= self.few else self.draws_above
+        return self.draws if fraction <= _FEW else self.draws_above
 
     def subsets(self) -> Iterator[tuple[Track, int, list[float]]]:
         """Track, draw and its fractions, ascending; those without a fraction are left out."""
-        for track in self.tracks:
-            fractions = [f for f in sorted(self.fractions) if track == "patch" or f >= self.least_regions]
+        for track in TRACKS:
+            fractions = [f for f in sorted(self.fractions) if track == "patch" or f >= _LEAST_REGIONS]
             for draw in range(max(self.draws, self.draws_above)):
                 if chosen := [fraction for fraction in fractions if draw < self.draws_of(fraction)]:
                     yield track, draw, chosen

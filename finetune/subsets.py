@@ -93,23 +93,25 @@ def subset(patches: LabelledPatches, fraction: float, *, draw: int, track: Track
     Raises:
         InputError: there is nothing to draw from.
     """
-    return np.sort(_order(patches, draw, track)[: _count(patches, fraction, draw, track)])
+    order = _order(patches, draw, track)
+    return np.sort(order[: _count(patches.rois[order], fraction, track)])
 
 
 def smallest_fractions(patches: LabelledPatches, fractions: Sequence[float], *, draw: int, track: Track) -> np.ndarray:
     """(N,) float64: the smallest of the ``fractions`` whose subset holds each patch, NaN where none does."""
     order = _order(patches, draw, track)
+    rois = patches.rois[order]
     found = np.full(len(patches), np.nan)
     for fraction in sorted(fractions, reverse=True):
-        found[order[: _count(patches, fraction, draw, track)]] = fraction
+        found[order[: _count(rois, fraction, track)]] = fraction
     return found
 
 
-def _count(patches: LabelledPatches, fraction: float, draw: int, track: Track) -> int:
-    wanted = fraction * len(patches)
+def _count(rois: np.ndarray, fraction: float, track: Track) -> int:
+    """How many patches of the order a subset takes; ``rois`` are their regions in that order."""
+    wanted = fraction * len(rois)
     if track == "patch":
         return max(1, math.ceil(wanted - _ALMOST))
-    rois = patches.rois[_order(patches, draw, track)]
     ends = np.flatnonzero(np.append(rois[1:] != rois[:-1], True)) + 1
     return int(ends[np.abs(ends - wanted).argmin()])
 

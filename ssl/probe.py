@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bocage.shards.batch import Batch
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import encoder_inputs, wanted_modalities
+from bocage.shards.inputs import EncoderInput, encoder_inputs, wanted_modalities
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.stream import evaluation_batches
@@ -183,17 +183,22 @@ class Probe:
         labels[~batch.present[self.label.name]] = -1
         found = []
         for name, given in inputs.items():
-            rows = given.present.nonzero()[:, 0]
-            if not len(rows):
-                continue
-            dates = None if given.dates is None else given.dates[rows]
-            padding = None if given.padding is None else given.padding[rows]
-            features = cell_features(task.encoder(name), given.values[rows], dates, padding, cells)
+            rows, features = present_features(task.encoder(name), given, cells)
             for index, row in enumerate(rows.tolist()):
                 known = labels[row].flatten() >= 0
                 vectors = features[index].flatten(1).T[known].float().cpu().numpy()
                 found.append((name, batch.keys[row], vectors, labels[row].flatten()[known].cpu().numpy()))
         return found
+
+
+def present_features(encoder: Encoder, given: EncoderInput, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples have the sensor, (R,) int64, and their ``cell_features``, (R, sum of widths, cells, cells)."""
+    rows = given.present.nonzero()[:, 0]
+    if not len(rows):
+        return rows, given.values.new_empty(0, sum(encoder.widths), cells, cells)
+    dates = None if given.dates is None else given.dates[rows]
+    padding = None if given.padding is None else given.padding[rows]
+    return rows, cell_features(encoder, given.values[rows], dates, padding, cells)
 
 
 def cell_features(

@@ -28,17 +28,22 @@ def share(text: str) -> float:
     return value
 
 
-def pairs(option: str, words: list[str]) -> dict[str, str]:
-    """What the words ``MODALITY=VALUE`` of an option say, by modality.
+def pairs(option: str, words: list[str], form: str = "MODALITY=VALUE") -> dict[str, str]:
+    """What the words ``KEY=VALUE`` of an option say, by key.
+
+    Args:
+        option: whose words they are, for the message.
+        words: of the command line.
+        form: what they look like, for the message.
 
     Raises:
-        InputError: another word, or a modality twice.
+        InputError: another word, or a key twice.
     """
     found: dict[str, str] = {}
     for word in words:
         name, separator, value = word.partition("=")
         if not separator or not name or not value or name in found:
-            raise InputError(f"{option} {word}: expected MODALITY=VALUE, each modality once")
+            raise InputError(f"{option} {word}: expected {form}, each {form.partition('=')[0]} once")
         found[name] = value
     return found
 

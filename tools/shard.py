@@ -23,7 +23,7 @@ from bocage.shards.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.plan import ORDERS
 from bocage.shards.writer import Sharding
-from bocage.tools.arguments import positive, share
+from bocage.tools.arguments import pairs, positive, share
 from bocage.tools.interrupts import InterruptedCommand, Interrupts
 
 _MEGABYTE = 1e6
@@ -143,14 +143,14 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
     catalogue = Catalogue.open(arguments.source, registry, modalities=arguments.modalities)
     if arguments.split_csv:
         return catalogue.with_csv_split(
-            arguments.split_name or "split_csv", _pairs("--split-csv", "FILE", arguments.split_csv)
+            arguments.split_name or "split_csv", pairs("--split-csv", arguments.split_csv, "VALUE=FILE")
         )
     if arguments.split_domains:
-        pairs = _pairs("--split-domains", "DOMAINS", arguments.split_domains)
-        rest = [value for value, text in pairs.items() if text == _REST]
+        found = pairs("--split-domains", arguments.split_domains, "VALUE=DOMAINS")
+        rest = [value for value, text in found.items() if text == _REST]
         if len(rest) > 1:
             raise InputError(f"--split-domains: {' and '.join(rest)} cannot both take the rest")
-        domains = {value: text.split(",") for value, text in pairs.items() if text != _REST}
+        domains = {value: text.split(",") for value, text in found.items() if text != _REST}
         return catalogue.with_domain_split(
             arguments.split_name or "split_domains", domains, rest=rest[0] if rest else None
         )
@@ -316,13 +316,3 @@ def _slice(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, e.g. 3/16")
     return int(number), int(of)
-
-
-def _pairs(option: str, what: str, words: list[str]) -> dict[str, str]:
-    pairs = {}
-    for word in words:
-        value, separator, text = word.partition("=")
-        if not separator or not value or not text or value in pairs:
-            raise InputError(f"{option} {word}: expected VALUE={what}, each value once; see `bocage shard --help`")
-        pairs[value] = text
-    return pairs

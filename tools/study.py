@@ -16,7 +16,7 @@ from rich.table import Table
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.manifest import EVERY_SAMPLE
-from bocage.tools.arguments import positive, share
+from bocage.tools.arguments import not_negative, positive, share
 from bocage.tools.interrupts import InterruptedCommand, Interrupts
 
 _COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -63,11 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _labels(probe)
     probe.add_argument("--split", default="split_1", metavar="COLUMN", help="with train, valid and test patches")
     probe.add_argument("--fraction", type=share, default=1.0, help="of the training patches (default: all)")
-    probe.add_argument("--draw", type=int, default=0, help="which subset of that size (default: 0)")
+    probe.add_argument("--draw", type=not_negative, default=0, help="which subset of that size (default: 0)")
     probe.add_argument("--track", choices=("patch", "roi"), default="patch", help="label patches, or whole regions")
     probe.add_argument("--kinds", nargs="+", choices=("knn", "linear"), default=["knn", "linear"], metavar="KIND")
     probe.add_argument("--batch-size", type=positive, default=8, help="patches at a time (default: 8)")
-    probe.add_argument("--workers", type=int, default=0, help="reading processes (default: 0)")
+    probe.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: 0)")
     probe.set_defaults(act=_probe)
 
 

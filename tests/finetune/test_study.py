@@ -1,4 +1,4 @@
-"""Studies of few labels: the grid, processes that run it, and what is made of their scores."""
+"""Studies of few labels: the grid, and the processes that run it."""
 
 import json
 import os
@@ -11,36 +11,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+from small_study import S2, SMALL, sharded, study
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.measure import summary, write_tables
 from bocage.finetune.study import Cell, Share, StudyConfig, cell_config, cells
-from bocage.finetune.study_report import write_report
-from bocage.finetune.study_results import analyses
 from bocage.finetune.study_runs import CellFolders, Runner, slurm_script
-from bocage.finetune.subsets import keys_digest
-from bocage.finetune.targets import Target
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.metrics import ConfusionMatrix
 from bocage.tools.main import main
-
-LPIS = "ALL_LABEL-LPIS"
-S2 = "SENTINEL2_TS"
-SMALL = [
-    "modalities=[SENTINEL2_TS]",
-    "labels=[ALL_LABEL-LPIS]",
-    "workers=0",
-    "pictures=0",
-    "predictions=0",
-    "engine.steps=12",
-]
 
 
 @pytest.fixture(scope="session")
@@ -49,31 +28,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sharded(tmp_path_factory.mktemp("study"))
 
 
-def sharded(folder: Path, patches: int = 1, seed: int = 0) -> Path:
-    registry = FLAIR_HUB.subset([S2, "SENTINEL2_MSK-SC", LPIS])
-    write_tree(folder / "tree", patches=patches, seed=seed, registry=registry, dates=(3, 4))
-    return write_shards(Catalogue.open(folder / "tree", registry), folder / "shards").path
-
-
 @pytest.fixture(autouse=True)
 def known_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ``study`` finds them, in this process and in those that it starts."""
     monkeypatch.setenv("STUDY_SHARDS", str(shards))
-
-
-def study(output: Path, **changes: object) -> StudyConfig:
-    settings: dict[str, object] = {
-        "shards": os.environ["STUDY_SHARDS"],
-        "output": str(output),
-        "finetune": "finetune_quickstart",
-        "words": SMALL,
-        "starts": {"scratch": {}, "ours": {S2: "somewhere"}},
-        "shares": [Share(fraction=0.1, draws=3, seeds=2), Share(fraction=1.0, seeds=3)],
-        "modes": ["knn", "full"],
-        "background": False,
-        "replicates": 1000,
-    }
-    return StudyConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 def test_the_grid_has_every_combination_once_and_rates_for_trained_modes_alone(tmp_path: Path) -> None:
@@ -224,7 +182,8 @@ def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path) -> None
         "import sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from test_study import runner, study\n"
+        "from test_study import runner\n"
+        "from small_study import study\n"
         "from bocage.finetune.study import Share, cells\n"
         "from bocage.tools.interrupts import InterruptedCommand, Interrupts\n"
         "folder = Path(sys.argv[2])\n"
@@ -339,159 +298,3 @@ def test_the_slurm_array_runs_what_is_missing(tmp_path: Path) -> None:
     (folders.of(second) / "metrics.json").write_text("{}")
     with pytest.raises(InputError, match="all cells are finished"):
         slurm_script(folders, cells(settings), "bocage", [], [])
-
-
-def scored(settings: StudyConfig, gains: dict[str, float], part: str = "test") -> None:
-    """Write what cells of a study leave, of a world where starts are better by their gain, in logits."""
-    target = Target(label=FLAIR_HUB[LPIS])
-    classes, folders = len(target.scheme), CellFolders(settings)
-    for cell in cells(settings):
-        ease = np.random.default_rng(3).normal(0, 0.5, 24)  # of regions, the same for all cells
-        run = np.random.default_rng(100 * cell.draw + cell.seed)
-        gain = gains[cell.start] + 0.5 * np.log10(cell.fraction) + run.normal(0, 0.05)
-        gain += -0.3 if cell.rate == 1.0 else 0.0
-        matrix = ConfusionMatrix(target.scheme)
-        for region in range(24):
-            chance = 1 / (1 + np.exp(-(gain + ease[region])))
-            hits = int(400 * chance)
-            counts = hits * np.eye(classes, dtype=np.int64)
-            counts += (400 - hits) * np.roll(np.eye(classes, dtype=np.int64), 1, axis=1)
-            counts[5] = 0  # a class that nobody grows
-            matrix.by_roi[f"D{region % 6:03}-2020/R{region}"] = counts
-        folders.prepare(cell)
-        folder = folders.of(cell)
-        write_tables(folder, {name: {LPIS: matrix} for name in {"valid", part}})
-        metrics = {
-            "labels": {LPIS: target.facts()},
-            "patches": {"train": int(100 * cell.fraction)},
-            **({"taught": {LPIS: {"cells": 10, "of": 20}}} if cell.mode == "knn" else {}),
-            "train_keys": keys_digest([f"{cell.fraction}/{cell.draw}"]),
-            "steps": 2,
-            **{name: {LPIS: summary(matrix)} for name in {"valid", part}},
-        }
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-        folders.add_seconds(cell, 90.0)
-
-
-# Some ten seconds: figures for light and dark pages.
-def test_a_report_says_what_the_cells_scored(tmp_path: Path) -> None:
-    settings = study(
-        tmp_path / "out",
-        modes=["full"],
-        starts={"scratch": {}, "ours": {S2: "x"}, "same": {S2: "y"}},
-        shares=[Share(fraction=0.01, draws=3), Share(fraction=1.0, seeds=3)],
-        learning_rates=[1.0, 0.1],
-        watts=300,
-    )
-    scored(settings, {"scratch": 0.0, "ours": 1.0, "same": 0.0})
-    found = analyses(settings)[LPIS]
-    assert found.part == "test"
-    assert set(found.rates.values()) == {0.1}  # the better one, by validation
-    for share in (0.01, 1.0):
-        difference = found.differences["ours", "full"][share]
-        assert difference.corrected < 0.05
-        assert difference.estimate.interval[0] > 0
-        assert found.differences["same", "full"][share].estimate.value == 0
-        alone = found.curves["ours", "full"][share].interval
-        paired = difference.estimate.interval
-        assert paired[1] - paired[0] < alone[1] - alone[0]
-    needed = found.needed["ours", "full", "scratch"]
-    assert needed.value < 0.1  # half the gain is worth ten times the labels
-    assert needed.interval[1] < 1
-    assert found.needed["scratch", "full", "ours"].value == np.inf
-    assert np.isnan(found.classes("ours", "full", 0.01)).sum() == 1
-
-    page = write_report(settings, tmp_path / "report")
-    text = page.read_text()
-    value = found.curves["ours", "full"][0.01].value
-    assert f"{value:.1f} (" in text
-    assert "ours, full: above scratch at 1 %, 100 % of the labels" in text
-    assert "same, full: not told apart from scratch at any share" in text
-    assert not re.search(r"(src|href|srcset)=\"(?!data:|#)", text)  # nothing is fetched
-    assert not re.findall(r"<script|@import|url\(", text)
-    rows = (tmp_path / "report" / "curves.csv").read_text().splitlines()
-    assert len(rows) == 1 + 6
-    assert f"ours,full,0.01,3,{value:.4f}" in "\n".join(rows)
-    assert (tmp_path / "report" / "cells.csv").read_text().count("\n") == 1 + 3 * 6 * 2
-    assert r"\toprule" in (tmp_path / "report" / "tables.tex").read_text()
-    assert "kWh" in text
-    again = write_report(settings, tmp_path / "again")
-    assert again.read_bytes() == page.read_bytes()
-
-
-def test_reports_need_cells_of_this_study_on_the_same_patches(tmp_path: Path) -> None:
-    settings = study(tmp_path, modes=["full"], shares=[Share(fraction=0.1, draws=2)])
-    with pytest.raises(InputError, match="no cell of this study is finished"):
-        analyses(settings)
-    scored(settings, {"scratch": 0.0, "ours": 1.0}, part="valid")
-    found = analyses(settings)[LPIS]
-    assert found.part == "valid"
-    assert found.rates["ours", "full", 0.1] is None
-    folder = CellFolders(settings).of(cells(settings)[0])
-    matrix = ConfusionMatrix(Target(label=FLAIR_HUB[LPIS]).scheme)
-    for region in range(24):  # the same regions, but more pixels of them
-        matrix.by_roi[f"D{region % 6:03}-2020/R{region}"] = np.full((23, 23), 99)
-    write_tables(folder, {"valid": {LPIS: matrix}})
-    with pytest.raises(InputError, match="measured on different patches"):
-        analyses(settings)
-
-
-# Some seconds: figures again.
-def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
-    settings = study(
-        tmp_path / "out", shares=[Share(fraction=0.1, draws=3), Share(fraction=1.0)], learning_rates=[1.0, 0.1]
-    )
-    scored(settings, {"scratch": 0.0, "ours": 1.0})
-    folders = CellFolders(settings)
-    for cell in cells(settings):
-        # Of scratch all labels alone, of ours a share; one rate lacks the runs that would have shown it to be worse.
-        apart = cell.mode == "full" and cell.fraction == (0.1 if cell.start == "scratch" else 1.0)
-        if apart or (cell.rate == 0.1 and cell.draw > 0) or (cell.mode == "knn" and cell.fraction == 1.0):
-            (folders.of(cell) / "metrics.json").unlink()
-    found = analyses(settings)[LPIS]
-    assert set(found.differences) == {("ours", "knn")}
-    assert found.rates["ours", "full", 0.1] == 0.1  # over the one run that both have
-    assert found.differences["ours", "knn"][0.1].estimate.runs == 3
-    text = write_report(settings, tmp_path / "report").read_text()
-    assert "cells have none; nothing here counts them" in text
-    assert "to match ours at 10 %" in text
-    assert "Probes learn from at most" in text
-
-
-# About two minutes: 24 small patches, and cells of every mode, each a process of its own.
-@pytest.mark.slow
-def test_a_study_from_shards_to_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    registry = FLAIR_HUB.subset(["SPOT_RGBI", S2, "SENTINEL2_MSK-SC", "AERIAL_LABEL-COSIA", LPIS])
-    write_tree(tmp_path / "tree", patches=24, seed=1, dates=(4, 5), registry=registry)
-    shards = write_shards(Catalogue.open(tmp_path / "tree", registry), tmp_path / "shards").path
-    words = [*SMALL[2:], "modalities=[SPOT_RGBI,SENTINEL2_TS]", "labels=[AERIAL_LABEL-COSIA,ALL_LABEL-LPIS]"]
-    recipe = tmp_path / "study.yaml"
-    settings = {
-        "shards": str(shards),
-        "output": str(tmp_path / "out"),
-        "finetune": "finetune_quickstart",
-        "background": False,
-        "missing": True,
-        "words": words,
-        "starts": {"scratch": {}},
-        "modes": ["knn", "linear", "frozen", "full"],
-        "shares": [{"fraction": 0.5, "draws": 2}],
-    }
-    recipe.write_text(json.dumps(settings))
-    word = f"recipe={recipe}"
-    assert main(["study", "run", word, "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert "8 runs" in out
-    assert "hours of a process" in out
-    assert not (tmp_path / "out").exists()
-    assert main(["study", "run", word, "--processes", "2"]) == 0
-    assert main(["study", "report", word]) == 0
-    text = (tmp_path / "out" / "report" / "report.html").read_text()
-    assert "without SPOT_RGBI" in text
-    assert 'id="aerial_label-cosia"' in text.replace("aerial-label-cosia", "aerial_label-cosia")
-    assert not list((tmp_path / "out" / "cells").glob("*/checkpoints"))
-    assert not list((tmp_path / "out" / "features").rglob("SPOT*"))  # of random encoders nothing is kept
-    capsys.readouterr()
-    began = time.monotonic()
-    assert main(["study", "run", word]) == 0
-    assert time.monotonic() - began < 10

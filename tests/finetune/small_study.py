@@ -1,0 +1,84 @@
+"""A small study: its configuration, shards of one patch, and cells as if they had been run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from bocage.finetune.measure import summary, write_tables
+from bocage.finetune.study import Share, StudyConfig, cells
+from bocage.finetune.study_runs import CellFolders
+from bocage.finetune.subsets import keys_digest
+from bocage.finetune.targets import Target
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.metrics import ConfusionMatrix
+
+LPIS = "ALL_LABEL-LPIS"
+S2 = "SENTINEL2_TS"
+SMALL = [
+    "modalities=[SENTINEL2_TS]",
+    "labels=[ALL_LABEL-LPIS]",
+    "workers=0",
+    "pictures=0",
+    "predictions=0",
+    "engine.steps=12",
+]
+
+
+def sharded(folder: Path, patches: int = 1, seed: int = 0) -> Path:
+    registry = FLAIR_HUB.subset([S2, "SENTINEL2_MSK-SC", LPIS])
+    write_tree(folder / "tree", patches=patches, seed=seed, registry=registry, dates=(3, 4))
+    return write_shards(Catalogue.open(folder / "tree", registry), folder / "shards").path
+
+
+def study(output: Path, **changes: object) -> StudyConfig:
+    settings: dict[str, object] = {
+        "shards": os.environ["STUDY_SHARDS"],
+        "output": str(output),
+        "finetune": "finetune_quickstart",
+        "words": SMALL,
+        "starts": {"scratch": {}, "ours": {S2: "somewhere"}},
+        "shares": [Share(fraction=0.1, draws=3, seeds=2), Share(fraction=1.0, seeds=3)],
+        "modes": ["knn", "full"],
+        "background": False,
+        "replicates": 1000,
+    }
+    return StudyConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def scored(settings: StudyConfig, gains: dict[str, float], part: str = "test") -> None:
+    """Write what cells of a study leave, of a world where starts are better by their gain, in logits."""
+    target = Target(label=FLAIR_HUB[LPIS])
+    classes, folders = len(target.scheme), CellFolders(settings)
+    for cell in cells(settings):
+        ease = np.random.default_rng(3).normal(0, 0.5, 24)  # of regions, the same for all cells
+        run = np.random.default_rng(100 * cell.draw + cell.seed)
+        gain = gains[cell.start] + 0.5 * np.log10(cell.fraction) + run.normal(0, 0.05)
+        gain += -0.3 if cell.rate == 1.0 else 0.0
+        matrix = ConfusionMatrix(target.scheme)
+        for region in range(24):
+            chance = 1 / (1 + np.exp(-(gain + ease[region])))
+            hits = int(400 * chance)
+            counts = hits * np.eye(classes, dtype=np.int64)
+            counts += (400 - hits) * np.roll(np.eye(classes, dtype=np.int64), 1, axis=1)
+            counts[5] = 0  # a class that nobody grows
+            matrix.by_roi[f"D{region % 6:03}-2020/R{region}"] = counts
+        folders.prepare(cell)
+        folder = folders.of(cell)
+        write_tables(folder, {name: {LPIS: matrix} for name in {"valid", part}})
+        metrics = {
+            "labels": {LPIS: target.facts()},
+            "patches": {"train": int(100 * cell.fraction)},
+            **({"taught": {LPIS: {"cells": 10, "of": 20}}} if cell.mode == "knn" else {}),
+            "train_keys": keys_digest([f"{cell.fraction}/{cell.draw}"]),
+            "steps": 2,
+            **{name: {LPIS: summary(matrix)} for name in {"valid", part}},
+        }
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        folders.add_seconds(cell, 90.0)
