@@ -43,7 +43,7 @@ def pairs(option: str, words: list[str], form: str = "MODALITY=VALUE") -> dict[s
     for word in words:
         name, separator, value = word.partition("=")
         if not separator or not name or not value or name in found:
-            raise InputError(f"{option} {word}: expected {form}, each {form.partition('=')[0]} once")
+            raise InputError(f"{option} {word}: expected {form}, each {form.partition('=')[0].lower()} once")
         found[name] = value
     return found
 
