@@ -1,10 +1,11 @@
-# make demo: the whole path on a simulated sample; make test: everything CI checks. Both install into .venv first.
+# make demo: the whole path on a simulated sample; make test: everything CI checks; make study: label studies on simulated
+# scenes. All install into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bocage-installed
 
-.PHONY: demo test slow lint install clean
+.PHONY: demo study test slow lint install clean
 
 install: $(STAMP)
 
@@ -16,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/bocage demo demo
+
+study: $(STAMP)
+	$(BIN)/bocage study demo study --report docs/study
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,4 +33,4 @@ slow: $(STAMP)
 	$(BIN)/pytest -m slow
 
 clean:
-	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo study build dist .pytest_cache .mypy_cache .ruff_cache

@@ -46,6 +46,8 @@ class FinetuneConfig:
         disjoint_validation: validate on whole regions that nothing is trained on, drawn within domains from the patches
             of ``train`` and ``valid``, about as many as ``valid`` has.
         window: side of the ground window trained on, metres. Evaluation sees whole patches.
+        label_stride: learn from every which pixel of labels, along both axes: logits are made for these alone, which
+            saves most of the time of a step where sensors are far coarser than labels. Evaluation counts all pixels.
         batch_size: samples a rank and micro-batch.
         workers: reading processes of each rank.
         encoder_lr: learning rate of pretrained and other encoders, as a multiple of ``engine``'s, which is that of the
@@ -81,6 +83,7 @@ class FinetuneConfig:
     track: Track = "patch"
     disjoint_validation: bool = False
     window: float = PATCH_SIZE
+    label_stride: int = 1
     batch_size: int = 4
     workers: int = 0
     encoder_lr: float = 1.0
@@ -96,8 +99,9 @@ class FinetuneConfig:
             raise ValueError(f"track={self.track} is not one of {', '.join(TRACKS)}")
         if self.disjoint_validation and self.split == EVERY_SAMPLE:
             raise ValueError(f"disjoint_validation: split={EVERY_SAMPLE} validates on what it trains on; name a split")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        for key, value in (("batch_size", self.batch_size), ("label_stride", self.label_stride)):
+            if value < 1:
+                raise ValueError(f"{key}={value} must be at least 1")
         if self.batch_size == 1 and self.decoder.norm == "batch":
             raise ValueError("batch_size=1 cannot train decoder.norm=batch; use decoder.norm=group")
         if min(self.workers, self.predictions, self.pictures) < 0:
@@ -115,10 +119,13 @@ class FinetuneConfig:
             f"decoder={self.decoder}": self.decoder != DecoderConfig(),
             f"swin.options={self.swin.options}": bool(self.swin.options),
             f"window={self.window}": self.window != PATCH_SIZE,
+            f"label_stride={self.label_stride}": self.label_stride != 1,
         }
         for key, differs in wrong.items():
             if differs:
-                raise ValueError(f"{key}: official=true has its own decoder and Swin, of whole patches; leave it out")
+                raise ValueError(
+                    f"{key}: official=true has its own decoder and Swin, and learns from whole patches; leave it out"
+                )
 
     @property
     def supervision(self) -> Supervision:
@@ -127,5 +134,6 @@ class FinetuneConfig:
             freeze=self.freeze,
             modality_dropout=self.modality_dropout,
             auxiliary_weight=self.auxiliary_weight,
+            label_stride=self.label_stride,
             tasks=self.tasks,
         )

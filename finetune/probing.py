@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.patches import ShardPatches
 from bocage.shards.remote import open_shards
-from bocage.ssl.encoders.sources import SCRATCH
 from bocage.ssl.metrics import ConfusionMatrix
 from bocage.ssl.probe import Cells, linear_probe, nearest
 
@@ -72,29 +70,25 @@ def probe(
     rows = parts_of(config, ShardPatches(manifest), task)
     every = np.unique(np.concatenate(list(rows.values())))
     reading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="random-") as passing:
-        features: list[CellFiles] = []
-        for name in task.modalities:
-            told = None if progress is None else partial(progress, name, len(every))
-            # Features of random encoders are of one seed, and nobody asks for them again.
-            known = config.encoders.get(name, SCRATCH) != SCRATCH
-            dense = DenseFeatures(cache if known else Path(passing), manifest, CELL)
-            features.append(dense.features(task.model.encoder(name), every, progress=told, **reading))
-        keys = {part: manifest.column("key").take(indices).to_pylist() for part, indices in rows.items()}
-        parts: dict[str, Confusions] = {name: {} for name in rows if name != "train"}
-        taught = {}
-        for label, target in task.targets.items():
-            labels = DenseFeatures(cache, manifest, CELL).labels(target, every, **reading)
-            train, there = _labelled_cells(features, labels, keys["train"])
-            taught[label] = {"cells": len(train.labels), "of": there}
-            predicted = _fitted(kind, train, len(target.scheme), device)
-            for part, confusions in parts.items():
-                regions = manifest.column("roi").take(rows[part]).to_pylist()
-                confusions[label] = ConfusionMatrix(target.scheme)
-                for start in range(0, len(regions), _PATCHES):
-                    some = slice(start, start + _PATCHES)
-                    _count(confusions[label], keys[part][some], regions[some], labels, features, predicted)
+    dense = DenseFeatures(cache, manifest, CELL)
+    features: list[CellFiles] = []
+    for name in task.modalities:
+        told = None if progress is None else partial(progress, name, len(every))
+        features.append(dense.features(task.model.encoder(name), every, progress=told, **reading))
+    keys = {part: manifest.column("key").take(indices).to_pylist() for part, indices in rows.items()}
+    parts: dict[str, Confusions] = {name: {} for name in rows if name != "train"}
+    taught = {}
+    for label, target in task.targets.items():
+        labels = dense.labels(target, every, **reading)
+        train, there = _labelled_cells(features, labels, keys["train"])
+        taught[label] = {"cells": len(train.labels), "of": there}
+        predicted = _fitted(kind, train, len(target.scheme), device)
+        for part, confusions in parts.items():
+            regions = manifest.column("roi").take(rows[part]).to_pylist()
+            confusions[label] = ConfusionMatrix(target.scheme)
+            for start in range(0, len(regions), _PATCHES):
+                some = slice(start, start + _PATCHES)
+                _count(confusions[label], keys[part][some], regions[some], labels, features, predicted)
     metrics: dict[str, Any] = {
         "recipe": config.recipe,
         "probe": kind,

@@ -1,4 +1,4 @@
-"""Runs the cells of a study: several at a time, each a process of its own, none twice, and one that fails alone.
+"""Where the cells of a study lie, which are finished, and a script that runs the others on a cluster.
 
 A cell is finished when its folder has its scores; a killed one goes on from its last checkpoint. ``cell.json``
 beside it says which configuration it has, so that a folder is never taken for the result of another one.
@@ -8,23 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
-from queue import Queue
 from typing import Any
-
-import torch
 
 from bocage.finetune.probing import CELL, KINDS
 from bocage.finetune.study import Cell, StudyConfig, cell_config, cells, described, differing
@@ -34,19 +24,10 @@ from bocage.shards.files import written_atomically
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.remote import open_shards
+from bocage.ssl.encoders.sources import SCRATCH
 
-_GRACE = 60.0  # seconds that interrupted cells have to save a checkpoint
 _SECONDS = "seconds.txt"
 _BULKY = ("checkpoints", "model", "predictions", "pictures")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A cell that ended with an error: its status and the last line of its log."""
-
-    cell: Cell
-    status: int
-    line: str
 
 
 class CellFolders:
@@ -112,12 +93,13 @@ class CellFolders:
         }
 
     def feature_bytes(self) -> int:
-        """What features of all patches by all encoders with a source would take."""
+        """What features of all patches by all encoders would take."""
         first = next(iter(cells(self.study)))
         encoders = build_task(replace(cell_config(self.study, first, ""), encoders={}), self.manifest).model.encoders
         width = {name: sum(encoder.widths) for name, encoder in encoders.items()}  # type: ignore[arg-type]
-        known = sum(width.get(name, 0) for sources in self.study.starts.values() for name in sources)
-        return 2 * known * round(PATCH_SIZE / CELL) ** 2 * len(self.manifest)
+        starts = self.study.starts.values()
+        kept = {(name, sources.get(name, SCRATCH)) for sources in starts for name in width}
+        return 2 * sum(width[name] for name, _ in kept) * round(PATCH_SIZE / CELL) ** 2 * len(self.manifest)
 
     def prepare(self, cell: Cell) -> None:
         """Write ``cell.json``.
@@ -170,112 +152,6 @@ def _weights(source: str) -> str:
         return source
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Runner:
-    """Runs cells as processes.
-
-    Args:
-        folders: of the study.
-        command: words after the Python interpreter that run a cell; ``--cell=NAME`` is added.
-        processes: at a time.
-    """
-
-    def __init__(self, folders: CellFolders, command: Sequence[str], processes: int) -> None:
-        self.folders, self.command, self.processes = folders, list(command), processes
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._places: Queue[dict[str, str]] = Queue()
-        for place in _places(processes):
-            self._places.put(place)
-
-    def run(self, cells: Sequence[Cell], done: Callable[[Cell, Failure | None], None]) -> list[Failure]:
-        """Run those of the cells that are not finished.
-
-        Interrupted, it lets running cells save a checkpoint, and starts no other.
-
-        Args:
-            cells: in this order.
-            done: called in this thread after each.
-
-        Returns:
-            The cells that failed.
-        """
-        for cell in cells:  # all of them before the first: a wrong word is found at once
-            self.folders.prepare(cell)
-        failures = []
-        with ThreadPoolExecutor(self.processes) as pool:
-            try:
-                futures = {pool.submit(self._one, cell): cell for cell in cells if not self.folders.finished(cell)}
-                for future in as_completed(futures):
-                    failure = future.result()
-                    if failure is not None:
-                        failures.append(failure)
-                    done(futures[future], failure)
-            except BaseException:
-                self._stop()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return failures
-
-    def _one(self, cell: Cell) -> Failure | None:
-        log, place = self.folders.of(cell) / "log.txt", self._places.get()
-        try:
-            with self._lock:
-                if self._stopping:
-                    return None
-                with log.open("ab") as output:
-                    process = subprocess.Popen(
-                        [sys.executable, *self.command, f"--cell={cell.name}"],
-                        stdout=output,
-                        stderr=output,
-                        env={**os.environ, **place},
-                        start_new_session=True,  # a terminal's Ctrl-C reaches it through us, once
-                    )
-                self._running.add(process)
-            status = process.wait()
-            with self._lock:
-                self._running.discard(process)
-        finally:
-            self._places.put(place)
-        if self._stopping or (status == 0 and self.folders.finished(cell)):
-            return None
-        return Failure(cell, status, _last_line(log))
-
-    def _stop(self) -> None:
-        with self._lock:
-            self._stopping = True
-            running = list(self._running)
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + _GRACE
-        for process in running:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _places(processes: int) -> list[dict[str, str]]:
-    """For each process its part of the machine, as variables of the environment: threads, and one of the GPUs."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    found = []
-    for number in range(processes):
-        place = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-        if devices:
-            place["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-        found.append(place)
-    return found
-
-
-def _last_line(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
 
 
 def slurm_script(

@@ -47,12 +47,14 @@ class Supervision:
         freeze: encoders that do not learn, ``MODALITY``, or only from some stage on, ``MODALITY:STAGES``.
         modality_dropout: by modality, the probability that a sample is learned from without it.
         auxiliary_weight: weight of the mean of the auxiliary decoders' losses beside the main one.
+        label_stride: every which pixel of labels, along both axes, is learned from.
         tasks: by label; those not named are as ``TaskConfig`` has it.
     """
 
     freeze: Collection[str] = ()
     modality_dropout: Mapping[str, float] = field(default_factory=dict)
     auxiliary_weight: float = 0.4
+    label_stride: int = 1
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
 
 

@@ -87,6 +87,7 @@ class Segmentation(nn.Module):
         self.decoder_config = decoder
         self.quality_masks = dict(quality_masks)
         self.auxiliary_weight = supervision.auxiliary_weight
+        self.label_stride = supervision.label_stride
         classes = {name: len(target.scheme) for name, target in self.targets.items()}
         self.model = UPerFuse(encoders, classes, decoder, auxiliary=auxiliary, official=official)
         tasks = {name: supervision.tasks.get(name, TaskConfig()) for name in self.targets}
@@ -122,7 +123,10 @@ class Segmentation(nn.Module):
         return self
 
     def predictions(self, batch: Batch, *, learning: bool = False) -> Predictions:
-        """Logits at the labels' resolution; where it is learning, turned and without some sensors as seeds say."""
+        """Logits at the labels' resolution.
+
+        Where it is learning: of every ``label_stride``-th pixel, turned and without some sensors as seeds say.
+        """
         specs = {name: self.model.encoder(name).spec for name in self.modalities if name in batch.values}
         inputs = encoder_inputs(
             batch, specs, self.quality_masks, oriented=learning, empty_is_absent=not self.model.official
@@ -130,7 +134,8 @@ class Segmentation(nn.Module):
         if learning and inputs and any(self.modality_dropout.values()):
             inputs = without_some(inputs, batch.seeds, self.modality_dropout)
         side = float(batch.windows[0, 2])
-        return self.model(inputs, side, round(side / self.gsd))
+        size = round(side / self.gsd)
+        return self.model(inputs, side, size // self.label_stride if learning else size)
 
     def logits(self, batch: Batch) -> dict[str, torch.Tensor]:
         """By label, (B, classes, H, W) at the label's resolution."""
@@ -148,7 +153,8 @@ class Segmentation(nn.Module):
         for name, target in self.targets.items():
             labels = target.truth(batch)
             if self.training:
-                labels = orient(labels, batch.seeds)
+                start = self.label_stride // 2  # the pixel in the middle of what a logit covers
+                labels = orient(labels, batch.seeds)[:, start :: self.label_stride, start :: self.label_stride]
             targets = scored_targets(labels, batch.present[name], target.scheme)
             loss = self.losses[name](predictions.logits[name], targets)
             if len(self.targets) > 1:

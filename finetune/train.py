@@ -65,7 +65,7 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         encoders = _official_encoders(config, chosen, targets)
     else:
         encoders = {modality.name: _encoder(config, manifest, modality) for modality in chosen}
-    return Segmentation(
+    task = Segmentation(
         encoders,
         targets,
         config.decoder,
@@ -74,6 +74,12 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         official=config.official,
         supervision=config.supervision,
     )
+    pixels = round(config.window / task.gsd)
+    if pixels % config.label_stride:
+        raise InputError(
+            f"label_stride={config.label_stride} does not divide the {pixels} pixels of window={config.window} metres"
+        )
+    return task
 
 
 def _official_encoders(

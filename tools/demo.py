@@ -5,21 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bocage.shards.errors import InputError
 from bocage.shards.manifest import Manifest
+from bocage.tools.steps import Job, Steps
 
 SEEDS = (0, 1, 2)
 STARTS = ("pretrained", "scratch")
@@ -39,32 +33,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Sample, shard, pretrain, fine-tune from both initialisations with several seeds, and compare."""
     console = Console(highlight=False)
-    demo = _Demo(console, arguments.out)
+    demo, out = Steps(console), arguments.out
     processes = min(2, os.cpu_count() or 1)
-    tree, shards, pretrained = demo.out / "tree", demo.out / "shards", demo.out / "pretrain"
+    tree, shards, pretrained = out / "tree", out / "shards", out / "pretrain"
 
-    demo.step("1. Simulate patches in FLAIR-HUB's own format")
+    demo.announce("1. Simulate patches in FLAIR-HUB's own format")
     words = ["sample", tree, "--patches", arguments.patches, "--seed", SAMPLE_SEED, "--workers", processes]
     demo.command("bocage", "bocage.tools.main", words)
 
-    demo.step("2. Write WebDataset shards")
+    demo.announce("2. Write WebDataset shards")
     demo.command("bocage", "bocage.tools.main", ["shard", tree, shards, "--workers", processes, "--shard-mb", 32])
 
-    demo.step("3. Pretrain one encoder a sensor, without labels")
+    demo.announce("3. Pretrain one encoder a sensor, without labels")
     words = ["recipe=quickstart", f"shards={shards}", f"output={pretrained}", f"batch_size={8 // processes}"]
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m"]
     demo.command(f"torchrun --nproc_per_node {processes} pretrain.py", [*launcher, "bocage.ssl.pretrain"], words)
 
-    demo.step("4. Fine-tune on few labels, from the encoders and from scratch, one process a core")
+    demo.announce("4. Fine-tune on few labels, from the encoders and from scratch, one process a core")
     registry = Manifest.open(shards).registry
     sensors = [registry.by_role(role)[0].name for role in ("image", "series")]
-    runs: dict[tuple[str, int], list[str]] = {}
+    runs: dict[tuple[str, int], Job] = {}
     for seed in SEEDS:
         for start in STARTS:
+            output = out / "finetune" / f"{start}-{seed}"
             words = [
                 "recipe=finetune_quickstart",
                 f"shards={shards}",
-                f"output={demo.out / 'finetune' / f'{start}-{seed}'}",
+                f"output={output}",
                 f"modalities=[{','.join(sensors)}]",
                 f"train_fraction={LABEL_SHARE}",
                 f"engine.steps={FINETUNE_STEPS}",
@@ -72,88 +67,29 @@ def run(arguments: argparse.Namespace) -> int:
             ]
             if start == "pretrained":
                 words += [f"encoders.{name}={pretrained / 'encoders' / name}" for name in sensors]
-            runs[start, seed] = words
-    demo.side_by_side(runs, processes)
+            runs[start, seed] = Job(
+                f"{start}, seed {seed}",
+                "bocage finetune",
+                ("bocage.tools.main", "finetune", "engine.log_every=5"),
+                tuple(words),
+                output,
+                "metrics.json",
+                FINETUNE_STEPS,
+            )
+    demo.side_by_side(list(runs.values()), processes)
 
-    demo.step("Done")
-    scores = {key: json.loads((demo.folder(key) / "metrics.json").read_text()) for key in runs}
+    demo.announce("Done")
+    scores = {key: json.loads((job.output / "metrics.json").read_text()) for key, job in runs.items()}
     console.print(_comparison(scores))
     paths = {
         "shards": shards,
         "encoders": pretrained / "encoders",
         "reconstruction": sorted((pretrained / "pictures").glob("*.png"))[-1],
-        "prediction": next((demo.folder(("pretrained", SEEDS[0])) / "predictions").glob("*.png")),
+        "prediction": next((runs["pretrained", SEEDS[0]].output / "predictions").glob("*.png")),
     }
     for name, path in paths.items():
         console.print(f"{name + ':':16}{path}", soft_wrap=True)
     return 0
-
-
-class _Demo:
-    """Runs commands as a user would, one process each, and says which."""
-
-    def __init__(self, console: Console, out: Path) -> None:
-        self.console, self.out = console, out
-        self._began = time.monotonic()
-        # One thread a process: the processes already fill the cores.
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def folder(self, key: tuple[str, int]) -> Path:
-        """Where a fine-tuning run of (initialisation, seed) is."""
-        return self.out / "finetune" / f"{key[0]}-{key[1]}"
-
-    def step(self, title: str) -> None:
-        """Announce a step and the time since the start."""
-        self.console.rule(f"[bold]{title}[/bold]  ({time.monotonic() - self._began:.0f} s)", align="left")
-
-    def _say(self, shown: str, words: Sequence[Any]) -> None:
-        self.console.print(f"$ {shown} {shlex.join(map(str, words))}", style="dim", soft_wrap=True, markup=False)
-
-    def command(self, shown: str, module: str | Sequence[Any], words: Sequence[Any]) -> None:
-        """Run a module to its end; ``shown`` is what a user would type in its place."""
-        self._say(shown, words)
-        modules = [module] if isinstance(module, str) else module
-        line = [sys.executable, "-m", *map(str, modules), *map(str, words)]
-        if status := subprocess.run(line, env=self._environment, check=False).returncode:
-            raise InputError(f"the step above ended with status {status}; mend its cause and run the demo again")
-
-    def side_by_side(self, runs: dict[tuple[str, int], list[str]], processes: int) -> None:
-        """Fine-tuning runs, ``processes`` at a time, with a bar each; finished ones are not repeated."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        waiting = [key for key in runs if not (self.folder(key) / "metrics.json").exists()]
-        for key in waiting:
-            self._say("bocage finetune", runs[key])
-        active: dict[tuple[str, int], tuple[subprocess.Popen[bytes], Any]] = {}
-        (self.out / "finetune").mkdir(parents=True, exist_ok=True)
-        with Progress(*columns, console=self.console) as progress:
-            try:
-                while waiting or active:
-                    while waiting and len(active) < processes:
-                        key = waiting.pop(0)
-                        log = self.folder(key).with_suffix(".log")
-                        line = [sys.executable, "-m", "bocage.tools.main", "finetune", "engine.log_every=5", *runs[key]]
-                        with log.open("ab") as output:
-                            child = subprocess.Popen(line, env=self._environment, stdout=output, stderr=output)
-                        active[key] = (child, progress.add_task(f"{key[0]}, seed {key[1]}", total=FINETUNE_STEPS))
-                    time.sleep(0.5)
-                    for key, (child, bar) in list(active.items()):
-                        progress.update(bar, completed=_last_step(self.folder(key) / "metrics.jsonl"))
-                        if child.poll() is not None:
-                            del active[key]
-                            if child.returncode:
-                                log = self.folder(key).with_suffix(".log")
-                                raise InputError(f"fine-tuning ended with status {child.returncode}: see {log}")
-            finally:
-                for child, _ in active.values():
-                    child.terminate()
-                for child, _ in active.values():
-                    child.wait()
-
-
-def _last_step(metrics: Path) -> int:
-    """The newest step recorded in a run's ``metrics.jsonl``; 0 before there is one."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:

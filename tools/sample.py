@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.scene import write_tree
 
 
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gaps", type=float, default=0.0, metavar="F", help="probability that an input is missing (default 0)"
     )
+    parser.add_argument(
+        "--modalities", nargs="+", metavar="NAME", help=f"what to simulate (default: all of {', '.join(FLAIR_HUB)})"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="processes (default 1)")
 
 
@@ -42,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.out,
             patches=arguments.patches,
             seed=arguments.seed,
+            registry=FLAIR_HUB.subset(arguments.modalities) if arguments.modalities else FLAIR_HUB,
             gaps=arguments.gaps,
             workers=arguments.workers,
             progress=lambda count: bar.advance(task, count),

@@ -1,4 +1,4 @@
-"""``bocage study subsets|run|report|probe``: how few labels encoders need."""
+"""``bocage study subsets|run|report|demo|probe``: how few labels encoders need."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("words", nargs="*", metavar="key=value", help=_STUDY_WORDS)
     report.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the study's output")
     report.set_defaults(act=_report)
+
+    demo = actions.add_parser("demo", help="a small study from nothing: simulate, pretrain three ways, two grids")
+    demo.add_argument("out", metavar="OUT", type=Path, help="folder for everything; run again, it goes on")
+    demo.add_argument("--report", type=Path, metavar="FOLDER", help="where the two reports go (default: in OUT)")
+    demo.add_argument("--processes", type=positive, default=2, help="trainings at a time (default: %(default)s)")
+    demo.set_defaults(act=_demo)
 
     probe = actions.add_parser("probe", help="what an encoder's frozen features tell, taught with few labels")
     probe.add_argument("encoder", metavar="ENCODER", help="folder of an encoder, or hf:org/name")
@@ -142,7 +148,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from bocage import recipes
     from bocage.finetune.study import StudyConfig, cells
     from bocage.finetune.study_cell import run_cell
-    from bocage.finetune.study_runs import CellFolders, Failure, Runner, slurm_script
+    from bocage.finetune.study_runner import Failure, Runner
+    from bocage.finetune.study_runs import CellFolders, slurm_script
 
     study = recipes.resolve(StudyConfig, arguments.words)
     if arguments.cell:
@@ -161,8 +168,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         return _dry_run(study, folders, arguments.processes)
-    command = ["-m", "bocage.tools.main", "study", "run", *arguments.words]
-    runner = Runner(folders, command, arguments.processes)
+    runner = Runner(folders, run_cell, arguments.processes)
     wanted = [cell for cell in grid if not folders.finished(cell)]
     with Interrupts(), Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
         bar = progress.add_task("runs", total=len(grid), completed=len(grid) - len(wanted))
@@ -228,7 +234,7 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
         console.print(f"  {cell.name}{'  finished' if folders.finished(cell) else ''}", highlight=False, soft_wrap=True)
     if set(study.modes) & set(KINDS):
         size = f"{folders.feature_bytes() / 1e6:.0f} MB at most in {folders.features}"
-        print(f"probes keep features of each encoder that is not random: {size}")
+        print(f"probes keep features of each encoder: {size}")
     together = f"{hours / processes:.2f} with --processes {processes}, if they do not slow each other down"
     print(f"{hours:.2f} hours of a process, {together}")
     return 0
@@ -246,6 +252,12 @@ def _report(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from bocage.tools.study_demo import study_demo
+
+    return study_demo(arguments.out, arguments.report, arguments.processes)
 
 
 def _probe(arguments: argparse.Namespace) -> int:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bocage.finetune.measure import summary, write_tables
 from bocage.finetune.study import Share, StudyConfig, cells
 from bocage.finetune.study_runs import CellFolders
 from bocage.finetune.subsets import keys_digest
 from bocage.finetune.targets import Target
+from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.scene import write_tree
@@ -82,3 +87,25 @@ def scored(settings: StudyConfig, gains: dict[str, float], part: str = "test") -
         }
         (folder / "metrics.json").write_text(json.dumps(metrics))
         folders.add_seconds(cell, 90.0)
+
+
+def stand_in(settings: StudyConfig, name: str) -> int:
+    """In place of ``run_cell``: what a runner sees of either is a process, its status, and the files that it leaves.
+
+    It takes the seconds that ``STUDY_SECONDS`` tells. Of the second draw it fails until a file ``repaired`` is there.
+    """
+    folder = Path(settings.output) / "cells" / name
+
+    def stopped(*_: object) -> None:
+        (folder / "checkpoint").touch()
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, stopped)
+    with (folder / "starts.txt").open("a") as file:
+        file.write("x")
+    if "draw1" in name and not (folder / "repaired").exists():
+        raise InputError("this one cannot")
+    time.sleep(float(os.environ.get("STUDY_SECONDS", "0")))
+    place = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    (folder / "metrics.json").write_text(json.dumps({**place, "threads": torch.get_num_threads()}))
+    return 0

@@ -239,6 +239,7 @@ def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path)
         ({"split": "split_1"}, r"no split 'split_1'"),
         ({"freeze": ["SPOT_RGBI"]}, r"freeze: SPOT_RGBI"),
         ({"window": 33.3}, r"window=33.3"),
+        ({"window": 51.2, "label_stride": 3}, r"label_stride=3 does not divide the 256 pixels of window=51.2 metres"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(
@@ -256,6 +257,7 @@ def test_wrong_input_is_refused_before_any_work(
         ({"track": "pixel"}, "track=pixel"),
         ({"disjoint_validation": True}, "disjoint_validation: split=all"),
         ({"batch_size": 0}, "batch_size"),
+        ({"label_stride": 0}, "label_stride=0 must be at least 1"),
         ({"workers": -1}, "workers"),
         ({"batch_size": 1, "decoder": replace(DECODER, norm="batch")}, "decoder.norm=group"),
     ],

@@ -110,7 +110,7 @@ def test_an_official_model_trains_from_shards_to_maps(manifest: Manifest, tmp_pa
     "words", [["window=51.2"], ["decoder.width=32"], ["swin.options={embed_dim: 32}"], ["decoder.norm=group"]]
 )
 def test_what_the_official_architecture_cannot_be_is_refused(words: list[str]) -> None:
-    with pytest.raises(InputError, match="official=true has its own decoder and Swin, of whole patches"):
+    with pytest.raises(InputError, match="official=true has its own decoder and Swin, and learns from whole patches"):
         resolved("recipe=official/lc_i", *words)
 
 

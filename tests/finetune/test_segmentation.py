@@ -85,6 +85,21 @@ def test_training_turns_inputs_and_labels_together_and_evaluation_does_not() -> 
     torch.testing.assert_close(model(data)[0], expected)
 
 
+def test_a_stride_of_labels_learns_from_the_pixels_in_the_middle_of_logits_and_predicts_all() -> None:
+    whole, strided = task(S2).eval(), task(S2, label_stride=16).eval()
+    data = batch((S2,), (S2,), inputs=(S2,))
+    logits = strided.predictions(data, learning=True).logits[COSIA]
+    assert logits.shape == (2, 19, 16, 16)
+    truth = orient(strided.targets[COSIA].truth(data), data.seeds)
+    whole.training = strided.training = True  # only the tasks themselves: their losses are comparable
+    expected = cross_entropy(logits, scored_targets(truth[:, 8::16, 8::16], data.present[COSIA], classes.COSIA))
+    torch.testing.assert_close(strided(data)[0], expected)
+    # Cells of 51 pixels: the loss of one pixel in 256 is near that of all.
+    torch.testing.assert_close(strided(data)[0], whole(data)[0], rtol=0.05, atol=0.0)
+    assert strided.predict(data)[COSIA].shape == (2, 256, 256)
+    assert trained(task(S2, decoder=replace(DECODER, norm="batch"), label_stride=16), data, steps=100) > 0.65
+
+
 def test_a_frozen_encoder_does_not_change() -> None:
     model = task(*BOTH, freeze=(S2,))
     before = {name: value.clone() for name, value in model.model.encoder(S2).state_dict().items()}

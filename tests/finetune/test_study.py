@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_study import S2, SMALL, sharded, study
+from small_study import S2, SMALL, sharded, stand_in, study
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.study import Cell, Share, StudyConfig, cell_config, cells
-from bocage.finetune.study_runs import CellFolders, Runner, slurm_script
+from bocage.finetune.study_runner import Runner
+from bocage.finetune.study_runs import CellFolders, slurm_script
 from bocage.shards.errors import InputError
 from bocage.tools.main import main
 
@@ -114,27 +115,8 @@ def test_the_recipe_resolves_and_takes_further_starts() -> None:
     assert len(cells(found)) == 3 * 198
 
 
-# A stand-in for training, in place of ``bocage study run ... --cell``: what the runner sees of either is a process, its
-# status, and the files that it leaves.
-STAND_IN = """
-import pathlib, signal, sys, time
-name = sys.argv[1].removeprefix("--cell=")
-folder = pathlib.Path(OUTPUT) / "cells" / name
-with (folder / "starts.txt").open("a") as file:
-    file.write("x")
-signal.signal(signal.SIGTERM, lambda *_: ((folder / "checkpoint").touch(), sys.exit(143)))
-if "draw1" in name and not (folder / "repaired").exists():
-    print("bocage: error: this one cannot")
-    sys.exit(2)
-time.sleep(SECONDS)
-(folder / "metrics.json").write_text("{}")
-"""
-
-
-def runner(settings: StudyConfig, folder: Path, seconds: float = 0.0, processes: int = 2) -> Runner:
-    script = folder / "stand_in.py"
-    script.write_text(STAND_IN.replace("OUTPUT", repr(settings.output)).replace("SECONDS", repr(seconds)))
-    return Runner(CellFolders(settings), [str(script)], processes)
+def runner(settings: StudyConfig, processes: int = 2) -> Runner:
+    return Runner(CellFolders(settings), stand_in, processes)
 
 
 def starts(settings: StudyConfig) -> dict[str, int]:
@@ -145,33 +127,28 @@ def starts(settings: StudyConfig) -> dict[str, int]:
 def test_a_cell_that_fails_does_not_stop_the_rest_and_is_named(tmp_path: Path) -> None:
     settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=3)])
     told: list[Cell] = []
-    failures = runner(settings, tmp_path).run(cells(settings), lambda cell, _: told.append(cell))
+    failures = runner(settings).run(cells(settings), lambda cell, _: told.append(cell))
     assert {(failure.cell.start, failure.cell.draw) for failure in failures} == {("scratch", 1), ("ours", 1)}
     assert {(failure.status, failure.line) for failure in failures} == {(2, "bocage: error: this one cannot")}
     assert len(told) == 6
     for failure in failures:
         (CellFolders(settings).of(failure.cell) / "repaired").touch()
-    assert runner(settings, tmp_path).run(cells(settings), lambda *_: None) == []
+    assert runner(settings).run(cells(settings), lambda *_: None) == []
     # Finished ones were not run again.
     assert sorted(starts(settings).values()) == [1, 1, 1, 1, 2, 2]
 
 
 def test_processes_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=1, seeds=3)])
-    script = tmp_path / "tell.py"
-    script.write_text(
-        "import os, pathlib, sys, time\n"
-        f"folder = pathlib.Path({str(tmp_path / 'out')!r}) / 'cells' / sys.argv[1][7:]\n"
-        "time.sleep(0.3)\n"
-        "(folder / 'metrics.json').write_text(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ['OMP_NUM_THREADS'])"
-    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("STUDY_SECONDS", "0.3")
+    assert runner(settings).run(cells(settings), lambda *_: None) == []
     folders = CellFolders(settings)
-    assert Runner(folders, [str(script)], 2).run(cells(settings), lambda *_: None) == []
-    found = [(folders.of(cell) / "metrics.json").read_text().split() for cell in cells(settings)]
-    assert {device for device, _ in found} == {"4", "7"}
-    assert {threads for _, threads in found} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+    found = [json.loads((folders.of(cell) / "metrics.json").read_text()) for cell in cells(settings)]
+    assert {place["CUDA_VISIBLE_DEVICES"] for place in found} == {"4", "7"}
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {(place["OMP_NUM_THREADS"], place["threads"]) for place in found} == {(str(threads), threads)}
 
 
 # Some seconds: a process that is stopped on its way, as a cluster does.
@@ -186,18 +163,21 @@ def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path) -> None
         "from small_study import study\n"
         "from bocage.finetune.study import Share, cells\n"
         "from bocage.tools.interrupts import InterruptedCommand, Interrupts\n"
-        "folder = Path(sys.argv[2])\n"
-        "settings = study(folder / 'out', modes=['full'], shares=[Share(fraction=0.1, draws=1, seeds=3)])\n"
-        "try:\n"
-        "    with Interrupts():\n"
-        "        runner(settings, folder, seconds=60.0).run(cells(settings), lambda *_: None)\n"
-        "except InterruptedCommand as stop:\n"
-        "    sys.exit(stop.exit_code)\n"
+        "def main():\n"
+        "    output = Path(sys.argv[2]) / 'out'\n"
+        "    settings = study(output, modes=['full'], shares=[Share(fraction=0.1, draws=1, seeds=3)])\n"
+        "    try:\n"
+        "        with Interrupts():\n"
+        "            runner(settings).run(cells(settings), lambda *_: None)\n"
+        "    except InterruptedCommand as stop:\n"
+        "        return stop.exit_code\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(main())\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     process = subprocess.Popen(
         [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "STUDY_SECONDS": "60"},
     )
     folders, grid = CellFolders(settings), cells(settings)
     end = time.monotonic() + 60
@@ -209,7 +189,7 @@ def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path) -> None
     saved = [cell for cell in grid if (folders.of(cell) / "checkpoint").exists()]
     assert len(saved) == 2
     assert not any(folders.finished(cell) for cell in grid)
-    assert runner(settings, tmp_path).run(grid, lambda *_: None) == []
+    assert runner(settings).run(grid, lambda *_: None) == []
     assert all(folders.finished(cell) for cell in grid)
 
 

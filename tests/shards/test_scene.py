@@ -367,6 +367,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list(out.rglob("*.tif"))) == len(FLAIR_HUB)
     assert main(["sample", str(out), "--patches", "1", "--seed", "3"]) == 2
     assert "other parameters" in capsys.readouterr().err
+    some = ["AERIAL_RGBI", "AERIAL_LABEL-COSIA"]
+    assert main(["sample", str(tmp_path / "some"), "--patches", "1", "--seed", "2", "--modalities", *some]) == 0
+    for path in (tmp_path / "some").rglob("*.tif"):  # the same, whatever else is simulated
+        assert path.read_bytes() == (out / path.relative_to(tmp_path / "some")).read_bytes()
+    assert len(list((tmp_path / "some").rglob("*.tif"))) == 2
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "wrong"), "--modalities", "SPOT"]) == 2
+    assert "unknown modality 'SPOT'" in capsys.readouterr().err
 
 
 def test_command_does_not_wait_for_torch() -> None:
