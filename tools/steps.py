@@ -49,7 +49,7 @@ class Job:
     def last_step(self) -> int:
         """The newest step recorded in its ``metrics.jsonl``; 0 before there is one."""
         path = self.output / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last may be half there
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
 

@@ -81,8 +81,8 @@ def _parts() -> list[_Part]:
             "crops",
             "label_efficiency_crops_quickstart",
             (series[0], series[1]),
-            ("recipe=mae_sentinel_quickstart", "batch_size=32"),
-            150,
+            ("recipe=mae_sentinel_quickstart", "batch_size=16"),
+            300,
         ),
     ]
 
