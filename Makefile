@@ -1,11 +1,11 @@
 # make demo: the whole path on a simulated sample; make test: everything CI checks; make study: label studies on simulated
-# scenes. All install into .venv first.
+# scenes (make study-docs: with its reports in docs/study). All install into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bocage-installed
 
-.PHONY: demo study test slow lint install clean
+.PHONY: demo study study-docs test slow lint install clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: $(STAMP)
 	$(BIN)/bocage demo demo
 
 study: $(STAMP)
+	$(BIN)/bocage study demo study
+
+study-docs: $(STAMP)
 	$(BIN)/bocage study demo study --report docs/study
 
 lint: $(STAMP)

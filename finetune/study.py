@@ -183,8 +183,6 @@ def cell_config(study: StudyConfig, cell: Cell, output: str) -> FinetuneConfig:
     optimizer = config.engine.optimizer
     if cell.rate is not None:
         optimizer = replace(optimizer, learning_rate=cell.rate)
-    # Of a probe the seed draws nothing but random encoders: of one, as of pretrained ones, features are kept.
-    seed = 0 if cell.mode in KINDS else 100 * cell.draw + cell.seed
     return replace(
         config,
         shards=study.shards,
@@ -194,7 +192,7 @@ def cell_config(study: StudyConfig, cell: Cell, output: str) -> FinetuneConfig:
         track=study.track,
         encoders=dict(study.starts[cell.start]),
         freeze=list(config.modalities) if cell.mode == "frozen" else [],
-        engine=replace(config.engine, seed=seed, optimizer=optimizer),
+        engine=replace(config.engine, seed=100 * cell.draw + cell.seed, optimizer=optimizer),
     )
 
 

@@ -97,9 +97,13 @@ class CellFolders:
         first = next(iter(cells(self.study)))
         encoders = build_task(replace(cell_config(self.study, first, ""), encoders={}), self.manifest).model.encoders
         width = {name: sum(encoder.widths) for name, encoder in encoders.items()}  # type: ignore[arg-type]
-        starts = self.study.starts.values()
-        kept = {(name, sources.get(name, SCRATCH)) for sources in starts for name in width}
-        return 2 * sum(width[name] for name, _ in kept) * round(PATCH_SIZE / CELL) ** 2 * len(self.manifest)
+        kept = set()
+        for cell in cells(self.study):
+            if cell.mode in KINDS:
+                sources = {name: self.study.starts[cell.start].get(name, SCRATCH) for name in width}
+                # A random encoder is another one in every draw.
+                kept |= {(name, source, cell.draw if source == SCRATCH else 0) for name, source in sources.items()}
+        return 2 * sum(width[name] for name, _, _ in kept) * round(PATCH_SIZE / CELL) ** 2 * len(self.manifest)
 
     def prepare(self, cell: Cell) -> None:
         """Write ``cell.json``.

@@ -18,7 +18,7 @@ from bocage.shards.errors import InputError
 Tick = Callable[[int, int], None]
 """What a piece of work calls now and then with two counts of its own, done since the last call; may raise to stop."""
 
-_HELD = {signal.SIGINT, signal.SIGTERM}
+HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _RUN, _STOP, _DIE = 0, 1, 2
 
 _Job = TypeVar("_Job")
@@ -60,7 +60,7 @@ def results(
         while True:
             while board.free and (following := next(waiting, None)) is not None:
                 slot = board.free.pop()
-                with _signals_held():
+                with signals_held():
                     running[pool.submit(_work, work, following, slot)] = (following, slot)
             if not running:
                 return
@@ -113,10 +113,10 @@ class _Board:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """Ctrl-C and schedulers reach the whole process group, but the main process decides: workers start with the signals
     blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
     try:
         yield
     finally:

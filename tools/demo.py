@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.manifest import Manifest
-from bocage.tools.steps import Job, Steps
+from bocage.tools.steps import Job, Steps, interruptible
 
 SEEDS = (0, 1, 2)
 STARTS = ("pretrained", "scratch")
@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Sample, shard, pretrain, fine-tune from both initialisations with several seeds, and compare."""
+    return interruptible(lambda: _demo(arguments))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     demo, out = Steps(console), arguments.out
     processes = min(2, os.cpu_count() or 1)

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.tools.interrupts import InterruptedCommand, Interrupts
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,21 @@ class Job:
     def log(self) -> Path:
         """What it says."""
         return self.output.with_name(f"{self.output.name}.log")
+
+    def check(self) -> None:
+        """Raise ``InputError`` where its folder is that of other words."""
+        if self._command.exists() and self._command.read_text(encoding="utf-8") != shlex.join(self.words) + "\n":
+            raise InputError(f"{self.output} holds another run, see {self._command}: delete it or give another folder")
+
+    def claim(self) -> None:
+        """Say beside its folder whose it is."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with written_atomically(self._command) as path:
+            path.write_text(shlex.join(self.words) + "\n", encoding="utf-8")
+
+    @property
+    def _command(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.words")
 
     def last_step(self) -> int:
         """The newest step recorded in its ``metrics.jsonl``; 0 before there is one."""
@@ -82,8 +99,13 @@ class Steps:
         """
         self.say(shown, words)
         modules = [module] if isinstance(module, str) else module
-        line = [sys.executable, "-m", *map(str, modules), *map(str, words)]
-        if status := subprocess.run(line, env=self.environment, check=False).returncode:
+        child = subprocess.Popen([sys.executable, "-m", *map(str, modules), *map(str, words)], env=self.environment)
+        try:
+            status = child.wait()
+        except BaseException:
+            _ended([child])
+            raise
+        if status:
             raise InputError(f"the step above ended with status {status}; mend its cause and run the same again")
 
     def side_by_side(self, jobs: Sequence[Job], processes: int) -> None:
@@ -93,6 +115,8 @@ class Steps:
             InputError: one failed; the others are stopped, and go on the next time.
         """
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        for job in jobs:
+            job.check()
         waiting = [job for job in jobs if not (job.output / job.finished).exists()]
         for job in waiting:
             self.say(job.shown, job.words)
@@ -102,7 +126,7 @@ class Steps:
                 while waiting or active:
                     while waiting and len(active) < processes:
                         job = waiting.pop(0)
-                        job.log.parent.mkdir(parents=True, exist_ok=True)
+                        job.claim()
                         line = [sys.executable, "-m", *job.module, *job.words]
                         with job.log.open("ab") as output:
                             child = subprocess.Popen(line, env=self.environment, stdout=output, stderr=output)
@@ -115,7 +139,22 @@ class Steps:
                             if child.returncode:
                                 raise InputError(f"{job.title} ended with status {child.returncode}: see {job.log}")
             finally:
-                for child, _ in active.values():
-                    child.terminate()
-                for child, _ in active.values():
-                    child.wait()
+                _ended([child for child, _ in active.values()])
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask children to end, and wait until they have saved what they are doing."""
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.wait()
+
+
+def interruptible(steps: Callable[[], int]) -> int:
+    """Run steps; when a signal stops them, their children save first, and the status is that of the signal."""
+    try:
+        with Interrupts():
+            return steps()
+    except InterruptedCommand as interruption:
+        print(f"\nbocage: stopped; the same command goes on with what is missing ({interruption.name})")
+        return interruption.exit_code

@@ -255,9 +255,10 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from bocage.tools.steps import interruptible
     from bocage.tools.study_demo import study_demo
 
-    return study_demo(arguments.out, arguments.report, arguments.processes)
+    return interruptible(lambda: study_demo(arguments.out, arguments.report, arguments.processes))
 
 
 def _probe(arguments: argparse.Namespace) -> int:

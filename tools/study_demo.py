@@ -20,7 +20,7 @@ WAYS = {
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One of the two studies: what it pretrains, and the recipe of its grid."""
 
     title: str
@@ -40,44 +40,42 @@ def study_demo(out: Path, report: Path | None, processes: int) -> int:
     """
     steps = Steps(Console(highlight=False))
     tree, shards = out / "tree", out / "shards"
-    parts = _parts()
+    studies = parts()
     steps.announce("1. Simulate patches in FLAIR-HUB's own format, and shard them")
-    if not (shards / "manifest.parquet").exists():
-        words = ["sample", tree, "--patches", PATCHES, "--seed", SAMPLE_SEED, "--workers", processes]
-        words += ["--modalities", *_simulated(parts)]
-        steps.command("bocage", "bocage.tools.main", words)
-        steps.command("bocage", "bocage.tools.main", ["shard", tree, shards, "--workers", processes])
+    words = ["sample", tree, "--patches", PATCHES, "--seed", SAMPLE_SEED, "--workers", processes]
+    steps.command("bocage", "bocage.tools.main", [*words, "--modalities", *_simulated(studies)])
+    steps.command("bocage", "bocage.tools.main", ["shard", tree, shards, "--workers", processes])
 
     steps.announce("2. Pretrain encoders without labels, three ways for each of two sensors")
-    jobs = {(part, way): _pretraining(part, way, shards, out) for part in reversed(parts) for way in WAYS}
+    jobs = {(part, way): pretraining(part, way, shards, out) for part in reversed(studies) for way in WAYS}
     steps.side_by_side(list(jobs.values()), processes)
 
-    for number, part in enumerate(parts, start=3):
+    for number, part in enumerate(studies, start=3):
         steps.announce(f"{number}. {part.title}: the grid and its report")
         output = out / part.title
-        words = [f"recipe={part.study}", f"shards={shards}", f"output={output}"]
+        grid = [f"recipe={part.study}", f"shards={shards}", f"output={output}"]
         sensor = part.sensors[0]
-        words += [f"starts.{way}.{sensor}={jobs[part, way].output / 'encoders' / sensor}" for way in WAYS]
-        steps.command("bocage", "bocage.tools.main", ["study", "run", *words, "--processes", processes])
+        grid += [f"starts.{way}.{sensor}={jobs[part, way].output / 'encoders' / sensor}" for way in WAYS]
+        steps.command("bocage", "bocage.tools.main", ["study", "run", *grid, "--processes", processes])
         where = [] if report is None else ["--out", report / part.title]
-        steps.command("bocage", "bocage.tools.main", ["study", "report", *words, *where])
+        steps.command("bocage", "bocage.tools.main", ["study", "report", *grid, *where])
     steps.announce("Done")
     return 0
 
 
-def _parts() -> list[_Part]:
-    """Land cover from the aerial image, pretrained beside SPOT; crops from the optical series, beside radar."""
+def parts() -> list[Part]:
+    """Land cover from the aerial image, pretrained beside SPOT, and crops from the optical series, beside radar."""
     images = [m.name for m in FLAIR_HUB.by_role("image") if m.bands[0].quantity == "reflectance" and not m.historical]
     series = [modality.name for modality in FLAIR_HUB.by_role("series")]
     return [
-        _Part(
+        Part(
             "land-cover",
             "label_efficiency_land_cover_quickstart",
             (images[0], images[-1]),
             ("recipe=quickstart",),
             300,
         ),
-        _Part(
+        Part(
             "crops",
             "label_efficiency_crops_quickstart",
             (series[0], series[1]),
@@ -87,7 +85,7 @@ def _parts() -> list[_Part]:
     ]
 
 
-def _simulated(parts: list[_Part]) -> list[str]:
+def _simulated(parts: list[Part]) -> list[str]:
     """The sensors of all parts, the quality masks of these, and the labels."""
     sensors = {name for part in parts for name in part.sensors}
     masks = {modality.name for modality in FLAIR_HUB.by_role("mask") if modality.mask_of in sensors}
@@ -95,7 +93,8 @@ def _simulated(parts: list[_Part]) -> list[str]:
     return [name for name in FLAIR_HUB if name in wanted]
 
 
-def _pretraining(part: _Part, way: str, shards: Path, out: Path) -> Job:
+def pretraining(part: Part, way: str, shards: Path, out: Path) -> Job:
+    """How a part is pretrained in one of the ``WAYS``."""
     output = out / "pretrain" / f"{part.title}-{way}"
     words = [*part.words, f"engine.steps={part.steps}", *WAYS[way], f"modalities=[{','.join(part.sensors)}]"]
     words += ["pictures=0", "workers=0", "engine.log_every=10", f"shards={shards}", f"output={output}"]

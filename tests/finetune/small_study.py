@@ -97,6 +97,7 @@ def stand_in(settings: StudyConfig, name: str) -> int:
     folder = Path(settings.output) / "cells" / name
 
     def stopped(*_: object) -> None:
+        time.sleep(1.0)
         (folder / "checkpoint").touch()
         sys.exit(143)
 

@@ -7,10 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from small_study import S2, SMALL, sharded, stand_in, study
 
@@ -151,8 +154,9 @@ def test_processes_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {(place["OMP_NUM_THREADS"], place["threads"]) for place in found} == {(str(threads), threads)}
 
 
-# Some seconds: a process that is stopped on its way, as a cluster does.
-def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path) -> None:
+# Some seconds: a process that is stopped on its way, as a cluster does, which signals it alone or all of its job.
+@pytest.mark.parametrize("stop", [os.kill, os.killpg])
+def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path, stop: Callable[[int, int], None]) -> None:
     settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=1, seeds=3)])
     script = tmp_path / "study.py"
     script.write_text(
@@ -178,19 +182,57 @@ def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path) -> None
     process = subprocess.Popen(
         [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path, "STUDY_SECONDS": "60"},
+        start_new_session=True,
     )
     folders, grid = CellFolders(settings), cells(settings)
     end = time.monotonic() + 60
     while sum((folders.of(cell) / "starts.txt").exists() for cell in grid) < 2 and time.monotonic() < end:
         time.sleep(0.1)
     time.sleep(0.5)  # the handler of the stand-in is set after its first line
-    process.send_signal(signal.SIGTERM)
+    stop(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143
     saved = [cell for cell in grid if (folders.of(cell) / "checkpoint").exists()]
     assert len(saved) == 2
     assert not any(folders.finished(cell) for cell in grid)
     assert runner(settings).run(grid, lambda *_: None) == []
     assert all(folders.finished(cell) for cell in grid)
+
+
+# Some seconds: cells that outlive what they were forked from.
+def test_what_cells_are_forked_from_may_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=1, seeds=3)])
+    monkeypatch.setenv("STUDY_SECONDS", "2")
+    killed = []
+
+    def kill() -> None:
+        while not killed and not list((tmp_path / "out" / "cells").glob("*/starts.txt")):
+            time.sleep(0.05)
+        for process in psutil.Process().children():
+            if any("multiprocessing.forkserver" in word for word in process.cmdline()):
+                process.kill()
+                killed.append(process)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    failures = runner(settings).run(cells(settings), lambda *_: None)
+    thread.join()
+    assert killed
+    assert all("could not be started" in failure.line for failure in failures)
+    assert len(failures) <= 2
+    assert runner(settings).run(cells(settings), lambda *_: None) == []
+    # None of those that were running ran again.
+    assert set(starts(settings).values()) == {1}
+
+
+@pytest.mark.parametrize(("variable", "threads"), [("3,1", 3), ("", None), ("many", None)])
+def test_numbers_of_threads_are_read_as_openmp_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, threads: int | None
+) -> None:
+    settings = study(tmp_path / "out", modes=["full"], starts={"scratch": {}}, shares=[Share(fraction=0.1)])
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert runner(settings, processes=1).run(cells(settings), lambda *_: None) == []
+    found = json.loads((CellFolders(settings).of(cells(settings)[0]) / "metrics.json").read_text())
+    assert found["threads"] == (threads or len(os.sched_getaffinity(0)))
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:

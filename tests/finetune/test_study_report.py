@@ -153,7 +153,9 @@ def test_a_study_from_shards_to_a_page(tmp_path: Path, capsys: pytest.CaptureFix
     assert "without SPOT_RGBI" in text
     assert 'id="aerial_label-cosia"' in text.replace("aerial-label-cosia", "aerial_label-cosia")
     assert not list((tmp_path / "out" / "cells").glob("*/checkpoints"))
-    assert len(list((tmp_path / "out" / "features").glob("*/SPOT*"))) == 1  # of one random encoder, for all draws
+    assert (
+        len(list((tmp_path / "out" / "features").glob("*/SPOT*"))) == 2
+    )  # of a random encoder a draw, for both probes
     capsys.readouterr()
     began = time.monotonic()
     assert main(["study", "run", word]) == 0

@@ -1,13 +1,20 @@
 """Steps of demonstrations: trainings side by side, skipped when they are finished, stopped when one fails."""
 
 import io
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
+from bocage import recipes
+from bocage.finetune.study import StudyConfig, cell_config, cells
 from bocage.shards.errors import InputError
+from bocage.ssl.pretrain import PretrainConfig
+from bocage.tools import study_demo
 from bocage.tools.steps import Job, Steps
 
 
@@ -56,6 +63,55 @@ def test_one_that_fails_stops_the_others_and_names_its_log(tmp_path: Path) -> No
     assert time.monotonic() - began < 30
     assert jobs[1].log.read_text() == "it says why\n"
     assert not (tmp_path / "slow" / "done").exists()
+
+
+def test_a_folder_of_other_words_is_refused(tmp_path: Path) -> None:
+    steps = Steps(Console(file=io.StringIO()))
+    steps.side_by_side([job(tmp_path, "one", str(tmp_path / "one"), "0", "0")], 1)
+    with pytest.raises(InputError, match=r"one holds another run, see .*one.words: delete it"):
+        steps.side_by_side([job(tmp_path, "one", str(tmp_path / "one"), "0", "0.1")], 1)
+
+
+# Some seconds: processes that are stopped on their way. Signalled alone, they have to stop their children themselves.
+@pytest.mark.parametrize("call", ["steps.command('module', 'module', words)", "steps.side_by_side([job], 1)"])
+def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> None:
+    (tmp_path / "steps_run.py").write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from rich.console import Console\n"
+        "from bocage.tools.steps import Job, Steps, interruptible\n"
+        "folder = Path(sys.argv[1])\n"
+        "steps, words = Steps(Console()), (str(folder), '0', '60')\n"
+        "job = Job('one', 'one', ('module',), words, folder, 'done', 3)\n"
+        f"sys.exit(interruptible(lambda: {call}))\n"
+    )
+    folder = tmp_path / "one"
+    process = subprocess.Popen([sys.executable, str(tmp_path / "steps_run.py"), str(folder)], stdout=subprocess.PIPE)
+    while not (folder / "began").exists() and process.poll() is None:
+        time.sleep(0.05)
+    (child,) = psutil.Process(process.pid).children()
+    process.terminate()
+    assert process.wait(30) == 143
+    assert not child.is_running()
+    assert process.stdout is not None
+    assert b"stopped; the same command goes on" in process.stdout.read()
+
+
+def test_the_small_study_is_what_its_recipes_say() -> None:
+    for part in study_demo.parts():
+        study = recipes.resolve(StudyConfig, [f"recipe={part.study}"])
+        for cell in cells(study):
+            assert cell_config(study, cell, "out").modalities == [part.sensors[0]]
+        for way in study_demo.WAYS:
+            words = study_demo.pretraining(part, way, Path("shards"), Path("out")).words
+            config = recipes.resolve(PretrainConfig, list(words))
+            assert config.modalities == list(part.sensors)
+            assert config.engine.steps == part.steps
+            assert config.weights["masked"] + config.weights["contrastive"] > 0
+    assert [part.sensors for part in study_demo.parts()] == [
+        ("AERIAL_RGBI", "SPOT_RGBI"),
+        ("SENTINEL2_TS", "SENTINEL1-ASC_TS"),
+    ]
 
 
 def test_progress_is_what_the_training_records(tmp_path: Path) -> None:
