@@ -126,11 +126,12 @@ def _section(label: str, analysis: Analysis, out: Path) -> Section:
 
     mean = "interquartile mean" if study.interquartile else "mean"
     for mode in modes:
-        about = f"Strict mIoU on the {analysis.part} patches by share of labelled patches, {mode}: {mean} over runs."
+        about = f"Strict mIoU on the {analysis.part} patches by share of labelled patches, {mode}: {mean} over runs, "
+        about += "95 % bands."
         draw: Callable[[Theme], Figure] = partial(draw_curves, analysis, mode)
         section.figures.append(picture(f"curves_{mode}", about, draw))
         if any(other == mode for _, other in analysis.differences):
-            about = f"Points above {study.reference}, {mode}, paired by draw and seed."
+            about = f"Points above {study.reference}, {mode}, paired by draw and seed, 95 % intervals."
             draw = partial(draw_differences, analysis, mode)
             section.figures.append(picture(f"differences_{mode}", about, draw))
     for mode in modes:
@@ -138,6 +139,7 @@ def _section(label: str, analysis: Analysis, out: Path) -> Section:
         section.tables.append(study_tables.score_table(analysis, mode))
         if any(other == mode for _, other in analysis.differences):
             section.tables.append(study_tables.difference_table(analysis, mode))
+        if len(study.shares) > 1 and any(other == mode for _, other in analysis.differences):
             section.tables.append(study_tables.needed_table(analysis, mode))
         compared = any(other == mode for _, other in analysis.differences)
         what = f"IoU of each class, points above {study.reference}" if compared else "IoU of each class, percent"
@@ -160,11 +162,11 @@ def _findings(analysis: Analysis) -> list[str]:
         single = all(item.estimate.runs == 1 for item in curve.values())
         above = [share for share in sure if curve[share].estimate.value > 0]
         below = [share for share in sure if curve[share].estimate.value < 0]
-        best = max(curve, key=lambda share: abs(curve[share].estimate.value))
+        best = max(sure or curve, key=lambda share: abs(curve[share].estimate.value))
         low, high = curve[best].estimate.interval
         extreme = (
-            f"the largest difference is {curve[best].estimate.value:+.1f} points at {percent(best)} "
-            f"({low:+.1f} to {high:+.1f})"
+            f"the largest {'such ' if sure else ''}difference is {curve[best].estimate.value:+.1f} points "
+            f"at {percent(best)} ({low:+.1f} to {high:+.1f})"
         )
         parts = [
             f"{word} {analysis.study.reference} at {', '.join(map(percent, shares))} of the labels"
@@ -197,13 +199,14 @@ def _method(study: StudyConfig, found: Mapping[str, Analysis]) -> list[str]:
     )
     what = "subsets of patches" if study.track == "patch" else "subsets of whole regions"
     lines = [
-        f"Labels: nested {what}, stratified by domain and rarest class. Runs by share: {runs}.",
+        f"Labels: nested {what}, stratified by domain and rarest class. Runs by share: {runs}; of probes one seed.",
         f"Scores: strict mIoU (a scored pixel predicted as an unscored class is a miss), {mean}; "
         "classes that the tested patches lack are left out.",
-        f"Intervals: in each of {study.replicates:,} replicates, the regions of a domain have random weights (Bayesian "
-        "bootstrap), and the mean over draws, or over the seeds of a single draw, is off by a Student variable. "
-        "Differences are paired by region, draw and seed; p-values are corrected over the shares (Holm). Of a single "
-        "run, marked *, the interval holds what regions do alone, and there is no p-value.",
+        f"Intervals and bands are of 95 %: in each of {study.replicates:,} replicates, the regions of a domain have "
+        "random weights (Bayesian bootstrap), and the mean over draws, or over the seeds of a single draw, is off by a Student variable. "
+        "Differences are paired by region, draw and seed; p-values are corrected over the shares (Holm), intervals are "
+        "not: one may leave 0 out where the p-value is above 0.05. Of a single run, marked *, the interval holds what "
+        "regions do alone, and there is no p-value.",
     ]
     if study.learning_rates:
         rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)

@@ -131,7 +131,8 @@ class Runner:
         # Where what it was forked from has ended before it, nobody knows its status, and multiprocessing says 255.
         if self._stopping or (status in (0, 255) and self.folders.finished(cell)):
             return None
-        return Failure(cell, status, _last_line(log))
+        killed = f"killed by signal {-status}, perhaps for want of memory; last said: " if status < 0 else ""
+        return Failure(cell, status, killed + _last_line(log))
 
     def _stop(self) -> None:
         with self._lock:

@@ -76,8 +76,10 @@ def curve_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
                 figures: list[Any] = [""] * 5
                 if difference is not None:
                     own = difference.estimate
-                    figures = [own.value, *own.interval, own.p_value, difference.corrected]
-                    figures = [f"{figure:.4f}" for figure in figures]
+                    # A single run has no p-value: see ``difference_table``.
+                    chances = [own.p_value, difference.corrected] if own.runs > 1 else []
+                    figures = [f"{figure:.4f}" for figure in (own.value, *own.interval, *chances)]
+                    figures += [""] * (5 - len(figures))
                 names = ("difference", "difference_low", "difference_high", "p", "p_holm")
                 rows.append(row | dict(zip(names, figures, strict=True)))
     return rows
@@ -120,7 +122,9 @@ def score_table(analysis: Analysis, mode: str) -> Table:
         for (start, other), curve in analysis.curves.items()
         if other == mode
     ]
-    return Table(f"mIoU (%), {mode}", ["", *map(percent, shares)], rows)
+    patches = {score.cell.fraction: score.facts["patches"] for score in analysis.scores}
+    head = [f"{percent(share)} ({patches[share]:,})" for share in shares]
+    return Table(f"mIoU (%), {mode}, by share (number) of labelled patches", ["", *head], rows)
 
 
 def difference_table(analysis: Analysis, mode: str) -> Table:

@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gaps", type=float, default=0.0, metavar="F", help="probability that an input is missing (default 0)"
     )
     parser.add_argument(
-        "--modalities", nargs="+", metavar="NAME", help=f"what to simulate (default: all of {', '.join(FLAIR_HUB)})"
+        "--modalities",
+        nargs="+",
+        metavar="NAME",
+        help=f"what to simulate (default: all of {', '.join(FLAIR_HUB)}); the finest image sets the day of labels",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="processes (default 1)")
 

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the study's output")
     report.set_defaults(act=_report)
 
-    demo = actions.add_parser("demo", help="a small study from nothing: simulate, pretrain three ways, two grids")
+    demo = actions.add_parser("demo", help="a small study from nothing: a quarter of an hour, 2 GB")
     demo.add_argument("out", metavar="OUT", type=Path, help="folder for everything; run again, it goes on")
     demo.add_argument("--report", type=Path, metavar="FOLDER", help="where the two reports go (default: in OUT)")
     demo.add_argument("--processes", type=positive, default=2, help="trainings at a time (default: %(default)s)")
@@ -176,7 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
         def done(cell: Any, failure: Failure | None) -> None:
             progress.advance(bar)
             if failure is not None:
-                progress.console.print(f"failed: {cell.name}: {failure.line}", markup=False, highlight=False)
+                progress.console.print(f"failed: {cell.name}: {failure.line}", markup=False, soft_wrap=True)
 
         try:
             failures = runner.run(grid, done)
@@ -201,7 +201,7 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
     table = Table(title=f"{len(grid)} runs")
     for name in ("mode", "runs", "finished", "seconds a run", "seconds a step", "hours left", "MB left"):
         table.add_column(name, justify="left" if name == "mode" else "right")
-    hours = 0.0
+    hours, unknown = 0.0, False
     for mode in study.modes:
         cells_here = [cell for cell in grid if cell.mode == mode]
         there = [cell for cell in cells_here if folders.finished(cell)]
@@ -217,6 +217,7 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
             cost = measured_cost(study, cells_here[-1])
         if cost is None:
             table.add_row(mode, str(len(cells_here)), "0", "not measured", "", "", "")
+            unknown = True
             continue
         hours += left * cost.seconds / 3600
         table.add_row(
@@ -236,19 +237,23 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
         size = f"{folders.feature_bytes() / 1e6:.0f} MB at most in {folders.features}"
         print(f"probes keep features of each encoder: {size}")
     together = f"{hours / processes:.2f} with --processes {processes}, if they do not slow each other down"
-    print(f"{hours:.2f} hours of a process, {together}")
+    print(f"{hours:.2f} hours of a process, {together}{'; what is not measured comes on top' if unknown else ''}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from bocage import recipes
-    from bocage.finetune.study import StudyConfig
+    from bocage.finetune.study import StudyConfig, cells
     from bocage.finetune.study_report import write_report
+    from bocage.finetune.study_runs import CellFolders
 
     study = recipes.resolve(StudyConfig, arguments.words)
     out = arguments.out or Path(study.output) / "report"
     try:
         print(f"report: {write_report(study, out)}")
+        folders, grid = CellFolders(study), cells(study)
+        if unfinished := sum(not folders.finished(cell) for cell in grid):
+            print(f"{unfinished} of {len(grid)} cells have no result yet: `bocage study run` runs them")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     return 0

@@ -75,6 +75,7 @@ def test_a_report_says_what_the_cells_scored(tmp_path: Path) -> None:
     rows = (tmp_path / "report" / "curves.csv").read_text().splitlines()
     assert len(rows) == 1 + 6
     assert f"ours,full,0.01,3,{value:.4f}" in "\n".join(rows)
+    assert '<th scope="col">1 % (1)</th>' in text  # of a share the labelled patches too
     assert (tmp_path / "report" / "cells.csv").read_text().count("\n") == 1 + 3 * 6 * 2
     assert r"\toprule" in (tmp_path / "report" / "tables.tex").read_text()
     assert "kWh" in text
@@ -116,7 +117,7 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path: Path) -> No
     assert found.rates["ours", "full", 0.1] == 0.1  # over the one run that both have
     assert found.differences["ours", "knn"][0.1].estimate.runs == 3
     text = write_report(settings, tmp_path / "report").read_text()
-    assert "cells have none; nothing here counts them" in text
+    assert "cells have no result yet; nothing here counts them" in text
     assert "to match ours at 10 %" in text
     assert "Probes learn from at most" in text
 
