@@ -203,7 +203,8 @@ def _method(study: StudyConfig, found: Mapping[str, Analysis]) -> list[str]:
         f"Scores: strict mIoU (a scored pixel predicted as an unscored class is a miss), {mean}; "
         "classes that the tested patches lack are left out.",
         f"Intervals and bands are of 95 %: in each of {study.replicates:,} replicates, the regions of a domain have "
-        "random weights (Bayesian bootstrap), and the mean over draws, or over the seeds of a single draw, is off by a Student variable. "
+        "random weights (Bayesian bootstrap), and the mean over draws, or over the seeds of a single draw, is off by a "
+        "Student variable. "
         "Differences are paired by region, draw and seed; p-values are corrected over the shares (Holm), intervals are "
         "not: one may leave 0 out where the p-value is above 0.05. Of a single run, marked *, the interval holds what "
         "regions do alone, and there is no p-value.",
