@@ -239,6 +239,7 @@ def analyses(study: StudyConfig) -> dict[str, Analysis]:
                 strict_counts(np.stack([matrices[cell].get(region, none) for region in regions]), scheme),
                 {
                     "steps": metrics[cell].get("steps", 0),
+                    "skipped_steps": metrics[cell].get("skipped_steps", 0),
                     "patches": metrics[cell]["patches"]["train"],
                     "taught": metrics[cell].get("taught", {}).get(label),
                     "train_keys": metrics[cell]["train_keys"],

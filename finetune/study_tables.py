@@ -48,7 +48,7 @@ def cell_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
             "valid_miou": f"{score.valid:.4f}",
             "part": analysis.part,
             "miou": f"{float(analysis.miou(score.counts.sum(axis=0))):.4f}",
-            **{key: score.facts[key] for key in ("patches", "steps", "seconds", "train_keys")},
+            **{key: score.facts[key] for key in ("patches", "steps", "skipped_steps", "seconds", "train_keys")},
         }
         for label, analysis in analyses.items()
         for score in analysis.scores

@@ -227,6 +227,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "modalities": best.modalities,
         "pretrained": config.encoders,
         "steps": outcome.step,
+        # Of them, those that changed nothing because a loss or gradient was not finite.
+        "skipped_steps": int(outcome.metrics.get("skipped_steps") or 0),
         "checkpoint": (outcome.best or outcome.last).name,
         "patches": {part: len(indices) for part, indices in rows.items()},
         "train_keys": keys_digest(manifest.column("key").take(rows["train"]).to_pylist()),

@@ -112,6 +112,9 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path: Path) -> No
         apart = cell.mode == "full" and cell.fraction == (0.1 if cell.start == "scratch" else 1.0)
         if apart or (cell.rate == 0.1 and cell.draw > 0) or (cell.mode == "knn" and cell.fraction == 1.0):
             (folders.of(cell) / "metrics.json").unlink()
+    name = next(cell for cell in cells(settings) if cell.mode == "full" and folders.finished(cell)).name
+    path = tmp_path / "out" / "cells" / name / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "skipped_steps": 2}))
     found = analyses(settings)[LPIS]
     assert set(found.differences) == {("ours", "knn")}
     assert found.rates["ours", "full", 0.1] == 0.1  # over the one run that both have
@@ -119,6 +122,10 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path: Path) -> No
     text = write_report(settings, tmp_path / "report").read_text()
     assert "cells have no result yet; nothing here counts them" in text
     assert "to match ours at 10 %" in text
+    assert (
+        f"Of 1 runs some steps were left out because their loss was not finite, see skipped_steps in cells.csv: {name}"
+        in text
+    )
     assert "Probes learn from at most" in text
 
 
