@@ -223,8 +223,8 @@ def _method(study: StudyConfig, found: Mapping[str, Analysis]) -> list[str]:
             )
     if not study.background and any(item.scheme.background is not None for item in found.values()):
         lines.append("The background of crops is left out of the mean.")
-    scores = next(iter(found.values())).scores
-    if skipped := [score.cell.name for score in scores if score.facts["skipped_steps"]]:
+    every = next(iter(found.values())).scores
+    if skipped := [score.cell.name for score in every if score.facts["skipped_steps"]]:
         lines.append(
             f"Of {len(skipped)} runs some steps were left out because their loss was not finite, see skipped_steps in "
             f"cells.csv: {', '.join(skipped[:3])}{', …' if len(skipped) > 3 else ''}."

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from bocage.finetune.measure import summary, write_tables
@@ -34,6 +35,18 @@ SMALL = [
     "predictions=0",
     "engine.steps=12",
 ]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One simulated patch: what a study has to know of its shards."""
+    return sharded(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(autouse=True)
+def known_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ``study`` finds them, in this process and in those that it starts."""
+    monkeypatch.setenv("STUDY_SHARDS", str(shards))
 
 
 def sharded(folder: Path, patches: int = 1, seed: int = 0) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_study import S2, SMALL, sharded, stand_in, study
+from small_study import S2, SMALL, known_shards, sharded, shards, stand_in, study  # noqa: F401  (two are fixtures)
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
@@ -24,18 +24,6 @@ from bocage.finetune.study_runner import Runner
 from bocage.finetune.study_runs import CellFolders, slurm_script
 from bocage.shards.errors import InputError
 from bocage.tools.main import main
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One simulated patch: what a study has to know of its shards."""
-    return sharded(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(autouse=True)
-def known_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ``study`` finds them, in this process and in those that it starts."""
-    monkeypatch.setenv("STUDY_SHARDS", str(shards))
 
 
 def test_the_grid_has_every_combination_once_and_rates_for_trained_modes_alone(tmp_path: Path) -> None:

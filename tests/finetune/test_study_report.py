@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_study import LPIS, S2, SMALL, scored, sharded, study
+from small_study import LPIS, S2, SMALL, known_shards, scored, shards, study  # noqa: F401  (two are fixtures)
 
 from bocage.finetune.measure import write_tables
 from bocage.finetune.study import Share, cells
@@ -22,18 +22,6 @@ from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
 from bocage.ssl.metrics import ConfusionMatrix
 from bocage.tools.main import main
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One simulated patch: what a study has to know of its shards."""
-    return sharded(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(autouse=True)
-def known_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ``study`` finds them, in this process and in those that it starts."""
-    monkeypatch.setenv("STUDY_SHARDS", str(shards))
 
 
 # Some ten seconds: figures for light and dark pages.
@@ -134,11 +122,11 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path: Path) -> No
 def test_a_study_from_shards_to_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry = FLAIR_HUB.subset(["SPOT_RGBI", S2, "SENTINEL2_MSK-SC", "AERIAL_LABEL-COSIA", LPIS])
     write_tree(tmp_path / "tree", patches=24, seed=1, dates=(4, 5), registry=registry)
-    shards = write_shards(Catalogue.open(tmp_path / "tree", registry), tmp_path / "shards").path
+    written = write_shards(Catalogue.open(tmp_path / "tree", registry), tmp_path / "shards").path
     words = [*SMALL[2:], "modalities=[SPOT_RGBI,SENTINEL2_TS]", "labels=[AERIAL_LABEL-COSIA,ALL_LABEL-LPIS]"]
     recipe = tmp_path / "study.yaml"
     settings = {
-        "shards": str(shards),
+        "shards": str(written),
         "output": str(tmp_path / "out"),
         "finetune": "finetune_quickstart",
         "background": False,
