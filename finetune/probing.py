@@ -92,6 +92,8 @@ def probe(
     metrics: dict[str, Any] = {
         "recipe": config.recipe,
         "probe": kind,
+        "shards": manifest.digest,
+        "split": config.split,
         "taught": taught,
         "labels": {name: target.facts() for name, target in task.targets.items()},
         "modalities": task.modalities,

@@ -22,6 +22,7 @@ from bocage.finetune.probing import KINDS
 from bocage.finetune.subsets import TRACKS, Track
 from bocage.shards.errors import InputError
 from bocage.shards.manifest import EVERY_SAMPLE
+from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.provenance import CHANGEABLE_KEYS, flat, matches
 
 Mode = Literal["knn", "linear", "frozen", "full"]
@@ -180,9 +181,11 @@ def cell_config(study: StudyConfig, cell: Cell, output: str) -> FinetuneConfig:
         raise InputError(f"words: split={EVERY_SAMPLE} validates on what is trained on; a study needs a split")
     if cell.mode == "frozen" and not config.modalities:
         raise InputError("words: name modalities=[...], which mode frozen freezes")
-    optimizer = config.engine.optimizer
+    engine = config.engine
+    if cell.mode in KINDS:  # they are not trained: what is said of training makes no other cell of them
+        engine = EngineConfig()
     if cell.rate is not None:
-        optimizer = replace(optimizer, learning_rate=cell.rate)
+        engine = replace(engine, optimizer=replace(engine.optimizer, learning_rate=cell.rate))
     return replace(
         config,
         shards=study.shards,
@@ -192,7 +195,7 @@ def cell_config(study: StudyConfig, cell: Cell, output: str) -> FinetuneConfig:
         track=study.track,
         encoders=dict(study.starts[cell.start]),
         freeze=list(config.modalities) if cell.mode == "frozen" else [],
-        engine=replace(config.engine, seed=100 * cell.draw + cell.seed, optimizer=optimizer),
+        engine=replace(engine, seed=100 * cell.draw + cell.seed),
     )
 
 

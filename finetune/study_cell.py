@@ -101,8 +101,11 @@ class Cost:
     bytes: int
 
 
-def measured_cost(study: StudyConfig, cell: Cell) -> Cost:
-    """What a trained cell takes, from a few steps and the measuring after them, in a folder that is deleted."""
+def measured_cost(study: StudyConfig, cell: Cell) -> Cost | int:
+    """What a trained cell takes, from a few steps and the measuring after them, in a folder that is deleted.
+
+    Stopped by a signal, it is the exit status instead.
+    """
     with tempfile.TemporaryDirectory(prefix="bocage-") as folder:
         output = Path(folder) / "run"
         config = cell_config(study, cell, str(output))
@@ -119,7 +122,9 @@ def measured_cost(study: StudyConfig, cell: Cell) -> Cost:
             optimizer=optimizer,
         )
         began = time.monotonic()
-        finetune(replace(config, engine=engine))
+        result = finetune(replace(config, engine=engine))
+        if result["stopped"]:
+            return int(result["exit_code"])
         whole = time.monotonic() - began
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         step = statistics.median(json.loads(line)["step_seconds"] for line in lines)

@@ -128,14 +128,17 @@ class CellFolders:
         with written_atomically(path, contested=True) as temporary:  # ranks of one cell write the same
             temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
-    def check(self) -> None:
+    def check(self, cells: Sequence[Cell]) -> None:
         """Build the model of every start, as its runs will: whatever is wrong with words or encoders is found here.
+
+        Args:
+            cells: that are going to run.
 
         Raises:
             InputError: what the runs would end with.
         """
         seen: set[str] = set()
-        for cell in cells(self.study):
+        for cell in cells:
             config = cell_config(self.study, cell, "")
             if cell.start not in seen:
                 seen.add(cell.start)

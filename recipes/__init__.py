@@ -16,10 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bocage.recipes.mistakes import full_key, placed, refused, unread
+from bocage.recipes.mistakes import full_key, misfit, placed, refused, unread
 from bocage.shards.errors import InputError
 
 Config = TypeVar("Config")
@@ -112,10 +112,27 @@ def _bases(name: str, config: DictConfig) -> list[str]:
 
 
 def _merge(config: Any, layer: Any, source: str) -> Any:
+    if wrong := misfit(config, layer):
+        raise InputError(f"{source}: {wrong}")
     try:
         return OmegaConf.merge(config, layer)
     except OmegaConfBaseException as error:
         raise InputError(f"{source}: {refused(config, layer, error)}") from error
+
+
+def _remove(config: Any, key: str) -> None:
+    """Take an entry out of a mapping; what a dataclass names cannot be absent."""
+    above, _, name = key.rpartition(".")
+    try:
+        node = OmegaConf.select(config, above) if above else config
+    except OmegaConfBaseException:
+        node = None
+    if not isinstance(node, DictConfig) or name not in node:
+        raise InputError(f"command line: ~{key}: there is no {key} to take away")
+    if OmegaConf.get_type(node) is not dict:
+        raise InputError(f"command line: ~{key}: {key} has a value always: give another one, as {key}=VALUE")
+    with read_write(node), open_dict(node):
+        del node[name]
 
 
 def resolve(schema: type[Config], arguments: list[str]) -> Config:
@@ -123,7 +140,8 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
 
     Args:
         schema: the dataclass of the configuration; its field ``recipe`` receives the recipe's name.
-        arguments: words of the command line. ``recipe=`` is required; ``key=`` alone is the empty text.
+        arguments: words of the command line. ``recipe=`` is required; ``key=`` alone is the empty text; ``~key`` takes
+            an entry of a mapping, as ``~starts.imagenet``, out of what recipes give.
 
     Raises:
         InputError: no or unknown recipe, unknown key (named with the nearest valid one), value of the wrong type, or
@@ -131,6 +149,8 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
     """
     if not is_dataclass(schema):
         raise TypeError(f"{schema} is not a dataclass")
+    removed = [word[1:] for word in arguments if word.startswith("~")]
+    arguments = [word for word in arguments if not word.startswith("~")]
     for word in arguments:
         if "=" not in word:
             raise InputError(f"argument {word!r} is not of the form key=value")
@@ -140,6 +160,8 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
     config: Any = OmegaConf.structured(schema)
     for name, layer in _layers(chosen[0]).items():
         config = _merge(config, layer, f"recipe {name}")
+    for key in removed:
+        _remove(config, key)
     try:
         # Nothing after the sign is an empty text, as in a shell, and not null.
         overrides = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in arguments])

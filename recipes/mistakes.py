@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+def misfit(config: Any, layer: Any, above: str = "") -> str:
+    """Where ``layer`` has keys below a list of ``config``, which merging has no words for; empty where nowhere."""
+    for name in layer if isinstance(layer, DictConfig) and isinstance(config, DictConfig) else ():
+        value, wanted = (item._get_node(name) if name in item else None for item in (layer, config))
+        if isinstance(wanted, ListConfig) and isinstance(value, DictConfig):
+            return f"{above}{name!s} is a list, whose items are given together: {above}{name!s}=[...]"
+        if found := misfit(wanted, value, f"{above}{name!s}."):
+            return found
+    return ""
 
 
 def refused(config: Any, layer: Any, error: OmegaConfBaseException) -> str:
@@ -18,6 +30,7 @@ def refused(config: Any, layer: Any, error: OmegaConfBaseException) -> str:
     for key, value in _leaves(layer):
         try:
             wanted = OmegaConf.select(config, key)
+            node = OmegaConf.select(config, key.rpartition(".")[0])
         except OmegaConfBaseException:
             continue
         if isinstance(wanted, ListConfig) and not OmegaConf.is_list(value):
@@ -25,6 +38,8 @@ def refused(config: Any, layer: Any, error: OmegaConfBaseException) -> str:
         if isinstance(wanted, DictConfig) and not OmegaConf.is_dict(value):
             below = f"one of {', '.join(f'{key}.{name!s}' for name in wanted)}" if len(wanted) else f"{key}.NAME"
             return f"{key} is no single value: give {below}"
+        if wanted is None and isinstance(node, DictConfig) and get_origin(node._metadata.element_type) is dict:
+            return f"{key} is no single value: give {key}.NAME"
     return f"{full_key(error)}: {str(error).splitlines()[0]}"
 
 
@@ -71,6 +86,8 @@ def full_key(error: OmegaConfBaseException) -> str:
 def _nearest(config: Any, error: OmegaConfBaseException) -> str:
     """The valid keys beside an unknown one, the likeliest first."""
     *parents, key = full_key(error).split(".")
+    if not parents and is_dataclass(error.object_type) and error.object_type is not OmegaConf.get_type(config):
+        return f"valid keys there: {', '.join(item.name for item in fields(error.object_type))}"  # of an item of a list
     node = OmegaConf.select(config, ".".join(parents)) if parents else config
     valid = [str(name) for name in node] if isinstance(node, DictConfig) else []
     elsewhere = [path for path, _ in _leaves(config) if path.rpartition(".")[2] == key]

@@ -19,10 +19,18 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    left: int = 0
+    right: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outer:
     recipe: str = ""
     steps: int = 10
     names: list[str] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
     inner: Inner = field(default_factory=Inner)
 
 
@@ -51,6 +59,14 @@ def test_layers_override_each_other(tmp_path: Path) -> None:
         ("inner.mode=slow", "inner.mode"),
         ("inner.rate=-1", "inner.rate=-1.0 must not be negative"),
         ("steps", "not of the form key=value"),
+        ("names.0=a", "names is a list, whose items are given together: names=[...]"),
+        ("pairs.0.left=1", "pairs is a list, whose items are given together: pairs=[...]"),
+        ("pairs=[{lefft: 1}]", "unknown key 'lefft'; valid keys there: left, right"),
+        ("sources.a=b", "sources.a is no single value: give sources.a.NAME"),
+        ("~sources.c", "there is no sources.c to take away"),
+        ("~names.0", "there is no names.0 to take away"),
+        ("~steps", "steps has a value always: give another one, as steps=VALUE"),
+        ("~inner.rate", "inner.rate has a value always"),
     ],
 )
 def test_wrong_words_end_in_one_sentence(tmp_path: Path, word: str, message: str) -> None:
@@ -59,6 +75,13 @@ def test_wrong_words_end_in_one_sentence(tmp_path: Path, word: str, message: str
         recipes.resolve(Outer, [recipe, word])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_entries_of_a_mapping_can_be_taken_away(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", "sources: {a: {x: y}, b: {}}\n")
+    assert recipes.resolve(Outer, [recipe, "~sources.a"]).sources == {"b": {}}
+    # What words give comes after: so a whole entry is replaced, and not merged with the recipe's.
+    assert recipes.resolve(Outer, ["sources.a.z=w", recipe, "~sources.a"]).sources == {"a": {"z": "w"}, "b": {}}
 
 
 def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:

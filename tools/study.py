@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -155,7 +156,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.cell:
         return run_cell(study, arguments.cell)
     folders, grid = CellFolders(study), cells(study)
-    folders.check()
+    wanted = [cell for cell in grid if not folders.finished(cell)]
+    folders.check(wanted)
     if arguments.slurm:
         options = [f"--{option}" for option in arguments.sbatch]
         text = slurm_script(folders, grid, arguments.launcher, arguments.words, options)
@@ -169,7 +171,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(study, folders, arguments.processes)
     runner = Runner(folders, run_cell, arguments.processes)
-    wanted = [cell for cell in grid if not folders.finished(cell)]
     with Interrupts(), Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
         bar = progress.add_task("runs", total=len(grid), completed=len(grid) - len(wanted))
 
@@ -206,7 +207,7 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
         cells_here = [cell for cell in grid if cell.mode == mode]
         there = [cell for cell in cells_here if folders.finished(cell)]
         left = len(cells_here) - len(there)
-        cost: Cost | None = None
+        cost: Cost | int | None = None
         if there:
             seconds = statistics.mean(folders.seconds(cell) for cell in there)
             size = statistics.mean(
@@ -215,6 +216,9 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
             cost = Cost(seconds, None, int(size))
         elif mode not in KINDS:
             cost = measured_cost(study, cells_here[-1])
+        if isinstance(cost, int):
+            print("bocage: stopped before the cost was measured; nothing of it is kept")
+            return cost
         if cost is None:
             table.add_row(mode, str(len(cells_here)), "0", "not measured", "", "", "")
             unknown = True
@@ -270,6 +274,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     from bocage.finetune.config import FinetuneConfig
     from bocage.finetune.probing import probe
     from bocage.finetune.supervision import TaskConfig
+    from bocage.shards.remote import open_shards
     from bocage.ssl.encoders.export import load_encoder
 
     modality = load_encoder(arguments.encoder).spec.modality
@@ -289,22 +294,48 @@ def _probe(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    table = Table(title=f"{arguments.label} from frozen features of {modality}")
-    for name in ("probe", "patches of", "count", "mIoU strict", "OA strict"):
-        table.add_column(name, justify="left" if name in ("probe", "patches of") else "right")
-    for kind in arguments.kinds:
+    outputs = {kind: arguments.out / _probe_folder(arguments, kind) for kind in arguments.kinds}
+    wanted = {"pretrained": config.encoders, "split": config.split, "shards": open_shards(arguments.shards).digest}
+    for output in outputs.values():
+        _refuse_other(output, wanted)
+    rows = []
+    for kind, output in outputs.items():
         with Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
             bar = progress.add_task(modality, total=None)
             found = probe(
-                replace(config, output=str(arguments.out / kind)),
+                replace(config, output=str(output)),
                 kind,
                 arguments.out / "features",
                 lambda name, total, done, bar=bar: progress.update(bar, total=total, completed=done),  # type: ignore[misc]
             )
         for part in [name for name in ("valid", "test") if name in found]:
             strict = found[part][arguments.label]["strict"]
-            count = str(found["patches"][part])
-            table.add_row(kind, part, count, f"{strict['miou']:.2f}", f"{strict['oa']:.2f}")
+            scores = (strict["miou"], strict["miou_without_background"], strict["oa"])
+            rows.append(
+                [kind, part, f"{found['patches'][part]:,}", *("" if item is None else f"{item:.2f}" for item in scores)]
+            )
+    table = Table(title=f"{arguments.label} from frozen features of {modality}, strict scores")
+    for name in ("probe", "patches of", "count", "mIoU", "without background", "OA"):
+        table.add_column(name, justify="left" if name in ("probe", "patches of") else "right")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
-    print(f"scores: {', '.join(str(arguments.out / kind / 'metrics.json') for kind in arguments.kinds)}")
+    print(f"scores: {', '.join(str(output / 'metrics.json') for output in outputs.values())}")
     return 0
+
+
+def _probe_folder(arguments: argparse.Namespace, kind: str) -> str:
+    """Name of the folder of a probe's scores: another label or share is another folder."""
+    level = "" if arguments.level == 1 else f"-level{arguments.level}"
+    track = "" if arguments.track == "patch" else f"-{arguments.track}"
+    return f"{kind}-{arguments.label}{level}-{arguments.fraction:g}{track}-draw{arguments.draw}"
+
+
+def _refuse_other(output: Path, wanted: dict[str, Any]) -> None:
+    """Raise ``InputError`` where a folder holds the scores of another probe."""
+    path = output / "metrics.json"
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if other := [key for key, value in wanted.items() if found.get(key) != value]:
+        raise InputError(f"{output} holds scores of other {' and '.join(other)}: give another OUT")

@@ -1,6 +1,7 @@
 """Probes as runs of their own: features are computed once, and say what they say while encoders pretrain."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,13 +150,18 @@ def test_the_commands_write_subsets_and_probe_an_encoder(
     save_encoder(encoder, tmp_path / "encoder")
     words = ["--fraction", "0.5", "--draw", "2", "--kinds", "knn"]
     assert main(["study", "probe", str(tmp_path / "encoder"), str(shards), str(tmp_path / "probe"), *words]) == 0
-    metrics = json.loads((tmp_path / "probe" / "knn" / "metrics.json").read_text())
+    scores = tmp_path / "probe" / "knn-AERIAL_LABEL-COSIA-0.5-draw2"
+    metrics = json.loads((scores / "metrics.json").read_text())
+    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"features", scores.name}
     (same,) = [
         item for item in description["subsets"] if (item["track"], item["draw"], item["fraction"]) == ("patch", 2, 0.5)
     ]
     # The file is of all labelled patches; a run leaves out those that lack its sensors.
     assert same["patches"] >= metrics["patches"]["train"] > 0
     capsys.readouterr()
+    shutil.copytree(tmp_path / "encoder", tmp_path / "other")
+    assert main(["study", "probe", str(tmp_path / "other"), str(shards), str(tmp_path / "probe"), *words]) == 2
+    assert f"{scores} holds scores of other pretrained: give another OUT" in capsys.readouterr().err
     assert main(["study", "subsets", str(shards), str(tmp_path / "no"), "--label", SPOT]) == 2
     assert f"--label {SPOT}: no label of" in capsys.readouterr().err
     assert main(["study", "subsets", str(shards), str(tmp_path / "no"), "--fractions", "1"]) == 2

@@ -49,6 +49,13 @@ def test_starts_share_draws_seeds_and_everything_but_their_encoders(tmp_path: Pa
     assert len({found[0].engine.seed for found in by_run.values()}) == 3 * 2 + 1
 
 
+def test_what_is_said_of_training_makes_no_other_cells_of_probes(tmp_path: Path) -> None:
+    few, more = (study(tmp_path, words=[*SMALL[:-1], f"engine.steps={steps}"]) for steps in (12, 24))
+    for cell in cells(few):
+        same = cell_config(few, cell, "out") == cell_config(more, cell, "out")
+        assert same == (cell.mode == "knn")
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

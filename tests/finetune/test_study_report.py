@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,6 +141,18 @@ def test_a_study_from_shards_to_a_page(tmp_path: Path, capsys: pytest.CaptureFix
     }
     recipe.write_text(json.dumps(settings))
     word = f"recipe={recipe}"
+    # Ctrl-C while the cost is measured: neither a cost nor a fault.
+    line = [sys.executable, "-m", "bocage.tools.main", "study", "run", word, "--dry-run"]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert child.stdout is not None
+    said = ""
+    while "step 1/5" not in said:
+        said += child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    said += child.communicate()[0]
+    assert child.returncode == 130, said
+    assert "stopped before the cost was measured; nothing of it is kept" in said
+    assert "Traceback" not in said
     assert main(["study", "run", word, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "8 runs" in out
@@ -147,7 +162,7 @@ def test_a_study_from_shards_to_a_page(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["study", "report", word]) == 0
     text = (tmp_path / "out" / "report" / "report.html").read_text()
     assert "without SPOT_RGBI" in text
-    assert 'id="aerial_label-cosia"' in text.replace("aerial-label-cosia", "aerial_label-cosia")
+    assert 'id="aerial-label-cosia"' in text
     assert not list((tmp_path / "out" / "cells").glob("*/checkpoints"))
     assert (
         len(list((tmp_path / "out" / "features").glob("*/SPOT*"))) == 2
