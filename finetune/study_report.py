@@ -182,19 +182,24 @@ def _findings(analysis: Analysis) -> list[str]:
     return found or ["One start: there is nothing to compare with."]
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def _lead(study: StudyConfig, found: Mapping[str, Analysis]) -> str:
     first = next(iter(found.values()))
     what = "single patches" if study.track == "patch" else "whole regions"
     return (
-        f"{len(first.scores)} runs: {len(study.starts)} starts, {len(study.shares)} shares of the labelled patches "
-        f"({what}), measured on {len(first.regions)} regions of the {first.part} patches."
+        f"{_counted(len(first.scores), 'run')}: {_counted(len(study.starts), 'start')}, "
+        f"{_counted(len(study.shares), 'share')} of the labelled patches ({what}), measured on "
+        f"{_counted(len(first.regions), 'region')} of the {first.part} patches."
     )
 
 
 def _method(study: StudyConfig, found: Mapping[str, Analysis]) -> list[str]:
     mean = "the mean of the middle half of the runs" if study.interquartile else "the mean over runs"
     runs = "; ".join(
-        f"{percent(share.fraction)}: {share.draws} draws of {share.seeds} seeds"
+        f"{percent(share.fraction)}: {_counted(share.draws, 'draw')} of {_counted(share.seeds, 'seed')}"
         for share in sorted(study.shares, key=lambda share: share.fraction)
     )
     what = "subsets of patches" if study.track == "patch" else "subsets of whole regions"
@@ -226,8 +231,8 @@ def _method(study: StudyConfig, found: Mapping[str, Analysis]) -> list[str]:
     every = next(iter(found.values())).scores
     if skipped := [score.cell.name for score in every if score.facts["skipped_steps"]]:
         lines.append(
-            f"Of {len(skipped)} runs some steps were left out because their loss was not finite, see skipped_steps in "
-            f"cells.csv: {', '.join(skipped[:3])}{', …' if len(skipped) > 3 else ''}."
+            f"Of {_counted(len(skipped), 'run')} some steps were left out because their loss was not finite, see "
+            f"skipped_steps in cells.csv: {', '.join(skipped[:3])}{', …' if len(skipped) > 3 else ''}."
         )
     if next(iter(found.values())).part == "valid":
         lines.append("There are no test patches: what is reported was measured on validation patches.")
@@ -246,8 +251,8 @@ def _compute(study: StudyConfig, found: Mapping[str, Analysis]) -> Table:
             hours = sum(score.facts["seconds"] for score in here) / 3600
             total += hours
             steps = sum(score.facts["steps"] for score in here)
-            rows.append([start, mode, str(len(here)), f"{steps:,}", f"{hours:.2f}", *_energy(study, hours)])
-    rows.append(["all", "", str(len(scores)), "", f"{total:.2f}", *_energy(study, total)])
+            rows.append([start, mode, str(len(here)), f"{steps:,}", f"{hours:.3g}", *_energy(study, hours)])
+    rows.append(["all", "", str(len(scores)), "", f"{total:.3g}", *_energy(study, total)])
     head = ["start", "mode", "runs", "steps", "hours of a process"]
     return Table(
         "What the runs took; pretraining is not in it", head + (["kWh (estimate)"] if study.watts else []), rows
@@ -255,7 +260,7 @@ def _compute(study: StudyConfig, found: Mapping[str, Analysis]) -> Table:
 
 
 def _energy(study: StudyConfig, hours: float) -> list[str]:
-    return [f"{hours * study.watts / 1000:.3f}"] if study.watts else []
+    return [f"{hours * study.watts / 1000:.3g}"] if study.watts else []
 
 
 def _provenance(study: StudyConfig, found: Mapping[str, Analysis]) -> Table:

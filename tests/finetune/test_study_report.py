@@ -114,7 +114,7 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path: Path) -> No
     assert "cells have no result yet; nothing here counts them" in text
     assert "to match ours at 10 %" in text
     assert (
-        f"Of 1 runs some steps were left out because their loss was not finite, see skipped_steps in cells.csv: {name}"
+        f"Of 1 run some steps were left out because their loss was not finite, see skipped_steps in cells.csv: {name}"
         in text
     )
     assert "Probes learn from at most" in text
