@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from bocage.finetune.pictures import draw_confusion
 from bocage.finetune.predict import complete_rows, readable_modalities
 from bocage.finetune.task import Segmentation
+from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.manifest import EVERY_SAMPLE, Manifest
@@ -181,3 +183,17 @@ def write_tables(folder: Path, parts: Mapping[str, Confusions]) -> None:
     for name, columns in (("confusions", counts), ("scores", scores)):
         with written_atomically(folder / f"{name}.parquet") as path:
             pq.write_table(pa.table(columns), path)
+
+
+def region_matrices(folder: Path, part: str, label: str, scheme: ClassScheme) -> dict[str, np.ndarray]:
+    """By region, the (classes, classes) int64 confusion matrix that ``write_tables`` wrote of a part and a label."""
+    table = pq.read_table(folder / "confusions.parquet")
+    table = table.filter(pc.and_(pc.equal(table["part"], part), pc.equal(table["label"], label)))
+    value = {name: index for index, name in enumerate(scheme.classes)}
+    truth, predicted = (
+        np.array([value[name] for name in table[key].to_pylist()], np.int64) for key in ("truth", "predicted")
+    )
+    names, region = np.unique(np.array(table["roi"].to_pylist(), str), return_inverse=True)
+    counts = np.zeros((len(names), len(scheme), len(scheme)), np.int64)
+    np.add.at(counts, (region, truth, predicted), table["pixels"].to_numpy())
+    return {str(name): counts[index] for index, name in enumerate(names)}

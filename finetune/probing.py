@@ -20,6 +20,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.patches import ShardPatches
 from bocage.shards.remote import open_shards
+from bocage.ssl.encoders.sources import weights_digest
 from bocage.ssl.metrics import ConfusionMatrix
 from bocage.ssl.probe import Cells, linear_probe, nearest
 
@@ -98,6 +99,7 @@ def probe(
         "labels": {name: target.facts() for name, target in task.targets.items()},
         "modalities": task.modalities,
         "pretrained": config.encoders,
+        "weights": {name: weights_digest(source) for name, source in config.encoders.items()},
         "patches": {part: len(indices) for part, indices in rows.items()},
         "train_keys": keys_digest(keys["train"]),
         **{part: {name: summary(matrix) for name, matrix in found.items()} for part, found in parts.items()},

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from bocage.finetune.measure import region_matrices
 from bocage.finetune.probing import KINDS
 from bocage.finetune.statistics import (
     Estimate,
@@ -226,7 +225,7 @@ def analyses(study: StudyConfig) -> dict[str, Analysis]:
     schemes = {name: label_scheme(name, facts) for name, facts in metrics[done[0]]["labels"].items()}
     found = {}
     for label, scheme in schemes.items():
-        matrices = {cell: _matrices(folders.of(cell), part, label, scheme) for cell in done}
+        matrices = {cell: region_matrices(folders.of(cell), part, label, scheme) for cell in done}
         _check_same_patches(matrices, folders, label)
         regions = sorted({region for found in matrices.values() for region in found})
         if not regions:
@@ -265,20 +264,6 @@ def _check_same_patches(matrices: Mapping[Cell, Mapping[str, np.ndarray]], folde
         if truth(cell) != truth(known):
             both = f"{folders.of(cell)} and {folders.of(known)}"
             raise InputError(f"{both} were measured on different patches of {label}")
-
-
-def _matrices(folder: Path, part: str, label: str, scheme: ClassScheme) -> dict[str, np.ndarray]:
-    """(classes, classes) int64 confusion matrix of each region."""
-    table = pq.read_table(folder / "confusions.parquet")
-    table = table.filter(pc.and_(pc.equal(table["part"], part), pc.equal(table["label"], label)))
-    value = {name: index for index, name in enumerate(scheme.classes)}
-    truth, predicted = (
-        np.array([value[name] for name in table[key].to_pylist()], np.int64) for key in ("truth", "predicted")
-    )
-    names, region = np.unique(np.array(table["roi"].to_pylist(), str), return_inverse=True)
-    counts = np.zeros((len(names), len(scheme), len(scheme)), np.int64)
-    np.add.at(counts, (region, truth, predicted), table["pixels"].to_numpy())
-    return {str(name): counts[index] for index, name in enumerate(names)}
 
 
 def _valid(metrics: Mapping[str, Any], label: str, background: bool) -> float:

@@ -6,7 +6,6 @@ beside it says which configuration it has, so that a folder is never taken for t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -24,9 +23,10 @@ from bocage.shards.files import written_atomically
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.remote import open_shards
-from bocage.ssl.encoders.sources import SCRATCH
+from bocage.ssl.encoders.sources import SCRATCH, weights_digest
 
 _SECONDS = "seconds.txt"
+_digest = cache(weights_digest)  # cells of a study share weights
 _BULKY = ("checkpoints", "model", "predictions", "pictures")
 
 
@@ -88,7 +88,7 @@ class CellFolders:
             "start": cell.start,
             "missing": self.study.missing and cell.mode not in KINDS,
             "shards": self.manifest.digest,
-            "encoders": {name: _weights(source) for name, source in self.study.starts[cell.start].items()},
+            "encoders": {name: _digest(source) for name, source in self.study.starts[cell.start].items()},
             "config": described(cell_config(self.study, cell, "")),
         }
 
@@ -149,16 +149,6 @@ class CellFolders:
         if not self.study.keep_models:
             for name in _BULKY:
                 shutil.rmtree(self.of(cell) / name, ignore_errors=True)
-
-
-@cache
-def _weights(source: str) -> str:
-    """SHA-256 of the weights in a folder; of other sources their name."""
-    path = Path(source) / "model.safetensors"
-    if not path.is_file():
-        return source
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def slurm_script(

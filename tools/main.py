@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
     "map": "write one map of a zone of any size from rasters of any size",
     "study": "measure how few labels encoders need: subsets, a grid of runs, a report, probes",
+    "publish": "write pretrained encoders with a card, and upload them to the Hugging Face hub",
     "attention": "draw which dates of a series an encoder looks at",
     "convert": "turn official FLAIR-HUB checkpoints into bocage's folders, and back",
     "replay": "run a bad step of a training again and name what is not finite in it",

@@ -7,11 +7,20 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from bocage.shards.errors import InputError
@@ -276,6 +285,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     from bocage.finetune.supervision import TaskConfig
     from bocage.shards.remote import open_shards
     from bocage.ssl.encoders.export import load_encoder
+    from bocage.ssl.encoders.sources import weights_digest
 
     modality = load_encoder(arguments.encoder).spec.modality
     try:
@@ -295,18 +305,19 @@ def _probe(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
     outputs = {kind: arguments.out / _probe_folder(arguments, kind) for kind in arguments.kinds}
-    wanted = {"pretrained": config.encoders, "split": config.split, "shards": open_shards(arguments.shards).digest}
+    weights = {name: weights_digest(source) for name, source in config.encoders.items()}
+    wanted = {"weights": weights, "split": config.split, "shards": open_shards(arguments.shards).digest}
     for output in outputs.values():
         _refuse_other(output, wanted)
     rows = []
     for kind, output in outputs.items():
         with Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
-            bar = progress.add_task(modality, total=None)
+            bar = progress.add_task(modality, total=None, visible=False)  # features that are there take no time
             found = probe(
                 replace(config, output=str(output)),
                 kind,
                 arguments.out / "features",
-                lambda name, total, done, bar=bar: progress.update(bar, total=total, completed=done),  # type: ignore[misc]
+                partial(_show, progress, bar),
             )
         for part in [name for name in ("valid", "test") if name in found]:
             strict = found[part][arguments.label]["strict"]
@@ -322,6 +333,10 @@ def _probe(arguments: argparse.Namespace) -> int:
     Console().print(table)
     print(f"scores: {', '.join(str(output / 'metrics.json') for output in outputs.values())}")
     return 0
+
+
+def _show(progress: Progress, bar: TaskID, name: str, total: int, done: int) -> None:
+    progress.update(bar, description=name, total=total, completed=done, visible=True)
 
 
 def _probe_folder(arguments: argparse.Namespace, kind: str) -> str:

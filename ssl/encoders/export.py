@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import flush
+from bocage.shards.files import folder_written_whole
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.description import describe, is_description, read_description
 from bocage.ssl.encoders.hub import PREFIX, download
@@ -31,6 +34,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 _ROOM_FOR_CLASSIFIER = 1 << 24  # bytes
+_LARGEST_RATIO = 8  # of unpacked to packed weights; zeros compress better, trained weights hardly
 _ROOM_FOR_BUFFERS = 1 << 30  # bytes of attention masks and position indices, which are computed and not stored
 
 
@@ -55,25 +59,11 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
     replaceable = folder.is_dir() and (is_description(folder / CONFIG_FILE) or not any(folder.iterdir()))
     if folder.exists() and not replaceable:
         raise InputError(f"{folder} exists and is not an encoder: choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        new.mkdir()
+    with folder_written_whole(folder) as new:
         weights = {name: _portable(tensor) for name, tensor in _published_weights(encoder).items()}
         save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(describe(encoder), indent=2, ensure_ascii=False)
         (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        for path in (new / WEIGHTS_FILE, new / CONFIG_FILE, new):
-            flush(path)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        flush(folder.parent)
 
 
 def _portable(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,8 +78,8 @@ def load_encoder(source: str | Path) -> Encoder:
     caller is left alone.
 
     Args:
-        source: the folder, or ``hf:org/name`` or ``hf:org/name@revision`` for a Hugging Face repository that holds
-            its two files.
+        source: the folder, a ``.zip`` of it, or ``hf:org/name`` or ``hf:org/name@revision`` for a Hugging Face
+            repository that holds its two files.
 
     Raises:
         InputError: the folder or a file is missing, unreadable, of a newer version, or the weights do not fit the
@@ -97,10 +87,19 @@ def load_encoder(source: str | Path) -> Encoder:
     """
     if isinstance(source, str) and source.startswith(PREFIX):
         folder = download(source, (CONFIG_FILE, WEIGHTS_FILE))
+    elif os.path.isfile(source) and Path(source).suffix == ".zip":
+        with tempfile.TemporaryDirectory(prefix="bocage-") as temporary:
+            _unpack(Path(source), Path(temporary))
+            try:
+                return load_encoder(temporary)
+            except InputError as error:
+                raise InputError(str(error).replace(temporary, str(source))) from error
     else:
         folder = Path(source)
         if not os.path.isdir(folder):  # unlike Path.is_dir, no exception for names too long or folders closed to us
-            raise InputError(f"{folder} is not a folder: an encoder is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise InputError(
+                f"{folder} is not a folder: an encoder is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or its .zip"
+            )
     spec, config = read_description(folder / CONFIG_FILE)
     stored = read_tensors(folder / WEIGHTS_FILE)
     _check_lengths(folder, config, stored)
@@ -120,6 +119,26 @@ def load_encoder(source: str | Path) -> Encoder:
         for name, tensor in wanted.items():
             tensor.copy_(stored[name])
     return encoder.eval()
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Write the two files of an encoder in a zip to ``folder``, under their own names; the zip's paths are not used.
+
+    Raises:
+        InputError: not a zip of one encoder, or one that unpacks to far more than it is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                parts = [part for part in archive.infolist() if part.filename.rpartition("/")[2] == name]
+                if len(parts) != 1:
+                    raise InputError(f"{path} holds {len(parts)} files {name}: give a zip of one encoder")
+                if parts[0].file_size > _LARGEST_RATIO * (parts[0].compress_size + _ROOM_FOR_CLASSIFIER):
+                    raise InputError(f"{path}: {name} unpacks to {parts[0].file_size} bytes, more than weights would")
+                with archive.open(parts[0]) as packed, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(packed, file)  # at most file_size bytes, which zipfile holds itself to
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be unpacked: {error}") from error
 
 
 def _check_lengths(folder: Path, config: EncoderConfig, stored: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face repository to a local folder."""
+"""Files of a Hugging Face repository to a local folder, and a folder to a repository."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def download(place: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    repository, _, revision = place.removeprefix(PREFIX).partition("@")
-    if repository.count("/") != 1:
-        raise InputError(f"{place} is not of the form {PREFIX}org/name or {PREFIX}org/name@revision")
+    repository, revision = split_place(place)
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
     except HFValidationError as error:
@@ -39,6 +37,76 @@ def download(place: str, files: Sequence[str]) -> Path:
         ) from error
     except Exception as error:  # refusals of the server and failures on the way, of whatever HTTP client hub uses
         raise InputError(f"{place} cannot be downloaded: {_line(error)}") from error
+
+
+def split_place(place: str) -> tuple[str, str | None]:
+    """Repository and revision of ``hf:org/name`` or ``hf:org/name@revision``.
+
+    Raises:
+        InputError: it is of another form.
+    """
+    repository, at, revision = place.removeprefix(PREFIX).partition("@")
+    if not place.startswith(PREFIX) or repository.count("/") != 1 or (at and not revision):
+        raise InputError(f"{place} is not of the form {PREFIX}org/name or {PREFIX}org/name@revision")
+    return repository, revision or None
+
+
+def may_upload() -> bool:
+    """Whether there is a token of the hub, in the environment or where logging in leaves it."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def upload(folder: Path, place: str, *, private: bool, message: str) -> str:
+    """Make a repository hold what a folder holds, in one commit; what else it held is removed in the same.
+
+    Args:
+        folder: the folder.
+        place: ``hf:org/name``, or ``hf:org/name@revision`` for a branch, which is made where there is none.
+        private: of a repository that does not exist yet.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    repository, revision = split_place(place)
+    try:
+        api = HfApi(library_name="bocage")
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, revision=revision, commit_message=message, delete_patterns="*"
+        )
+    except Exception as error:  # refusals of the server and failures on the way, of whatever HTTP client hub uses
+        raise InputError(f"{place} cannot be written: {_line(error)}; nothing of {folder} is lost") from error
+    return str(commit.commit_url)
+
+
+def collect(title: str, places: Sequence[str], *, private: bool) -> str:
+    """Put repositories into a collection of the first one's owner, which is made where there is none; its address.
+
+    Raises:
+        InputError: the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    repositories = [split_place(place)[0] for place in places]
+    try:
+        api = HfApi(library_name="bocage")
+        owner = repositories[0].partition("/")[0]
+        collection = api.create_collection(title, namespace=owner, private=private, exists_ok=True)
+        for repository in repositories:
+            api.add_collection_item(collection.slug, repository, "model", exists_ok=True)
+    except Exception as error:  # as above
+        raise InputError(f"collection {title!r} cannot be written: {_line(error)}") from error
+    return str(collection.url)
 
 
 def _line(error: Exception) -> str:

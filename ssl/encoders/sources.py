@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from bocage.shards.errors import InputError
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
-from bocage.ssl.encoders.export import load_encoder
+from bocage.ssl.encoders.export import WEIGHTS_FILE, load_encoder
 from bocage.ssl.encoders.timm_format import architecture_of
 from bocage.ssl.engine.distributed import announced
 
@@ -70,6 +71,15 @@ def pretrained_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
     _tell(f"{key}: {len(saved.state_dict())} tensors{', the mask token starts anew' if tokens else ''}")
     scratch.spec = saved.spec
     return scratch
+
+
+def weights_digest(source: str) -> str:
+    """SHA-256 of the weights in a folder; of other sources their name."""
+    path = Path(source) / WEIGHTS_FILE
+    if not path.is_file():
+        return source
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tell(text: str) -> None:

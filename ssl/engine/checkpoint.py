@@ -127,6 +127,21 @@ def newest_intact(root: Path) -> Path | None:
     return None
 
 
+def last_complete(root: Path) -> Path:
+    """The newest checkpoint, to read: nothing is renamed or removed, so that the run may be another process's.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    steps = _steps(root)
+    if not steps:
+        raise InputError(f"{root} has no checkpoint: give the folder of a run")
+    folder = steps[max(steps)]
+    if problem := damage(folder):
+        raise InputError(f"checkpoint {folder} is damaged: {problem}")
+    return folder
+
+
 def _clear_leftovers(root: Path) -> None:
     for item in root.glob(".step-*") if root.is_dir() else ():
         original = root / item.stem[1:]

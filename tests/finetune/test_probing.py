@@ -1,7 +1,6 @@
 """Probes as runs of their own: features are computed once, and say what they say while encoders pretrain."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,9 +158,9 @@ def test_the_commands_write_subsets_and_probe_an_encoder(
     # The file is of all labelled patches; a run leaves out those that lack its sensors.
     assert same["patches"] >= metrics["patches"]["train"] > 0
     capsys.readouterr()
-    shutil.copytree(tmp_path / "encoder", tmp_path / "other")
+    save_encoder(build_task(config(shards, tmp_path), manifest).model.encoder(SPOT), tmp_path / "other")
     assert main(["study", "probe", str(tmp_path / "other"), str(shards), str(tmp_path / "probe"), *words]) == 2
-    assert f"{scores} holds scores of other pretrained: give another OUT" in capsys.readouterr().err
+    assert f"{scores} holds scores of other weights: give another OUT" in capsys.readouterr().err
     assert main(["study", "subsets", str(shards), str(tmp_path / "no"), "--label", SPOT]) == 2
     assert f"--label {SPOT}: no label of" in capsys.readouterr().err
     assert main(["study", "subsets", str(shards), str(tmp_path / "no"), "--fractions", "1"]) == 2

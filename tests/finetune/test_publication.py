@@ -1,0 +1,360 @@
+"""Publishing: the folder of an encoder, its card and its code, and the way to the hub with the hub's own client."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hub_stand_in import Hub
+from small_recipes import PRETRAIN
+
+from bocage import recipes
+from bocage.finetune.publication import check_publication
+from bocage.shards.errors import InputError
+from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import Manifest
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.scene import write_tree
+from bocage.shards.writer import write_shards
+from bocage.ssl.encoders.export import load_encoder
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.tools.main import main
+
+SPOT, DEM, S2, COSIA, LPIS = "SPOT_RGBI", "DEM_ELEV", "SENTINEL2_TS", "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
+TERMS = ["--dataset", "IGNF/FLAIR-HUB", "--data-license", "etalab-2.0", "--license", "apache-2.0"]
+
+
+# Some twenty seconds: a pretraining of three steps, four probes.
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, a pretraining of three sensors, probes of two of its encoders, and all three published."""
+    folder = tmp_path_factory.mktemp("publication")
+    registry = FLAIR_HUB.subset([SPOT, DEM, S2, "SENTINEL2_MSK-SC", COSIA, LPIS])
+    write_tree(folder / "tree", patches=36, seed=1, registry=registry, dates=(3, 4))
+    shards = write_shards(Catalogue.open(folder / "tree", registry), folder / "shards").path
+    words = [*PRETRAIN, f"shards={shards}", f"output={folder / 'run'}", "engine.steps=3", "pictures=0"]
+    assert pretrain(recipes.resolve(PretrainConfig, words)).exit_code == 0
+    for name, label in ((SPOT, COSIA), (DEM, COSIA), (S2, LPIS)):
+        encoder = str(folder / "run" / "encoders" / name)
+        assert main(["study", "probe", encoder, str(shards), str(folder / "probes" / name), "--label", label]) == 0
+    assert main(words_of(folder)) == 0
+    return folder
+
+
+def words_of(folder: Path, *others: str) -> list[str]:
+    scores = [str(path.parent) for path in sorted((folder / "probes").glob("*/*/metrics.json"))]
+    given = ["publish", str(folder / "run"), str(folder / "out"), "--shards", str(folder / "shards")]
+    return [*given, "--scores", *scores, *TERMS, *others]
+
+
+def code(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def executed(source: str, folder: Path, **environment: str) -> str:
+    line = [sys.executable, "-c", source]
+    done = subprocess.run(line, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_folder_is_complete_and_its_hashes_hold(world: Path) -> None:
+    for name in (SPOT, DEM, S2):
+        folder = world / "out" / name
+        assert {path.name for path in folder.iterdir()} == {
+            *("model.safetensors", "config.json", "README.md", "metrics.json", "recipe.yaml", "preprocessing.json"),
+            "SHA256SUMS",
+        }
+        subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+        check_publication(folder)
+        assert (folder / "model.safetensors").read_bytes() == (
+            world / "run" / "encoders" / name / "model.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("name", [SPOT, S2])
+def test_the_card_says_what_the_facts_say(world: Path, name: str) -> None:
+    folder = world / "out" / name
+    facts = json.loads((folder / "metrics.json").read_text())
+    card = (folder / "README.md").read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert (header["license"], header["datasets"]) == ("apache-2.0", ["IGNF/FLAIR-HUB"])
+    in_header = [metric["value"] for item in header["model-index"][0]["results"] for metric in item["metrics"]]
+    assert in_header == [score["miou"] for score in facts["scores"]]
+    start = f"| {LPIS if name == S2 else COSIA} "
+    rows = [line.split("|")[1:-1] for line in card.splitlines() if line.startswith(start)]
+    assert len(rows) == len(facts["scores"]) == 2
+    for row, score in zip(rows, facts["scores"], strict=True):
+        assert row[3].strip() == f"{score['miou']:.2f}"
+        assert score["regions"] == 2
+        assert row[4].strip() == "too few regions"
+    # What was measured is what the probe's own file says.
+    for score in facts["scores"]:
+        (path,) = (world / "probes" / name).glob(f"{score['probe']}-*/metrics.json")
+        assert json.loads(path.read_text())["test"][score["label"]]["strict"]["miou"] == score["miou"]
+    manifest = Manifest.open(world / "shards")
+    trained = manifest.split("split_1", "train")
+    assert facts["data"]["patches"] == len(trained)
+    years = {domain[-4:] for domain in manifest.column("domain").take(trained).to_pylist()}
+    assert {facts["data"]["first_date"][:4], facts["data"]["last_date"][:4]} <= years
+    for fact in (
+        "3 of 2 windows",
+        "masked x 1",
+        facts["data"]["first_date"],
+        facts["data"]["shards"],
+    ):
+        assert fact in card
+    assert all(domain in card for domain in facts["data"]["domains"])
+    assert "seen in pretraining" not in card
+    assert str(world) not in "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
+
+
+def test_scores_have_intervals_where_there_are_regions(world: Path, tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    shutil.copytree(next((world / "probes" / SPOT).glob("linear-*")), probe)
+    # The same cells in more regions score the same.
+    table = pq.read_table(probe / "confusions.parquet")
+    copies = [
+        table.set_column(
+            table.schema.get_field_index("roi"), "roi", pc.binary_join_element_wise(table["roi"], str(i), "")
+        )
+        for i in range(4)
+    ]
+    pq.write_table(pa.concat_tables(copies), probe / "confusions.parquet")
+    words = words_of(world)
+    words[2] = str(tmp_path / "out")
+    words[words.index("--scores") : words.index("--dataset")] = ["--scores", str(probe), "--modalities", SPOT]
+    assert main(words) == 0
+    (score,) = json.loads((tmp_path / "out" / SPOT / "metrics.json").read_text())["scores"]
+    low, high = score["interval"]
+    assert score["regions"] == 8
+    assert low < score["miou"] < high
+    assert f" {low:.1f} to {high:.1f} |" in (tmp_path / "out" / SPOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [SPOT, DEM, S2])
+def test_the_code_of_the_card_runs_as_it_stands(world: Path, name: str) -> None:
+    folder = world / "out" / name
+    blocks = code((folder / "README.md").read_text())
+    shown = "print([tuple(item.shape) for item in maps])"
+    if name == S2:
+        (ours,) = blocks
+        assert executed(f"{ours}\n{shown}", folder).strip() == "[(1, 16, 10, 10), (1, 16, 10, 10), (1, 32, 10, 10)]"
+        return
+    timm_alone, ours = blocks
+    # The same numbers, with no code of ours.
+    same = (
+        "import sys\nassert not any(name.startswith('bocage') for name in sys.modules)\n"
+        "plain, given = maps, (image - mean) / std\n"
+        f"{ours}\n"
+        "with torch.no_grad():\n    maps = encoder.features(given)\n"
+        "assert all(torch.equal(a.permute(0, 3, 1, 2), b) for a, b in zip(plain, maps, strict=True))\n"
+    )
+    executed(f"{timm_alone}\n{same}", folder)
+
+
+def test_the_recipe_is_that_of_the_run(world: Path) -> None:
+    path = world / "out" / SPOT / "recipe.yaml"
+    again = recipes.resolve(PretrainConfig, [f"recipe={path}"])
+    words = [*PRETRAIN, "engine.steps=3", "pictures=0"]
+    first = recipes.resolve(PretrainConfig, words)
+    for key in ("masking", "weights", "masked", "swin", "utae", "engine", "window", "batch_size", "split", "train"):
+        assert getattr(again, key) == getattr(first, key)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("another split", "seen in pretraining"),
+        ("other scores", "was measured with other weights than"),
+        ("no scores", "--scores: none of SENTINEL2_TS: run `bocage study probe`"),
+        ("other shards", "are not the shards that"),
+        ("unfinished", "is at step 3 of 5: finish it before it is published"),
+        ("replaced", "does not hold the weights of"),
+        ("damaged", "is damaged"),
+        ("occupied", "exists and is not a published encoder"),
+        ("no licence", "--license='' is not how the hub writes licences"),
+        ("no encoder", "has no encoder of AERIAL_RGBI; it has DEM_ELEV, SENTINEL2_TS, SPOT_RGBI"),
+        ("place", "hf:name is not of the form hf:org/name"),
+    ],
+)
+def test_missing_and_wrong_facts_are_errors(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, sentence: str
+) -> None:
+    run, out, words = tmp_path / "run", tmp_path / "out", words_of(world)
+    shutil.copytree(world / "run", run)
+    words[1:3] = [str(run), str(out)]
+    if change == "another split":
+        state = next((run / "checkpoints").glob("*/state.json"))
+        _edited(run, state, lambda content: content["config"].update(split="all"))
+        assert main(words) == 0
+        assert sentence in (out / SPOT / "README.md").read_text()
+        return
+    if change == "other scores":
+        probe = tmp_path / "probe"
+        shutil.copytree(next((world / "probes" / SPOT).glob("knn-*")), probe)
+        metrics = json.loads((probe / "metrics.json").read_text())
+        metrics["weights"][SPOT] = "0" * 64
+        (probe / "metrics.json").write_text(json.dumps(metrics))
+        words.insert(words.index("--scores") + 1, str(probe))
+    if change == "no scores":
+        words = [word for word in words if f"/{S2}/" not in word]
+    if change == "other shards":
+        shutil.copytree(world / "shards", tmp_path / "shards")
+        content = json.loads((tmp_path / "shards" / "dataset.json").read_text())
+        (tmp_path / "shards" / "dataset.json").write_text(json.dumps({**content, "created_by": "bocage 0"}))
+        words[words.index("--shards") + 1] = str(tmp_path / "shards")
+    if change == "unfinished":
+        state = next((run / "checkpoints").glob("*/state.json"))
+        _edited(run, state, lambda content: content["config"]["engine"].update(steps=5))
+    if change == "replaced":
+        with (run / "encoders" / SPOT / "model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?")
+    if change == "damaged":
+        next((run / "checkpoints").glob("*/optimizer.pt")).write_bytes(b"")
+    if change == "occupied":
+        (out / SPOT).mkdir(parents=True)
+        (out / SPOT / "mine.txt").touch()
+        words += ["--modalities", SPOT]
+        words = [word for word in words if f"/{S2}/" not in word and f"/{DEM}/" not in word]
+    if change == "no licence":
+        words[words.index("--license") + 1] = ""
+    if change == "no encoder":
+        words[words.index("--scores") :] = ["--without-scores", *TERMS, "--modalities", "AERIAL_RGBI"]
+    if change == "place":
+        words += ["--to", "hf:name"]
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+    if change == "occupied":
+        assert [path.name for path in (out / SPOT).iterdir()] == ["mine.txt"]
+
+
+def _edited(run: Path, path: Path, change: object) -> None:
+    """Change a JSON file of a checkpoint, and what the checkpoint says of it."""
+    import hashlib
+
+    content = json.loads(path.read_text())
+    change(content)  # type: ignore[operator]
+    path.write_text(json.dumps(content))
+    marker = path.with_name("complete.json")
+    listed = json.loads(marker.read_text())
+    listed["files"][path.name] = {
+        "size": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    marker.write_text(json.dumps(listed))
+
+
+def test_a_card_that_disagrees_is_found(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / SPOT
+    shutil.copytree(world / "out" / SPOT, folder)
+    facts = json.loads((folder / "metrics.json").read_text())
+    facts["scores"][0]["miou"] += 1
+    (folder / "metrics.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=r"metrics.json is not the file that was published"):
+        check_publication(folder)
+    sums = subprocess.run(
+        ["sha256sum", *(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (folder / "SHA256SUMS").write_text(sums.stdout)
+    with pytest.raises(InputError, match=r"README.md does not say what metrics.json says"):
+        check_publication(folder)
+
+
+def test_publishing_again_replaces_and_without_scores_says_so(world: Path, tmp_path: Path) -> None:
+    words = words_of(world)
+    words[2] = str(tmp_path)
+    words[words.index("--scores") : words.index("--dataset")] = ["--without-scores"]
+    assert main(words) == 0
+    assert main(words) == 0
+    assert "Not measured." in (tmp_path / S2 / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [DEM, S2, SPOT]
+
+
+def test_a_zip_of_the_folder_loads(world: Path, tmp_path: Path) -> None:
+    for packed in ("flat", "nested"):
+        root, base = (world / "out" / S2, ".") if packed == "flat" else (world / "out", S2)
+        path = Path(shutil.make_archive(str(tmp_path / packed), "zip", root, base))
+        same(load_encoder(path), load_encoder(world / "out" / S2))
+    both = Path(shutil.make_archive(str(tmp_path / "both"), "zip", world / "out"))
+    with pytest.raises(InputError, match=r"both.zip holds 3 files config.json: give a zip of one encoder"):
+        load_encoder(both)
+    (tmp_path / "no.zip").write_bytes(both.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"no.zip cannot be unpacked"):
+        load_encoder(tmp_path / "no.zip")
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# Some ten seconds a process that imports torch: the hub's client reads its address when it is imported.
+def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
+    hub = Hub()
+    own = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    words = words_of(world, "--to", "hf:team/fields", "--collection", "Fields")
+    words[2] = str(tmp_path / "out")
+    command = [sys.executable, "-m", "bocage.tools.main", *words]
+
+    def said(*others: str, token: str = "hf_secret", status: int = 0) -> str:
+        environment = {**os.environ, **own, **({"HF_TOKEN": token} if token else {})}
+        done = subprocess.run([*command, *others], env=environment, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert "hf_secret" not in done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    # Without a token, and when asked for it: nothing leaves the machine.
+    text = said(token="")
+    assert "would upload" in text and "hf:team/fields-spot-rgbi, private if it is new" in text
+    assert "set HF_TOKEN or run `hf auth login`" in text
+    said("--dry-run")
+    assert hub.requests == []
+
+    text = said()
+    assert set(hub.repositories) == {"team/fields-spot-rgbi", "team/fields-dem-elev", "team/fields-sentinel2-ts"}
+    assert sorted(hub.collections["team/fields"]) == sorted(hub.repositories)
+    for name in (SPOT, DEM, S2):
+        repository = f"team/fields-{name.lower().replace('_', '-')}"
+        assert hub.repositories[repository]["private"] is True
+        assert len(hub.repositories[repository]["commits"]) == 1
+        there = {path.name: path.read_bytes() for path in (tmp_path / "out" / name).iterdir()}
+        assert hub.files(repository) == there
+        assert f"{hub.address}/{repository}/commit/" in text
+    # A file that is no longer published goes in the same commit; a branch leaves main alone.
+    hub.repositories["team/fields-spot-rgbi"]["branches"]["main"]["old.bin"] = b"old"
+    said("--revision", "next")
+    assert "old.bin" in hub.files("team/fields-spot-rgbi")
+    assert "old.bin" not in hub.files("team/fields-spot-rgbi", "next")
+    assert 'hf-hub:team/fields-spot-rgbi@next"' in hub.files("team/fields-spot-rgbi", "next")["README.md"].decode()
+
+    # The code of the cards, as it stands on the hub.
+    for repository in ("team/fields-spot-rgbi", "team/fields-sentinel2-ts"):
+        card = hub.files(repository, "next")["README.md"].decode()
+        for block in code(card):
+            assert f"{repository}@next" in block
+            executed(block, tmp_path, **own)
+
+    hub.refuse = 403
+    assert "bocage: error: hf:team/fields-dem-elev cannot be written: " in said(status=2)
+    hub.shutdown()

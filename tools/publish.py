@@ -1,0 +1,104 @@
+"""``bocage publish RUN OUT``: pretrained encoders as folders with a card, and on to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bocage.shards.errors import InputError
+
+EPILOG = """\
+examples:
+  bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards probes/aerial
+  bocage publish runs/mae published --shards data/shards --modalities AERIAL_RGBI \\
+      --scores probes/aerial/knn-* probes/aerial/linear-* \\
+      --dataset IGNF/FLAIR-HUB --data-license etalab-2.0 --license etalab-2.0
+  the same and --to hf:org/name: uploads with a token (HF_TOKEN, or `hf auth login`), and without tells what it would
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("pretraining", metavar="RUN", type=Path, help="folder of a finished pretraining")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for a folder an encoder")
+    parser.add_argument("--shards", required=True, metavar="SHARDS", help="what it was pretrained on, or its address")
+    parser.add_argument("--modalities", nargs="+", metavar="MODALITY", help="encoders to publish (default: all)")
+    measured = parser.add_mutually_exclusive_group(required=True)
+    measured.add_argument(
+        "--scores", nargs="+", type=Path, metavar="FOLDER", help="scores of `bocage study probe`, of each encoder"
+    )
+    measured.add_argument("--without-scores", action="store_true", help="the card says that nothing was measured")
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="pretrained on, e.g. IGNF/FLAIR-HUB")
+    parser.add_argument("--data-license", required=True, metavar="ID", help="of the data, e.g. etalab-2.0")
+    parser.add_argument("--license", required=True, metavar="ID", help="of the weights, as the hub writes it")
+    parser.add_argument(
+        "--to", metavar="hf:ORG/NAME", help="repository; of several encoders, each has -MODALITY behind its name"
+    )
+    parser.add_argument("--revision", metavar="BRANCH", help="with --to: the branch (default: main)")
+    parser.add_argument("--public", action="store_true", help="with --to: a new repository is public, not private")
+    parser.add_argument("--collection", metavar="TITLE", help="with --to: put the repositories into this collection")
+    parser.add_argument("--dry-run", action="store_true", help="with --to: write the folders, upload nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the folders and upload them; the exit status."""
+    from bocage.finetune.publication import PretrainedRun, Terms, check_publication, publish_encoder, read_scores
+    from bocage.shards.remote import open_shards
+    from bocage.ssl.encoders.hub import collect, may_upload, split_place, upload
+
+    for option in ("revision", "public", "collection", "dry_run"):
+        if getattr(arguments, option) and not arguments.to:
+            raise InputError(f"--{option.replace('_', '-')} needs --to hf:org/name")
+    if arguments.to and split_place(arguments.to)[1] is not None:
+        raise InputError(f"--to {arguments.to}: give the branch as --revision")
+    try:
+        terms = Terms(dataset=arguments.dataset, license=arguments.license, data_license=arguments.data_license)
+    except ValueError as error:
+        raise InputError(f"--{str(error).replace('data_license', 'data-license')}") from error
+    pretrained = PretrainedRun(arguments.pretraining, open_shards(arguments.shards))
+    modalities = arguments.modalities or pretrained.modalities
+    if not modalities or len(set(modalities)) < len(modalities):
+        raise InputError(f"--modalities: name each encoder of {arguments.pretraining} once")
+    scores: dict[str, list[Path]] = {modality: [] for modality in modalities}
+    for path in arguments.scores or []:
+        (modality, *others) = read_scores(path)["modalities"]
+        if others or modality not in scores:
+            raise InputError(f"--scores {path}: of {', '.join([modality, *others])}, which is not what is published")
+        scores[modality].append(path)
+    if arguments.scores and (without := [modality for modality in modalities if not scores[modality]]):
+        raise InputError(f"--scores: none of {without[0]}: run `bocage study probe` with it, or leave it out")
+    places = {modality: _place(arguments, modality, len(modalities)) for modality in modalities}
+    for modality in modalities:
+        folder = arguments.out / modality
+        publish_encoder(pretrained, modality, scores[modality], terms, places[modality], folder)
+        check_publication(folder)
+        print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    if not arguments.to:
+        return 0
+    visibility = "public" if arguments.public else "private"
+    if arguments.dry_run or not may_upload():
+        for modality, place in places.items():
+            size = sum(path.stat().st_size for path in (arguments.out / modality).iterdir())
+            print(
+                f"would upload {arguments.out / modality} to {place}, {visibility} if it is new ({size / 1e6:.1f} MB)"
+            )
+        if not arguments.dry_run:
+            print("there is no token: set HF_TOKEN or run `hf auth login`, then the same command uploads")
+        return 0
+    for modality, place in places.items():
+        assert place is not None
+        message = f"{modality} encoder, {pretrained.state.step:,} steps of {pretrained.description['recipe']}"
+        print(upload(arguments.out / modality, place, private=not arguments.public, message=message))
+    if arguments.collection:
+        chosen = [place for place in places.values() if place is not None]
+        print(collect(arguments.collection, chosen, private=not arguments.public))
+    return 0
+
+
+def _place(arguments: argparse.Namespace, modality: str, count: int) -> str | None:
+    if not arguments.to:
+        return None
+    name = arguments.to if count == 1 else f"{arguments.to}-{modality.lower().replace('_', '-')}"
+    return f"{name}@{arguments.revision}" if arguments.revision else name
