@@ -29,10 +29,12 @@ Confusions = dict[str, ConfusionMatrix]
 """By label."""
 
 
-def labelled_rows(patches: Patches, task: Segmentation, split: str, value: str) -> np.ndarray:
+def labelled_rows(
+    patches: Patches, task: Segmentation, split: str, value: str, *, only: Sequence[str] | None = None
+) -> np.ndarray:
     """Rows of one value of a split that have one of a model's labels and at least one of its modalities.
 
-    For an official model they have all of its modalities, see ``complete_rows``.
+    With ``only``, at least one of these. For an official model they have all of its modalities, see ``complete_rows``.
 
     Raises:
         InputError: there is none.
@@ -42,7 +44,7 @@ def labelled_rows(patches: Patches, task: Segmentation, split: str, value: str) 
     held = {name: patches.held(name)[rows] for name in known}
     there = [
         np.any([held[name] for name in names if name in held] or [np.zeros(len(rows), bool)], axis=0)
-        for names in (task.modalities, task.labels)
+        for names in (task.modalities if only is None else only, task.labels)
     ]
     rows = complete_rows(task, patches, rows[there[0] & there[1]])
     if len(rows) == 0:
@@ -100,12 +102,26 @@ def confusion(
     return {name: matrix.merged() for name, matrix in matrices.items()}
 
 
-def sensor_sets(modalities: Sequence[str]) -> dict[str, list[str]]:
-    """What a model may be left with: all but each of its sensors, and each alone; nothing of a single one."""
+def sensor_sets(modalities: Sequence[str], hidden: Sequence[str] = ()) -> dict[str, list[str]]:
+    """What a model may be left with: all but each of its sensors, and each alone; nothing of a single one.
+
+    Args:
+        modalities: that it sees.
+        hidden: that it sees in none of the sets; their names tell so.
+    """
     if len(modalities) < 2:
         return {}
-    without = {f"without {name}": [other for other in modalities if other != name] for name in modalities}
+    without = {
+        f"without {' '.join([*hidden, name])}": [other for other in modalities if other != name] for name in modalities
+    }
     return without | {f"only {name}": [name] for name in modalities}
+
+
+def rows_with_all(patches: Patches, rows: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
+    """Those of the rows that have each of the modalities: sets of sensors are compared on the same patches."""
+    for name in modalities:
+        rows = rows[patches.held(name)[rows]]
+    return rows
 
 
 def monitored(confusions: Confusions) -> dict[str, float]:

@@ -98,13 +98,21 @@ def check_bands(bands: tuple[str, ...], patches: Patches | Manifest, name: str) 
 
 
 def complete_rows(task: Segmentation, patches: Patches, rows: np.ndarray) -> np.ndarray:
-    """Those of the ``rows`` that a model can predict: an official one needs every sensor, and says what it leaves out.
+    """Those of the ``rows`` that a model can predict: with one of its sensors, or, of an official one, with all.
+
+    How many are left out is told on stderr.
 
     Raises:
         InputError: it can predict none.
     """
     if not task.model.official:
-        return rows
+        held = [patches.held(name)[rows] for name in task.modalities if name in patches.registry]
+        kept = rows[np.any(held, axis=0)] if held else rows
+        if len(rows) and not len(kept):
+            raise InputError(f"{patches.path}: no patch has one of {', '.join(task.modalities)}, which the model reads")
+        if (left := len(rows) - len(kept)) and is_main():
+            print(f"bocage: {left} of {len(rows)} patches left out: they have none of the sensors", file=sys.stderr)
+        return kept
     if missing := [name for name in task.modalities if name not in patches.registry]:
         raise InputError(
             f"{patches.path} has no {', '.join(missing)}, and the official architecture has no stand-in for a missing "

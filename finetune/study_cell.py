@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.measure import confusion, sensor_sets, summary
+from bocage.finetune.measure import confusion, rows_with_all, sensor_sets, summary
 from bocage.finetune.probing import KINDS, probe
 from bocage.finetune.study import Cell, StudyConfig, cell_config, cells
 from bocage.finetune.study_runs import CellFolders
@@ -67,16 +67,17 @@ def _run(study: StudyConfig, cell: Cell, folders: CellFolders) -> int:
 
 
 def _measure_missing(config: FinetuneConfig, folders: CellFolders, cell: Cell) -> None:
-    """Write ``missing.json``: scores by set of sensors and label, of the patches that the study reports.
+    """Write ``missing.json``: scores by set of sensors and label, of the reported patches that have all sensors.
 
-    Of a single sensor it is empty.
+    Of a single sensor, and where there is no such patch, it is empty.
     """
     task = load_segmentation(folders.of(cell) / "model")
     task.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = parts_of(config, ShardPatches(folders.manifest), task)
-    reported = rows["test" if "test" in rows else "valid"]
+    patches = ShardPatches(folders.manifest)
+    rows = parts_of(config, patches, task)
+    reported = rows_with_all(patches, rows["test" if "test" in rows else "valid"], task.modalities)
     found = {}
-    for name, only in sensor_sets(task.modalities).items():
+    for name, only in sensor_sets(task.modalities).items() if len(reported) else ():
         matrices = confusion(
             task, folders.manifest, reported, batch_size=config.batch_size, workers=config.workers, only=only
         )

@@ -88,7 +88,7 @@ def _official_encoders(
     """The encoders that the official code builds for these labels, the heads of series with all their classes."""
     classes = {target.name: len(target.scheme) for target in targets}
     names = [modality.name for modality in modalities]
-    model = build_official(names, classes, f"{config.swin.name}-upernet").uperfuse
+    model = build_official(names, classes, f"{config.swin.name}-upernet", auxiliary=config.auxiliary).uperfuse
     encoders = {name: model.encoder(name) for name in model.encoders}
     for name, source in config.encoders.items():
         encoders[name] = pretrained_encoder(encoders[name], source, keep_architecture=True)

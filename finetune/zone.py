@@ -32,6 +32,7 @@ Value = TypeVar("Value")
 LEVELS = NODATA - 1
 """Probabilities are written as whole numbers from 0 to this."""
 
+_WINDOWS = 2  # of what version the places of windows are: tiles of another do not fit
 _CACHE = 64  # MB that GDAL may keep
 
 
@@ -72,14 +73,24 @@ class Plan:
         rows, columns = (math.ceil(length / self.tile) for length in (self.height, self.width))
         return [(row, column) for row in range(rows) for column in range(columns)]
 
+    def begin(self, number: int, length: int) -> int:
+        """The first pixel of a window of an axis of ``length``: a step after the one before it.
+
+        The last one ends with the axis: what a model has learned from are windows full of data.
+        """
+        return min(number * self.step, max(0, length - self.size))
+
     def windows(self, start: int, stop: int, length: int) -> range:
         """Numbers of the windows that reach pixels from ``start`` to ``stop`` of an axis of ``length``.
 
-        Window i covers ``size`` pixels from i * step; there are as many as it takes to cover the axis.
+        A window covers ``size`` pixels; there are as many as it takes to cover the axis.
         """
-        last = max(1, math.ceil((length - (self.size - self.step)) / self.step))
+        count = max(1, math.ceil((length - (self.size - self.step)) / self.step))
         first = max(0, (start - self.size) // self.step + 1)
-        return range(first, min(last, math.ceil(stop / self.step)))
+        end = min(count, math.ceil(stop / self.step))
+        if end == count - 1 and self.begin(end, length) < stop:  # the last one begins earlier than by steps
+            end = count
+        return range(first, end)
 
 
 def plan_zone(task: Segmentation, raster: ZoneRaster, overlap: float) -> Plan:
@@ -213,9 +224,10 @@ def _tile(
     seen = np.zeros((plan.size, width), bool)
     bands = {name: len(target.scheme) if kind == "probabilities" else 1 for name, target in task.targets.items()}
     made = {name: np.full((count, height, width), NODATA, np.uint8) for name, count in bands.items()}
-    for row in plan.windows(top, top + height, plan.height):
+    rows_of_windows = plan.windows(top, top + height, plan.height)
+    for row in rows_of_windows:
         for column, logits, data in _windows(task, rasters, plan, row, columns, batch_size, device):
-            at = column * plan.step - left
+            at = plan.begin(column, plan.width) - left
             inside = slice(max(0, at), min(width, at + plan.size))
             part = slice(inside.start - at, inside.stop - at)
             seen[:, inside] |= data[:, part]
@@ -223,8 +235,9 @@ def _tile(
                 weighted = torch.cat([scores.softmax(dim=0) * weights, weights[None]])
                 sums[name][:, :, inside] += weighted[:, :, part]
         # The window below adds to the rest only, but for the last, which has nothing below.
-        begin = row * plan.step - top
-        rows = plan.size if begin + plan.size >= height else plan.step
+        begin = plan.begin(row, plan.height) - top
+        step = plan.begin(row + 1, plan.height) - top - begin if row + 1 in rows_of_windows else plan.size
+        rows = plan.size if begin + plan.size >= height else step
         shown = slice(max(0, begin), min(height, begin + rows))
         taken = slice(shown.start - begin, shown.stop - begin)
         if shown.stop > shown.start:
@@ -232,10 +245,10 @@ def _tile(
                 values = _values(total[:, taken], kind)
                 made[name][:, shown] = np.where(seen[taken], values, NODATA)
         # What the next row of windows adds to comes first.
-        rest = plan.size - plan.step
-        seen[:rest], seen[rest:] = seen[plan.step :].copy(), False
+        rest = plan.size - step
+        seen[:rest], seen[rest:] = seen[step:].copy(), False
         for total in sums.values():
-            total[:, :rest] = total[:, plan.step :].clone()
+            total[:, :rest] = total[:, step:].clone()
             total[:, rest:] = 0.0
     return made
 
@@ -253,7 +266,8 @@ def _windows(
     inputs = [name for name in rasters if name in task.modalities]
     for first in range(columns.start, columns.stop, batch_size):
         chosen = range(first, min(first + batch_size, columns.stop))
-        corners = [plan.corner(row * plan.step, column * plan.step) for column in chosen]
+        top = plan.begin(row, plan.height)
+        corners = [plan.corner(top, plan.begin(column, plan.width)) for column in chosen]
         batch, some = window_batch(rasters, corners, PATCH_SIZE)
         rows = np.flatnonzero(some)
         if not len(rows):
@@ -267,7 +281,7 @@ def _windows(
 
 
 def _weights(size: int, step: int) -> np.ndarray:
-    """(size, size) float32: 1 inside, falling linearly to the border over the overlap; neighbours add up to 1."""
+    """(size, size) float32: 1 inside, falling linearly to the border over the overlap."""
     overlap = size - step
     distance = np.minimum(np.arange(size), np.arange(size)[::-1]) + 0.5
     along = np.minimum(1.0, distance / overlap) if overlap else np.ones(size)
@@ -326,6 +340,7 @@ def _description(task: Segmentation, rasters: Mapping[str, ZoneRaster], plan: Pl
         "model": digest.hexdigest(),
         "rasters": {name: raster.describe() for name, raster in rasters.items()},
         "grid": grid,
+        "windows": _WINDOWS,
         "batch_size": batch_size,  # sums of another batch differ in their last digits
     }
     return json.loads(json.dumps(described))

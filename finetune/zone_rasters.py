@@ -54,15 +54,25 @@ class ZoneRaster:
         gsd: the pixel that the model reads, metres.
         dates: of a series, days since 1970-01-01; None for an image.
         counted: whether values are counts or classes, which must not be averaged, and whose nodata value is one.
+        nodata_below: values under this are holes, whatever the file says.
 
     Raises:
-        InputError: a file that is not a raster, is turned, is not in metres, or has another number of bands.
+        InputError: a file that is not a raster, is turned, is not in metres, has another number of bands, or bytes
+            where the shards hold larger numbers of the modality.
     """
 
     def __init__(
-        self, name: str, path: Path, bands: int, gsd: float, dates: np.ndarray | None, *, counted: bool = False
+        self,
+        name: str,
+        path: Path,
+        bands: int,
+        gsd: float,
+        dates: np.ndarray | None,
+        *,
+        counted: bool = False,
+        nodata_below: float | None = None,
     ) -> None:
-        self.name, self.path, self.gsd, self.dates = name, path, gsd, dates
+        self.name, self.path, self.gsd, self.dates, self._nodata_below = name, path, gsd, dates, nodata_below
         self._shape = (bands,) if dates is None else (len(dates), bands)
         try:
             self._file = rasterio.open(path)
@@ -76,13 +86,18 @@ class ZoneRaster:
             raise InputError(f"{path} is in {_short(crs)}, not in metres: e.g. gdalwarp -t_srs EPSG:2154")
         wanted = math.prod(self._shape)
         alphas = [interpretation == ColorInterp.alpha for interpretation in self._file.colorinterp]
-        if any(alphas[:wanted]):
+        # A mask inside or beside the file is no band, and is lost where a raster is seen through another grid.
+        flags = self._file.mask_flag_enums[0]
+        masked = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags and self._file.count == wanted
+        if masked or any(alphas[:wanted]):
             # GDAL takes the fourth of four bands of bytes for an alpha unless it is told: it is infrared.
-            self._file = _without_alpha(self._file)
-            alphas = [False] * self._file.count
+            alphas = [False] * self._file.count + [True] * masked
+            self._file = _rewritten(self._file, mask_as_alpha=masked)
         if self._file.count != wanted and not (self._file.count == wanted + 1 and alphas[-1]):
             of = "" if dates is None else f" of {len(dates)} dates with {bands} bands each"
             raise InputError(f"{path} has {self._file.count} bands; {name} needs {wanted}{of}")
+        if not counted:
+            self._check_values()
         pixel = max(transform.a, -transform.e)
         self._resampling = Resampling.average if pixel < _FINER * gsd else Resampling.bilinear
         self._counted = counted
@@ -91,8 +106,21 @@ class ZoneRaster:
         self._bands = list(range(1, wanted + 1))
         # Where nothing else tells what is outside, an alpha band made for the window does; it comes last.
         self._has_alpha = self._file.count > wanted
-        masked = self._file.nodata is not None or MaskFlags.per_dataset in self._file.mask_flag_enums[0]
-        self._adds_alpha = not masked and not self._has_alpha
+        self._adds_alpha = self._file.nodata is None and not self._has_alpha
+
+    def _check_values(self) -> None:
+        """Raise ``InputError`` for bytes where models learn from larger whole numbers, or the other way round.
+
+        Those are of other units for sure. Reals may be anything, and are taken as they are.
+        """
+        if self.name not in FLAIR_HUB:
+            return
+        stored, given = np.dtype(FLAIR_HUB[self.name].dtype), np.dtype(self._file.dtypes[0])
+        if stored.kind != "f" and given.kind != "f" and (stored.itemsize == 1) != (given.itemsize == 1):
+            raise InputError(
+                f"{self.path} holds {given}, and models learn {self.name} from {stored}: bring it to those units, e.g. "
+                f"gdal_translate -scale ... -ot {_GDAL_TYPES[str(stored)]}"
+            )
 
     @property
     def extent(self) -> Extent:
@@ -153,6 +181,8 @@ class ZoneRaster:
         except RasterioError as error:
             raise InputError(f"{self.path}: cannot be read: {' '.join(str(error).split())}") from error
         values[~np.broadcast_to(there, values.shape)] = np.nan
+        if self._nodata_below is not None:
+            values[values < self._nodata_below] = np.nan
         return values.reshape(*self._shape, pixels, pixels)
 
     def _on_its_pixels(self, left: float, top: float) -> bool:
@@ -215,7 +245,7 @@ def open_rasters(
                     f"--dates {name}=FILE is missing: a text file with one date a line, as bands have them"
                 )
             days = read_dates(dates[name])
-        found[name] = ZoneRaster(name, files[name], len(spec.bands), spec.gsd, days)
+        found[name] = ZoneRaster(name, files[name], len(spec.bands), spec.gsd, days, nodata_below=spec.nodata_below)
     for mask, series in masks.items():
         if mask in files:
             if series not in found:
@@ -293,23 +323,32 @@ def covered(batch: Batch, inputs: Sequence[str], size: int) -> np.ndarray:
     return found
 
 
-def _without_alpha(file: rasterio.DatasetReader) -> rasterio.DatasetReader:
-    """The same bands, of which none is an alpha: as a GDAL virtual raster, for which rasterio has no call."""
+def _rewritten(file: rasterio.DatasetReader, *, mask_as_alpha: bool = False) -> rasterio.DatasetReader:
+    """The same bands, of which none is an alpha: as a GDAL virtual raster, for which rasterio has no call.
+
+    With ``mask_as_alpha`` the mask of the file comes as one more band, which is.
+    """
     kind = _GDAL_TYPES.get(file.dtypes[0])
     if kind is None:
         raise InputError(f"{file.name}: values of type {file.dtypes[0]} cannot be read")
     nodata = "" if file.nodata is None else f"<NoDataValue>{file.nodata!r}</NoDataValue>"
     name = html.escape(str(Path(file.name).resolve()))
-    bands = "".join(
-        f'<VRTRasterBand dataType="{kind}" band="{band}">{nodata}<SimpleSource><SourceFilename relativeToVRT="0">{name}'
-        f"</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource></VRTRasterBand>"
-        for band in file.indexes
-    )
+
+    def band(number: int, source: str, inside: str) -> str:
+        return (
+            f'<VRTRasterBand dataType="{kind}" band="{number}">{inside}<SimpleSource>'
+            f'<SourceFilename relativeToVRT="0">{name}</SourceFilename><SourceBand>{source}</SourceBand></SimpleSource>'
+            "</VRTRasterBand>"
+        )
+
+    bands = [band(number, str(number), nodata) for number in file.indexes]
+    if mask_as_alpha:
+        bands.append(band(file.count + 1, "mask,1", "<ColorInterp>Alpha</ColorInterp>"))
     reference = "" if file.crs is None else f"<SRS>{html.escape(file.crs.to_wkt())}</SRS>"
     corners = ", ".join(repr(value) for value in file.transform.to_gdal())
     return rasterio.open(
         f'<VRTDataset rasterXSize="{file.width}" rasterYSize="{file.height}">{reference}'
-        f"<GeoTransform>{corners}</GeoTransform>{bands}</VRTDataset>"
+        f"<GeoTransform>{corners}</GeoTransform>{''.join(bands)}</VRTDataset>"
     )
 
 

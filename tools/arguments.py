@@ -28,6 +28,21 @@ def share(text: str) -> float:
     return value
 
 
+def split_value(split: bool, value: str | None) -> str:
+    """What ``--value`` says, ``test`` where it is not given.
+
+    Args:
+        split: whether ``--split`` is given.
+        value: of the option.
+
+    Raises:
+        InputError: a value without a split, which would be all patches.
+    """
+    if value is not None and not split:
+        raise InputError(f"--value {value} is of a split: give it with --split, e.g. --split split_1")
+    return "test" if value is None else value
+
+
 def pairs(option: str, words: list[str], form: str = "MODALITY=VALUE") -> dict[str, str]:
     """What the words ``KEY=VALUE`` of an option say, by key.
 

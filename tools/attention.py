@@ -17,7 +17,7 @@ from bocage.shards.remote import open_shards
 from bocage.ssl.attention import require_temporal, rows_of_keys, rows_with_dates
 from bocage.ssl.attention_pictures import write_attention
 from bocage.ssl.encoders.export import load_encoder
-from bocage.tools.arguments import positive
+from bocage.tools.arguments import positive, split_value
 
 _COUNT = 8
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=positive, metavar="N", help=f"patches, spread evenly over the split (default: {_COUNT})"
     )
     parser.add_argument("--split", metavar="COLUMN", help="only patches of a split, e.g. split_1 (default: all)")
-    parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
+    parser.add_argument("--value", help="with --split: its value (default: test)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.keys is not None:
         rows = rows_of_keys(manifest, name, arguments.keys)
     else:
-        rows = rows_with_dates(manifest, name, manifest.split(arguments.split or EVERY_SAMPLE, arguments.value))
+        value = split_value(arguments.split is not None, arguments.value)
+        rows = rows_with_dates(manifest, name, manifest.split(arguments.split or EVERY_SAMPLE, value))
         count = min(arguments.count or _COUNT, len(rows))
         rows = rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
     check_bands(encoder.spec.bands, manifest, name)

@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bocage.finetune.measure import Confusions, confusion, labelled_rows, sensor_sets, summary, write_results
+from bocage.finetune.measure import (
+    Confusions,
+    confusion,
+    labelled_rows,
+    rows_with_all,
+    sensor_sets,
+    summary,
+    write_results,
+)
 from bocage.finetune.task import load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
@@ -19,7 +27,7 @@ from bocage.shards.manifest import EVERY_SAMPLE
 from bocage.shards.patches import ShardPatches
 from bocage.shards.remote import open_shards
 from bocage.ssl.engine.distributed import build_accelerator, is_main
-from bocage.tools.arguments import not_negative, positive
+from bocage.tools.arguments import not_negative, positive, split_value
 
 _PATIENCE = 1800.0  # seconds that ranks wait for each other
 
@@ -30,12 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for metrics.json, tables and pictures")
     parser.add_argument("--split", default=EVERY_SAMPLE, metavar="COLUMN", help="e.g. split_1 (default: all patches)")
-    parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
+    parser.add_argument("--value", help="with --split: its value (default: test)")
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="MODALITY", help="sensors that the model shall not see"
     )
     parser.add_argument(
-        "--missing", action="store_true", help="also without each of the sensors, and with each of them alone"
+        "--missing",
+        action="store_true",
+        help="also without each of the sensors, and with each of them alone, all on the patches that have every sensor",
     )
     parser.add_argument("--batch-size", type=positive, default=4, help="patches at a time (default: %(default)s)")
     parser.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: %(default)s)")
@@ -52,11 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"bocage: {manifest.path} has no {', '.join(lacking)}: measuring without", file=sys.stderr)
     sets = {"all" if not arguments.without else f"without {' '.join(arguments.without)}": seen}
     if arguments.missing:
-        sets |= sensor_sets(seen)
+        sets |= sensor_sets(seen, arguments.without)
     if not seen or (task.model.official and (arguments.without or arguments.missing)):
         why = "the official architecture needs all its sensors" if seen else "nothing is left for the model to see"
         raise InputError(f"--without, --missing: {why}")
-    rows = labelled_rows(ShardPatches(manifest), task, arguments.split, arguments.value)
+    patches = ShardPatches(manifest)
+    value = split_value(arguments.split != EVERY_SAMPLE, arguments.value)
+    rows = labelled_rows(patches, task, arguments.split, value, only=seen)
+    if arguments.missing:
+        every, rows = len(rows), rows_with_all(patches, rows, seen)
+        if not len(rows):
+            raise InputError(f"--missing: no patch has all of {', '.join(seen)}, on which sets of sensors are compared")
+        if len(rows) < every:
+            print(f"bocage: {every - len(rows)} of {every} patches left out: they lack a sensor", file=sys.stderr)
     accelerator = build_accelerator("fp32", "none", arguments.out, _PATIENCE)
     task = task.to(accelerator.device).eval()
     parts: dict[str, Confusions] = {}

@@ -16,7 +16,7 @@ from bocage.shards.flairhub import Catalogue
 from bocage.shards.naming import FOLDER
 from bocage.shards.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.remote import open_shards
-from bocage.tools.arguments import not_negative, positive
+from bocage.tools.arguments import not_negative, positive, split_value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
     )
-    parser.add_argument("--value", default="test", help="value of the split (default: %(default)s)")
+    parser.add_argument("--value", help="with --split: its value (default: test)")
     parser.add_argument("--batch-size", type=positive, default=4, help="patches at a time (default: %(default)s)")
     parser.add_argument(
         "--preview",
@@ -46,8 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     task = load_segmentation(arguments.run_folder / "model")
     patches = _patches(arguments.source, task)
     rows = np.arange(len(patches))
+    value = split_value(arguments.split is not None, arguments.value)
     if arguments.split is not None:
-        rows = patches.split(arguments.split, arguments.value)
+        rows = patches.split(arguments.split, value)
     rows = complete_rows(task, patches, rows)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with Progress() as progress:

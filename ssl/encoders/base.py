@@ -84,11 +84,12 @@ class Encoder(nn.Module):
 
         Arguments as for ``features``, of at least one sample, which leaves no trace in running statistics.
         """
-        training = self.training
+        modes = {module: module.training for module in self.modules()}  # a frozen part does not train with the rest
         self.eval()
         try:
             if dates is not None and padding is not None:
                 values, dates, padding = values[:, :1], dates[:, :1], torch.zeros_like(padding[:, :1])
             return [features[:0] for features in self.features(values, dates, padding, mask)]
         finally:
-            self.train(training)
+            for module, training in modes.items():
+                module.training = training

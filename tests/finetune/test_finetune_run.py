@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.measure import confusion, labelled_rows
 from bocage.finetune.supervision import TaskConfig
-from bocage.finetune.task import save_segmentation
+from bocage.finetune.task import load_segmentation, save_segmentation
 from bocage.finetune.train import build_task, finetune
 from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
@@ -101,6 +104,48 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
     assert "complete" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "still"), [("encoder_lr", ("encoders",)), ("fusion_lr", ("fusion", "absent"))])
+def test_parts_learn_at_rates_of_their_own(simulated: Path, tmp_path: Path, key: str, still: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    settings = config(simulated, tmp_path, modalities=["SPOT_RGBI", "SENTINEL2_TS"], predictions=0, **{key: 0.0})
+    torch.manual_seed(settings.engine.seed)
+    before = dict(build_task(settings, Manifest.open(simulated)).model.named_parameters())
+    finetune(settings)
+    after = dict(load_segmentation(tmp_path / "model").model.named_parameters())
+    moved = {name.partition(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {"encoders", "fusion", "absent", "decoders"} - set(still)
+
+
+def test_patches_of_which_a_model_sees_nothing_get_no_map(
+    simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = build_task(config(simulated, tmp_path, modalities=["SPOT_RGBI"]), Manifest.open(simulated))
+    save_segmentation(task, tmp_path / "model")
+    held = ShardPatches(Manifest.open(simulated)).held("SPOT_RGBI")
+    assert 0 < held.sum() < len(held)
+    for source in (simulated, simulated.parent / "tree"):
+        out = tmp_path / source.name
+        assert main(["predict", str(tmp_path), str(source), str(out), "--preview", "0"]) == 0
+        assert (
+            f"{(~held).sum()} of {len(held)} patches left out: they have none of the sensors" in capsys.readouterr().err
+        )
+        assert len(list(out.glob("*.tif"))) == held.sum()
+
+
+# Some twenty seconds: three processes load torch.
+def test_two_ranks_measure_what_one_measures(simulated: Path, tmp_path: Path) -> None:
+    words = ["recipe=finetune_quickstart", f"shards={simulated}", "modalities=[SPOT_RGBI]", "split=all", "workers=0"]
+    words += ["engine.steps=1", "engine.optimizer.learning_rate=1e-12", "predictions=0", "pictures=0"]
+    words += ["engine.optimizer.warmup_steps=1"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, out, batch in ((two, "two", 1), ([], "one", 2)):
+        line = [sys.executable, *launcher, "-m", "bocage.tools.main", "finetune", *words]
+        line += [f"output={tmp_path / out}", f"batch_size={batch}"]
+        subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    one, other = (pq.read_table(tmp_path / out / "confusions.parquet") for out in ("one", "two"))
+    assert one.equals(other)
+
+
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six simulated patches, some of which lack sensors."""
@@ -174,7 +219,9 @@ def test_two_labels_from_shards_to_maps_and_tables(simulated: Path, tmp_path: Pa
     with rasterio.open(next((run / "predictions" / COSIA).glob("*.tif"))) as file:
         assert file.tags(1)["CLASS_12"] == "other"
     assert main(["predict", str(run), str(simulated), str(tmp_path / "maps"), "--preview", "0"]) == 0
-    assert len(list((tmp_path / "maps" / LPIS).glob("*.tif"))) == len(Manifest.open(simulated))
+    held = ShardPatches(Manifest.open(simulated)).held
+    seen = (held(AERIAL) | held("SENTINEL2_TS")).sum()
+    assert len(list((tmp_path / "maps" / LPIS).glob("*.tif"))) == seen
     assert not list((tmp_path / "maps").rglob("*.png"))
 
 

@@ -77,6 +77,14 @@ def test_stages_of_an_encoder_stay_as_they_are() -> None:
         "up_blocks",
     }
     model.train()
+    # What keeps ranks in step where nobody holds the sensor leaves a frozen part as it was.
+    frozen, buffers = model.model.encoder(S2), dict(model.model.encoder(S2).named_buffers())
+    before = {name: value.clone() for name, value in buffers.items()}
+    asleep = [name for name, module in frozen.named_modules() if not module.training]
+    assert asleep
+    frozen.features_of_none(torch.randn(1, 3, 10, 10, 10), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool))
+    assert [name for name, module in frozen.named_modules() if not module.training] == asleep
+    assert all(torch.equal(value, before[name]) for name, value in buffers.items())
     assert not model.model.get_submodule(f"{swin}.layers_1").training
     assert model.model.get_submodule(f"{swin}.layers_2").training
 

@@ -95,6 +95,7 @@ def test_an_official_model_trains_from_shards_to_maps(manifest: Manifest, tmp_pa
         "engine.optimizer.warmup_steps=1",
     ]
     words += ["engine.evaluate_every=0"]
+    words += [f"auxiliary=[{S2}]"]
     result = finetune(resolved("recipe=official/lc_i", *words))
     held = [all(manifest.row(index)[f"length.{name}"] for name in (SPOT, S2)) for index in range(len(manifest))]
     assert 0 < sum(held) < len(held)
@@ -102,6 +103,11 @@ def test_an_official_model_trains_from_shards_to_maps(manifest: Manifest, tmp_pa
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["valid"][COSIA]["official"]["oa"] >= 0
     model = load_segmentation(tmp_path / "run" / "model")
     assert model.model.official
+    # The head of a series learns where an auxiliary decoder reads it.
+    torch.manual_seed(0)
+    started = build_task(resolved("recipe=official/lc_i", *words), manifest).model
+    heads = {name: value for name, value in started.named_parameters() if ".out_conv." in name}
+    assert heads and all(value.requires_grad for value in heads.values())
     assert model.model.encoder(SPOT).spec.channels == ("NIR", "R", "G")
     assert not to_official(model)[1].missing
 

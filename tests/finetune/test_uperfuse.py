@@ -141,7 +141,7 @@ def test_maps_lie_on_the_ground() -> None:
     values = net.encoder(S2).features(given[S2].values, given[S2].dates, given[S2].padding)
     for stage, fused in enumerate(net.pyramid(series, SIDE)):
         chosen = values[[2, 1, 1, 0][stage]].flip(-1, -2)
-        part = net.fusion.part(stage, S2, chosen)
+        part = net.fusion.part(stage, [S2], chosen)
         turned = interpolate(part, size=fused.shape[-2:], mode="bilinear", align_corners=False)
         expected = turned + net.fusion.bias(stage).view(1, -1, 1, 1)
         torch.testing.assert_close(fused.flip(-1, -2), expected, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ import rasterio
 import torch
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
-from tiny_task import AERIAL, COSIA, LPIS, S2, task
+from tiny_task import AERIAL, COSIA, DEM, LPIS, S2, task
 
 from bocage.finetune.predict import predict_patches
 from bocage.finetune.task import Segmentation, save_segmentation
@@ -113,8 +113,13 @@ def plainly(chosen: Segmentation, image: np.ndarray, step: int) -> np.ndarray:
     total = np.zeros((20, height + 1024, width + 1024))
     padded = np.full((4, height + 1024, width + 1024), np.nan, np.float32)
     padded[:, :height, :width] = image
-    for top in range(0, height - overlap, step):
-        for left in range(0, width - overlap, step):
+
+    def begins(length: int) -> list[int]:
+        """Of windows: a step apart, the last one at the end."""
+        return [min(at, max(0, length - 512)) for at in range(0, max(1, length - overlap), step)]
+
+    for top in begins(height):
+        for left in begins(width):
             batch = Batch(
                 keys=["x"],
                 rois=["x"],
@@ -192,6 +197,56 @@ def test_infrared_is_no_alpha_and_an_alpha_is(tmp_path: Path) -> None:
         masked = ZoneRaster("X", five, 4, 0.2, None).read(left, TOP, 6.4)
         assert np.isfinite(masked[:, :, :29]).all()
         assert np.isnan(masked[:, :, 30:]).all()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_mask_beside_the_bands_tells_where_there_are_no_data(inside: bool, tmp_path: Path) -> None:
+    image = np.full((4, 600, 600), 100, np.uint8)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=inside):
+        path = write(tmp_path / "masked.tif", image, 0.2)
+        mask = np.full((600, 600), 255, np.uint8)
+        mask[:, 300:] = 0
+        with rasterio.open(path, "r+") as file:
+            file.write_mask(mask)
+    assert (tmp_path / "masked.tif.msk").exists() != inside
+    for left in (LEFT, LEFT + 0.1):  # on the pixels of the raster, and beside them
+        found = ZoneRaster("X", path, 4, 0.2, None).read(left, TOP, 102.4)
+        assert np.isfinite(found[:, :, :298]).all()
+        assert (found[:, :, :298] == 100).all()
+        assert np.isnan(found[:, :, 300:]).all()
+        assert np.isnan(ZoneRaster("X", path, 4, 0.2, None).read(LEFT - 51.2, TOP, 102.4)[:, :, :255]).all()
+    chosen = model(AERIAL)
+    rasters, reference = open_rasters(chosen, {AERIAL: path}, {})
+    (found,) = read(map_zone(chosen, rasters, plan_zone(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
+    assert (found[:, 300:] == NODATA).all()
+    assert not (found[:, :300] == NODATA).any()
+
+
+def test_heights_that_no_ground_has_are_holes(tmp_path: Path) -> None:
+    heights = np.full((2, 512, 512), 300.0, np.float32)
+    heights[:, :, 256:] = -9999.0  # and the file does not say so
+    chosen = model(DEM)
+    rasters, reference = open_rasters(chosen, {DEM: write(tmp_path / "dem.tif", heights, 0.2)}, {})
+    assert np.isnan(rasters[DEM].read(LEFT, TOP, 102.4)[:, :, 256:]).all()
+    (found,) = read(map_zone(chosen, rasters, plan_zone(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
+    assert (found[:, 256:] == NODATA).all()
+    assert not (found[:, :256] == NODATA).any()
+
+
+def test_windows_end_with_the_zone(tmp_path: Path) -> None:
+    """A window over the edge sees less ground than any that models learn from: relief is that of another mean."""
+    chosen = model(AERIAL)
+    _, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "image.tif", ground(520, 520), 0.2)}, {})
+    plan = plan_zone(chosen, reference, 12.8)
+    assert [plan.begin(number, 520) for number in plan.windows(0, 520, 520)] == [0, 8]
+    assert [plan.begin(number, 300) for number in plan.windows(0, 300, 300)] == [0]
+    for length in (512, 513, 960, 961, 3000):
+        for start in range(0, length, 97):
+            stop = min(length, start + 450)
+            begins = [plan.begin(number, length) for number in plan.windows(start, stop, length)]
+            every = [plan.begin(number, length) for number in plan.windows(0, length, length)]
+            assert every[-1] + 512 == length
+            assert begins == [at for at in every if at < stop and at + 512 > start]
 
 
 def test_a_gap_of_one_date_is_no_gap_of_another(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from bocage.finetune.task import save_segmentation
 from bocage.finetune.train import build_task
 from bocage.shards.flairhub import Catalogue
 from bocage.shards.manifest import Manifest
+from bocage.shards.patches import ShardPatches
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
 from bocage.tools.main import main
@@ -40,7 +41,13 @@ def test_sensors_are_taken_from_a_model_one_by_one(folder: Path, capsys: pytest.
     torch.set_num_threads(1)
     words = ["evaluate", str(folder / "run"), str(folder / "shards")]
     assert main([*words, str(folder / "out"), "--missing", "--batch-size", "3"]) == 0
-    assert "without SENTINEL2_TS" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "without SENTINEL2_TS" in said.out
+    # Sets are compared on the same patches, those that have every sensor.
+    held = ShardPatches(Manifest.open(folder / "shards")).held
+    complete, some = (int(both.sum()) for both in (held(AERIAL) & held(S2), held(AERIAL) | held(S2)))
+    assert 0 < complete < some
+    assert f"{some - complete} of {some} patches left out: they lack a sensor" in said.err
     metrics = json.loads((folder / "out" / "metrics.json").read_text())
     sets = {"all", f"without {AERIAL}", f"without {S2}", f"only {AERIAL}", f"only {S2}"}
     assert set(metrics) == {"patches", *sets}
@@ -55,7 +62,8 @@ def test_sensors_are_taken_from_a_model_one_by_one(folder: Path, capsys: pytest.
 
     assert main([*words, str(folder / "less"), "--without", S2]) == 0
     less = json.loads((folder / "less" / "metrics.json").read_text())
-    assert less[f"without {S2}"] == metrics[f"without {S2}"]
+    assert metrics["patches"] == complete
+    assert less["patches"] == held(AERIAL).sum()  # not those of which the model would see nothing
 
 
 def test_shards_that_lack_a_sensor_and_a_label(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,13 +82,14 @@ def test_what_cannot_be_evaluated_is_told(folder: Path, capsys: pytest.CaptureFi
         (["--without", "SPOT_RGBI"], "--without SPOT_RGBI: the model reads AERIAL_RGBI, SENTINEL2_TS"),
         (["--without", AERIAL, S2], "nothing is left for the model to see"),
         (["--split", "split_9"], "no split 'split_9'"),
+        (["--value", "train"], "--value train is of a split: give it with --split"),
     ):
         assert main([*words, *more]) == 2
         assert sentence in capsys.readouterr().err
     assert not (folder / "none").exists()
 
 
-@pytest.mark.slow  # Some twenty seconds: three processes load torch.
+# Some twenty seconds: three processes load torch.
 def test_two_ranks_count_what_one_counts(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = ["-m", "bocage.tools.main", "evaluate", str(folder / "run"), str(folder / "shards")]
