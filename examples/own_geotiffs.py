@@ -1,0 +1,48 @@
+"""Fine-tunes a published encoder on your own GeoTIFFs, with your own bands.
+
+python own_geotiffs.py ENCODER IMAGES LABELS CLASSES
+
+IMAGES and LABELS are folders of GeoTIFFs of the same names; labels hold classes from 0, and 255 where there is none.
+Here images have the bands near infrared, red and green: change BANDS. Leaves model.pt, a U-Net.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import segmentation_models_pytorch as smp
+import torch
+
+from bocage.ssl.encoders.bands import adapt_bands
+from bocage.ssl.encoders.export import load_encoder, save_encoder
+
+BANDS, SIDE, BATCH, STEPS = ["NIR", "R", "G"], 256, 8, 1000
+
+encoder = adapt_bands(load_encoder(sys.argv[1]), BANDS)  # a folder, a .zip or hf:org/name
+save_encoder(encoder, "adapted")
+model = smp.Unet("tu-local-dir:adapted", encoder_weights=True, in_channels=len(BANDS), classes=int(sys.argv[4]))
+mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (encoder.spec.mean, encoder.spec.std))
+images = sorted(Path(sys.argv[2]).glob("*.tif"))
+
+
+def window(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random window, standardised, and its classes."""
+    with rasterio.open(path) as image, rasterio.open(Path(sys.argv[3], path.name)) as label:
+        left, top = (random.randint(0, max(0, length - SIDE)) for length in (image.width, image.height))
+        place = rasterio.windows.Window(left, top, SIDE, SIDE)
+        values = torch.from_numpy(image.read(window=place).astype(np.float32))
+        return (values - mean) / std, torch.from_numpy(label.read(1, window=place).astype(np.int64))
+
+
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+for step in range(STEPS):
+    inputs, targets = (torch.stack(items) for items in zip(*(window(random.choice(images)) for _ in range(BATCH))))
+    loss = torch.nn.functional.cross_entropy(model(inputs), targets, ignore_index=255)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if step % 20 == 0:
+        print(f"step {step}  loss {loss.item():.3f}", flush=True)
+torch.save(model.state_dict(), "model.pt")

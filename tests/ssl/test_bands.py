@@ -1,0 +1,114 @@
+"""Encoders for other bands: what is known stays, what is left out is at its mean, what is new changes nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import segmentation_models_pytorch as smp
+import timm
+import torch
+
+from bocage.shards.errors import InputError
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.normalize import InputSpec, standardize
+from bocage.ssl.encoders.bands import NewBand, adapt_bands
+from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.export import load_encoder, save_encoder
+from bocage.ssl.encoders.registry import build_encoder
+
+AERIAL, S2 = "AERIAL_RGBI", "SENTINEL2_TS"
+SWIN = EncoderConfig(options={"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]})
+UTAE = EncoderConfig(
+    architecture="utae",
+    options={"encoder_widths": [16, 16, 32], "decoder_widths": [16, 16, 32], "d_model": 32, "n_head": 4},
+)
+
+
+def encoder(name: str) -> Encoder:
+    torch.manual_seed(0)
+    channels = len(FLAIR_HUB[name].channels)
+    spec = InputSpec.of(FLAIR_HUB[name], tuple(100.0 + 7 * i for i in range(channels)), (20.0,) * channels)
+    return build_encoder(spec, SWIN if name == AERIAL else UTAE).eval()
+
+
+def maps(model: Encoder, stored: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        values = standardize(stored, model.spec)
+        if not model.spec.series:
+            return model.features(values)
+        dates = torch.tensor([[-30.0, 10.0, 90.0]])
+        return model.features(values, dates, torch.zeros(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", [AERIAL, S2])
+def test_bands_keep_their_weights_wherever_they_stand(name: str) -> None:
+    whole = encoder(name)
+    stored = torch.rand(1, 4, 64, 64) * 200 if name == AERIAL else torch.rand(1, 3, 10, 10, 10) * 200
+    chosen = [whole.spec.bands[at] for at in (3, 0, 1)]
+    some = adapt_bands(whole, chosen)
+    assert some.spec.bands == some.spec.channels == tuple(chosen)
+    assert some.spec.wavelengths == tuple(whole.spec.wavelengths[at] for at in (3, 0, 1))
+    rest = [at for at in range(len(whole.spec.bands)) if at not in (3, 0, 1)]
+    at_mean = stored.clone()
+    for at in rest:
+        at_mean[..., at, :, :] = whole.spec.mean[at]
+    for ours, theirs in zip(maps(some, stored[..., [3, 0, 1], :, :]), maps(whole, at_mean), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    # One more band, as long as nothing is learned of it.
+    more = adapt_bands(whole, [*whole.spec.bands, "X"], {"X": NewBand(5.0, 2.0, wavelength=705.0)})
+    padded = torch.cat([stored, torch.rand_like(stored[..., :1, :, :])], dim=-3)
+    for ours, theirs in zip(maps(more, padded), maps(whole, stored), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert more.spec.wavelengths[-1] == 705.0
+
+
+def test_adapted_encoders_are_saved_and_used_elsewhere(tmp_path: Path) -> None:
+    some = adapt_bands(encoder(AERIAL), ["NIR", "R", "G"])
+    save_encoder(some, tmp_path / "some")
+    image = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        expected = load_encoder(tmp_path / "some").features(image)
+        plain = timm.create_model(f"local-dir:{tmp_path / 'some'}", pretrained=True, features_only=True).eval()(image)
+        # The route by which segmentation-models-pytorch, and with it torchgeo and terratorch, read encoders of timm.
+        net = smp.Unet(f"tu-local-dir:{tmp_path / 'some'}", encoder_weights=True, in_channels=3, classes=5).eval()
+        routed = net.encoder(image)
+    for ours, theirs, through in zip(expected, plain, routed[-4:], strict=True):
+        assert torch.equal(ours, theirs.permute(0, 3, 1, 2))
+        assert torch.equal(ours, through)
+    assert net(image).shape == (1, 5, 128, 128)
+
+
+# Some ten seconds: the example as it stands, but for fewer and smaller windows.
+def test_the_example_trains_on_geotiffs(tmp_path: Path) -> None:
+    save_encoder(encoder(AERIAL), tmp_path / "encoder")
+    for folder, count in (("images", 3), ("labels", 1)):
+        (tmp_path / folder).mkdir()
+        profile = {"driver": "GTiff", "count": count, "height": 90, "width": 100, "dtype": "uint8"}
+        with rasterio.open(tmp_path / folder / "a.tif", "w", **profile) as file:
+            file.write(np.random.default_rng(0).integers(0, 3, (count, 90, 100), np.uint8))
+    source = (Path(__file__).parents[2] / "examples" / "own_geotiffs.py").read_text()
+    assert "256, 8, 1000" in source
+    (tmp_path / "run.py").write_text(source.replace("256, 8, 1000", "64, 2, 21"))
+    line = [sys.executable, "run.py", "encoder", "images", "labels", "3"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 20  loss" in done.stdout
+    assert (tmp_path / "model.pt").is_file()
+
+
+def test_what_cannot_be_adapted_is_told() -> None:
+    whole = encoder(AERIAL)
+    for bands, new, sentence in (
+        (["R", "SWIR"], {}, "band SWIR: the encoder knows R, G, B, NIR; describe others as new"),
+        (["R", "R"], {}, "each can be given once"),
+        (["SWIR"], {"SWIR": NewBand(1.0, 1.0)}, "the encoder knows none of them"),
+        (["R"], {"R": NewBand(1.0, 1.0)}, "new band R: it is not among R, or the encoder knows it"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            adapt_bands(whole, bands, new)
+    heights = build_encoder(InputSpec.of(FLAIR_HUB["DEM_ELEV"], (0.0, 0.0), (1.0, 1.0)), SWIN)
+    with pytest.raises(InputError, match="are read together, as relief, height"):
+        adapt_bands(heights, ["DSM"])
