@@ -25,6 +25,7 @@ COMMANDS = {
     "attention": "draw which dates of a series an encoder looks at",
     "convert": "turn official FLAIR-HUB checkpoints into bocage's folders, and back",
     "replay": "run a bad step of a training again and name what is not finite in it",
+    "doctor": "look at this machine, and at shards, for what training will need",
     "demo": "run the whole path on a simulated sample and print pretrained against scratch",
 }
 """Sub-commands: each is the module of the same name here, with ``add_arguments(parser)`` and ``run(arguments)``."""
