@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bocage.shards.errors import InputError
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "turn official FLAIR-HUB checkpoints into bocage's folders, and back",
     "replay": "run a bad step of a training again and name what is not finite in it",
     "doctor": "look at this machine, and at shards, for what training will need",
+    "completion": "print what lets a shell complete commands and options",
     "demo": "run the whole path on a simulated sample and print pretrained against scratch",
 }
 """Sub-commands: each is the module of the same name here, with ``add_arguments(parser)`` and ``run(arguments)``."""
@@ -43,9 +44,12 @@ def guarded(action: Callable[[], int | None]) -> int:
         return 1
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
+def build_parser(whole: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of the console script.
+
+    Args:
+        whole: sub-commands whose arguments it knows; it imports their modules.
+    """
     parser = argparse.ArgumentParser(
         prog="bocage",
         description="Self-supervised pretraining of Earth-observation encoders on FLAIR-HUB.",
@@ -53,14 +57,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("bocage"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Only the chosen command's module is imported: `bocage sample` need not wait for torch.
-    chosen = next((word for word in words if word in COMMANDS), None)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name == chosen:
+        if name in whole:
             module = importlib.import_module(f"bocage.tools.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # Only the chosen command's module is imported: `bocage sample` need not wait for torch.
+    chosen = next((word for word in words if word in COMMANDS), None)
+    parser = build_parser([chosen] if chosen else [])
     # argparse takes a list of words in one piece only; those after an option, `recipe=X --print-config key=value`,
     # come back as unknown.
     parsed, rest = parser.parse_known_args(words)

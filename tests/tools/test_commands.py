@@ -1,10 +1,11 @@
 """Command lines: words in any order, and wrong values in one sentence."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from bocage.tools.main import main
+from bocage.tools.main import COMMANDS, main
 
 
 # Imports torch and the fine-tuning room: some seconds the first time.
@@ -50,3 +51,23 @@ def test_a_sample_cannot_be_written_below_a_file(tmp_path: Path, capsys: pytest.
     errors = capsys.readouterr().err
     assert errors.startswith("bocage: error: ")
     assert "cannot be made: Not a directory" in errors
+
+
+# Some five seconds: every sub-command's module is imported.
+def test_a_shell_completes_commands_options_and_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "bocage.sh"
+    script.write_text(capsys.readouterr().out)
+    for words, wanted in (("bocage pub", "publish"), ("bocage publish --sc", "--scores"), ("bocage study pr", "probe")):
+        asked = f"COMP_WORDS=({words}); COMP_CWORD={words.count(' ')}; _shtab_bocage; echo ${{COMPREPLY[@]}}"
+        line = ["bash", "--norc", "-c", f"source {script}; {asked}"]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == wanted
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: bocage {command}" in capsys.readouterr().out

@@ -1,0 +1,41 @@
+"""``bocage completion SHELL``: a script that lets a shell complete sub-commands, options and paths."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import shtab
+
+EPILOG = """\
+to have it in every shell:
+  bash: bocage completion bash > ~/.local/share/bash-completion/completions/bocage
+  zsh:  bocage completion zsh > ~/.zfunc/_bocage        (with fpath+=~/.zfunc before compinit in ~/.zshrc)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="for which shell")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the script, which runs without bocage: it knows all options of this version."""
+    from bocage.tools.main import build_parser
+
+    parser = build_parser()
+    _complete_paths(parser)
+    print(shtab.complete(parser, arguments.shell))
+    return 0
+
+
+def _complete_paths(parser: argparse.ArgumentParser) -> None:
+    """Have words that are places completed as files."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _complete_paths(below)
+        elif not action.choices and (action.type is Path or not action.option_strings):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
