@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,8 +77,12 @@ def _measure_missing(config: FinetuneConfig, folders: CellFolders, cell: Cell) -
     patches = ShardPatches(folders.manifest)
     rows = parts_of(config, patches, task)
     reported = rows_with_all(patches, rows["test" if "test" in rows else "valid"], task.modalities)
-    found = {}
-    for name, only in sensor_sets(task.modalities).items() if len(reported) else ():
+    found: dict[str, dict[str, Any]] = {}
+    sets = sensor_sets(task.modalities) if len(reported) else {}
+    for name, only in sets.items():
+        if same := next((part for part in found if sets[part] == only), None):  # of two sensors
+            found[name] = found[same]
+            continue
         matrices = confusion(
             task, folders.manifest, reported, batch_size=config.batch_size, workers=config.workers, only=only
         )

@@ -54,8 +54,9 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
     if unused := set(config.encoders) - set(inputs):
         raise InputError(f"encoders: {', '.join(sorted(unused))} not among the modalities {', '.join(inputs)}")
     for name in config.labels:
-        if registry[name].role != "label":
-            raise InputError(f"labels: {name} is not a label; labels: {', '.join(m.name for m in registry.labels)}")
+        if name not in registry or registry[name].role != "label":
+            there = ", ".join(modality.name for modality in registry.labels) or "none"
+            raise InputError(f"labels: {name} is not a label that {manifest.path} holds; labels there: {there}")
     tasks = [config.tasks.get(name, TaskConfig()) for name in config.labels]
     targets = [
         Target(label=registry[name], band=task.level - 1, grouping=task.grouping)

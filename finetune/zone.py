@@ -273,6 +273,8 @@ def _windows(
         if not len(rows):
             continue
         batch = batch.subset(rows.tolist())
+        for name in inputs:
+            rasters[name].doubt_units(batch.values[name].numpy(), task.model.encoder(name).spec)
         data = covered(batch, inputs, plan.size)
         with torch.no_grad():
             logits = {name: values.float().cpu() for name, values in task.logits(batch.to(device)).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -24,9 +25,12 @@ from bocage.finetune.task import Segmentation
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.normalize import InputSpec
+from bocage.shards.rasters import gdal_reason
 from bocage.shards.stream import days_since_may
 
 _FINER = 0.75  # of the pixel that a model reads: finer ones are averaged
+_FAR = 20.0  # times: the largest values of some windows are not that far from the mean
 _BESIDE = 1e-3  # pixels: nearer grids are one
 _GDAL_TYPES = {"uint8": "Byte", "int16": "Int16", "uint16": "UInt16", "float32": "Float32"}
 _TOLERANCE = 0.5  # pixels by which two coordinate systems may put the corners of a raster apart
@@ -73,11 +77,12 @@ class ZoneRaster:
         nodata_below: float | None = None,
     ) -> None:
         self.name, self.path, self.gsd, self.dates, self._nodata_below = name, path, gsd, dates, nodata_below
+        self._doubted = False
         self._shape = (bands,) if dates is None else (len(dates), bands)
         try:
             self._file = rasterio.open(path)
         except RasterioError as error:
-            raise InputError(f"{name}={path}: cannot be opened as a raster: {' '.join(str(error).split())}") from error
+            raise InputError(f"{name}={path}: cannot be opened as a raster: {gdal_reason(error)}") from error
         transform = self._file.transform
         if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
             raise InputError(f"{path} is turned or has no georeference: write it north up, e.g. with gdalwarp")
@@ -171,19 +176,40 @@ class ZoneRaster:
             return np.full((*self._shape, pixels, pixels), np.nan, np.float32)
         try:
             with WarpedVRT(self._file, **settings) as view:
-                values = view.read(self._bands).astype(np.float32)
+                stored = view.read(self._bands)
                 if self._counted:
                     there = self._reached(left, top, pixels)
                 elif self._has_alpha or self._adds_alpha:
                     there = view.read(view.count) > 0
                 else:
-                    there = view.read_masks(self._bands) > 0
+                    # GDAL's own masks of a warped raster read it once more for each band: of a series of large blocks
+                    # they take a hundred times as long as the values, which tell the same.
+                    nodata = self._file.nodata
+                    there = ~np.isnan(stored) if np.isnan(nodata) else stored != nodata
         except RasterioError as error:
-            raise InputError(f"{self.path}: cannot be read: {' '.join(str(error).split())}") from error
+            raise InputError(f"{self.path}: cannot be read: {gdal_reason(error)}") from error
+        values = stored.astype(np.float32)
         values[~np.broadcast_to(there, values.shape)] = np.nan
         if self._nodata_below is not None:
             values[values < self._nodata_below] = np.nan
         return values.reshape(*self._shape, pixels, pixels)
+
+    def doubt_units(self, values: np.ndarray, spec: InputSpec) -> None:
+        """Say once, on stderr, that values of some windows are far from all that the model has learned from.
+
+        Reflectances from 0 to 1 where it read whole numbers, say, give a map without an error.
+        """
+        if self._doubted or spec.representation != "linear":
+            return
+        large, usual = float(np.nanmax(values, initial=-math.inf)), np.array(spec.mean)
+        if not np.isfinite(large) or usual.min() <= 0 or usual.min() / _FAR < large < usual.max() * _FAR:
+            return
+        self._doubted = True
+        print(
+            f"bocage: {self.path}: values up to {large:.3g}, where the model has learned {self.name} from means of "
+            f"{usual.min():.3g} to {usual.max():.3g}: are they in the same units?",
+            file=sys.stderr,
+        )
 
     def _on_its_pixels(self, left: float, top: float) -> bool:
         """Whether a grid with this corner has the raster's own pixels, which then need not be resampled."""
@@ -253,6 +279,8 @@ def open_rasters(
             bands = len(FLAIR_HUB[mask].bands)
             found[mask] = ZoneRaster(mask, files[mask], bands, found[series].gsd, found[series].dates, counted=True)
     reference = found[given[0]]
+    if reference.extent.crs is None:
+        print(f"bocage: {reference.path} has no coordinate system, and the map will have none", file=sys.stderr)
     for raster in found.values():
         raster.check_crs(reference)
         if not raster.overlaps(reference.extent):
@@ -268,11 +296,15 @@ def read_dates(path: Path) -> np.ndarray:
     """
     try:
         lines = path.read_text(encoding="utf-8").split()
-        return np.array([date.fromisoformat(line).toordinal() for line in lines]) - date(1970, 1, 1).toordinal()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: one date a line is expected, as 2021-05-15: {error}") from error
+    found = []
+    for line in lines:
+        try:
+            found.append(date.fromisoformat(line).toordinal())
+        except ValueError as error:
+            raise InputError(f"{path}: {line!r} is not a date; one a line is expected, as 2021-05-15") from error
+    return np.array(found, np.int64) - date(1970, 1, 1).toordinal()
 
 
 def window_batch(

@@ -120,6 +120,12 @@ def _merge(config: Any, layer: Any, source: str) -> Any:
         raise InputError(f"{source}: {refused(config, layer, error)}") from error
 
 
+def _fits(schema: type, name: str) -> bool:
+    """Whether a recipe that comes with bocage is one of a schema."""
+    known = OmegaConf.structured(schema)
+    return all(key in known for layer in _layers(name).values() for key in layer)
+
+
 def _remove(config: Any, key: str) -> None:
     """Take an entry out of a mapping; what a dataclass names cannot be absent."""
     above, _, name = key.rpartition(".")
@@ -159,6 +165,12 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
         raise InputError(f"give one recipe as recipe=NAME; recipes: {_listed()}")
     config: Any = OmegaConf.structured(schema)
     for name, layer in _layers(chosen[0]).items():
+        if not name.endswith(_FILE_ENDINGS) and (alien := [key for key in layer if key not in config]):
+            fitting = ", ".join(other for other in names() if "/" not in other and _fits(schema, other))
+            raise InputError(
+                f"recipe={chosen[0]} is of another command: this one has no {alien[0]!s}, which {name} gives; recipes "
+                f"here: {fitting or 'none that comes with bocage'}"
+            )
         config = _merge(config, layer, f"recipe {name}")
     for key in removed:
         _remove(config, key)

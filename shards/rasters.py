@@ -27,6 +27,12 @@ _RASTER_TYPE, _PIXEL_IS_POINT = 1025, 2
 _LAMBERT_93 = ("EPSG:2154", "EPSG:9793", "EPSG:9794")
 
 
+def gdal_reason(error: Exception) -> str:
+    """Why a raster cannot be read, in one line; rasterio's errors point to GDAL's own words, which are their cause."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return " ".join(str(cause).split()) or type(error).__name__
+
+
 class Raster(NamedTuple):
     """One raster of a patch.
 
@@ -66,9 +72,7 @@ def read(source: Source, modality: Modality) -> Raster:
     except Exception as error:
         if isinstance(error, MemoryError):
             raise
-        raise RasterError(
-            f"{source}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
+        raise RasterError(f"{source}: cannot be read: {gdal_reason(error)}") from error
     _check_crs(source, crs)
     _check(source, modality, bands, pixel)
     if not (math.isfinite(left) and math.isfinite(top)):

@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 
 from bocage import recipes
+from bocage.finetune.config import FinetuneConfig
 from bocage.shards.errors import InputError
 
 
@@ -91,6 +92,17 @@ def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:
         recipes.resolve(Outer, [])
     with pytest.raises(InputError, match="no such file"):
         recipes.resolve(Outer, [f"recipe={tmp_path}/none.yaml"])
+
+
+def test_a_recipe_of_another_command_is_told_as_such() -> None:
+    with pytest.raises(InputError) as caught:
+        recipes.resolve(FinetuneConfig, ["recipe=quickstart"])
+    text = str(caught.value)
+    assert text.startswith(
+        "recipe=quickstart is of another command: this one has no weights, which mae_multimodal gives"
+    )
+    assert "finetune_quickstart" in text
+    assert "label_efficiency" not in text
 
 
 def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:

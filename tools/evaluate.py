@@ -82,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, disable=not is_main()) as progress:
         for name, only in sets.items():
+            if same := next((part for part in parts if sets[part] == only), None):  # of two sensors
+                parts[name] = parts[same]
+                continue
             bar = progress.add_task(name, total=len(rows))
             parts[name] = confusion(
                 task,

@@ -12,7 +12,9 @@ from rich.progress import Progress
 
 from bocage.finetune.predict import complete_rows, predict_patches
 from bocage.finetune.task import Segmentation, load_segmentation
+from bocage.shards.errors import InputError
 from bocage.shards.flairhub import Catalogue
+from bocage.shards.manifest import DATASET_FILE
 from bocage.shards.naming import FOLDER
 from bocage.shards.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.remote import open_shards
@@ -50,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.split is not None:
         rows = patches.split(arguments.split, value)
     rows = complete_rows(task, patches, rows)
+    if arguments.out.resolve() == Path(arguments.source).resolve():
+        raise InputError(f"{arguments.out} is where the patches are: give another folder for the maps")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with Progress() as progress:
         bar = progress.add_task("predicting", total=len(rows))
@@ -71,6 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _patches(source: str, task: Segmentation) -> Patches:
     """Patches of shards, or of a tree where the folder holds one."""
     folder = Path(source)
+    if folder.is_file():
+        raise InputError(f"{source} is a file: give the folder of shards or of a FLAIR-HUB tree that it lies in")
+    if folder.is_dir() and not (folder / DATASET_FILE).exists() and not any(map(FOLDER.match, os.listdir(folder))):
+        raise InputError(
+            f"{source} holds neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders as D012-2019_AERIAL_RGBI): "
+            "give the folder that has them"
+        )
     if not (folder.is_dir() and any(FOLDER.match(name) for name in os.listdir(folder))):
         return ShardPatches(open_shards(source))
     wanted = [*task.modalities, *task.quality_masks.values(), *task.labels]

@@ -116,6 +116,18 @@ def test_parts_learn_at_rates_of_their_own(simulated: Path, tmp_path: Path, key:
     assert moved == {"encoders", "fusion", "absent", "decoders"} - set(still)
 
 
+def test_sources_of_patches_that_are_none(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_segmentation(build_task(config(shards, tmp_path), Manifest.open(shards)), tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    for source, out, sentence in (
+        (tmp_path / "empty", "out", "holds neither shards (dataset.json) nor a FLAIR-HUB tree"),
+        (next(shards.glob("*.tar")), "out", "is a file: give the folder of shards"),
+        (shards, shards, "is where the patches are: give another folder for the maps"),
+    ):
+        assert main(["predict", str(tmp_path), str(source), str(tmp_path / out)]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_patches_of_which_a_model_sees_nothing_get_no_map(
     simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,8 +286,8 @@ def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path)
         ({"modalities": ["DEM_ELEV"]}, r"DEM_ELEV is not an input that .* holds; inputs there: AERIAL_RGBI"),
         ({"modalities": [COSIA]}, r"is not an input"),
         ({"encoders": {"SPOT_RGBI": "x"}}, r"encoders: SPOT_RGBI not among the modalities AERIAL_RGBI"),
-        ({"labels": [LPIS]}, r"unknown modality 'ALL_LABEL-LPIS'"),
-        ({"labels": [AERIAL]}, r"labels: AERIAL_RGBI is not a label; labels: AERIAL_LABEL-COSIA"),
+        ({"labels": [LPIS]}, r"labels: ALL_LABEL-LPIS is not a label that .* holds; labels there: AERIAL_LABEL-COSIA"),
+        ({"labels": [AERIAL]}, r"labels: AERIAL_RGBI is not a label that .* holds; labels there: AERIAL_LABEL-COSIA"),
         ({"labels": []}, r"labels: name at least one"),
         ({"labels": [COSIA, COSIA]}, r"each can be given once"),
         ({"tasks": {COSIA: TaskConfig(level=2)}}, r"has levels 1 to 1, not 2"),

@@ -233,6 +233,23 @@ def test_heights_that_no_ground_has_are_holes(tmp_path: Path) -> None:
     assert not (found[:, :256] == NODATA).any()
 
 
+def test_values_in_other_units_are_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reflectances where the model has learned from digital numbers, or larger numbers than bytes."""
+    chosen = model(AERIAL)
+    usual = np.array(chosen.model.encoder(AERIAL).spec.mean)
+    for values, doubted in ((ground(300, 300).astype(np.float32) / 255, True), (ground(300, 300), False)):
+        assert values.max() < usual.min() / 20 or not doubted
+        path = write(tmp_path / f"{doubted}.tif", values, 0.2, crs=None)
+        rasters, reference = open_rasters(chosen, {AERIAL: path}, {})
+        map_zone(chosen, rasters, plan_zone(chosen, reference, 12.8), tmp_path / str(doubted))
+        said = capsys.readouterr().err
+        assert (said.count("are they in the same units?") == 1) == doubted
+        assert f"{path} has no coordinate system, and the map will have none" in said
+    large = write(tmp_path / "large.tif", np.full((4, 60, 60), 4000, np.uint16), 0.2)
+    with pytest.raises(InputError, match=r"large.tif holds uint16, and models learn AERIAL_RGBI from uint8"):
+        open_rasters(chosen, {AERIAL: large}, {})
+
+
 def test_windows_end_with_the_zone(tmp_path: Path) -> None:
     """A window over the edge sees less ground than any that models learn from: relief is that of another mean."""
     chosen = model(AERIAL)
@@ -400,7 +417,11 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, capsys: pytest
         (run, [f"{AERIAL}={degrees}"], "degrees.tif is in EPSG:4326, not in metres"),
         (both, [good, series], f"--dates {S2}=FILE is missing"),
         (both, [good, series, *dated], "good.tif has 4 bands; SENTINEL2_TS needs 30 of 3 dates with 10 bands each"),
-        (both, [good, series, "--dates", f"{S2}={tmp_path / 'bad.txt'}"], "bad.txt: one date a line is expected"),
+        (
+            both,
+            [good, series, "--dates", f"{S2}={tmp_path / 'bad.txt'}"],
+            "bad.txt: '15' is not a date; one a line is expected",
+        ),
         (both, [good, f"{S2}={far}", "--dates", f"{S2}={dates_file(tmp_path, 1)}"], "utm.tif is in EPSG:32631 and"),
         (both, [good, f"{S2}={away}", *dated], "away.tif and"),
         (run, [f"{AERIAL}={feet}"], "feet.tif is in EPSG:2263, not in metres"),
