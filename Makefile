@@ -1,11 +1,11 @@
 # make demo: the whole path on a simulated sample; make test: everything CI checks; make study: label studies on simulated
-# scenes (make study-docs: with its reports in docs/study). All install into .venv first.
+# scenes (make study-docs: with its reports in docs/study); make docs: the documentation as pages. All install into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bocage-installed
 
-.PHONY: demo study study-docs test slow lint install clean
+.PHONY: demo docs study study-docs test slow lint install clean
 
 install: $(STAMP)
 
@@ -31,6 +31,12 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/site/pages.py build/docs-src
+	$(BIN)/sphinx-build -W -q -b html -c docs/site build/docs-src build/docs
+	@echo "documentation: build/docs/index.html"
 
 slow: $(STAMP)
 	$(BIN)/pytest -m slow

@@ -338,7 +338,7 @@ class UPerFuse(nn.Module):
         return Encoded(rows, [maps[index] for index in self._maps_of_stages[name]], logits)
 
     def fuse(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid]) -> list[torch.Tensor]:
-        """The fused maps (samples, widths[i], *grids[i]), finest first, from what the encoders found."""
+        """The fused maps, ``(samples, widths[i], *grids[i])``, finest first, from what the encoders found."""
         return [self._stage(stage, grid, samples, encoded) for stage, grid in enumerate(grids)]
 
     def _stage(self, stage: int, grid: Grid, samples: int, encoded: Mapping[str, Encoded]) -> torch.Tensor:

@@ -47,7 +47,7 @@ def uniform(seeds: torch.Tensor, purpose: str, *shape: int) -> torch.Tensor:
         shape: trailing shape of the draws of one sample.
 
     Returns:
-        (B, *shape) float32 on the device of ``seeds``, with 24 random bits each.
+        ``(B, *shape)`` float32 on the device of ``seeds``, with 24 random bits each.
     """
     count = 1
     for size in shape:
@@ -59,7 +59,7 @@ def uniform(seeds: torch.Tensor, purpose: str, *shape: int) -> torch.Tensor:
 
 
 def integers(seeds: torch.Tensor, purpose: str, high: int, *shape: int) -> torch.Tensor:
-    """Integers in [0, high), (B, *shape) int64; see ``uniform``."""
+    """Integers in [0, high), ``(B, *shape)`` int64; see ``uniform``."""
     return (uniform(seeds, purpose, *shape) * high).long().clamp_(max=high - 1)
 
 

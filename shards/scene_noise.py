@@ -78,7 +78,7 @@ class SmoothField:
             cell, amplitude = cell / 2, amplitude * roughness
 
     def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """The fields at ground positions (metres): (H,) rows and (W,) columns -> (*shape, H, W) float32."""
+        """The fields at ground positions (metres): (H,) rows and (W,) columns -> ``(*shape, H, W)`` float32."""
         octaves = (
             interpolate(knots, (rows - self._origin) / cell, (columns - self._origin) / cell)
             for cell, knots in self._octaves

@@ -1,0 +1,31 @@
+"""The documentation: links lead somewhere, and every key of every recipe is told. ``make docs`` builds the pages."""
+
+import re
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = runpy.run_path(str(ROOT / "docs" / "site" / "pages.py"))
+
+
+# Some seconds: the rooms are imported for their dataclasses.
+def test_links_lead_somewhere_and_every_key_is_told(tmp_path: Path) -> None:
+    PAGES["put_together"](tmp_path / "out")  # raises on either
+    keys = (tmp_path / "out" / "reference" / "recipes.md").read_text()
+    for key in ("engine.optimizer.learning_rate", "masking.ratio", "modality_dropout", "shares", "cache.size"):
+        assert f"| `{key}` |" in keys
+    assert "| `utae.architecture` | `utae` |" in keys  # of this key, and not of its class
+    home = (tmp_path / "out" / "index.md").read_text()
+    for name in re.findall(r"\]\(([^)#]+\.(?:md|png|svg))", home):
+        assert (tmp_path / "out" / name).is_file(), name
+
+
+def test_anchors_of_pages_exist() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", path.read_text()):
+            if target.startswith("http"):
+                continue
+            page = path if not target else path.parent / target
+            heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+            known = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+            assert anchor in known, f"{path.name}: {target}#{anchor}"
