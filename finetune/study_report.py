@@ -88,7 +88,7 @@ def write_report(study: StudyConfig, out: Path) -> Path:
         "tables.tex": study_tables.to_latex([table for section in sections for table in section.tables]),
     }
     grid, folders = cells(study), CellFolders(study)
-    template = resources.files("bocage.finetune").joinpath("study_report.html").read_text(encoding="utf-8")
+    template = resources.files("bocage.finetune").joinpath("study_report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     written[PAGE] = environment.from_string(template).render(
         title="Labels and encoders: " + ", ".join(study.starts),

@@ -43,6 +43,7 @@ CHANGEABLE_KEYS = (
 A new ``engine.steps`` stretches or shortens the cosine from the resumed step on.
 """
 
+_CODE = (".py", ".yaml", ".jinja", ".toml")
 _LIBRARIES = ("bocage", "torch", "accelerate", "timm", "numpy", "safetensors")
 _REDACTED = "<redacted>"
 _WORDS = r"(?:(?<!mask_)(?<!cls_)token|secret|password|passwd|credentials?|api_?key|access_?key)"
@@ -58,19 +59,25 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the working tree this file is tracked in, ``-dirty`` when it has changes; None outside one."""
+    """Commit of the working tree this file is tracked in; None outside one.
+
+    With ``-dirty`` where code or recipes have changed since. What a run writes there, as reports, changes neither.
+    """
     here = Path(__file__).resolve()
-    commands = (
-        ["git", "ls-files", "--error-unmatch", here.name],
-        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-    )
-    answer = None
-    for command in commands:
-        try:
-            answer = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=20, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-    return answer.stdout.strip() if answer else None
+
+    def told(*words: str) -> str:
+        line = ["git", *words]
+        return subprocess.run(
+            line, cwd=here.parent, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
+    try:
+        told("ls-files", "--error-unmatch", here.name)
+        revision = told("rev-parse", "HEAD")
+        changed = told("diff", "--name-only", "HEAD", "--", *(f":(top)*{ending}" for ending in _CODE))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{revision}-dirty" if changed else revision
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
