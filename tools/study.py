@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the study's output")
     report.set_defaults(act=_report)
 
-    demo = actions.add_parser("demo", help="a small study from nothing: a quarter of an hour, 2 GB")
+    demo = actions.add_parser("demo", help="a small study from nothing: under twenty minutes, 2 GB")
     demo.add_argument("out", metavar="OUT", type=Path, help="folder for everything; run again, it goes on")
     demo.add_argument("--report", type=Path, metavar="FOLDER", help="where the two reports go (default: in OUT)")
     demo.add_argument("--processes", type=positive, default=2, help="trainings at a time (default: %(default)s)")
