@@ -195,7 +195,7 @@ def test_without_a_network_one_sentence_says_what_to_do(hub: Callable[..., None]
         ("hf:name", r"not of the form hf:org/name"),
         ("hf:a/b/c", r"not of the form hf:org/name"),
         ("hf:bad name!/x", r"cannot be the name of a repository"),
-        ("hf:org/name@", r"not in the local cache"),
+        ("hf:org/name@", r"is not of the form hf:org/name or hf:org/name@revision"),
         ("hf:org/name@../../x", r"not in the local cache|cannot be downloaded"),
         ("imagenet:", r"give a file after 'imagenet:'"),
         ("imagenet:nowhere.safetensors", r"nowhere.safetensors is missing"),
