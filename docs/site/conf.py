@@ -9,7 +9,6 @@ author = copyright = "The bocage developers"
 release = importlib.metadata.version("bocage")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -20,7 +19,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = f"bocage {release}"

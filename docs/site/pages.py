@@ -134,7 +134,7 @@ def recipes_reference() -> str:
         lines += [f"\n## {title}\n", f"{command}\n", "| key | default | |", "|---|---|---|"]
         for key, value, text in rows(schema):
             told = re.sub(r"``([^`]*)``", r"`\1`", text)
-            lines.append(f"| `{key}` | {value} | {told} |".replace("\\|", "|"))
+            lines.append(f"| `{key}` | {value} | {told} |")
     return "\n".join(lines) + "\n"
 
 
