@@ -7,7 +7,6 @@ of the folder's other files (``card.py``), so that they cannot disagree.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from bocage.finetune.measure import region_matrices
 from bocage.finetune.statistics import Estimate, mean_iou, region_weights, strict_counts
 from bocage.finetune.targets import label_scheme
 from bocage.shards.errors import InputError
-from bocage.shards.files import folder_written_whole
+from bocage.shards.files import folder_written_whole, sha256
 from bocage.shards.manifest import EVERY_SAMPLE, Manifest, dated
 from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.normalize import InputSpec
@@ -166,7 +165,7 @@ def publish_encoder(
         _write_json(_preprocessing(encoder.spec), new / PREPROCESSING_FILE)
         (new / RECIPE_FILE).write_text(_recipe(run), encoding="utf-8")
         (new / CARD_FILE).write_text(render_card(new), encoding="utf-8")
-        lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(new.iterdir())]
+        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir())]
         (new / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -174,7 +173,7 @@ def check_publication(folder: Path) -> None:
     """Raise ``InputError`` where a file is not the one that was published, or the card disagrees with the facts."""
     for line in (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise InputError(f"{folder / name} is not the file that was published: publish again")
     if (folder / CARD_FILE).read_text(encoding="utf-8") != render_card(folder):
         raise InputError(f"{folder / CARD_FILE} does not say what {FACTS_FILE} says: publish again")
@@ -330,8 +329,3 @@ def _told(source: str) -> str:
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

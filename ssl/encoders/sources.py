@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from bocage.shards.errors import InputError
+from bocage.shards.files import sha256
 from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
 from bocage.ssl.encoders.export import WEIGHTS_FILE, load_encoder
@@ -76,10 +76,7 @@ def pretrained_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
 def weights_digest(source: str) -> str:
     """SHA-256 of the weights in a folder; of other sources their name."""
     path = Path(source) / WEIGHTS_FILE
-    if not path.is_file():
-        return source
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path) if path.is_file() else source
 
 
 def _tell(text: str) -> None:

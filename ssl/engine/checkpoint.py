@@ -11,7 +11,6 @@ where the averages of the optimiser are divided; every rank reads it, so several
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -29,7 +28,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import flush
+from bocage.shards.files import flush, sha256
 from bocage.ssl.engine import ema
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -103,7 +102,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             return f"the SHA-256 of {name} is not the one it was written with"
     return None
 
@@ -313,12 +312,7 @@ def _write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _entry(path: Path) -> Inventory:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _move_into_place(partial: Path, final: Path) -> None:
