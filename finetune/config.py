@@ -56,6 +56,9 @@ class FinetuneConfig:
         predictions: validation patches to write as GeoTIFFs at the end.
         pictures: validation patches to draw at each evaluation of training: input, label, prediction and errors.
         engine: the training loop.
+
+    Raises:
+        ValueError: a number out of its range, an unknown ``track``, or choices that exclude each other.
     """
 
     recipe: str = ""

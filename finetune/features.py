@@ -57,7 +57,7 @@ class CellFiles:
         return [place for place, key in enumerate(keys) if key not in self._places]
 
     def add(self, keys: Sequence[str], values: torch.Tensor) -> None:
-        """Keep ``values[i]`` as those of ``keys[i]``, in one more file."""
+        """Keep ``values[i]`` of (N, ...) as those of ``keys[i]``, in one more file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
         final = self.folder / f"{name}.safetensors"
@@ -66,7 +66,7 @@ class CellFiles:
         self._places |= {key: (final, index) for index, key in enumerate(keys)}
 
     def read(self, keys: Sequence[str]) -> torch.Tensor:
-        """The values of ``keys``, (len(keys), ...), in that order."""
+        """The values of N ``keys``, (N, ...), in that order."""
         by_file: dict[Path, list[int]] = {}
         for place, key in enumerate(keys):
             by_file.setdefault(self._places[key][0], []).append(place)
@@ -138,7 +138,7 @@ class DenseFeatures:
         return self._of(folder, rows, modalities, of, device, batch_size, workers, progress)
 
     def labels(self, target: Target, rows: np.ndarray, *, batch_size: int, workers: int) -> CellFiles:
-        """(cells, cells) int16 of rows of the manifest: the commonest scored class of a cell, or -1."""
+        """(cells, cells) int16 of rows of the manifest, (N,) int64: the commonest scored class of a cell, or -1."""
 
         def of(batch: Batch) -> torch.Tensor:
             found = commonest(target.truth(batch), target.scheme, self.cells)

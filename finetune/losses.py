@@ -32,6 +32,9 @@ class LossConfig:
         overlap: a loss beside it that counts classes alike, however rare: ``dice`` (Milletari et al. 2016, arXiv
             1606.04797) or ``lovasz`` (Lovasz-Softmax, Berman et al. 2018, arXiv 1705.08790); empty for none.
         overlap_weight: its weight beside the pixels' loss.
+
+    Raises:
+        ValueError: an unknown loss, or a number that is negative or infinite.
     """
 
     pixels: PixelLoss = "cross_entropy"
@@ -91,6 +94,9 @@ class SegmentationLoss(nn.Module):
         config: which loss.
         scheme: the classes of the label.
         key: the key of the configuration, for messages.
+
+    Attributes:
+        weights: (classes,) float32, of the pixels' loss; None without ``class_weights``.
 
     Raises:
         InputError: a weight of a class that is not scored, or a loss of a library that is not installed.

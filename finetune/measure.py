@@ -32,7 +32,7 @@ Confusions = dict[str, ConfusionMatrix]
 def labelled_rows(
     patches: Patches, task: Segmentation, split: str, value: str, *, only: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Rows of one value of a split that have one of a model's labels and at least one of its modalities.
+    """Rows of one value of a split, (N,) int64, that have one of a model's labels and at least one of its modalities.
 
     With ``only``, at least one of these. For an official model they have all of its modalities, see ``complete_rows``.
 
@@ -72,7 +72,7 @@ def confusion(
     Args:
         task: the model, in evaluation mode.
         manifest: open shards.
-        rows: of these patches.
+        rows: (N,) int64, of these patches.
         batch_size, workers: of the reader.
         only: the modalities that the model may see; all when None.
         progress: called with the patches that this rank has done so far.
@@ -118,7 +118,7 @@ def sensor_sets(modalities: Sequence[str], hidden: Sequence[str] = ()) -> dict[s
 
 
 def rows_with_all(patches: Patches, rows: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
-    """Those of the rows that have each of the modalities: sets of sensors are compared on the same patches."""
+    """Those of the rows, (N,) int64, that have each of the modalities: what is compared sees the same patches."""
     for name in modalities:
         rows = rows[patches.held(name)[rows]]
     return rows

@@ -95,7 +95,13 @@ class OfficialModel(nn.Module):
         pad_masks: Mapping[str, torch.Tensor | None] | None,
         label_size: int,
     ) -> Predictions:
-        """Logits of the tasks, and of the auxiliary decoders in either mode; arguments as in ``forward``."""
+        """Logits of the tasks, and of the auxiliary decoders in either mode: (B, classes, label_size, label_size).
+
+        Arguments are those of ``forward``.
+
+        Raises:
+            InputError: see ``forward``.
+        """
         encoded, grids = self._encoded(inputs, dates or {}, pad_masks or {})
         found = self.uperfuse.decode(encoded, len(next(iter(inputs.values()))), grids, label_size)
         return found if self.training else Predictions(found.logits, self.uperfuse.supervise(encoded, label_size))
@@ -146,7 +152,7 @@ class OfficialModel(nn.Module):
             By task, (B, classes, label_size, label_size).
 
         Raises:
-            InputError: a modality of the model, or the dates of a series, are not there.
+            InputError: a modality of the model or the dates of a series are not there, or channels are others.
         """
         encoded, grids = self._encoded(inputs, dates or {}, pad_masks or {})
         return self.uperfuse.decode(encoded, len(next(iter(inputs.values()))), grids, label_size).logits

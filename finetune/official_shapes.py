@@ -39,7 +39,7 @@ def model_of(
     """A model with random weights for the names and shapes of an official checkpoint.
 
     Args:
-        stored: tensors by name, without the prefix of checkpoints.
+        stored: tensors by name, of any shape, without the prefix of checkpoints.
         arch, image_sizes: see ``build_official``; None: those that the shapes tell.
         named: channels of some modalities; the others are taken by their number.
         auxiliary: whether to build the auxiliary decoders that the checkpoint has.

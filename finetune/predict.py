@@ -89,7 +89,11 @@ def readable_modalities(
 
 
 def check_bands(bands: tuple[str, ...], patches: Patches | Manifest, name: str) -> None:
-    """Raise ``InputError`` unless they hold these bands of a modality, in this order."""
+    """Check that patches hold these bands of a modality, in this order.
+
+    Raises:
+        InputError: they hold others.
+    """
     stored = tuple(band.name for band in patches.registry[name].bands)
     if stored != bands:
         raise InputError(
@@ -98,7 +102,7 @@ def check_bands(bands: tuple[str, ...], patches: Patches | Manifest, name: str) 
 
 
 def complete_rows(task: Segmentation, patches: Patches, rows: np.ndarray) -> np.ndarray:
-    """Those of the ``rows`` that a model can predict: with one of its sensors, or, of an official one, with all.
+    """Those of the ``rows``, (N,) int64, that a model can predict: with one of its sensors, an official one with all.
 
     How many are left out is told on stderr.
 
@@ -173,7 +177,7 @@ def predict_patches(
     Args:
         task: the model; put into evaluation mode.
         patches: of shards or a tree. Modalities and labels that they lack are done without.
-        rows: of these patches, at least one; for an official model, ``complete_rows``.
+        rows: (N,) int64, of these patches, at least one; for an official model, ``complete_rows``.
         out: folder, made when missing; files of the same name are replaced.
         batch_size, workers: of the reader.
         device: where the model runs.
@@ -225,7 +229,10 @@ def predict_patches(
 def draw_patches(
     task: Segmentation, patches: Patches, rows: np.ndarray, folder: Path, name: str, *, batch_size: int
 ) -> dict[str, Path]:
-    """Draw predictions of some labelled patches, by label as ``FOLDER/NAME_LABEL.png``, in evaluation mode."""
+    """Draw predictions of some labelled patches, by label as ``FOLDER/NAME_LABEL.png``, in evaluation mode.
+
+    ``rows`` are (N,) int64; the paths are by name, ``predictions/LABEL``.
+    """
     modalities = readable_modalities(task, patches, labels=task.labels)
     panels: dict[str, list[Panel]] = {label: [] for label in task.targets}
     for found in _predicted(task, patches, rows, modalities, batch_size, workers=0):

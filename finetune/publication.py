@@ -63,6 +63,9 @@ class Terms:
             the hub.
         license: of the weights, as the hub writes licences, e.g. ``apache-2.0``.
         data_license: of the data, e.g. ``etalab-2.0``.
+
+    Raises:
+        ValueError: no dataset, or a licence that is not written as on the hub.
     """
 
     dataset: str
@@ -170,7 +173,11 @@ def publish_encoder(
 
 
 def check_publication(folder: Path) -> None:
-    """Raise ``InputError`` where a file is not the one that was published, or the card disagrees with the facts."""
+    """Check that files are those that were published, and that the card agrees with the facts.
+
+    Raises:
+        InputError: a file is another one, or the card disagrees.
+    """
     for line in (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file() or sha256(folder / name) != digest:

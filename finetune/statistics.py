@@ -45,7 +45,10 @@ def strict_iou(counts: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(counts: np.ndarray, scheme: ClassScheme, *, background: bool) -> np.ndarray:
-    """Mean over the classes that there are, (...): the strict mIoU, with or without the scheme's background."""
+    """Mean of (..., 3, C) ``strict_counts`` over the classes that there are, (...): strict mIoU in percent.
+
+    It counts the scheme's background or leaves it out.
+    """
     iou = strict_iou(counts)
     if not background:
         iou = iou[..., [value != scheme.background for value in scheme.scored]]
@@ -111,7 +114,7 @@ class Estimate:
 
 
 def trimmed(values: np.ndarray, interquartile: bool) -> np.ndarray:
-    """Mean over the first axis, or of its middle half (interquartile mean, arXiv 2108.13264)."""
+    """Mean of (N, ...) over the first axis, or of its middle half (interquartile mean, arXiv 2108.13264)."""
     if not interquartile:
         return values.mean(axis=0)
     cut = len(values) // 4

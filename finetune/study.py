@@ -41,6 +41,9 @@ class Share:
         fraction: of them.
         draws: different subsets of that size. Of all patches there is one.
         seeds: trainings on each.
+
+    Raises:
+        ValueError: ``fraction`` outside (0, 1], no draw or seed, or several draws of all patches.
     """
 
     fraction: float
@@ -81,6 +84,9 @@ class StudyConfig:
         missing: also measure trained cells of several sensors without each of them, and with each alone.
         watts: power of what a process runs on, to estimate energy from hours; 0: it is not reported.
         keep_models: keep checkpoints and models of finished runs, not only their scores.
+
+    Raises:
+        ValueError: nothing to run, a name unknown or given twice, a number out of its range, a word of the study's own.
     """
 
     recipe: str = ""
@@ -148,7 +154,11 @@ class Cell:
 
 
 def cells(study: StudyConfig) -> list[Cell]:
-    """All cells of a grid: small shares first, and what starts share side by side."""
+    """All cells of a grid: small shares first, and what starts share side by side.
+
+    Raises:
+        InputError: shares or learning rates so close to each other that two cells would have one name.
+    """
 
     def every() -> Iterator[Cell]:
         for share in sorted(study.shares, key=lambda share: share.fraction):

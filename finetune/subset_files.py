@@ -30,6 +30,9 @@ class SubsetPlan:
         fractions: shares of the labelled patches, under 1.
         draws: subsets of each share up to 0.05.
         draws_above: subsets of each larger one, which differ less.
+
+    Raises:
+        ValueError: no fraction, one that is not between 0 and 1, or draws below 1.
     """
 
     fractions: tuple[float, ...] = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5)

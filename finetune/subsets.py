@@ -33,7 +33,7 @@ class LabelledPatches:
     """What subsets are drawn from.
 
     Attributes:
-        keys, rois, domains: N names each; regions are named with their domain.
+        keys, rois, domains: (N,) names each; regions are named with their domain.
         classes: (label, class) of each of the C scored classes.
         pixels: (N, C) int64, how many of each a patch has.
     """
@@ -46,7 +46,7 @@ class LabelledPatches:
 
     @classmethod
     def read(cls, manifest: Manifest, rows: np.ndarray, targets: Sequence[Target]) -> LabelledPatches:
-        """The patches of some rows of a manifest, and what they have of the classes of some labels."""
+        """The patches of some rows of a manifest, (N,) int64, and what they have of the classes of some labels."""
         parts, names = [], []
         for target in targets:
             scheme = target.scheme
@@ -60,7 +60,7 @@ class LabelledPatches:
         return len(self.keys)
 
     def take(self, index: np.ndarray) -> LabelledPatches:
-        """Some of them."""
+        """Those at the places ``index``, (n,) int64."""
         keys = [self.keys[place] for place in index]
         return LabelledPatches(keys, self.rois[index], self.domains[index], self.classes, self.pixels[index])
 
@@ -81,7 +81,7 @@ def _histograms(manifest: Manifest, rows: np.ndarray, target: Target) -> np.ndar
 
 
 def subset(patches: LabelledPatches, fraction: float, *, draw: int, track: Track) -> np.ndarray:
-    """Places of the patches of a subset, ascending int64.
+    """Places of the patches of a subset, (N,) int64 ascending.
 
     Args:
         patches: what to draw from.
@@ -98,7 +98,11 @@ def subset(patches: LabelledPatches, fraction: float, *, draw: int, track: Track
 
 
 def smallest_fractions(patches: LabelledPatches, fractions: Sequence[float], *, draw: int, track: Track) -> np.ndarray:
-    """(N,) float64: the smallest of the ``fractions`` whose subset holds each patch, NaN where none does."""
+    """(N,) float64: the smallest of the ``fractions`` whose subset holds each patch, NaN where none does.
+
+    Raises:
+        InputError: there is nothing to draw from.
+    """
     order = _order(patches, draw, track)
     rois = patches.rois[order]
     found = np.full(len(patches), np.nan)

@@ -27,6 +27,9 @@ class TaskConfig:
         grouping: what its classes are put together into (``shards.classes.GROUPINGS``), e.g. ``flair_challenge``.
         weight: weight of its loss beside those of other labels.
         loss: how it is learned.
+
+    Raises:
+        ValueError: ``weight`` is not positive.
     """
 
     level: int = 1
@@ -101,7 +104,8 @@ def without_some(
 ) -> dict[str, EncoderInput]:
     """Inputs of which each sample lacks some more, drawn from its seed; one that it has always stays.
 
-    Where all that a sample has would go, the one nearest to staying stays.
+    Modality dropout (ModDrop, Neverova et al., arXiv 1501.00102), but where all that a sample has would go, the one
+    nearest to staying stays.
 
     Args:
         inputs: by modality.

@@ -142,7 +142,7 @@ class Segmentation(nn.Module):
         return self.predictions(batch).logits
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a batch with labels, oriented while training, and what to log of it.
+        """Loss of a batch with labels, a scalar, oriented while training, and what to log of it.
 
         Logged are the share of pixels that are scored, with several labels the loss of each, and where there are
         auxiliary decoders the main loss alone and the mean of theirs.

@@ -237,7 +237,7 @@ class UPerFuse(nn.Module):
         return self.decode(encoded, samples, self.grids(side), size)
 
     def pyramid(self, inputs: Mapping[str, EncoderInput], side: float) -> list[torch.Tensor]:
-        """The fused maps (B, widths[i], H_i, W_i), finest first."""
+        """The fused maps (B, widths[i], H_i, W_i), finest first; arguments and errors are those of ``forward``."""
         encoded, samples = self._encode(inputs)
         return self.fuse(encoded, samples, self.grids(side))
 
@@ -255,7 +255,7 @@ class UPerFuse(nn.Module):
     def supervise(
         self, encoded: Mapping[str, Encoded], size: int
     ) -> dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """Logits of the auxiliary decoders, see ``Predictions.auxiliary``."""
+        """Logits (R, classes, size, size) of the auxiliary decoders, see ``Predictions.auxiliary``."""
         found: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {task: {} for task in self.decoders}
         for name, decoders in self.auxiliary.items():
             if name not in encoded:
@@ -326,7 +326,7 @@ class UPerFuse(nn.Module):
         padding: torch.Tensor | None,
         rows: torch.Tensor,
     ) -> Encoded:
-        """What the encoder of a modality finds in the ``rows`` of a batch; arguments as in ``Encoder.features``."""
+        """What an encoder finds in the ``rows``, (R,) int64, of a batch; other arguments as in ``Encoder.features``."""
         encoder = self.encoder(name)
         logits = None
         if self.official and isinstance(encoder, UTAE) and (self.series_alone or name in self.auxiliary):
@@ -338,7 +338,7 @@ class UPerFuse(nn.Module):
         return Encoded(rows, [maps[index] for index in self._maps_of_stages[name]], logits)
 
     def fuse(self, encoded: Mapping[str, Encoded], samples: int, grids: Sequence[Grid]) -> list[torch.Tensor]:
-        """The fused maps, ``(samples, widths[i], *grids[i])``, finest first, from what the encoders found."""
+        """The fused maps, (samples, widths[i], H_i, W_i) on ``grids[i]``, finest first, of what the encoders found."""
         return [self._stage(stage, grid, samples, encoded) for stage, grid in enumerate(grids)]
 
     def _stage(self, stage: int, grid: Grid, samples: int, encoded: Mapping[str, Encoded]) -> torch.Tensor:

@@ -29,6 +29,9 @@ class DecoderConfig:
         pyramid_width: channels of every level of the feature pyramid.
         width: channels of the map that the last, linear layer reads.
         norm: ``batch`` as the official models have it (needs two samples a rank), or ``group``, which trains with one.
+
+    Raises:
+        ValueError: a width below 1, or an unknown norm.
     """
 
     pyramid_width: int = 256

@@ -56,7 +56,7 @@ class ZoneRaster:
             as many bands as asked for none is.
         bands: how many there are of each date.
         gsd: the pixel that the model reads, metres.
-        dates: of a series, days since 1970-01-01; None for an image.
+        dates: of a series, (T,) days since 1970-01-01; None for an image.
         counted: whether values are counts or classes, which must not be averaged, and whose nodata value is one.
         nodata_below: values under this are holes, whatever the file says.
 
@@ -140,7 +140,11 @@ class ZoneRaster:
         return across and own.top > other.top - other.height and own.top - own.height < other.top
 
     def check_crs(self, reference: ZoneRaster) -> None:
-        """Raise ``InputError`` unless both rasters' coordinate systems put this one at the same place."""
+        """Check that both rasters' coordinate systems put this one at the same place.
+
+        Raises:
+            InputError: they do not, or one of the two rasters has none.
+        """
         own, theirs = self._file.crs, reference._file.crs
         if own == theirs:
             return
@@ -161,7 +165,11 @@ class ZoneRaster:
             )
 
     def read(self, left: float, top: float, side: float) -> np.ndarray:
-        """The ground window, (C, H, W) or (T, C, H, W) float32; NaN where the raster has no data or does not reach."""
+        """The ground window, (C, H, W) or (T, C, H, W) float32; NaN where the raster has no data or does not reach.
+
+        Raises:
+            InputError: the file cannot be read there.
+        """
         pixels = round(side / self.gsd)
         settings: dict[str, Any] = {
             "crs": self._file.crs,
@@ -195,7 +203,7 @@ class ZoneRaster:
         return values.reshape(*self._shape, pixels, pixels)
 
     def doubt_units(self, values: np.ndarray, spec: InputSpec) -> None:
-        """Say once, on stderr, that values of some windows are far from all that the model has learned from.
+        """Say once, on stderr, that values of a window, of any shape, are far from all that the model has learned from.
 
         Reflectances from 0 to 1 where it read whole numbers, say, give a map without an error.
         """

@@ -23,6 +23,9 @@ class AugmentConfig:
         offset: what is added to them and to radar, at most, in standard deviations.
         dates: most dates that are kept of a series, drawn at random.
         jitter: days by which each date of a series is moved at most.
+
+    Raises:
+        ValueError: ``gain`` outside [0, 1), another one negative, ``offset`` infinite, or ``jitter`` over half a year.
     """
 
     gain: float = 0.0

@@ -38,6 +38,9 @@ class CacheConfig:
         folder: shared by all processes of the machine; empty for ``$XDG_CACHE_HOME/bocage/shards`` (``~/.cache``).
         size: what the shards in it may occupy, with a unit (``MB``, ``GB``, ``TB``, ``GiB``) or in bytes. Index and
             table of a dataset lie beside them and do not count.
+
+    Raises:
+        ValueError: ``size`` is not a size such as ``100GB``.
     """
 
     folder: str = ""
@@ -138,7 +141,11 @@ class Cache:
         """Fetch a shard that nobody waits for yet; False if there is no room for it now.
 
         Args:
+            wanted: the shard.
             keep: names of shards that are not to be removed for it.
+
+        Raises:
+            InputError: it cannot be had, or is damaged where it comes from; or the cache cannot be written.
         """
         return (self.folder / wanted.name).exists() or self._fetch(wanted, None, keep) is not None
 
@@ -168,7 +175,11 @@ class Cache:
             raise self._unwritable(error) from error
 
     def bring(self, wanted: Wanted) -> None:
-        """Have one of the files that lie beside the shards; they do not count for the bound."""
+        """Have one of the files that lie beside the shards; they do not count for the bound.
+
+        Raises:
+            InputError: it cannot be had, or is damaged where it comes from; or the cache cannot be written.
+        """
         path, part = self.folder / wanted.name, self.folder / f"{wanted.name}.part"
         try:
             while not self._has(wanted):
@@ -184,7 +195,11 @@ class Cache:
         return False
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a file that is here already in memory beside the shards."""
+        """Put a file that is here already in memory beside the shards.
+
+        Raises:
+            InputError: the cache cannot be written.
+        """
         try:
             path = self.folder / name
             with self._accounts():

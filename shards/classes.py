@@ -16,6 +16,9 @@ class ClassScheme:
     ``classes`` and ``colours`` (``rrggbb``) are indexed by the value. ``unscored`` values exist in the rasters but are
     left out of the official mean IoU and out of the loss (official loss weight 0). ``background`` is the value of
     unlabelled ground, when there is one. ``parents`` gives, for each class, its class one level up.
+
+    Raises:
+        ValueError: there are not as many colours, or parents, as classes.
     """
 
     name: str
@@ -93,6 +96,9 @@ class Grouping:
         source: the scheme of the label raster.
         scheme: the classes that take its place.
         groups: for each class of ``source``, its class in ``scheme``.
+
+    Raises:
+        ValueError: ``groups`` does not give each class of ``source`` one of ``scheme``.
     """
 
     source: ClassScheme

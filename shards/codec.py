@@ -100,7 +100,7 @@ def lossy_dem(registry: Registry) -> Registry:
 
 
 def as_stored(array: np.ndarray, codec: str) -> np.ndarray:
-    """What ``decode`` will give for ``array``: the array itself unless ``codec`` is lossy."""
+    """What ``decode`` will give for ``array``, of any shape: the array itself unless ``codec`` is lossy."""
     for step in CHAINS[codec].transforms:
         if step["id"] == "round" and transforms.fits(step, array):
             array = transforms.rounded(array, step)
@@ -149,7 +149,9 @@ def encode(array: np.ndarray, codec: str) -> bytes:
 
 
 def decode(data: bytes | memoryview) -> np.ndarray:
-    """The array that ``encode`` was given: bit-exact if the chain is lossless, C-contiguous, writable, native.
+    """The array that ``encode`` was given, of any shape, bit-exact if the chain is lossless.
+
+    It is C-contiguous, writable and of native byte order.
 
     Raises:
         CodecError: the bytes are not an intact member. Damage never goes unnoticed and never yields an array.

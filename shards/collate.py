@@ -41,7 +41,7 @@ class PackedBatch:
     Attributes:
         keys, rois: B names each.
         places: by field of ``Batch`` and modality (none for ``seeds`` and ``windows``), where the tensor lies.
-        memory: uint8, the block; shared memory when it was made in a reading process.
+        memory: (bytes,) uint8, the block; shared memory when it was made in a reading process.
     """
 
     keys: list[str]

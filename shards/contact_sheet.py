@@ -52,7 +52,11 @@ def draw_contact_sheet(manifest: Manifest, row: int, path: Path) -> None:
 
 
 def contact_sheet(manifest: Manifest, row: int) -> Figure:
-    """The figure of ``draw_contact_sheet``: images, then a row for each series, then labels with a legend."""
+    """The figure of ``draw_contact_sheet``: images, then a row for each series, then labels with a legend.
+
+    Raises:
+        InputError: an array of the sample is damaged, or is not one of its sensor.
+    """
     key, arrays = manifest.index.key(row), _arrays(manifest, row)
     images = [tile for item in manifest.registry.by_role("image") for tile in _image_tiles(item, arrays.get(item.name))]
     series = manifest.registry.by_role("series")

@@ -45,7 +45,11 @@ def shown_sides(sides: Sequence[float]) -> str:
 
 
 def check_side(side: float, modalities: Iterable[Modality]) -> None:
-    """Raise ``InputError`` unless a window of ``side`` metres can be cut from every modality without resampling."""
+    """Check that a window of ``side`` metres can be cut from every modality without resampling.
+
+    Raises:
+        InputError: it cannot; the message gives the sides that can.
+    """
     sides = valid_sides(modalities)
     if why := misfit(side, sides):
         raise InputError(f"window={side:g}: {why}; windows of these modalities are {shown_sides(sides)} wide")

@@ -36,7 +36,7 @@ class Calendar:
         return self._at(days, 2)
 
     def flowers(self, days: np.ndarray) -> np.ndarray:
-        """Fraction of the green canopy that shows flowers."""
+        """Fraction of the green canopy that shows flowers at ``days`` of the year, same shape."""
         if self.bloom is None:
             return np.zeros_like(days, dtype=np.float64)
         day, width, fraction = self.bloom

@@ -31,7 +31,15 @@ class Probe:
 
 
 def probe(catalogue: Catalogue, rows: np.ndarray) -> Probe:
-    """Encodes a few of the patches ``rows``, evenly spread; raises ``InputError`` when none of them is readable."""
+    """Encodes a few of the patches ``rows``, evenly spread.
+
+    Args:
+        catalogue: the tree.
+        rows: (N,) int64, catalogue indices.
+
+    Raises:
+        InputError: none of these patches is readable, or the source is gone.
+    """
     check_source(catalogue.root)
     tried = rows[:: max(1, len(rows) // _PROBES)][:_PROBES].tolist()
     sizes: list[int] = []

@@ -79,7 +79,11 @@ def flush(path: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Make the folder's parent; raise ``InputError`` unless the folder can be made there and holds nothing yet."""
+    """Make the folder's parent, and check that the folder is not there or holds nothing yet.
+
+    Raises:
+        InputError: it is a file or holds something, or its parent cannot be made.
+    """
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one")

@@ -40,8 +40,8 @@ class Patch:
         domain: ``D012-2019``.
         roi: ``D012-2019/AF-S1-27``.
         sources: GeoTIFFs by modality, in the registry's order; missing ones are not listed.
-        dates: by modality, int32 days since 1970-01-01: one for an image, T for a series and its mask. Not listed where
-            unknown. A day that the metadata leave open (``00``) is the first of the month.
+        dates: by modality, int32 days since 1970-01-01: (1,) for an image, (T,) for a series and its mask. Not listed
+            where unknown. A day that the metadata leave open (``00``) is the first of the month.
         splits: by split name, ``train``, ``valid``, ``test`` or None.
     """
 
@@ -229,7 +229,11 @@ class Catalogue:
 
 
 def read_csv_split(path: str | Path) -> list[str]:
-    """Keys of the patches that a split CSV of the official code lists; raises ``InputError``."""
+    """Keys of the patches that a split CSV of the official code lists.
+
+    Raises:
+        InputError: the file cannot be read as such a CSV, or a line has no path of a patch.
+    """
     keys = []
     for number, row in enumerate(metadata.read_csv_paths(Path(path)), start=2):
         key = next((key for cell in row if (key := naming.key_of_path(cell)) is not None), None)

@@ -104,10 +104,13 @@ class Index:
         return self._dates[series][row].value.values.to_numpy(zero_copy_only=True)
 
     def validate(self, samples: Sequence[int], sizes: Sequence[int]) -> None:
-        """Raise ``InputError`` unless no reader can be led outside a shard, a list or the file by what stands here.
+        """Check that nothing that stands here leads a reader outside a shard, a list or the file.
 
         Args:
             samples, sizes: number of samples and bytes of each shard.
+
+        Raises:
+            InputError: it does, or keys are not plain and distinct, or samples not those of the shards.
         """
         try:
             self._batch.validate(full=True)

@@ -128,6 +128,9 @@ def faults_of(out: Path) -> Iterator[None]:
     """What the system refuses inside, where only ``out`` is written, becomes one sentence that names it.
 
     Readers of the source raise ``RasterError`` or ``InputError``, which pass; so do faults that name other files.
+
+    Raises:
+        InputError: the system refuses to write ``out``.
     """
     try:
         yield
@@ -147,9 +150,12 @@ def faults_of(out: Path) -> Iterator[None]:
 
 
 def check_source(root: Path, patches: Collection[Patch] = ()) -> None:
-    """Raises ``InputError`` when the tree, or a folder or zip of ``patches``, is gone, as when a disk is unmounted.
+    """Check that the tree, and folders and zips of ``patches``, are there still.
 
-    No patch is to blame then.
+    Where they are not, as when a disk is unmounted, no patch is to blame.
+
+    Raises:
+        InputError: the tree is empty or cannot be listed, or a folder or zip is gone.
     """
     try:
         with os.scandir(root) as entries:

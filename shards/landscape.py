@@ -28,7 +28,7 @@ class Shape:
     """A convex polygon, or a segment with a width, to be painted with one surface.
 
     Attributes:
-        points: (n, 2) corners in order; with ``width`` > 0 two ends of a segment (equal ends make a disc).
+        points: (n, 2) corners in order, metres; with ``width`` > 0 two ends of a segment (equal ends make a disc).
         surface: index into the plan's palette.
         width: metres.
         inset: metres by which a polygon is painted smaller.
@@ -59,7 +59,7 @@ class Plan:
         return len(self.surfaces) - 1
 
     def paint(self, points: np.ndarray, surface: Surface, **options: float) -> None:
-        """Add a shape on top of those before."""
+        """Add a shape on top of those before: ``points`` as (n, 2) metres, and further fields of ``Shape``."""
         self.shapes.append(Shape(points, self.surface(surface), **options))
 
 

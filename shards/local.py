@@ -20,7 +20,11 @@ class ShardFiles(Protocol):
         """Path or address of a shard, for messages."""
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """``length`` bytes of a shard from ``offset`` on; raises ``InputError`` naming a shard that lacks them."""
+        """``length`` bytes of a shard from ``offset`` on.
+
+        Raises:
+            InputError: the shard, which is named, lacks them.
+        """
 
     def ahead(self, shards: Sequence[int]) -> None:
         """Says which shards will be read next, soonest first; returns at once."""
@@ -49,7 +53,11 @@ class LocalShards:
         return self._paths[shard]
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """See ``ShardFiles``."""
+        """See ``ShardFiles``.
+
+        Raises:
+            InputError: the shard cannot be opened or read, or ends before.
+        """
         descriptor = self._files.pop(shard, None)
         if descriptor is None:
             try:

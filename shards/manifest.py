@@ -117,6 +117,10 @@ class Manifest:
         counts: ``samples``, ``skipped``, ``source_bytes`` and, by modality, ``present``.
         skipped: by key, why a patch of the tree is not in the shards.
         files: the bytes of the shards; another place's may be set.
+
+    Raises:
+        OtherVersionError: the description is of shards of another version.
+        InputError: it is no description of shards, or contradicts itself.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
@@ -164,7 +168,11 @@ class Manifest:
 
     @classmethod
     def described(cls, path: str | Path) -> Manifest:
-        """As ``open``, but index and table may be damaged: each is checked when it is first asked for."""
+        """As ``open``, but index and table may be damaged: each is checked when it is first asked for.
+
+        Raises:
+            InputError: the path is empty, or holds no description of shards that can be read.
+        """
         if not str(path):
             raise InputError(
                 "shards= is not set: write shards with `bocage shard SRC OUT` (SRC: an unzipped FLAIR-HUB, or a sample "
@@ -270,14 +278,22 @@ class Manifest:
             raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column; raises ``InputError`` naming the columns there are."""
+        """One column.
+
+        Raises:
+            InputError: there is no such column, and the message names those there are; or the table is damaged.
+        """
         names = self._parquet.schema_arrow.names
         if name not in names:
             raise InputError(f"{self.path}: no column {name!r} in the manifest; columns: {', '.join(names)}")
         return self._read(self._parquet.read, columns=[name])[name]
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows of the table in order, some thousands at a time; memory holds no more of it."""
+        """The rows of the table in order, some thousands at a time; memory holds no more of it.
+
+        Raises:
+            InputError: the table is damaged.
+        """
         try:
             yield from self._parquet.iter_batches(_ROWS, columns=columns)
         except (OSError, pa.ArrowException) as error:
@@ -324,7 +340,12 @@ class Manifest:
         return InputSpec.of(self.registry[modality], mean, std)
 
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of one sample as Python values."""
+        """All columns of one sample as Python values.
+
+        Raises:
+            IndexError: there is no such row; negative ones do not count from the end.
+            InputError: the table is damaged.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         if self._group is None or not 0 <= index - self._group[0] < len(self._group[1]):

@@ -56,8 +56,8 @@ class Dates:
     """Acquisition dates of one modality.
 
     Attributes:
-        days: int32 days since 1970-01-01, the distinct lists of dates one after the other, each in the order of the
-            raster's bands.
+        days: (N,) int32 days since 1970-01-01, the distinct lists of dates one after the other, each in the order of
+            the raster's bands.
         bounds: (lists + 1,) int64; list k is ``days[bounds[k]:bounds[k + 1]]``.
         index: (patches,) int32, the list of each patch; -1 where the dates are unknown.
         duplicates: rows for a patch that already had one; the first counts.
@@ -71,7 +71,7 @@ class Dates:
     unreadable: int = 0
 
     def of(self, patch: int) -> np.ndarray | None:
-        """Dates of a patch; None where they are unknown."""
+        """Dates of a patch, (T,) int32 days since 1970-01-01; None where they are unknown."""
         chosen = self.index[patch]
         return None if chosen < 0 else self.days[self.bounds[chosen] : self.bounds[chosen + 1]]
 

@@ -32,6 +32,9 @@ class Band:
     """One band: its name, the physical quantity it measures and, for optical bands, its centre wavelength (nm).
 
     Label bands carry the class scheme of their values instead.
+
+    Raises:
+        ValueError: reflectance without a wavelength, classes without a scheme, or either where it does not belong.
     """
 
     name: str
@@ -77,6 +80,9 @@ class Baseline:
         representation: see ``Modality``.
         mean, std: what they normalise each of these channels with; 0 and 1 where they read raw values.
         alone: the one channel that some of them read instead.
+
+    Raises:
+        ValueError: there is not one mean and one standard deviation a channel.
     """
 
     channels: tuple[str, ...]
@@ -115,6 +121,10 @@ class Modality:
         codec: name of the codec chain of its shard member (see ``codec.py``).
         nodata_below: stored values under this are holes (None: every value is valid).
         sensor: what the simulator needs to know.
+
+    Raises:
+        ValueError: a name with ``.`` or ``/``; a ``size`` and a ``gsd`` in whole millimetres that do not make up a
+            patch; or, of an input, groups that do not hold each channel once.
     """
 
     name: str
@@ -183,7 +193,11 @@ class Modality:
 
     @classmethod
     def from_json(cls, description: Mapping[str, Any]) -> Modality:
-        """The modality described by ``to_json``; raises ``InputError`` on unknown, missing or wrong fields."""
+        """The modality described by ``to_json``.
+
+        Raises:
+            InputError: unknown, missing or wrong fields.
+        """
         values = dict(description)
         try:
             bands = []
@@ -210,7 +224,12 @@ def _tuples(value: Any) -> Any:
 
 
 class Registry(Mapping[str, Modality]):
-    """An ordered, immutable collection of modalities by name. ``with_modality`` returns a larger copy."""
+    """An ordered, immutable collection of modalities by name. ``with_modality`` returns a larger copy.
+
+    Raises:
+        ValueError: a modality is listed twice, or a mask without its series.
+        InputError: a name that is asked for is not listed; the message gives the nearest.
+    """
 
     def __init__(self, modalities: tuple[Modality, ...]) -> None:
         self._by_name = {modality.name: modality for modality in modalities}

@@ -58,7 +58,7 @@ class Moments:
 
     @staticmethod
     def exact(values: np.ndarray) -> bool:
-        """Whether these are integers of which sums are exact: unsigned ones of 8 or 16 bits."""
+        """Whether these, of any shape, are integers of which sums are exact: unsigned ones of 8 or 16 bits."""
         return values.dtype.kind == "u" and values.dtype.itemsize <= 2
 
     def merged(self, other: Moments) -> Moments:
@@ -79,7 +79,7 @@ class Moments:
 
     @property
     def std(self) -> np.ndarray:
-        """Population standard deviation; NaN without values."""
+        """Population standard deviation, (C,) float64; NaN without values."""
         return np.sqrt(np.divide(self.squares, self.count, out=np.full_like(self.mean, np.nan), where=self.count > 0))
 
     def to_json(self) -> dict[str, list[float | None]]:

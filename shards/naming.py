@@ -67,6 +67,6 @@ def unpacked(code: int) -> tuple[int, int, str]:
 
 
 def keys_of(domains: list[str], rois: list[str], codes: np.ndarray) -> list[str]:
-    """Keys of the patches ``codes``."""
+    """Keys of the patches ``codes``, (N,) int64: indices into ``domains`` and ``rois``, and cells, see ``unpacked``."""
     patches = map(unpacked, codes.tolist())
     return [f"{domains[domain]}_{rois[roi]}_{cell}" for domain, roi, cell in patches]

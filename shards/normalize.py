@@ -43,6 +43,9 @@ class InputSpec:
         gsd: ground sampling distance, metres.
         series: whether arrays have a time axis; dates are days since 15 May of their own year.
         nodata_below: stored values under this are holes.
+
+    Raises:
+        ValueError: fields of different lengths, or channels that the representation does not have.
     """
 
     modality: str
@@ -94,7 +97,11 @@ class InputSpec:
 
     @classmethod
     def from_json(cls, description: Mapping[str, Any]) -> InputSpec:
-        """The spec described by ``to_json``; raises ``InputError`` on unknown, missing or wrong fields."""
+        """The spec described by ``to_json``.
+
+        Raises:
+            InputError: unknown, missing or wrong fields.
+        """
         try:
             values = dict(description)
             values.update({key: tuple(values[key]) for key in _TUPLES})
@@ -156,5 +163,5 @@ def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
 
 
 def fill_holes(values: torch.Tensor) -> torch.Tensor:
-    """Standardised values with holes at the mean, so that no NaN reaches an encoder."""
+    """Standardised values, of any shape, with holes at the mean, so that no NaN reaches an encoder."""
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -160,6 +160,6 @@ class EvaluationRequests:
 
 
 def first_seen(values: np.ndarray) -> list[int]:
-    """The distinct values in the order in which they first appear."""
+    """The distinct ones of (N,) values in the order in which they first appear."""
     distinct, first = np.unique(values, return_index=True)
     return distinct[np.argsort(first)].tolist()

@@ -113,7 +113,11 @@ def member_name(key: str, modality: str) -> str:
 
 
 def pack(patch: Patch, registry: Registry) -> Packed:
-    """The members and the manifest row of one patch; raises ``RasterError`` naming the file that is not usable."""
+    """The members and the manifest row of one patch.
+
+    Raises:
+        RasterError: a file, which is named, is not usable, or does not agree with its dates or with the other files.
+    """
     read: dict[str, Raster] = {}
     source_bytes = 0
     for modality in (*registry.inputs, *registry.by_role("mask"), *registry.labels):

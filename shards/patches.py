@@ -47,7 +47,11 @@ class Patches(Protocol):
     def __len__(self) -> int: ...
 
     def split(self, column: str, value: str) -> np.ndarray:
-        """Rows whose split has a value, (N,) int64 ascending; raises ``InputError`` where there is none."""
+        """Rows whose split has a value, (N,) int64 ascending; every row for the column ``all``.
+
+        Raises:
+            InputError: there is no such column, or no such row.
+        """
 
     def held(self, name: str) -> np.ndarray:
         """(patches,) bool: which have a modality, a series with at least one date."""
@@ -55,7 +59,7 @@ class Patches(Protocol):
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
     ) -> Iterator[tuple[Batch, list[Place]]]:
-        """Whole patches in the order of ``rows``, and where they lie; the last batch may be short."""
+        """Whole patches in the order of ``rows``, (N,) int64, and where they lie; the last batch may be short."""
 
 
 class ShardPatches:
@@ -78,11 +82,11 @@ class ShardPatches:
         return len(self.manifest)
 
     def split(self, column: str, value: str) -> np.ndarray:
-        """See ``Patches``."""
+        """See ``Patches``: (N,) int64."""
         return self.manifest.split(column, value)
 
     def held(self, name: str) -> np.ndarray:
-        """See ``Patches``."""
+        """See ``Patches``: (patches,) bool."""
         there: np.ndarray = self.manifest.column(f"length.{name}").to_numpy() > 0
         if self.registry[name].has_dates:
             counts = pc.fill_null(pc.list_value_length(self.manifest.column(f"dates.{name}")), 0).to_numpy()
@@ -92,7 +96,7 @@ class ShardPatches:
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
     ) -> Iterator[tuple[Batch, list[Place]]]:
-        """See ``Patches``."""
+        """See ``Patches``; ``rows`` are (N,) int64."""
         done = 0
         for batch in evaluation_batches(self.manifest, rows, modalities, batch_size=batch_size, workers=workers):
             found = [self.manifest.row(int(row)) for row in rows[done : done + len(batch)]]
@@ -120,7 +124,11 @@ class TreePatches:
         return len(self.catalogue)
 
     def split(self, column: str, value: str) -> np.ndarray:
-        """See ``Patches``."""
+        """See ``Patches``: (N,) int64.
+
+        Raises:
+            InputError: there is no such column, or no such patch.
+        """
         if column == EVERY_SAMPLE:
             return np.arange(len(self), dtype=np.int64)
         splits = self.catalogue.splits
@@ -132,13 +140,13 @@ class TreePatches:
         return rows.astype(np.int64)
 
     def held(self, name: str) -> np.ndarray:
-        """See ``Patches``."""
+        """See ``Patches``: (patches,) bool."""
         return np.array([name in self.catalogue.patch(row).sources for row in range(len(self))])
 
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
     ) -> Iterator[tuple[Batch, list[Place]]]:
-        """See ``Patches``; ``workers`` is not heeded."""
+        """See ``Patches``; ``rows`` are (N,) int64, ``workers`` is not heeded."""
         for start in range(0, len(rows), batch_size):
             with gdal():
                 found = [self._read(int(row), modalities) for row in rows[start : start + batch_size]]

@@ -102,7 +102,7 @@ def order_rows(catalogue: Catalogue, order: Order, seed: int) -> np.ndarray:
 
 
 def cut(catalogue: Catalogue, rows: np.ndarray, order: Order, samples_per_shard: int) -> np.ndarray:
-    """Where shards begin and end in ``rows``, (shards + 1,) int64.
+    """Where shards begin and end in ``rows``, (patches,) int64 of ``order_rows``: (shards + 1,) int64.
 
     With the order ``roi`` a ROI is never split unless it is larger than a shard: it then begins with one.
     """
@@ -134,7 +134,11 @@ def plan_path(out: Path) -> Path:
 
 
 def check_folder(out: Path) -> None:
-    """Raises ``InputError`` when ``out`` is neither new, nor empty, nor a folder of shards that are being written."""
+    """Check that ``out`` is new, empty, or a folder of shards that are being written.
+
+    Raises:
+        InputError: it is something else.
+    """
     if plan_path(out).is_file() or not (out.exists() or out.is_symlink()):
         return
     strangers = not out.is_dir() or any(path.name != PARTS_FOLDER for path in out.iterdir())

@@ -91,7 +91,11 @@ class RemoteShards:
         return self._cache.place.name_of(self._shards[shard].name)
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """See ``ShardFiles``; waits for a shard that is not here yet."""
+        """See ``ShardFiles``; waits for a shard that is not here yet.
+
+        Raises:
+            InputError: the shard cannot be fetched or read, or ends before.
+        """
         data = self._cache.read(self._shards[shard], offset, length)
         if len(data) != length:
             raise InputError(f"{self.name(shard)}: truncated: {length} bytes wanted at {offset}, {len(data)} there")

@@ -61,6 +61,9 @@ class Scan:
         found: folders first, then zips, each by name.
         rois: names of ROIs by their number, in no order.
         zips: file names of zips by their number.
+
+    Raises:
+        InputError: ``root`` is no folder or cannot be listed.
     """
 
     def __init__(self, root: Path, registry: Registry, report: Report) -> None:
@@ -189,7 +192,11 @@ class Joined:
 
 
 def join(scan: Scan, registry: Registry, report: Report) -> Joined:
-    """Brings together what folders and zips hold of each patch. Of a raster that is there twice the first counts."""
+    """Brings together what folders and zips hold of each patch. Of a raster that is there twice the first counts.
+
+    Raises:
+        InputError: there are more domains than a patch's number can tell apart.
+    """
     names = scan.rois
     rois = sorted(names, key=naming.natural)
     index_of = {roi: index for index, roi in enumerate(rois)}

@@ -122,7 +122,7 @@ def _unit(field: np.ndarray) -> np.ndarray:
 
 @cache
 def tiles() -> np.ndarray:
-    """The textures of ``TEXTURES``, (textures, TILE, TILE) float32 in 0..1; the same in every scene, shifted by it."""
+    """The textures of ``TEXTURES`` in 0..1, the same in every scene, shifted by it: (T, TILE, TILE) float32."""
     random = generator("textures")
     fine = _periodic(random, 2) + 0.8 * random.standard_normal((TILE, TILE)).astype(np.float32)
     patches = _periodic(random, 64) + 0.7 * _periodic(random, 16) + 0.6 * fine
@@ -140,5 +140,5 @@ def tiles() -> np.ndarray:
 
 
 def window(rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indexes into a tiling texture for whole pixel positions of any size or sign, ready to broadcast."""
+    """Indexes (H, 1) and (1, W) into a tiling texture for H rows and W columns, pixels of any size or sign."""
     return np.asarray(rows)[:, None] % TILE, np.asarray(columns)[None, :] % TILE

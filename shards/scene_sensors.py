@@ -21,7 +21,7 @@ from bocage.shards.scene_spectra import spectrum
 
 @dataclass(frozen=True)
 class Weather:
-    """The weather of one ROI over a year: soil moisture and snow cover, 0..1, by day."""
+    """The weather of one ROI over a year: soil moisture and snow cover, 0..1, by day of the year, (367,) float64."""
 
     moisture: np.ndarray
     snow: np.ndarray
@@ -120,7 +120,10 @@ def _shares(ground: Ground, surfaces: int, size: int) -> tuple[np.ndarray, np.nd
 
 
 def store(values: np.ndarray, sensor: Sensor, dtype: str, random: np.random.Generator) -> np.ndarray:
-    """Physical values to stored ones: speckle, gain, gamma, offset, noise, rounding and clipping."""
+    """Physical values, of any shape, to stored ones: speckle, gamma, gain, offset, noise, rounding and clipping.
+
+    They are reflectances, linear backscatter, metres or probabilities; ``sensor`` says what is made of them.
+    """
     values = values.astype(np.float32, copy=False)
     if sensor.looks is not None:
         values = values * random.standard_gamma(sensor.looks, values.shape, np.float32) / np.float32(sensor.looks)
@@ -157,7 +160,11 @@ def _classes(scheme: ClassScheme, scene: Scene, ground: Ground, day: float) -> n
 
 
 def label(modality: Modality, scene: Scene, day: float) -> np.ndarray:
-    """A label raster, (C, size, size) in the modality's dtype; cover classes are those of ``day`` of the year."""
+    """A label raster, (C, size, size) in the modality's dtype; cover classes are those of ``day`` of the year.
+
+    Raises:
+        ValueError: a class scheme that the simulator does not have.
+    """
     ground = scene.grounds["now"]
     centres = ((2 * np.arange(modality.size) + 1) * ground.surface.shape[0]) // (2 * modality.size)
     maps = [_classes(scheme, scene, ground, day) for scheme in modality.schemes]
@@ -174,6 +181,9 @@ def image(modality: Modality, scene: Scene, day: float, sun: Sun, orbit: int) ->
     """One cloudless image, (C, size, size) in the modality's dtype.
 
     ``day`` is the day of the year; ``orbit`` tells apart radars that look from different sides.
+
+    Raises:
+        ValueError: a band that images of the simulator do not have.
     """
     era = "then" if modality.historical else "now"
     ground, palette = scene.grounds[era], scene.place.palettes[era]
@@ -236,6 +246,9 @@ def series(modality: Modality, scene: Scene, days: np.ndarray, sky: Sky, orbit: 
         days: (T,) days of the year.
         sky: clouds at these dates; a mask is given the sky of the series that it belongs to.
         orbit: tells apart radars that look from different sides.
+
+    Raises:
+        ValueError: a band that series of the simulator do not have.
     """
     size, ground, palette = modality.size, scene.grounds["now"], scene.place.palettes["now"]
     moisture, snow = scene.weather.moisture[days.astype(int)], scene.weather.snow[days.astype(int)]
@@ -292,7 +305,10 @@ def _swath_edges(values: np.ndarray, modality: Modality, scene: Scene) -> None:
 
 
 def sun_at(day: float, hour_angle: float, latitude: float = 46.0) -> Sun:
-    """The sun over France on ``day`` of the year, ``hour_angle`` radians after noon."""
+    """The sun over France on ``day`` of the year, ``hour_angle`` radians after noon, never lower than 20 degrees.
+
+    Its declination is after Cooper (1969); ``latitude`` is in degrees.
+    """
     declination = math.radians(23.44) * math.sin(2 * math.pi * (day - 81) / 365)
     north = math.radians(latitude)
     sine = math.sin(north) * math.sin(declination) + math.cos(north) * math.cos(declination) * math.cos(hour_angle)

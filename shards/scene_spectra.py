@@ -48,7 +48,7 @@ _TABLE = np.array([_SPECTRA[name] for name in MATERIALS], dtype=np.float64) / 10
 
 
 def spectra(wavelengths: list[float]) -> np.ndarray:
-    """Reflectance of every material at ``wavelengths`` (nm): (materials, wavelengths) float64, clamped outside."""
+    """Reflectance, 0..1, of the M materials at W ``wavelengths`` (nm), clamped outside: (M, W) float64."""
     return np.stack([np.interp(wavelengths, _NODES, row) for row in _TABLE])
 
 

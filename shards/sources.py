@@ -29,7 +29,11 @@ class Source:
         return str(self.path) if self.member is None else f"{self.path}/{self.member.name.decode('utf-8', 'replace')}"
 
     def read(self) -> bytes:
-        """The GeoTIFF's bytes; raises ``RasterError``."""
+        """The GeoTIFF's bytes.
+
+        Raises:
+            RasterError: the file or the zip cannot be read, or the zip is refused.
+        """
         try:
             return self.path.read_bytes() if self.member is None else zips.read(self.path, self.member)
         except zips.ZipError as error:

@@ -37,7 +37,7 @@ def days_since_may(days: np.ndarray) -> np.ndarray:
     """Days since 15 May of the date's own year, the time axis of the official FLAIR-HUB code.
 
     Args:
-        days: integer days since 1970-01-01.
+        days: integer days since 1970-01-01, of any shape; int32 of the same shape is returned.
     """
     dates = days.astype("datetime64[D]")
     may = dates.astype("datetime64[Y]").astype("datetime64[M]") + np.timedelta64(4, "M")
@@ -55,6 +55,9 @@ class ShardDataset(Dataset[Sample]):
         modalities: what to read.
         window: side of the ground window, metres.
         seed: of windows and of everything else that is drawn for a sample.
+
+    Raises:
+        InputError: a window that is not whole pixels, or a modality that the shards do not hold.
     """
 
     def __init__(self, manifest: Manifest, modalities: Sequence[Modality], window: float, seed: int) -> None:
@@ -227,7 +230,7 @@ class TrainingStream:
 
     Args:
         manifest: an open manifest.
-        rows: manifest rows to train on.
+        rows: (N,) int64, manifest rows to train on.
         modalities: what to read.
         batch_size: samples per rank and batch.
         window: side of the ground window, metres.
@@ -273,9 +276,12 @@ def evaluation_batches(
     world: int = 1,
     window: float = PATCH_SIZE,
 ) -> Iterator[Batch]:
-    """Patches, each exactly once over all ranks, in the order of ``rows``; the last batch may be short.
+    """Patches, each exactly once over all ranks, in the order of ``rows``, (N,) int64; the last batch may be short.
 
     They are whole, or of each a ``window`` of so many metres, drawn once and for all.
+
+    Raises:
+        InputError: a window that is not whole pixels, or a modality that the shards do not hold.
     """
     dataset = ShardDataset(manifest, modalities, window, seed=0)
     requests = EvaluationRequests(rows, manifest.index.shard, batch_size, rank, world)

@@ -66,7 +66,11 @@ class TarReader:
         self.size = size
 
     def data(self, offset: int, length: int) -> bytes:
-        """``length`` bytes; raises ``TarError`` when the tar ends before, which is found without reading."""
+        """``length`` bytes from ``offset`` on.
+
+        Raises:
+            TarError: the tar ends before; nothing is read where its size says so.
+        """
         if not (offset >= 0 and 0 <= length <= self.size - offset):
             raise TarError(f"cut off: it would end at byte {offset + length} of a shard of {self.size}")
         data = os.pread(self._descriptor, length, offset)
@@ -75,7 +79,11 @@ class TarReader:
         return data
 
     def header(self, place: int) -> Header | None:
-        """The header at ``place``, None for an empty block; raises ``TarError`` when it is neither."""
+        """The header at ``place``, None for an empty block.
+
+        Raises:
+            TarError: it is neither, or the tar ends before.
+        """
         block = self.data(place, BLOCK)
         if not any(block):
             return None
@@ -109,7 +117,11 @@ class TarReader:
         return header.size
 
     def check_end(self, place: int, tick: Callable[[], None]) -> None:
-        """Raises ``TarError`` unless only the empty blocks of an end stand from ``place`` on."""
+        """Check that only the empty blocks of an end stand from ``place`` on; ``tick`` is called for each piece read.
+
+        Raises:
+            TarError: the end is not whole, or something stands there.
+        """
         if self.size - place < 2 * BLOCK or self.size % tarfile.RECORDSIZE:
             raise TarError(f"cut off: the tar has no whole end after byte {place}")
         for start in range(place, self.size, _CHUNK):

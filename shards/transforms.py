@@ -29,7 +29,7 @@ _MOST_BANDS = 64
 
 
 def fits(step: Step, values: np.ndarray) -> bool:
-    """Whether the step can be applied to ``values``, or undone on them, with these parameters."""
+    """Whether the step can be applied to ``values``, of any shape, or undone on them, with these parameters."""
     match step["id"]:
         case "delta":
             axis = step.get("axis")
@@ -49,7 +49,7 @@ def applied(step: Step, values: np.ndarray) -> tuple[np.ndarray, Step | None]:
 
     Args:
         step: one that ``fits``.
-        values: C-contiguous and not empty; never changed.
+        values: of any shape, C-contiguous and not empty; never changed.
     """
     match step["id"]:
         case "delta":
@@ -64,7 +64,7 @@ def applied(step: Step, values: np.ndarray) -> tuple[np.ndarray, Step | None]:
 
 
 def restored(step: Step, values: np.ndarray) -> np.ndarray:
-    """Undoes ``applied``; may work in place. Rounding stays."""
+    """Undoes ``applied`` on values of the same shape; may work in place. Rounding stays."""
     match step["id"]:
         case "delta":
             return imagecodecs.delta_decode(values, axis=step["axis"], out=values)
@@ -115,7 +115,10 @@ def _axis(step: Step, values: np.ndarray) -> int:
 
 
 def rounded(values: np.ndarray, step: Step) -> np.ndarray:
-    """The nearest multiples of ``step``; NaN, infinities and what lies beyond the limits keep their bits."""
+    """The nearest multiples of the step, in the same shape and dtype.
+
+    NaN, infinities and what lies beyond the limits keep their bits.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         inside = (values >= step["lowest"]) & (values <= step["highest"])
         # The step is a power of two: scaling is exact.

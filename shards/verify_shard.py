@@ -311,7 +311,10 @@ def _label_problems(array: np.ndarray, modality: Modality, row: dict[str, Any]) 
 
 
 def close(stored: np.ndarray, found: np.ndarray) -> bool:
-    """Whether statistics agree: another processor may differ in the last bits, and float32 has few for heights."""
+    """Whether statistics have the same shape and agree.
+
+    Another processor may differ in the last bits, and float32 has few for heights.
+    """
     return stored.shape == found.shape and np.allclose(stored, found, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 

@@ -138,7 +138,10 @@ class Sharding:
     ) -> range:
         """Writes slice ``number``, from 1, ``of`` so many, and no manifest; the shards that make up the slice.
 
-        Slices may run at the same time on any machines that share the folder. Raises as ``write``.
+        Slices may run at the same time on any machines that share the folder.
+
+        Raises:
+            InputError: as ``write``; or the dataset is complete already.
         """
         with faults_of(self.out):
             if self._complete:
@@ -152,7 +155,12 @@ class Sharding:
             return shards
 
     def merge(self) -> Manifest:
-        """Joins what the slices wrote to the manifest; raises ``InputError`` naming what is missing."""
+        """Joins what the slices wrote to the manifest.
+
+        Raises:
+            InputError: slices are missing, which are named; too many patches are unreadable; or ``out`` belongs to
+                another plan, is being written or cannot be.
+        """
         with faults_of(self.out):
             if self._complete:
                 recorded_size(self.out / DATASET_FILE, self._settings)

@@ -58,7 +58,11 @@ class DateAttention:
 
 
 def require_temporal(encoder: Encoder, name: str) -> UTAE:
-    """``encoder``, which must attend over dates; raises ``InputError``, calling it ``name``, when it does not."""
+    """``encoder``, which must attend over dates.
+
+    Raises:
+        InputError: it does not; the message calls it ``name``.
+    """
     if not isinstance(encoder, UTAE):
         raise InputError(
             f"{name}: an encoder of {encoder.spec.modality}, an image: only encoders of series attend over dates"
@@ -67,7 +71,7 @@ def require_temporal(encoder: Encoder, name: str) -> UTAE:
 
 
 def rows_with_dates(manifest: Manifest, modality: str, rows: np.ndarray) -> np.ndarray:
-    """Those of the ``rows`` whose sample has at least one date of the series.
+    """Those of the ``rows``, (N,) int64, whose sample has at least one date of the series.
 
     Raises:
         InputError: the shards do not hold the modality, or none of the rows has a date.
@@ -83,7 +87,7 @@ def rows_with_dates(manifest: Manifest, modality: str, rows: np.ndarray) -> np.n
 
 
 def rows_of_keys(manifest: Manifest, modality: str, keys: list[str]) -> np.ndarray:
-    """Rows of the patches ``keys``, in their order, each once.
+    """Rows of the patches ``keys``, (N,) int64, in their order, each once.
 
     Raises:
         InputError: a key that the shards do not hold, or a patch without a date of the series.
@@ -116,7 +120,7 @@ def attend(
     Args:
         encoder: of a series whose bands the shards hold; put into evaluation mode.
         manifest: open shards.
-        rows: manifest rows that have dates (``rows_with_dates``).
+        rows: (N,) int64, manifest rows that have dates (``rows_with_dates``).
         batch_size: patches at a time.
         device: where the encoder runs.
     """

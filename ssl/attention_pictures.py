@@ -60,7 +60,8 @@ def write_attention(
     ``effective_dates``, of the patch.
 
     Args:
-        encoder, manifest, rows, batch_size, device: as for ``attend``.
+        encoder, manifest, batch_size, device: as for ``attend``.
+        rows: (N,) int64, as for ``attend``.
         out: folder, made when missing; files of the same name are replaced.
         progress: called with the number of patches done so far.
 

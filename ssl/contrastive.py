@@ -37,6 +37,9 @@ class ContrastiveConfig:
             arXiv 1911.05722, without a second encoder: they are as the encoders were then); 0 keeps none.
         temperature: of the softmax; the start when it is learned.
         learn_temperature: whether it is a parameter (as in CLIP, arXiv 2103.00020, at most 100 times sharper than 1).
+
+    Raises:
+        ValueError: a size below 1, a negative ``queue``, a ``temperature`` not positive, a ``cell`` not within a patch.
     """
 
     width: int = 128
@@ -113,7 +116,10 @@ class Contrastive(nn.Module):
         return torch.stack(vectors), torch.stack(known)
 
     def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean of InfoNCE over cells and pairs, the share of cells told apart from all others, and the temperature."""
+        """Mean of InfoNCE over cells and pairs, a scalar, and what to log.
+
+        Logged are the share of cells told apart from all others, and the temperature if it is learned.
+        """
         vectors, known = self.cells(view)
         count = min(self.config.cells, vectors.shape[2])
         draws = uniform(view.seeds, "contrastive cells", vectors.shape[2])

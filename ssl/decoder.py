@@ -30,6 +30,9 @@ class DecoderConfig:
         fusion_depth: self-attention blocks over the visible tokens.
         query_depth: cross-attention blocks from queries to the fused tokens.
         heads: attention heads.
+
+    Raises:
+        ValueError: a number that is too small, or a ``width`` that is not such a multiple.
     """
 
     width: int = 256
@@ -46,7 +49,10 @@ class DecoderConfig:
 
 
 def waves(values: torch.Tensor, width: int, shortest: float, longest: float) -> torch.Tensor:
-    """Sine and cosine of ``values`` at geometrically spaced wavelengths: (..., width) float32."""
+    """Sine and cosine of ``values`` at geometrically spaced wavelengths: (..., width) float32.
+
+    Vaswani et al. 2017, arXiv 1706.03762, with wavelengths from ``shortest`` to ``longest`` in the unit of ``values``.
+    """
     count = width // 2
     exponents = torch.arange(count, device=values.device, dtype=torch.float32) / max(count - 1, 1)
     wavelengths = shortest * (longest / shortest) ** exponents
@@ -55,7 +61,7 @@ def waves(values: torch.Tensor, width: int, shortest: float, longest: float) -> 
 
 
 def ground_encoding(centres: torch.Tensor, width: int) -> torch.Tensor:
-    """Position encoding of places.
+    """Position encoding of places: ``waves`` of either coordinate.
 
     Args:
         centres: (..., 2) metres from the left and the top of the ground window.
@@ -68,7 +74,7 @@ def ground_encoding(centres: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def date_encoding(days: torch.Tensor, width: int) -> torch.Tensor:
-    """Encoding (..., width) of days since 15 May."""
+    """Encoding (..., width) of days since 15 May, by ``waves``."""
     return waves(days, width, _SHORTEST_DAYS, _LONGEST_DAYS)
 
 

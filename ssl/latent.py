@@ -26,6 +26,9 @@ class LatentConfig:
     Attributes:
         decoder: size of the fusion decoder.
         momentum: share of a teacher's weights that stays in a step.
+
+    Raises:
+        ValueError: ``momentum`` outside [0, 1).
     """
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -116,7 +119,7 @@ class Latent(nn.Module):
         return hidden.any(dim=1).flatten(1) & given.present[:, None]
 
     def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean over modalities and samples, and the mean of each modality where it is wanted."""
+        """Mean over modalities and samples, a scalar, and the mean of each modality where it is wanted."""
         tokens, centres = {}, {}
         for name, neck in self.necks.items():
             assert isinstance(neck, Neck)

@@ -30,6 +30,9 @@ class MaskedConfig:
             standardised values themselves.
         dates: hidden dates of a series reconstructed per sample and step.
         weights: weight of a modality's loss by name; those not named weigh 1.
+
+    Raises:
+        ValueError: ``dates`` below 1, or a negative weight.
     """
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -94,6 +97,9 @@ class Masked(nn.Module):
         encoders: by modality; only their widths and strides are used.
         modalities: registry entries.
         config: the objective.
+
+    Raises:
+        InputError: ``weights`` name another modality, or leave none a weight.
     """
 
     def __init__(
@@ -180,7 +186,7 @@ class Masked(nn.Module):
         }
 
     def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted mean over modalities and samples, and the mean of each modality where it is wanted.
+        """Weighted mean over modalities and samples, a scalar, and the mean of each modality where it is wanted.
 
         Every sample weighs the same whatever it lacks: given the encoders' features, the loss of a batch is exactly
         the mean over its parts, be they ranks or accumulated steps. (U-TAE's batch normalisation, as ever, takes its

@@ -47,6 +47,9 @@ class MaskingConfig:
             tokens (``ground.ground_tokens``); one stays.
             When all maps always add up, the deepest need not say anything: a vector that is the same everywhere
             outgrows what they know, and features collapse (docs/design-choices.md).
+
+    Raises:
+        ValueError: a share outside [0, 1], a side that is not positive, or ``packed`` with another ``ratio`` than 0.75.
     """
 
     images: Literal["packed", "mask_token"] = "packed"
@@ -167,13 +170,16 @@ def _misfit(modality: Modality, pixels: int, block: int, images: str) -> str:
 def check_window(
     modalities: Mapping[str, Modality], side: float, config: MaskingConfig, *, reconstructed: bool
 ) -> None:
-    """Raise ``InputError`` unless windows of ``side`` metres can be cut, and divide into what is hidden of them.
+    """Check that windows of ``side`` metres can be cut, and divide into what is hidden of them.
 
     Args:
         modalities: those of a run.
         side: metres.
         config: how they are hidden.
         reconstructed: whether series are divided into mask units, too, which ``masked`` reconstructs.
+
+    Raises:
+        InputError: they cannot or do not; the message gives windows that fit, if there are any.
     """
     blocks = blocks_of(modalities, config)
     cut = valid_sides(modalities.values())

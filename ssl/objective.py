@@ -156,7 +156,13 @@ class Pretraining(nn.Module):
     def encoded(
         self, inputs: dict[str, EncoderInput], masks: dict[str, Mask], seeds: torch.Tensor, samples: torch.Tensor
     ) -> View:
-        """The view of inputs under given masks."""
+        """The view of inputs under given masks.
+
+        Args:
+            inputs, masks: by modality.
+            seeds: (B,) int64, of what is drawn for each sample.
+            samples: (B,) int64, which sample each is.
+        """
         # One transfer a step tells which samples each encoder has to look at.
         flags = torch.stack([~masks[name].whole for name in inputs] + [item.present for item in inputs.values()]).cpu()
         indices = [here.nonzero()[:, 0].to(seeds.device) for here in flags]
@@ -168,7 +174,7 @@ class Pretraining(nn.Module):
         return View(inputs, masks, maps, rows, present, seeds, samples, side, self.masking.images == "packed")
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted sum of the terms, and what to log: each term's loss and figures, features of each encoder."""
+        """Weighted sum of the terms, a scalar, and what to log: their losses and figures, features of each encoder."""
         view = self.view(batch, oriented=self.training)
         losses, logs = [], {}
         for name, term in self.terms.items():

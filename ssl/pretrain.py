@@ -81,6 +81,9 @@ class PretrainConfig:
         engine: the training loop.
         pictures: samples whose reconstruction is drawn at each evaluation (``engine.evaluate_every``) and at the end,
             by the masked objective.
+
+    Raises:
+        ValueError: a number out of its range, an unknown objective, none that weighs, or ``vicreg`` of single samples.
     """
 
     recipe: str = ""
@@ -128,7 +131,12 @@ class PretrainConfig:
 
 
 def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
-    """The encoders and the objective of a run, with the statistics of the shards."""
+    """The encoders and the objective of a run, with the statistics of the shards.
+
+    Raises:
+        InputError: a key that names another modality than those of the run, or encoders, weights of encoders or
+            objectives that cannot be built of them.
+    """
     registry = manifest.registry
     names = config.modalities or [modality.name for modality in registry.inputs]
     for key in ("architectures", "encoders"):
@@ -186,7 +194,12 @@ def export_encoders(task: nn.Module, folder: Path) -> None:
 
 
 def pretrain(config: PretrainConfig) -> Outcome:
-    """Run a recipe to its last step, or resume it; encoders end up in ``output/encoders/MODALITY``."""
+    """Run a recipe to its last step, or resume it; encoders end up in ``output/encoders/MODALITY``.
+
+    Raises:
+        InputError: the recipe has no ``output`` or does not fit the shards; else as ``train``.
+        DivergenceError: see ``EngineConfig.max_bad_steps``.
+    """
     if not config.output:
         raise InputError("output= is empty: give a folder for the run")
     manifest = open_shards(config.shards, config.cache)
@@ -246,7 +259,7 @@ def draws(
 ) -> Callable[[nn.Module, int], dict[str, Path]]:
     """A function (task, step) that draws what the masked decoder makes of some windows, always the same.
 
-    They are of patches that are not trained on, if there are such. It returns the paths by name.
+    They are of patches that are not among ``trained``, (N,) int64 rows, if there are such. It returns paths by name.
     """
     others = np.setdiff1d(np.arange(len(manifest)), trained)
     rows = (others if len(others) else trained)[: config.pictures]

@@ -39,6 +39,9 @@ class ProbeConfig:
         cell: side of a cell, metres, rounded so that cells divide a patch; its label is the commonest scored class.
         neighbours: whose votes decide in kNN.
         penalty: on the squared weights of the linear probe.
+
+    Raises:
+        ValueError: a number out of its range, or more cells than are feasible.
     """
 
     label: str = ""
@@ -250,6 +253,8 @@ def nearest(train: Cells, queries: torch.Tensor, classes: int, neighbours: int) 
 
 def linear_probe(train: Cells, classes: int, penalty: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Multinomial logistic regression on standardised features, fitted by L-BFGS from zero.
+
+    Linear classifier probes are of Alain & Bengio, arXiv 1610.01644.
 
     Returns:
         What tells the classes (N,) of features (N, C).

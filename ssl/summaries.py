@@ -22,6 +22,9 @@ class SummaryConfig:
         width: channels in which sensors are compared.
         hidden: channels of the layer before.
         temperature: of NT-Xent.
+
+    Raises:
+        ValueError: channels below 1, or a ``temperature`` that is not positive.
     """
 
     width: int = 256
@@ -84,7 +87,7 @@ class GlobalContrast(Summaries):
         self.loss = NTXentLoss(temperature=config.temperature, gather_distributed=torch.distributed.is_available())
 
     def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and nothing else to log."""
+        """The loss, a scalar, and nothing else to log."""
         one, other = self.pairs(view)
         with torch.autocast(one.device.type, enabled=False):
             return self.loss(one, other), {}
@@ -100,7 +103,7 @@ class Vicreg(Summaries):
         self.loss = VICRegLoss(gather_distributed=torch.distributed.is_available())
 
     def forward(self, view: View) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and nothing else to log."""
+        """The loss, a scalar, and nothing else to log."""
         one, other = self.pairs(view)
         with torch.autocast(one.device.type, enabled=False):
             return self.loss(one, other), {}

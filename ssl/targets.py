@@ -22,7 +22,7 @@ def to_units(values: torch.Tensor, unit: int) -> torch.Tensor:
 
 
 def from_units(units: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``to_units``."""
+    """The inverse of ``to_units``: (..., H / unit, W / unit, C, unit, unit) to (..., C, H, W)."""
     *lead, rows, columns, channels, unit, _ = units.shape
     order = len(lead)
     values = units.permute(*range(order), order + 2, order, order + 3, order + 1, order + 4)

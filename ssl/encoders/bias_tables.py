@@ -17,9 +17,10 @@ _TABLE = "relative_position_bias_table"
 def resize_bias_tables(weights: Mapping[str, torch.Tensor], encoder: SwinEncoder) -> dict[str, torch.Tensor]:
     """The weights with each table at the size of ``encoder``'s window, larger or smaller; all else is untouched.
 
-    A table holds a bias for each head and each of the (2h - 1) x (2w - 1) offsets between two tokens of an h x w
-    window. Where the windows differ it is resized bicubically, as the code of the Swin paper does. Encoders built for
-    any size keep whole windows; those built at a ``fixed_size`` have smaller ones wherever the map is smaller.
+    A table, (N, heads), holds a bias for each head and each of the N = (2h - 1) x (2w - 1) offsets between two tokens
+    of an h x w window. Where the windows differ it is resized bicubically, as the code of the Swin paper does (Liu et
+    al. 2021, arXiv 2103.14030). Encoders built for any size keep whole windows; those built at a ``fixed_size`` have
+    smaller ones wherever the map is smaller.
 
     Swin v2 needs none of this and passes unchanged: its biases are a function of the offset, computed for any window.
 

@@ -71,7 +71,7 @@ def compare(
     """The report of copying ``stored`` onto ``wanted``.
 
     Args:
-        wanted: tensors of the module.
+        wanted: tensors of the module, of any shape.
         stored: tensors of the file under the module's names, after adaptation.
         adapted, dropped: what was done to the file's tensors before.
         cast: whether floating numbers of another precision are taken, as weights of others may be stored in half or

@@ -11,13 +11,16 @@ from bocage.shards.errors import InputError
 
 
 def check_options(given: Iterable[str], constructor: Callable[..., Any], *, reserved: Iterable[str], of: str) -> None:
-    """Raises ``InputError``, with the nearest valid name, for an option that ``constructor`` does not take.
+    """Check that ``constructor`` takes the options.
 
     Args:
         given: names of the options.
         constructor: its parameters are the valid names,
         reserved: except for these, which are not for the user to set.
         of: what is built, for the sentence.
+
+    Raises:
+        InputError: it does not take one; the message gives the nearest valid name.
     """
     valid = [key for key in inspect.signature(constructor).parameters if key not in set(reserved)]
     for key in given:

@@ -118,7 +118,8 @@ class SwinEncoder(Encoder):
         """See ``Encoder.features``. Maps are (B, C, H, W) in channels-last memory.
 
         Raises:
-            InputError: the sides of the image are not multiples of the patch size.
+            InputError: the sides of the image are not multiples of the patch size, or not ``fixed_size``.
+            TypeError: dates or padding, which images do not have; or a mask without ``mask_token``.
         """
         if dates is not None or padding is not None:
             raise TypeError("Swin reads images: it takes neither dates nor padding")
@@ -141,5 +142,5 @@ class SwinEncoder(Encoder):
         return maps
 
     def forward(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Same as ``features``."""
+        """Same as ``features``, of images (B, C, H, W)."""
         return self.features(values, mask=mask)

@@ -112,6 +112,9 @@ class SinusoidalPositions(nn.Module):
     """Sine and cosine encoding of dates, the same for every head.
 
     Column i of ``width`` has the wavelength 2 pi 1000^(2 floor(i / 2) / width) days (Vaswani et al. 2017).
+
+    Attributes:
+        exponents: (N,) int64, the N even numbers below ``width``.
     """
 
     exponents: torch.Tensor

@@ -27,12 +27,15 @@ def plain_name(name: str) -> str:
 
 
 def plain_weights(encoder: Encoder) -> dict[str, torch.Tensor]:
-    """Weights of a Swin encoder by timm's plain names, the encoder's own tensors; a mask token is left out."""
+    """Weights of a Swin encoder by timm's plain names, the encoder's own tensors, of any shape, but its mask token."""
     return {plain_name(name): tensor for name, tensor in encoder.state_dict().items() if name != "mask_token"}
 
 
 def with_final_norm(weights: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """The weights and the final normalisation, as the identity it starts as; ``width`` is that of the last map."""
+    """The weights, of any shape, and the final normalisation, as the identity it starts as.
+
+    ``width`` is that of the last map and of the normalisation's two tensors, (width,).
+    """
     one = next(iter(weights.values())).new_ones(width)
     return {**weights, **dict(zip(FINAL_NORM, (one, torch.zeros_like(one)), strict=True))}
 

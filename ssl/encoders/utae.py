@@ -291,6 +291,9 @@ class UTAE(Encoder):
             pad_mask: (B, T) bool, True where there is no date; None is the same as all False. T = 0 and series
                 without any valid date are fine: their maps are constants of the weights.
             attention: whether to return the attention.
+
+        Raises:
+            InputError: the frames are too small for the convolutions between levels.
         """
         series = PackedDates.of(dates, pad_mask)
         maps, weights = self._encoded(x, series)
@@ -304,7 +307,12 @@ class UTAE(Encoder):
         padding: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Feature maps, finest (shallowest) first. Masked dates go into ``padding``."""
+        """See ``Encoder.features``; masked dates go into ``padding``. Maps are (B, C, H, W), shallowest first.
+
+        Raises:
+            InputError: see ``forward``.
+            TypeError: no dates, or a mask, which is of images.
+        """
         if dates is None:
             raise TypeError("U-TAE needs dates")
         if mask is not None:

@@ -22,7 +22,11 @@ _WIDTHS = ("encoder_widths", "decoder_widths", "out_conv")
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """Raises ``InputError`` that names the first argument of ``UTAE`` of a wrong type or range, or the pair at odds."""
+    """Check the arguments of ``UTAE``, by name.
+
+    Raises:
+        InputError: one of a wrong type or range, or two at odds; the message names the first.
+    """
     for key, choices in _CHOICES.items():
         _require(given, key, given[key] in get_args(choices), f"one of {', '.join(get_args(choices))}")
     for key, least in _COUNTS.items():

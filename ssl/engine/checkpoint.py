@@ -156,7 +156,11 @@ def _partial(final: Path) -> Path:
 
 @contextmanager
 def disk_faults(what: str, advice: str = "") -> Iterator[None]:
-    """Context that ends with ``InputError`` naming ``what`` when the disk is full or cannot be written."""
+    """Context in which ``what`` is written; ``advice`` ends the message if it cannot be.
+
+    Raises:
+        InputError: the disk is full or cannot be written.
+    """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -192,6 +196,8 @@ def abandon_checkpoint(root: Path, step: int) -> None:
 def write_part(root: Path, step: int, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Inventory]:
     """Write a file of one rank, ``name``, into a checkpoint that was started; returns what to tell about it.
 
+    ``tensors``, by name, are contiguous and of any shape.
+
     Raises:
         InputError: the disk is full or cannot be written.
     """
@@ -225,7 +231,7 @@ def finish_checkpoint(
         ranks: one such mapping a rank, for ``ranks.pt``.
         description: JSON-serialisable facts about the run, stored beside the state.
         parts: what ``write_part`` of every rank told.
-        average: the moving average of the weights by name, for ``ema.safetensors``.
+        average: the moving average of the weights by name, in their shape, for ``ema.safetensors``.
         export: called with ``task`` and an empty folder ``export/``.
 
     Raises:

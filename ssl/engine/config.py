@@ -58,6 +58,9 @@ class EngineConfig:
         tracker: ``metrics.jsonl`` is always written; ``wandb`` (offline when there is no API key) and ``tensorboard``
             come in addition.
         project: name of the tracker's project.
+
+    Raises:
+        ValueError: a number out of its range, an unknown choice, or choices that exclude each other.
     """
 
     steps: int = 10_000

@@ -122,7 +122,7 @@ def _leave() -> None:
 
 
 def largest(accelerator: Accelerator, *flags: torch.Tensor) -> list[int]:
-    """The largest value over all ranks of each flag (small non-negative integers), the same answer on all of them.
+    """The largest value over all ranks of each flag (a scalar, small and not negative), the same answer on all of them.
 
     One all-reduce of a few bytes and one device-to-host copy: what a decision before the optimiser step costs.
     """
@@ -138,7 +138,11 @@ def gathered(value: Value) -> list[Value]:
 
 
 def agreed(action: Callable[[], Value]) -> list[Value]:
-    """What ``action`` gives on every rank, by rank. An ``InputError`` on any of them is raised on all."""
+    """What ``action`` gives on every rank, by rank.
+
+    Raises:
+        InputError: any rank's ``action`` raised it; then all do.
+    """
     value, problem = None, None
     try:
         value = action()
@@ -189,7 +193,7 @@ class _Gather(torch.autograd.Function):
 
 
 def share(tensor: torch.Tensor) -> None:
-    """Give all ranks what rank 0 has in ``tensor``."""
+    """Give all ranks what rank 0 has in ``tensor``, of any shape, in place."""
     if number_of_ranks() > 1:
         torch.distributed.broadcast(tensor, src=0)
 

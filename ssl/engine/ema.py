@@ -56,7 +56,8 @@ class MovingAverage:
     def tensors(self, keep: bool = True) -> dict[str, torch.Tensor]:
         """The averages by name, on the CPU: what ``FILE`` holds. All ranks take part; those that ``keep`` get them.
 
-        Divided ones are put together one by one; buffers are those of rank 0, as in DDP.
+        They have the shape of the whole weights: divided ones are put together one by one. Buffers are those of rank 0,
+        as in DDP.
         """
         found = {}
         for name, value in self._average.items():
@@ -78,7 +79,7 @@ class MovingAverage:
 
 @contextmanager
 def substituted(task: nn.Module, tensors: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
-    """Context in which ``task`` has other parameters and buffers, by name; None leaves it as it is."""
+    """Context in which ``task`` has other parameters and buffers, by name, of the same shape; None changes nothing."""
     if tensors is None:
         yield
         return
@@ -92,7 +93,7 @@ def substituted(task: nn.Module, tensors: Mapping[str, torch.Tensor] | None) -> 
 
 @torch.no_grad()
 def substitute(task: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give ``task`` other parameters and buffers for good."""
+    """Give ``task`` other parameters and buffers, by name, of the same shape, for good."""
     for name, value in _values(task, tensors).items():
         value.copy_(tensors[name])
 

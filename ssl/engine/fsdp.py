@@ -62,17 +62,17 @@ def is_divided(module: nn.Module) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A divided tensor put together (all ranks take part); any other one as it is."""
+    """A divided tensor, of any shape, put together (all ranks take part); any other one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor, in the same memory."""
+    """What this rank has of a tensor of any shape, in the same memory: rows of a divided one, all of another."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of_rows(like: torch.Tensor, rows: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """A tensor divided as ``like`` is, from what ``rows`` gives of the whole one, on the device of ``like``."""
+    """A tensor (N, ...) divided as ``like`` is, from the rows that ``rows`` gives of it, on the device of ``like``."""
     if not isinstance(like, DTensor):
         return rows(slice(0, like.shape[0])).to(like.device)
     local, mesh = like.to_local(), like.device_mesh

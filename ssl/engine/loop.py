@@ -79,8 +79,9 @@ def train(
             ``command`` and ``config``.
 
     Raises:
-        InputError: the output holds a run of another configuration, or cannot be written.
+        InputError: the output holds a run of another configuration or cannot be written, or a package is missing.
         DivergenceError: see ``EngineConfig.max_bad_steps``.
+        ValueError: ``monitor`` is no metric of ``evaluate``, or the task has no parameter to train.
     """
     if monitor is not None and evaluate is None:
         raise ValueError(f"monitor={monitor!r} needs evaluate")

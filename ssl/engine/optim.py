@@ -44,6 +44,9 @@ class OptimizerConfig:
             official FLAIR-HUB code).
         warmup_steps: optimiser steps of warm-up.
         final_learning_rate: where ``cosine`` ends, as a fraction of ``learning_rate``.
+
+    Raises:
+        ValueError: an unknown name or schedule, a number out of its range, or ``one_cycle`` with an end of ``cosine``.
     """
 
     name: OptimizerName = "adamw"
@@ -85,7 +88,8 @@ class OptimizerConfig:
 def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Learning rate of update ``step`` (0, 1, ..., steps - 1) as a fraction of the peak rate.
 
-    A function of the step and nothing else: there is no scheduler state to save or to get out of step.
+    A function of the step and nothing else: there is no scheduler state to save or to get out of step. Where the
+    schedules come from is told at ``OptimizerConfig``.
     """
     if config.schedule == "one_cycle":
         # As torch's OneCycleLR, which reaches the peak at the last step of the warm-up.
@@ -196,6 +200,9 @@ def build_optimizer(
         global_batch: samples of one step over all ranks and micro-batches, for ``base_batch``.
         device: where the task will be. AdamW is one fused kernel where that device has it.
         parameter_groups: replaces ``decay_groups``; each group may set its own ``weight_decay`` and ``lr_scale``.
+
+    Raises:
+        ValueError: there is no parameter to train.
     """
     found = parameter_groups(task) if parameter_groups is not None else decay_groups(task, config)
     if not found:

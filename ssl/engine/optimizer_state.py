@@ -33,7 +33,10 @@ def gathered_whole(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, An
 
 
 def divided(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """``optimizer.state_dict()`` with None for divided tensors, and this rank's parts of those, on the CPU, by name."""
+    """``optimizer.state_dict()`` with None for divided tensors (N, ...), and this rank's rows of those, by name.
+
+    These are on the CPU.
+    """
     saved = optimizer.state_dict()
     parts = {
         f"{index}.{name}": part(value).detach().cpu().contiguous()

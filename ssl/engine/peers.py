@@ -32,9 +32,10 @@ class Peers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Context that ends with ``InputError`` naming the rank when a collective failed because of it.
+        """Context that tells which rank is to blame when a collective fails. Other errors pass as they are.
 
-        Other errors pass as they are.
+        Raises:
+            InputError: a collective failed because a rank, which is named, is gone or hangs.
         """
         if self._world == 1:
             yield

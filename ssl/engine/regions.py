@@ -65,6 +65,8 @@ def compiled(task: nn.Module, backend: CompileBackend) -> Iterator[None]:
 def recomputed(task: nn.Module, wanted: bool) -> Iterator[None]:
     """Context in which encoders keep no activations of their blocks but compute them again in the backward pass.
 
+    Activation checkpointing: Chen et al., arXiv 1604.06174.
+
     Raises:
         InputError: no part of ``task`` can.
     """

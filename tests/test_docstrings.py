@@ -1,0 +1,217 @@
+"""What is public in the library says in its docstring what it raises and what shapes its arrays have."""
+
+import ast
+import builtins
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("shards", "ssl", "finetune")
+# Methods that a reader knows by their class: its docstring may speak for them.
+OF_THE_CLASS = ("__init__", "__post_init__", "__call__", "__iter__", "__getitem__", "forward")
+# A broken invariant or what a subclass has to write is a fault in code, not something that callers handle.
+FAULTS = {"AssertionError", "NotImplementedError"}
+ARRAY = re.compile(r"\b(Tensor|NDArray|ndarray)\b")
+WORDS = re.compile(r"\b(scalars?|of any shape|(same|its|their|whose|array's) shape|shape of)\b")
+SIZE = re.compile(r"([A-Za-z](_?[a-z0-9])?|\d{1,3}|\.\.\.)(?=$| [-+*/])")
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Public(NamedTuple):
+    """A function or method, or a class of fields, and the text that documents it."""
+
+    name: str
+    node: Function | ast.ClassDef
+    text: str  # its docstring
+    around: str  # that of its class
+
+
+def is_public(name: str) -> bool:
+    return not name.startswith("_")
+
+
+def publics(tree: ast.Module) -> Iterator[Public]:
+    for node in tree.body:
+        if isinstance(node, Function) and is_public(node.name):
+            yield Public(node.name, node, ast.get_docstring(node) or "", "")
+        elif isinstance(node, ast.ClassDef) and is_public(node.name):
+            around = ast.get_docstring(node) or ""
+            yield Public(node.name, node, around, around)
+            for method in node.body:
+                if isinstance(method, Function) and (is_public(method.name) or method.name in OF_THE_CLASS):
+                    yield Public(f"{node.name}.{method.name}", method, ast.get_docstring(method) or "", around)
+
+
+@cache
+def modules() -> dict[Path, ast.Module]:
+    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def ancestors(name: str, bases: dict[str, list[str]]) -> set[str]:
+    """An exception and everything that it is also caught as."""
+    built_in = getattr(builtins, name, None)
+    if isinstance(built_in, type):
+        return {kind.__name__ for kind in built_in.__mro__}
+    return {name}.union(*(ancestors(base, bases) for base in bases.get(name, [])))
+
+
+def bases_of(trees: list[ast.Module]) -> dict[str, list[str]]:
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return {node.name: [last_name(base) for base in node.bases] for node in classes}
+
+
+def last_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Call):
+        return last_name(node.func)
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def is_bare_raise(node: ast.AST) -> bool:
+    return isinstance(node, ast.Raise) and node.exc is None
+
+
+def raised(node: ast.AST, bases: dict[str, list[str]], caught: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Names of the exceptions that leave a function by a ``raise`` of its own."""
+    if isinstance(node, ast.Raise) and node.exc is not None:
+        name = last_name(node.exc)
+        # A lower-case name is a caught exception, or a function that makes one.
+        if name[:1].isupper() and not caught & ancestors(name, bases):
+            yield name
+    if isinstance(node, ast.Try):
+        # A handler with a bare ``raise`` lets go of what it caught.
+        kinds = [handler.type for handler in node.handlers if not any(map(is_bare_raise, ast.walk(handler)))]
+        listed = [kind for each in kinds for kind in (each.elts if isinstance(each, ast.Tuple) else [each])]
+        here = {"BaseException" if kind is None else last_name(kind) for kind in listed}
+        for inner in node.body:
+            yield from raised(inner, bases, caught | here)
+        for inner in (*node.handlers, *node.orelse, *node.finalbody):
+            yield from raised(inner, bases, caught)
+        return
+    for inner in ast.iter_child_nodes(node):
+        if not isinstance(inner, Function | ast.Lambda | ast.ClassDef):
+            yield from raised(inner, bases, caught)
+
+
+def told(docstring: str) -> set[str]:
+    """The exceptions that the ``Raises:`` section of a docstring names."""
+    section = re.search(r"^Raises:\n((?:(?:    .*)?(?:\n|$))+)", docstring, re.MULTILINE)
+    heads = re.findall(r"^    (\w[\w, ]*):", section[1], re.MULTILINE) if section else []
+    return {name for head in heads for name in re.split(r",\s*", head)}
+
+
+def has_shape(docstring: str) -> bool:
+    """Whether it says ``(B, C)``, ``(N,)``, ``(classes, classes)``, ``(bands, lines) float32`` or the like."""
+    if WORDS.search(docstring):
+        return True
+    for inside, kind in re.findall(r"(?<!in )\(([^()]*,[^()]*)\)( (?:bool|u?int|float|datetime)\d*)?", docstring):
+        sizes = [size.strip() for size in inside.removesuffix(",").split(",")]
+        named = re.fullmatch(r"[\w.*\[\]]+", sizes[0]) is not None
+        alone = inside.endswith(",") or len(set(sizes)) < len(sizes)
+        if named and (alone or kind or any(map(SIZE.match, sizes))):
+            return True
+    return False
+
+
+def arrays(node: Function | ast.ClassDef) -> list[str]:
+    """The parameters, fields and results that hold arrays."""
+    if isinstance(node, ast.ClassDef):
+        fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+        pairs = [(ast.unparse(field.target), field.annotation) for field in fields]
+        pairs = [(name, kind) for name, kind in pairs if is_public(name)]
+    else:
+        every = node.args
+        arguments = [*every.posonlyargs, *every.args, *every.kwonlyargs, every.vararg, every.kwarg]
+        pairs = [(given.arg, given.annotation) for given in arguments if given is not None and given.annotation]
+        pairs += [("its result", node.returns)] if node.returns else []
+    return [name for name, kind in pairs if ARRAY.search(ast.unparse(kind))]
+
+
+@cache
+def bases_here() -> dict[str, list[str]]:
+    return bases_of(list(modules().values()))
+
+
+def lacking_errors(tree: ast.Module) -> Iterator[tuple[Public, str]]:
+    for item in publics(tree):
+        if isinstance(item.node, Function):
+            known = told(item.text) | (told(item.around) if item.node.name in OF_THE_CLASS else set())
+            for name in sorted({*raised(ast.Module(item.node.body, []), bases_here())} - known - FAULTS):
+                yield item, f"raises {name}, and no Raises section says so"
+
+
+def lacking_shapes(tree: ast.Module) -> Iterator[tuple[Public, str]]:
+    for item in publics(tree):
+        names = arrays(item.node)
+        if names and not has_shape(item.text) and not has_shape(item.around):
+            yield item, f"gives no shape: {', '.join(names)}"
+
+
+Check = Callable[[ast.Module], Iterator[tuple[Public, str]]]
+
+
+def lacks(room: str, check: Check) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{item.node.lineno} {item.name} {what}"
+        for path, tree in modules().items()
+        if path.is_relative_to(ROOT / room)
+        for item, what in check(tree)
+    ]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_errors_are_told(room: str) -> None:
+    found = lacks(room, lacking_errors)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_shapes_are_told(room: str) -> None:
+    found = lacks(room, lacking_shapes)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("docstring", "body", "lacking"),
+    [
+        ("A.", "raise InputError(x)", ["InputError"]),
+        ("A.\n\n    Raises:\n        InputError: b.\n", "raise InputError(x)", []),
+        ("A.\n\n    Raises:\n        InputError: b.\n", "raise KeyError(x)", ["KeyError"]),
+        ("A; raises InputError.", "raise InputError(x)", ["InputError"]),
+        ("A.", "try:\n        raise RasterError(x)\n    except InputError:\n        pass", []),
+        ("A.", "try:\n        raise KeyError(x)\n    except InputError:\n        raise", ["KeyError"]),
+        ("A.", "try:\n        raise InputError(x)\n    except InputError:\n        raise", ["InputError"]),
+        ("A.", "def inner():\n        raise InputError(x)", []),
+        ("A.", "raise NotImplementedError", []),
+    ],
+)
+def test_an_error_that_is_not_told_is_found(docstring: str, body: str, lacking: list[str]) -> None:
+    tree = ast.parse(f'def f(x):\n    """{docstring}"""\n    {body}\n')
+    assert [what.split()[1].rstrip(",") for _, what in lacking_errors(tree)] == lacking
+
+
+@pytest.mark.parametrize(
+    ("docstring", "there"),
+    [
+        ("Values.", False),
+        ("Values (of a kind, standardised).", False),
+        ("Values in (0, 1), of MAE (He et al. 2022, arXiv 2111.06377).", False),
+        ("Values (B, C, H, W).", True),
+        ("Values (N,).", True),
+        ("Values (..., width).", True),
+        ("Counts (classes, classes).", True),
+        ("A scalar.", True),
+        ("Values of any shape.", True),
+    ],
+)
+def test_a_shape_that_is_not_told_is_found(docstring: str, there: bool) -> None:
+    tree = ast.parse(f'def f(x: torch.Tensor | None) -> int:\n    """{docstring}"""\n')
+    assert [what for _, what in lacking_shapes(tree)] == ([] if there else ["gives no shape: x"])
