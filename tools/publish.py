@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bocage.shards.errors import InputError
+
+if TYPE_CHECKING:
+    from bocage.finetune.publication import PretrainedRun
 
 EPILOG = """\
 examples:
@@ -46,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folders and upload them; the exit status."""
     from bocage.finetune.publication import PretrainedRun, Terms, check_publication, publish_encoder, read_scores
     from bocage.shards.remote import open_shards
-    from bocage.ssl.encoders.hub import collect, may_upload, split_place, upload
+    from bocage.ssl.encoders.hub import split_place
 
     for option in ("revision", "public", "collection", "dry_run"):
         if getattr(arguments, option) and not arguments.to:
@@ -75,8 +81,18 @@ def run(arguments: argparse.Namespace) -> int:
         publish_encoder(pretrained, modality, scores[modality], terms, places[modality], folder)
         check_publication(folder)
         print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    if not arguments.to:
-        return 0
+    found = {name: str((arguments.out / name).resolve()) for name in modalities}
+    if arguments.to:
+        found |= _uploaded(arguments, pretrained, places)
+    _link(pretrained, found)
+    return 0
+
+
+def _uploaded(arguments: argparse.Namespace, run: PretrainedRun, places: Mapping[str, str | None]) -> dict[str, str]:
+    """The address of each commit, by modality; without a token none, and what it would do is told."""
+    from bocage.ssl.encoders.hub import collect, may_upload, upload
+
+    addresses: dict[str, str] = {}
     visibility = "public" if arguments.public else "private"
     if arguments.dry_run or not may_upload():
         for modality, place in places.items():
@@ -86,15 +102,28 @@ def run(arguments: argparse.Namespace) -> int:
             )
         if not arguments.dry_run:
             print("there is no token: set HF_TOKEN or run `hf auth login`, then the same command uploads")
-        return 0
+        return addresses
     for modality, place in places.items():
         assert place is not None
-        message = f"{modality} encoder, {pretrained.state.step:,} steps of {pretrained.description['recipe']}"
-        print(upload(arguments.out / modality, place, private=not arguments.public, message=message))
+        message = f"{modality} encoder, {run.state.step:,} steps of {run.description['recipe']}"
+        addresses[modality] = upload(arguments.out / modality, place, private=not arguments.public, message=message)
+        print(addresses[modality])
     if arguments.collection:
         chosen = [place for place in places.values() if place is not None]
         print(collect(arguments.collection, chosen, private=not arguments.public))
-    return 0
+    return addresses
+
+
+def _link(run: PretrainedRun, found: Mapping[str, str]) -> None:
+    """Say in the run's W&B or TensorBoard where its encoders were published, which is not worth failing for."""
+    from bocage.ssl.engine.trackers import link_afterwards
+
+    engine, state = run.config["engine"], run.state
+    places = {f"published/{modality}": place for modality, place in found.items()}
+    try:
+        link_afterwards(engine["tracker"], run.folder, engine["project"], state.run, state.step, places)
+    except InputError as error:
+        print(f"bocage: {error}; the encoders are published all the same", file=sys.stderr)
 
 
 def _place(arguments: argparse.Namespace, modality: str, count: int) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from bocage.ssl.engine.distributed import Precision
 from bocage.ssl.engine.optim import OptimizerConfig
 from bocage.ssl.engine.regions import COMPILE_BACKENDS, CompileBackend
-from bocage.ssl.engine.tracking import TrackerName
+from bocage.ssl.engine.trackers import TrackerName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,8 @@ from bocage.ssl.engine.resume import checkpoint_to_resume, claimed
 from bocage.ssl.engine.run import BatchSource, Draw, Evaluate, Outcome, Run
 from bocage.ssl.engine.saving import Export
 from bocage.ssl.engine.signals import StopSignals
-from bocage.ssl.engine.tracking import MetricWindow, check_tracker
+from bocage.ssl.engine.trackers import check_tracker
+from bocage.ssl.engine.tracking import MetricWindow
 from bocage.ssl.engine.weights import Weights
 
 

@@ -369,6 +369,7 @@ class Run:
             config=self.config,
             export=self.export,
         )
+        journal.link(self.state.step, "checkpoint", checkpoint.step_folder(self.checkpoints, self.state.step))
         self.saved = time.monotonic()
 
     def _outcome(self, received: int) -> Outcome:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import netrc
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TextIO
-from urllib.parse import urlsplit
+from typing import Any, TextIO
 
 import numpy as np
 import psutil
@@ -27,7 +24,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.ssl.engine.collapse import LEAST_VECTORS, MOST_VECTORS, feature_std, rankme
 from bocage.ssl.engine.distributed import from_main, gathered, is_main
-from bocage.ssl.engine.provenance import flat, plain
+from bocage.ssl.engine.trackers import TrackerName, link, start_tracker
 
 _EVALUATIONS_SHOWN = 6
 _BAR = 12  # characters
@@ -44,8 +41,6 @@ _ENGINE = {
     "tflops",
     "mfu",
 }
-
-TrackerName = Literal["none", "wandb", "tensorboard"]
 
 
 class MetricWindow:
@@ -177,7 +172,7 @@ class Journal:
         except OSError as error:
             raise InputError(f"output folder {output} cannot be written: {error}") from error
         if tracker != "none":
-            _start_tracker(accelerator, tracker, output, project, run, config, reported_step)
+            start_tracker(accelerator, tracker, output, project, run, config, reported_step)
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("step", table_column=Column(no_wrap=True)),
@@ -219,6 +214,10 @@ class Journal:
         for tracker in self._accelerator.trackers if self._active and paths else ():
             shown = {name: np.uint8(255 * image.imread(path)[None, :, :, :3]) for name, path in paths.items()}
             tracker.log_images(shown, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
+
+    def link(self, step: int, name: str, path: Path) -> None:
+        """Say in the tracker where something of the run lies since ``step``."""
+        link(self._accelerator.trackers if self._active else (), step, name, str(path.resolve()))
 
     def message(self, text: str) -> None:
         """One line for the user on stderr."""
@@ -318,53 +317,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _start_tracker(
-    accelerator: Accelerator,
-    tracker: TrackerName,
-    output: Path,
-    project: str,
-    run: str,
-    config: Mapping[str, Any],
-    reported_step: int,
-) -> None:
-    if tracker == "wandb":
-        import wandb
-
-        # W&B notes the command line with its metadata; it may not when that holds a secret.
-        secret = plain({"words": sys.argv})["words"] != sys.argv
-        options: dict[str, Any] = {
-            "id": run,
-            "resume": "allow",
-            "name": output.name,
-            "dir": str(output),
-            "mode": os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"),
-            "settings": wandb.Settings(console="off", silent=True, x_disable_meta=secret),
-        }
-        accelerator.init_trackers(project, config=plain(config), init_kwargs={"wandb": options})
-    else:
-        settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in flat(plain(config)).items()
-        }
-        options = {"purge_step": reported_step + 1}
-        accelerator.init_trackers(project, config=settings, init_kwargs={"tensorboard": options})
-
-
-def check_tracker(tracker: TrackerName) -> None:
-    """Raise ``InputError`` when the package of a tracker is missing."""
-    packages = {"none": (), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}[tracker]
-    if packages and not any(importlib.util.find_spec(package) for package in packages):
-        raise InputError(f"engine.tracker={tracker} needs a package that is missing: pip install {packages[0]}")
-
-
-def _has_wandb_key() -> bool:
-    """Whether W&B would find credentials (their presence only), so that nobody without an account is asked for one."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

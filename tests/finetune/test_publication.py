@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ import torch
 import yaml
 from hub_stand_in import Hub
 from small_recipes import PRETRAIN
+from wandb_records import told
 
 from bocage import recipes
 from bocage.finetune.publication import check_publication
@@ -30,24 +32,27 @@ from bocage.ssl.pretrain import PretrainConfig, pretrain
 from bocage.tools.main import main
 
 SPOT, DEM, S2, COSIA, LPIS = "SPOT_RGBI", "DEM_ELEV", "SENTINEL2_TS", "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
+RUN = [*PRETRAIN, "engine.steps=3", "engine.log_every=1", "engine.tracker=wandb", "pictures=0"]
 TERMS = ["--dataset", "IGNF/FLAIR-HUB", "--data-license", "etalab-2.0", "--license", "apache-2.0"]
 
 
 # Some twenty seconds: a pretraining of three steps, four probes.
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Shards, a pretraining of three sensors, probes of two of its encoders, and all three published."""
     folder = tmp_path_factory.mktemp("publication")
     registry = FLAIR_HUB.subset([SPOT, DEM, S2, "SENTINEL2_MSK-SC", COSIA, LPIS])
     write_tree(folder / "tree", patches=36, seed=1, registry=registry, dates=(3, 4))
     shards = write_shards(Catalogue.open(folder / "tree", registry), folder / "shards").path
-    words = [*PRETRAIN, f"shards={shards}", f"output={folder / 'run'}", "engine.steps=3", "pictures=0"]
+    words = [*RUN, f"shards={shards}", f"output={folder / 'run'}"]
+    os.environ["WANDB_MODE"] = "offline"
     assert pretrain(recipes.resolve(PretrainConfig, words)).exit_code == 0
     for name, label in ((SPOT, COSIA), (DEM, COSIA), (S2, LPIS)):
         encoder = str(folder / "run" / "encoders" / name)
         assert main(["study", "probe", encoder, str(shards), str(folder / "probes" / name), "--label", label]) == 0
     assert main(words_of(folder)) == 0
-    return folder
+    yield folder
+    del os.environ["WANDB_MODE"]
 
 
 def words_of(folder: Path, *others: str) -> list[str]:
@@ -118,6 +123,15 @@ def test_the_card_says_what_the_facts_say(world: Path, name: str) -> None:
     assert str(world) not in "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
 
 
+def test_the_runs_tracker_links_its_checkpoint_and_the_published_encoders(world: Path) -> None:
+    shown = told(world / "run")
+    assert len(shown["ids"]) == 1  # publishing goes on in the same run
+    assert [step for step, _ in shown["history"]] == [1, 2, 3]
+    assert shown["summary"]["checkpoint"] == str(world / "run" / "checkpoints" / "step-00000003")
+    for name in (SPOT, DEM, S2):
+        assert shown["summary"][f"published/{name}"] == str(world / "out" / name)
+
+
 def test_scores_have_intervals_where_there_are_regions(world: Path, tmp_path: Path) -> None:
     probe = tmp_path / "probe"
     shutil.copytree(next((world / "probes" / SPOT).glob("linear-*")), probe)
@@ -165,8 +179,7 @@ def test_the_code_of_the_card_runs_as_it_stands(world: Path, name: str) -> None:
 def test_the_recipe_is_that_of_the_run(world: Path) -> None:
     path = world / "out" / SPOT / "recipe.yaml"
     again = recipes.resolve(PretrainConfig, [f"recipe={path}"])
-    words = [*PRETRAIN, "engine.steps=3", "pictures=0"]
-    first = recipes.resolve(PretrainConfig, words)
+    first = recipes.resolve(PretrainConfig, RUN)
     for key in ("masking", "weights", "masked", "swin", "utae", "engine", "window", "batch_size", "split", "train"):
         assert getattr(again, key) == getattr(first, key)
 
@@ -340,7 +353,8 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
         assert len(hub.repositories[repository]["commits"]) == 1
         there = {path.name: path.read_bytes() for path in (tmp_path / "out" / name).iterdir()}
         assert hub.files(repository) == there
-        assert f"{hub.address}/{repository}/commit/" in text
+        (address,) = re.findall(rf"{hub.address}/{repository}/commit/\w+", text)
+        assert told(world / "run")["summary"][f"published/{name}"] == address
     # A file that is no longer published goes in the same commit; a branch leaves main alone.
     hub.repositories["team/fields-spot-rgbi"]["branches"]["main"]["old.bin"] = b"old"
     said("--revision", "next")

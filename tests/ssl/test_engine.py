@@ -16,6 +16,7 @@ import timm
 import torch
 from tiny_run import TinySource, TinyTask, records, run
 from torch import nn
+from wandb_records import told
 
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
@@ -282,7 +283,13 @@ def test_wandb_writes_an_offline_run_without_any_secret(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     names = {path.name for path in output.glob("wandb/offline-run-*/run-*.wandb")}
     assert names == {offline.name}  # the same run id
-    assert b"gradient_norm" in offline.read_bytes()
+    shown = told(output)
+    steps = [step for step, _ in shown["history"]]
+    assert len(shown["ids"]) == 1 and steps == sorted(set(steps)) and steps[-1] == 16
+    assert {"loss", "gradient_norm", "samples_per_second", "data_wait"} <= shown["history"][-1][1].keys()
+    assert shown["config"]["hub_token"] == "<redacted>"
+    assert shown["summary"]["checkpoint"] == str(output / "checkpoints" / "step-00000016")
+    assert "memory_percent" in shown["system"]
     for path in output.rglob("*"):
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path

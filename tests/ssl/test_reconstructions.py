@@ -18,6 +18,7 @@ from bocage.shards.flairhub import Catalogue
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.scene import write_tree
 from bocage.shards.writer import write_shards
+from bocage.ssl.engine.trackers import link_afterwards
 from bocage.ssl.masking import MaskingConfig
 from bocage.ssl.pictures import reconstruction_figure, save_figure
 from bocage.ssl.pretrain import PretrainConfig, pretrain
@@ -116,6 +117,11 @@ def test_pictures_reach_the_disk_and_the_tracker_at_each_evaluation(
     else:
         written = [path.read_bytes() for path in (tmp_path / "run").rglob("events.out.tfevents*")]
         assert sum(content.count(b"PNG") for content in written) == 4
+        last = tmp_path / "run" / "checkpoints" / "step-00000004"
+        assert str(last).encode() in b"".join(written)
+        link_afterwards("tensorboard", tmp_path / "run", "bocage", "a run", 4, {"published/DEM_ELEV": "hf:org/name"})
+        written = [path.read_bytes() for path in (tmp_path / "run" / "bocage").glob("events.out.tfevents*")]
+        assert b"hf:org/name" in b"".join(written)
 
 
 # Some 10 s: patches are simulated, and a run trains.

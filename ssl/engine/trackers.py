@@ -1,0 +1,134 @@
+"""W&B and TensorBoard behind one key: opening a run there, again when it is resumed, and links to what it left."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from accelerate import Accelerator
+
+from bocage.shards.errors import InputError
+from bocage.ssl.engine.provenance import flat, plain
+
+TrackerName = Literal["none", "wandb", "tensorboard"]
+
+
+def check_tracker(tracker: TrackerName) -> None:
+    """Check that the package of a tracker is installed.
+
+    Raises:
+        InputError: it is missing.
+    """
+    packages = {"none": (), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}[tracker]
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise InputError(f"engine.tracker={tracker} needs a package that is missing: pip install {packages[0]}")
+
+
+def start_tracker(
+    accelerator: Accelerator,
+    tracker: TrackerName,
+    output: Path,
+    project: str,
+    run: str,
+    config: Mapping[str, Any],
+    reported_step: int,
+) -> None:
+    """Open the run where it is tracked; a resumed one goes on there.
+
+    Args:
+        accelerator: which keeps the tracker.
+        tracker: which one.
+        output: the folder of the run, where files of the tracker go.
+        project: its name there, also of TensorBoard's folder.
+        run: identity of the run, the same when it is resumed.
+        config: what it runs with; secrets are replaced.
+        reported_step: the last step recorded; TensorBoard shows none after it from before.
+    """
+    if tracker == "wandb":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        options = {**_wandb_options(output, run, mode), "name": output.name}
+        accelerator.init_trackers(project, config=plain(config), init_kwargs={"wandb": options})
+    elif tracker == "tensorboard":
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flat(plain(config)).items()
+        }
+        options = {"purge_step": reported_step + 1}
+        accelerator.init_trackers(project, config=settings, init_kwargs={"tensorboard": options})
+
+
+def link(trackers: Iterable[Any], step: int, name: str, place: str) -> None:
+    """Say in a run that is open where something lies: in W&B's summary, as a text of TensorBoard.
+
+    Args:
+        trackers: Accelerate's.
+        step: at which.
+        name: of what lies there, e.g. ``checkpoint``.
+        place: path or address.
+    """
+    for tracker in trackers:
+        if tracker.name == "wandb":
+            tracker.tracker.summary[name] = place
+        else:
+            tracker.tracker.add_text(name, place, step)
+
+
+def link_afterwards(
+    tracker: TrackerName, output: Path, project: str, run: str, step: int, places: Mapping[str, str]
+) -> None:
+    """``link`` in a run that has ended: it is opened once more, as it was tracked, offline where it was so.
+
+    Args:
+        tracker: of the run; with ``none`` nothing happens.
+        output: the folder of the run.
+        project: as the run had it.
+        run: its identity.
+        step: its last.
+        places: path or address by name.
+
+    Raises:
+        InputError: the tracker's package is missing, or W&B cannot be reached.
+    """
+    check_tracker(tracker)
+    if tracker == "wandb":
+        import wandb
+
+        offline = any((output / "wandb").glob("offline-run-*")) and not any((output / "wandb").glob("run-*"))
+        mode = os.environ.get("WANDB_MODE") or ("offline" if offline or not _has_wandb_key() else "online")
+        try:
+            with wandb.init(project=project, **_wandb_options(output, run, mode)) as opened:
+                opened.summary.update(dict(places))
+        except (wandb.Error, OSError) as error:
+            raise InputError(f"W&B does not take links for {output}: {' '.join(str(error).split())}") from error
+    elif tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(output / project)) as writer:
+            for name, place in places.items():
+                writer.add_text(name, place, step)
+
+
+def _wandb_options(output: Path, run: str, mode: str) -> dict[str, Any]:
+    import wandb
+
+    # W&B notes the command line with its metadata; it may not when that holds a secret.
+    secret = plain({"words": sys.argv})["words"] != sys.argv
+    settings = wandb.Settings(console="off", silent=True, x_disable_meta=secret)
+    return {"id": run, "resume": "allow", "dir": str(output), "mode": mode, "settings": settings}
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B would find credentials (their presence only), so that nobody without an account is asked for one."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
