@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
 from bocage.finetune.predict import check_bands
 from bocage.shards.errors import InputError
@@ -18,6 +17,7 @@ from bocage.ssl.attention import require_temporal, rows_of_keys, rows_with_dates
 from bocage.ssl.attention_pictures import write_attention
 from bocage.ssl.encoders.export import load_encoder
 from bocage.tools.arguments import positive, split_value
+from bocage.tools.progress import Bars
 
 _COUNT = 8
 
@@ -52,15 +52,15 @@ def run(arguments: argparse.Namespace) -> int:
         rows = rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
     check_bands(encoder.spec.bands, manifest, name)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    with Progress() as progress:
-        bar = progress.add_task("attention", total=len(rows))
+    with Bars() as bars:
+        bar = bars.add("attention", "patches", len(rows))
         table = write_attention(
             encoder,
             manifest,
             rows,
             arguments.out,
             device=device or "cpu",
-            progress=lambda done: progress.update(bar, completed=done),
+            progress=bar.update,
         )
     print(f"{len(rows)} pictures in {arguments.out}, table: {table}")
     return 0

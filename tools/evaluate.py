@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bocage.finetune.measure import (
@@ -28,6 +27,7 @@ from bocage.shards.patches import ShardPatches
 from bocage.shards.remote import open_shards
 from bocage.ssl.engine.distributed import build_accelerator, is_main
 from bocage.tools.arguments import not_negative, positive, split_value
+from bocage.tools.progress import Bars
 
 _PATIENCE = 1800.0  # seconds that ranks wait for each other
 
@@ -79,13 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
     task = task.to(accelerator.device).eval()
     parts: dict[str, Confusions] = {}
     world = accelerator.num_processes
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, disable=not is_main()) as progress:
+    with Bars(active=is_main()) as bars:
         for name, only in sets.items():
             if same := next((part for part in parts if sets[part] == only), None):  # of two sensors
                 parts[name] = parts[same]
                 continue
-            bar = progress.add_task(name, total=len(rows))
+            bar = bars.add(name, "patches", len(rows))
             parts[name] = confusion(
                 task,
                 manifest,
@@ -93,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
                 batch_size=arguments.batch_size,
                 workers=arguments.workers,
                 only=only,
-                progress=lambda done, bar=bar: progress.update(bar, completed=min(done * world, len(rows))),  # type: ignore[misc]
+                progress=lambda done, bar=bar: bar.update(min(done * world, len(rows))),  # type: ignore[misc]
             )
     if is_main():
         _leave(arguments.out, parts, len(rows))

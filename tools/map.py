@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bocage.finetune.task import load_segmentation
 from bocage.finetune.zone import map_zone, plan_zone
 from bocage.finetune.zone_rasters import open_rasters
 from bocage.tools.arguments import pairs, positive
+from bocage.tools.progress import Bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     plan = plan_zone(task, reference, arguments.overlap)
     # Ranks wait for each other at the end only, and for the first to put the tiles together.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("tiles"), *columns, disable=not state.is_main_process) as progress:
-        bar = progress.add_task("tiles", total=None)
+    with Bars(active=state.is_main_process) as bars:
+        bar = bars.add("tiles", "tiles")
         paths = map_zone(
             task,
             rasters,
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             kind="probabilities" if arguments.probabilities else "classes",
             batch_size=arguments.batch_size,
             device=state.device,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=bar.update,
         )
     if state.is_main_process:
         for name, path in paths.items():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
 from bocage.finetune.predict import complete_rows, predict_patches
 from bocage.finetune.task import Segmentation, load_segmentation
@@ -19,6 +18,7 @@ from bocage.shards.naming import FOLDER
 from bocage.shards.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.remote import open_shards
 from bocage.tools.arguments import not_negative, positive, split_value
+from bocage.tools.progress import Bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.resolve() == Path(arguments.source).resolve():
         raise InputError(f"{arguments.out} is where the patches are: give another folder for the maps")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    with Progress() as progress:
-        bar = progress.add_task("predicting", total=len(rows))
+    with Bars() as bars:
+        bar = bars.add("predicting", "patches", len(rows))
         picture = predict_patches(
             task,
             patches,
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             device=device or "cpu",
             preview=arguments.preview,
-            progress=lambda done: progress.update(bar, completed=done),
+            progress=bar.update,
         )
     print(f"{len(rows)} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
     return 0

@@ -5,20 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.scene import write_tree
-
-
-class _Rate(ProgressColumn):
-    """Patches per second."""
-
-    def render(self, task: Task) -> Text:
-        """The rate, or nothing before the first patch."""
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} patches/s")
+from bocage.tools.progress import Bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the sample; returns the exit status."""
-    columns = (TextColumn("sample"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("sample", total=max(arguments.patches, 1))
+    with Bars() as bars:
+        bar = bars.add("sample", "patches", max(arguments.patches, 1))
         write_tree(
             arguments.out,
             patches=arguments.patches,
@@ -52,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             registry=FLAIR_HUB.subset(arguments.modalities) if arguments.modalities else FLAIR_HUB,
             gaps=arguments.gaps,
             workers=arguments.workers,
-            progress=lambda count: bar.advance(task, count),
+            progress=bar.advance,
         )
     print(f"{arguments.patches} patches in {arguments.out}")
     return 0

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bocage.shards.codec import lossy_dem
@@ -25,6 +23,7 @@ from bocage.shards.plan import ORDERS
 from bocage.shards.writer import Sharding
 from bocage.tools.arguments import pairs, positive, share
 from bocage.tools.interrupts import InterruptedCommand, Interrupts
+from bocage.tools.progress import Bar, Bars, duration
 
 _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
@@ -119,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; 130 or 143 when interrupted."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # against FORCE_COLOR
     try:
         with Interrupts() as interrupts:
             with console.status(f"reading the catalogue of {arguments.source}"):
@@ -128,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.report is not None:
                 _write_report(arguments.report, catalogue)
             _check_readable(arguments, catalogue)
-            _shard(console, interrupts, catalogue, arguments)
+            _shard(interrupts, catalogue, arguments)
     except InterruptedCommand as stopped:
         print(
             f"bocage: interrupted by {stopped.name}; finished shards are kept, the same command goes on from there",
@@ -159,7 +158,7 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
     return catalogue
 
 
-def _shard(console: Console, interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Namespace) -> None:
+def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Namespace) -> None:
     sharding = Sharding(
         catalogue,
         arguments.out,
@@ -174,11 +173,12 @@ def _shard(console: Console, interrupts: Interrupts, catalogue: Catalogue, argum
         _print_summary(sharding.merge())
     else:
         how = {"workers": arguments.workers, "scheduler": arguments.scheduler}
-        with _Display(console, interrupts) as display:
+        with Bars() as bars:
+            show = partial(_show, bars.add("sharding", "patches"), interrupts)
             if arguments.slice is not None:
-                shards = sharding.write_slice(*arguments.slice, **how, progress=display.show)
+                shards = sharding.write_slice(*arguments.slice, **how, progress=show)
             else:
-                manifest = sharding.write(**how, progress=display.show)
+                manifest = sharding.write(**how, progress=show)
         if arguments.slice is None:
             _print_summary(manifest)
         else:
@@ -186,46 +186,10 @@ def _shard(console: Console, interrupts: Interrupts, catalogue: Catalogue, argum
             print(f"slice {number} of {of}: {len(shards)} shards are written; --merge when all slices are")
 
 
-class _Display:
-    """Progress as a bar on a terminal, as a line every half minute elsewhere."""
-
-    def __init__(self, console: Console, interrupts: Interrupts) -> None:
-        self._console, self._interrupts = console, interrupts
-        self._bar = Progress(
-            TextColumn("sharding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None, rate="")
-        self._started = self._line = time.monotonic()
-        self._first: int | None = None
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: int, total: int, written: int) -> None:
-        """See ``writer.Progress``."""
-        self._interrupts.check()
-        now = time.monotonic()
-        if self._first is None:
-            self._first, self._started = done, now  # what an earlier run did says nothing about the rate
-        seconds = max(now - self._started, 1e-6)
-        speed = (done - self._first) / seconds
-        rate = f"{speed:.1f} patches/s, {written / _MEGABYTE / seconds:.1f} MB/s"
-        self._bar.update(self._task, completed=done, total=total, rate=rate)
-        if not self._console.is_terminal and now - self._line >= _LINE_SECONDS:
-            self._line = now
-            left = f", {_duration((total - done) / speed)} left" if speed else ""
-            self._console.print(f"sharding: {done} of {total} patches, {rate}{left}", highlight=False, soft_wrap=True)
+def _show(bar: Bar, interrupts: Interrupts, done: int, total: int, written: int) -> None:
+    """See ``writer.Progress``."""
+    interrupts.check()
+    bar.update(done, total, f"{written / _MEGABYTE:,.0f} MB written")
 
 
 def _print_report(console: Console, catalogue: Catalogue) -> None:
@@ -263,11 +227,9 @@ def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:
     if estimate.waiting < estimate.patches:
         table.add_row("patches not written yet", str(estimate.waiting))
     if arguments.scheduler is None:
-        table.add_row(
-            f"time with --workers {arguments.workers}, about", _duration(estimate.seconds / arguments.workers)
-        )
+        table.add_row(f"time with --workers {arguments.workers}, about", duration(estimate.seconds / arguments.workers))
     else:
-        table.add_row("time of one process, about", _duration(estimate.seconds))
+        table.add_row("time of one process, about", duration(estimate.seconds))
     Console().print(table)
 
 
@@ -304,11 +266,6 @@ def _table(title: str) -> Table:
 def _size(count: int) -> str:
     megabytes = count / _MEGABYTE
     return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds > 60 else f"{math.ceil(seconds)} s"
 
 
 def _slice(text: str) -> tuple[int, int]:

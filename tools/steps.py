@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.tools.interrupts import InterruptedCommand, Interrupts
+from bocage.tools.progress import Bar, Bars
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,13 @@ class Steps:
         Raises:
             InputError: one failed; the others are stopped, and go on the next time.
         """
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         for job in jobs:
             job.check()
         waiting = [job for job in jobs if not (job.output / job.finished).exists()]
         for job in waiting:
             self.say(job.shown, job.words)
-        active: dict[Job, tuple[subprocess.Popen[bytes], TaskID]] = {}
-        with Progress(*columns, console=self.console) as progress:
+        active: dict[Job, tuple[subprocess.Popen[bytes], Bar]] = {}
+        with Bars() as bars:
             try:
                 while waiting or active:
                     while waiting and len(active) < processes:
@@ -130,10 +129,10 @@ class Steps:
                         line = [sys.executable, "-m", *job.module, *job.words]
                         with job.log.open("ab") as output:
                             child = subprocess.Popen(line, env=self.environment, stdout=output, stderr=output)
-                        active[job] = (child, progress.add_task(job.title, total=job.steps))
+                        active[job] = (child, bars.add(job.title, "steps", job.steps))
                     time.sleep(0.5)
                     for job, (child, bar) in list(active.items()):
-                        progress.update(bar, completed=job.last_step())
+                        bar.update(job.last_step())
                         if child.poll() is not None:
                             del active[job]
                             if child.returncode:

@@ -12,15 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from bocage.shards.errors import InputError
@@ -28,8 +19,8 @@ from bocage.shards.files import written_atomically
 from bocage.shards.manifest import EVERY_SAMPLE
 from bocage.tools.arguments import not_negative, positive, share
 from bocage.tools.interrupts import InterruptedCommand, Interrupts
+from bocage.tools.progress import Bar, Bars
 
-_COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 _STUDY_WORDS = "recipe=label_efficiency shards=PATH output=PATH, and any key of the recipe"
 
 
@@ -126,12 +117,10 @@ def _subsets(arguments: argparse.Namespace) -> int:
         "label": arguments.label,
         "level": arguments.level,
     }
-    with Progress(TextColumn("draws"), *_COLUMNS) as progress:
-        bar = progress.add_task("draws", total=len(list(plan.subsets())))
+    with Bars() as bars:
+        bar = bars.add("draws", "draws", len(list(plan.subsets())))
         try:
-            found = write_subsets(
-                arguments.out, patches, plan, source, lambda done: progress.update(bar, completed=done)
-            )
+            found = write_subsets(arguments.out, patches, plan, source, bar.update)
         except OSError as error:
             raise InputError(f"{arguments.out} cannot be written: {error.strerror}") from error
     table = Table(title=f"{len(patches):,} patches, {len(set(patches.rois)):,} regions")
@@ -180,13 +169,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(study, folders, arguments.processes)
     runner = Runner(folders, run_cell, arguments.processes)
-    with Interrupts(), Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
-        bar = progress.add_task("runs", total=len(grid), completed=len(grid) - len(wanted))
+    with Interrupts(), Bars() as bars:
+        bar = bars.add("runs", "runs", len(grid))
+        bar.update(len(grid) - len(wanted))
 
         def done(cell: Any, failure: Failure | None) -> None:
-            progress.advance(bar)
+            bar.advance()
             if failure is not None:
-                progress.console.print(f"failed: {cell.name}: {failure.line}", markup=False, soft_wrap=True)
+                bars.say(f"failed: {cell.name}: {failure.line}")
 
         try:
             failures = runner.run(grid, done)
@@ -311,13 +301,9 @@ def _probe(arguments: argparse.Namespace) -> int:
         _refuse_other(output, wanted)
     rows = []
     for kind, output in outputs.items():
-        with Progress(TextColumn("{task.description}"), *_COLUMNS) as progress:
-            bar = progress.add_task(modality, total=None, visible=False)  # features that are there take no time
+        with Bars() as bars:
             found = probe(
-                replace(config, output=str(output)),
-                kind,
-                arguments.out / "features",
-                partial(_show, progress, bar),
+                replace(config, output=str(output)), kind, arguments.out / "features", partial(_show, bars, {})
             )
         for part in [name for name in ("valid", "test") if name in found]:
             strict = found[part][arguments.label]["strict"]
@@ -335,8 +321,10 @@ def _probe(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(progress: Progress, bar: TaskID, name: str, total: int, done: int) -> None:
-    progress.update(bar, description=name, total=total, completed=done, visible=True)
+def _show(bars: Bars, shown: dict[str, Bar], name: str, total: int, done: int) -> None:
+    if name not in shown:  # features that are there take no time, and no bar
+        shown[name] = bars.add(name, "patches", total)
+    shown[name].update(done)
 
 
 def _probe_folder(arguments: argparse.Namespace, kind: str) -> str:

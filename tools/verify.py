@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from bocage.shards.manifest import DATASET_FILE
 from bocage.shards.verify import Verification, verify
 from bocage.shards.verify_shard import Problem
 from bocage.tools.arguments import not_negative, positive
 from bocage.tools.interrupts import InterruptedCommand, Interrupts
+from bocage.tools.progress import Bars
 from bocage.tools.reports import write_json
 
 _SHOWN = 50  # lines about what is broken
@@ -44,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command: 0 sound, 1 broken, 130 interrupted, 143 ended by SIGTERM."""
     try:
         with Interrupts() as interrupts:
-            found = _verified(Console(stderr=True), interrupts, arguments)
+            found = _verified(interrupts, arguments)
     except InterruptedCommand as stop:
         print(f"bocage: interrupted by {stop.name}; nothing was changed", file=sys.stderr)
         return stop.exit_code
@@ -54,29 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if found.sound else 1
 
 
-def _verified(console: Console, interrupts: Interrupts, arguments: argparse.Namespace) -> Verification:
-    """Checks with a progress bar on a terminal, or one line every half minute elsewhere."""
-    columns = (
-        TextColumn("verifying"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[state]}"),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    started = last_line = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, state="")
+def _verified(interrupts: Interrupts, arguments: argparse.Namespace) -> Verification:
+    with Bars() as bars:
+        bar = bars.add("verifying", "MB")
 
         def progress(done: int, total: int, problems: int) -> None:
-            nonlocal last_line
             interrupts.check()
-            now = time.monotonic()
-            state = f"{done / _MEGABYTE / max(now - started, 1e-6):.0f} MB/s" + f", {problems} broken" * bool(problems)
-            bar.update(task, completed=done, total=total, state=state)
-            if not console.is_terminal and now - last_line >= 30:
-                last_line = now
-                console.print(f"verifying: {done / max(total, 1):.0%}, {state}", highlight=False)
+            bar.update(int(done / _MEGABYTE), int(total / _MEGABYTE), f"{problems} broken" * bool(problems))
 
         return verify(arguments.shards, decode=arguments.decode, workers=arguments.workers, progress=progress)
 
