@@ -26,12 +26,15 @@ Config = TypeVar("Config")
 
 _MAX_BASES = 8
 _FILE_ENDINGS = (".yaml", ".yml")
+_LAUNCHERS = "accelerate"  # a folder of Accelerate's configurations, which are no recipes
 
 
 def names() -> list[str]:
     """Names of the recipes that come with bocage; those of a folder of recipes as ``folder/name``."""
     found = []
     for item in resources.files(__name__).iterdir():
+        if item.name == _LAUNCHERS:
+            continue
         inside = [(f"{item.name}/", below) for below in item.iterdir()] if item.is_dir() else [("", item)]
         found += [folder + below.name[:-5] for folder, below in inside if below.name.endswith(".yaml")]
     return sorted(found)

@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, and every key of every recipe is told. ``make docs`` builds the pages."""
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -29,3 +30,20 @@ def test_anchors_of_pages_exist() -> None:
             heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
             known = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
             assert anchor in known, f"{path.name}: {target}#{anchor}"
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    said = []
+    for folder in ("shards", "ssl", "finetune", "tools", "recipes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    said.append(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    said.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    own = [row for row in rows if "(torch)" not in row]
+    assert len(own) > 40
+    for row in own:
+        words = re.compile(".*".join(re.escape(part) for part in re.findall(r"`([^`]+)`", row)), re.DOTALL)
+        assert any(words.search(text) for text in said), row

@@ -7,17 +7,10 @@ from pathlib import Path
 
 import shtab
 
-EPILOG = """\
-to have it in every shell:
-  bash: bocage completion bash > ~/.local/share/bash-completion/completions/bocage
-  zsh:  bocage completion zsh > ~/.zfunc/_bocage        (with fpath+=~/.zfunc before compinit in ~/.zshrc)
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
+    parser.epilog = "To have it in every shell; zsh needs fpath+=~/.zfunc before compinit in ~/.zshrc."
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="for which shell")
 
 

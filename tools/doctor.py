@@ -40,8 +40,6 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "examples:\n  bocage doctor\n  bocage doctor --shards data/shards --output runs"
     parser.add_argument("--shards", metavar="SHARDS", help="also look at these shards, or their address")
     parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="where runs go (default: here)")
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from bocage.shards.errors import InputError
+from bocage.tools.examples import add_examples
 
 COMMANDS = {
     "sample": "write simulated patches in FLAIR-HUB's own format",
@@ -62,6 +63,7 @@ def build_parser(whole: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
         if name in whole:
             module = importlib.import_module(f"bocage.tools.{name}")
             module.add_arguments(command)
+            add_examples(command, name)
             command.set_defaults(run=module.run)
     return parser
 

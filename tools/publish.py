@@ -13,20 +13,10 @@ from bocage.shards.errors import InputError
 if TYPE_CHECKING:
     from bocage.finetune.publication import PretrainedRun
 
-EPILOG = """\
-examples:
-  bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards probes/aerial
-  bocage publish runs/mae published --shards data/shards --modalities AERIAL_RGBI \\
-      --scores probes/aerial/knn-* probes/aerial/linear-* \\
-      --dataset IGNF/FLAIR-HUB --data-license etalab-2.0 --license etalab-2.0
-  the same and --to hf:org/name: uploads with a token (HF_TOKEN, or `hf auth login`), and without tells what it would
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
+    parser.epilog = "--to uploads with a token (HF_TOKEN, or `hf auth login`), and without tells what it would."
     parser.add_argument("pretraining", metavar="RUN", type=Path, help="folder of a finished pretraining")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for a folder an encoder")
     parser.add_argument("--shards", required=True, metavar="SHARDS", help="what it was pretrained on, or its address")

@@ -27,7 +27,6 @@ from bocage.tools.progress import Bar, Bars, duration
 
 _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
-_LINE_SECONDS = 30  # between lines of progress where there is no terminal
 _REST = "rest"
 _EPILOG = """\
 The same command goes on after any interruption: finished shards are kept, and written again only when they had to
@@ -43,7 +42,6 @@ On SLURM, with SRC and OUT on a shared file system:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("source", metavar="SRC", type=Path, help="FLAIR-HUB tree")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or that of an earlier run to go on with")

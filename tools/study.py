@@ -18,6 +18,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.shards.manifest import EVERY_SAMPLE
 from bocage.tools.arguments import not_negative, positive, share
+from bocage.tools.examples import add_examples
 from bocage.tools.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.progress import Bar, Bars
 
@@ -76,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     probe.add_argument("--batch-size", type=positive, default=8, help="patches at a time (default: 8)")
     probe.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: 0)")
     probe.set_defaults(act=_probe)
+
+    for name, action in actions.choices.items():
+        add_examples(action, f"study {name}")
 
 
 def _labels(parser: argparse.ArgumentParser) -> None:

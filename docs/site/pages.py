@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shutil
 import sys
@@ -20,7 +21,19 @@ from bocage.finetune.study import StudyConfig
 from bocage.ssl.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
-GUIDES = ("data", "objectives", "training", "finetuning", "label-studies", "design-choices")
+GUIDES = (
+    "cluster",
+    "data",
+    "objectives",
+    "training",
+    "finetuning",
+    "label-studies",
+    "publishing",
+    "troubleshooting",
+    "adding-a-sensor",
+    "adding-an-objective",
+    "design-choices",
+)
 ROOMS = {"shards": "Shards", "ssl": "Encoders, objectives, loop", "finetune": "Fine-tuning, studies, publishing"}
 RUNS = {
     "Pretraining": (PretrainConfig, "`accelerate launch pretrain.py recipe=... key=value`"),
@@ -40,6 +53,7 @@ def put_together(out: Path) -> None:
             shutil.copy(path, out)
             shutil.copy(path, out / "extra")
     shutil.copytree(ROOT / "docs" / "study", out / "study", ignore=shutil.ignore_patterns("*.html", "*.tex", "*.csv"))
+    (out / "quickstart.md").write_text(relinked(notebook_page("quickstart"), "examples"), encoding="utf-8")
     for name in GUIDES:
         (out / f"{name}.md").write_text(relinked((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), "docs"))
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
@@ -52,12 +66,26 @@ def put_together(out: Path) -> None:
 
 def contents() -> str:
     """The table of contents, which Sphinx wants on the first page."""
-    guides = "\n".join(GUIDES)
+    guides = "\n".join(("quickstart", *GUIDES))
     reference = "reference/recipes\nreference/modules\nCONTRIBUTING\nCHANGELOG"
     return (
         f"\n```{{toctree}}\n:hidden:\n:caption: Guides\n\n{guides}\n```\n"
         f"\n```{{toctree}}\n:hidden:\n:caption: Reference\n\n{reference}\n```\n"
     )
+
+
+def notebook_page(name: str) -> str:
+    """A notebook of examples/ as a page of its texts and code; what it draws is for those who run it."""
+    cells = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    parts = [f"`jupyter lab examples/{name}.ipynb` runs this page."]
+    for cell in cells:
+        text = "".join(cell["source"])
+        magic = text.startswith("%%bash")
+        kind = "bash" if magic else "python"
+        code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+        parts.append(text if cell["cell_type"] == "markdown" else f"```{kind}\n{code}\n```")
+    parts[:2] = parts[1::-1]  # the title comes first
+    return "\n\n".join(parts) + "\n"
 
 
 def relinked(text: str, folder: str) -> str:

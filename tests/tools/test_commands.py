@@ -1,11 +1,14 @@
 """Command lines: words in any order, and wrong values in one sentence."""
 
+import argparse
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from bocage.tools.main import COMMANDS, main
+from bocage.tools.examples import EXAMPLES
+from bocage.tools.main import COMMANDS, build_parser, main
 
 
 # Imports torch and the fine-tuning room: some seconds the first time.
@@ -71,3 +74,25 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert stopped.value.code == 0
     assert f"usage: bocage {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_the_help_are_lines_that_the_command_reads(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    shown = capsys.readouterr().out.partition("examples:\n")[2]
+    lines = shown.replace("\\\n", " ").strip().splitlines()
+    assert lines
+    for line in lines:
+        _, command, *words = shlex.split(line.partition(">")[0])
+        if "--help" in words:
+            continue
+        parsed, rest = build_parser([command]).parse_known_args([command, *words])
+        assert not [word for word in rest if word.startswith("-")] and (not rest or "words" in parsed)
+
+
+def test_every_command_and_action_has_examples() -> None:
+    assert {name.partition(" ")[0] for name in EXAMPLES} == set(COMMANDS)
+    (actions,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    below = [item for item in actions.choices["study"]._actions if isinstance(item, argparse._SubParsersAction)]
+    assert {f"study {name}" for item in below for name in item.choices} <= EXAMPLES.keys()

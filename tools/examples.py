@@ -1,0 +1,79 @@
+"""Examples at the end of ``bocage COMMAND --help``."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = {
+    "sample": """\
+bocage sample FLAIR-HUB --patches 200 --seed 0
+bocage sample tree --patches 20 --gaps 0.2 --modalities AERIAL_RGBI SENTINEL2_TS AERIAL_LABEL-COSIA""",
+    "shard": """\
+bocage shard FLAIR-HUB data/shards --workers 32 --dry-run
+bocage shard FLAIR-HUB data/shards --workers 32
+bocage shard FLAIR-HUB data/aerial --modalities AERIAL_RGBI AERIAL_LABEL-COSIA \\
+    --split-domains test=D004-2021 train=rest""",
+    "verify": """\
+bocage verify data/shards --workers 8
+bocage verify data/shards --decode all --json report.json""",
+    "inspect": """\
+bocage inspect data/shards
+bocage inspect data/shards --picture patch.png""",
+    "finetune": """\
+bocage finetune recipe=finetune_cosia shards=data/shards output=runs/cosia \\
+    encoders.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI
+bocage finetune recipe=finetune_lpis shards=data/shards output=runs/lpis train_fraction=0.05 draw=0
+bocage finetune recipe=finetune_cosia shards=data/shards --print-config""",
+    "evaluate": """\
+bocage evaluate runs/cosia data/shards scores --split split_1 --value test
+bocage evaluate runs/cosia data/shards scores_missing --split split_1 --value test --missing""",
+    "predict": """\
+bocage predict runs/cosia data/shards maps --split split_1 --value test --preview 8
+bocage predict runs/cosia FLAIR-HUB maps""",
+    "map": """\
+bocage map runs/cosia zone --raster AERIAL_RGBI=ortho.vrt
+bocage map runs/cosia zone --raster AERIAL_RGBI=ortho.vrt SENTINEL2_TS=s2.tif --dates SENTINEL2_TS=dates.txt""",
+    "study": "bocage study run --help",
+    "study subsets": "bocage study subsets data/shards subsets",
+    "study run": """\
+bocage study run recipe=label_efficiency shards=data/shards \\
+    starts.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI --dry-run
+bocage study run recipe=my_study.yaml shards=data/shards --processes 2
+bocage study run recipe=my_study.yaml shards=data/shards --slurm study.sh --sbatch gpus=1 time=06:00:00""",
+    "study report": """\
+bocage study report recipe=label_efficiency shards=data/shards starts.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI""",
+    "study probe": """\
+bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards probe --fraction 0.01
+bocage study probe hf:org/name data/shards probe --label ALL_LABEL-LPIS""",
+    "study demo": "bocage study demo study",
+    "publish": """\
+bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards probes/aerial
+bocage publish runs/mae published --shards data/shards --modalities AERIAL_RGBI \\
+    --scores probes/aerial/knn-* probes/aerial/linear-* --dataset IGNF/FLAIR-HUB --data-license etalab-2.0 \\
+    --license etalab-2.0
+bocage publish runs/mae published --shards data/shards --without-scores --dataset IGNF/FLAIR-HUB \\
+    --data-license etalab-2.0 --license etalab-2.0 --to hf:org/name --dry-run""",
+    "attention": """\
+bocage attention runs/mae/encoders/SENTINEL2_TS data/shards attention --split split_1 --value test --count 8
+bocage attention runs/mae/encoders/SENTINEL1-ASC_TS data/shards attention_s1 --count 2""",
+    "convert": """\
+bocage convert FLAIR-HUB_LC-L.safetensors lc_l --account keys.txt
+bocage convert lc_l/AERIAL_LABEL-COSIA official_again.safetensors""",
+    "replay": "bocage replay runs/mae/bad_steps/step-00001234",
+    "doctor": """\
+bocage doctor
+bocage doctor --shards data/shards --output runs""",
+    "completion": """\
+bocage completion bash > ~/.local/share/bash-completion/completions/bocage
+bocage completion zsh > ~/.zfunc/_bocage""",
+    "demo": "bocage demo demo",
+}
+"""By command, ``study run`` of an action."""
+
+
+def add_examples(parser: argparse.ArgumentParser, name: str) -> None:
+    """Put the examples of a command behind its help, after what it says there already."""
+    shown = "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
+    before = f"{parser.epilog.rstrip()}\n\n" if parser.epilog else ""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"{before}examples:\n{shown}"
