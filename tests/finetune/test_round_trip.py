@@ -54,7 +54,9 @@ with torch.no_grad():
     maps = encoder(kept["images"])[-4:]
 for index, found in enumerate(maps):
     found = found if found.shape == kept[f"map{index}"].shape else found.permute(0, 3, 1, 2)
-    assert torch.equal(found, kept[f"map{index}"]), index
+    worst = float((found - kept[f"map{index}"]).abs().max())
+    print(index, worst)
+    assert worst <= 1e-6, (index, worst)
 task.train()
 logits = task.model(kept["images"])
 logits = getattr(logits, "output", logits)
@@ -102,10 +104,14 @@ def test_timm_alone_gives_the_same_features(published: Path, tmp_path: Path) -> 
     assert max(worst.values()) <= 1e-6
 
 
-@pytest.mark.parametrize("peer", ["torchgeo", "terratorch"])
-def test_the_code_for_others_gives_the_same_features(peer: str, published: Path, tmp_path: Path) -> None:
+# torchgeo 0.8.1 needs requests and does not say so.
+@pytest.mark.parametrize(("peer", "more"), [("torchgeo", ["requests"]), ("terratorch", [])])
+def test_the_code_for_others_gives_the_same_features(
+    peer: str, more: list[str], published: Path, tmp_path: Path
+) -> None:
     page = (ROOT / "docs" / "publishing.md").read_text()
     (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"from {peer}" in code]
-    python = environment(tmp_path / "venv", peer)
+    python = environment(tmp_path / "venv", peer, *more)
     done = subprocess.run([str(python), "-c", block + BESIDE], cwd=published, capture_output=True, text=True)
+    print(done.stdout)
     assert done.returncode == 0, done.stderr
