@@ -3,7 +3,7 @@
 python tests/documented.py NEWFOLDER [PAGE ...]
 
 What needs a GPU's size runs at CPU size: of a command ``recipe=NAME`` becomes a recipe that puts the quickstart's sizes
-and a few steps above NAME, and words of SIZES change; nothing else does. What needs a cluster, an account, or a dataset that
+and a few steps above NAME, and words of SIZES change; nothing else does. What needs a cluster, an account, or data that
 cannot be simulated is not run, and is listed with the reason. Ends with 1 where something that was run failed.
 """
 
@@ -157,15 +157,13 @@ class Place:
                 self.done.append(("not run", shown, reason, 0.0))
                 continue
             began = time.monotonic()
+            small = at_cpu_size(code, domain) if kind == "bash" else code
             if kind == "python":
                 python += code + "\n"
-                status, how = (
-                    self.run([str(Path(self.environment["VIRTUAL_ENV"], "bin", "python")), "-c", BEFORE + python]),
-                    "as it stands",
-                )
+                status = self.run(["python", "-c", BEFORE + python])
             else:
-                small = at_cpu_size(code, domain)
-                status, how = self.run(small), "as it stands" if small == code else "at CPU size"
+                status = self.run(small)
+            how = "as it stands" if small == code else "at CPU size"
             self.done.append((f"FAILED ({status})" if status else how, shown, "", time.monotonic() - began))
             print(f"{self.done[-1][0]:14} {time.monotonic() - began:6.1f} s  {shown}", flush=True)
 
@@ -176,17 +174,8 @@ def main(folder: Path, pages: list[str]) -> int:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "bocage")], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
     bin_folder = folder / "venv" / "bin"
-    install = [
-        str(bin_folder / "python"),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "-c",
-        "constraints.txt",
-        "-e",
-        ".[losses]",
-    ]
+    install = [str(bin_folder / "python"), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
+    install += ["-e", ".[losses]"]
     subprocess.run(install, cwd=folder / "bocage", check=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HF_", "PYTHON"))}
     environment = {**kept, "PATH": f"{bin_folder}:{kept['PATH']}", "VIRTUAL_ENV": str(folder / "venv")}
