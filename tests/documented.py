@@ -77,11 +77,12 @@ inputs = {"AERIAL_RGBI": torch.randn(1, 3, 512, 512), "SENTINEL2_TS": torch.rand
 pad_masks = {"SENTINEL2_TS": padding}
 """
 OFFICIAL = """
+from pathlib import Path
 from bocage.finetune.convert import save_official
 from bocage.finetune.official import build_official
 arch = "swin_tiny_patch4_window7_224-upernet"
 model = build_official(["AERIAL_RGBI", "SENTINEL2_TS"], ["AERIAL_LABEL-COSIA"], arch, {"AERIAL_RGBI": 512})
-save_official(model, "FLAIR-HUB_LC-L.safetensors")
+save_official(model, Path("FLAIR-HUB_LC-L.safetensors"))
 """
 ZONE = """
 import numpy as np, rasterio
