@@ -62,7 +62,7 @@ ENGINE = "engine: {steps: 3, log_every: 1, save_every: 0, optimizer: {warmup_ste
 STUDY = """\
 base: {base}
 finetune: small/finetune_cosia.yaml
-words: [modalities=[AERIAL_RGBI], predictions=0, pictures=0]
+words: ["modalities=[AERIAL_RGBI]", predictions=0, pictures=0]
 shares: [{{fraction: 0.5, draws: 1, seeds: 1}}]
 learning_rates: []
 """
@@ -76,6 +76,10 @@ dates, padding = torch.arange(5)[None] * 30, torch.zeros(1, 5, dtype=torch.bool)
 inputs = {"AERIAL_RGBI": torch.randn(1, 3, 512, 512), "SENTINEL2_TS": torch.randn(1, 5, 10, 10, 10)}
 pad_masks = {"SENTINEL2_TS": padding}
 """
+# The same for one block, which a text within it tells.
+BEFORE_BLOCK = {"build_official(": 'dates = {"SENTINEL2_TS": dates}\n'}
+# What a page begins with, where another one left something in its way.
+FRESH = {"docs/data.md": ["data"], "docs/finetuning.md": ["runs", "scores", "scores_missing", "maps", "zone"]}
 OFFICIAL = """
 from pathlib import Path
 from bocage.finetune.convert import save_official
@@ -137,7 +141,9 @@ class Place:
         """Simulated patches, small recipes, a stand-in for IGN's checkpoint, rasters of a zone."""
         (self.folder / "small").mkdir()
         for name, small in SMALL.items():
-            (self.folder / "small" / f"{name}.yaml").write_text(f"base: [{name}, {small}]\n{ENGINE}")
+            (self.folder / "small" / f"{name}.yaml").write_text(
+                f"base: [{name}, {small}]\noutput: runs/{name}\n{ENGINE}"
+            )
         (self.folder / "small" / "label_efficiency.yaml").write_text(STUDY.format(base="label_efficiency"))
         steps = ["bocage sample FLAIR-HUB --patches 60 --seed 0", f"python -c '{OFFICIAL}'", f"python -c '{ZONE}'"]
         for step in steps:
@@ -146,6 +152,8 @@ class Place:
 
     def page(self, name: str) -> None:
         """Run a page; files that it says are yours to write come from its own YAML."""
+        for left in FRESH.get(name, []):
+            shutil.rmtree(self.folder / left, ignore_errors=True)
         text = (self.folder / name).read_text(encoding="utf-8")
         for file, recipe in re.findall(r"```yaml\n# (\w+\.yaml)(.*?)```", text, re.DOTALL):
             (self.folder / file).write_text(f"# {recipe}")
@@ -160,7 +168,7 @@ class Place:
             began = time.monotonic()
             small = at_cpu_size(code, domain) if kind == "bash" else code
             if kind == "python":
-                python += code + "\n"
+                python += "".join(text for part, text in BEFORE_BLOCK.items() if part in code) + code + "\n"
                 status = self.run(["python", "-c", BEFORE + python])
             else:
                 status = self.run(small)
@@ -183,8 +191,6 @@ def main(folder: Path, pages: list[str]) -> int:
     place = Place(folder / "bocage", environment | {"HF_HUB_OFFLINE": "1"})
     place.prepare()
     for page in pages:
-        for left in ("runs", "scores", "scores_missing", "maps", "zone") if page == "docs/finetuning.md" else ():
-            shutil.rmtree(place.folder / left, ignore_errors=True)
         place.page(page)
     print("\nnot run:")
     for how, shown, reason, _ in place.done:
