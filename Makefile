@@ -35,7 +35,7 @@ test: lint
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/site/pages.py build/docs-src
-	$(BIN)/sphinx-build -W -q -b html -c docs/site build/docs-src build/docs
+	$(BIN)/sphinx-build -E -W -q -b html -c docs/site build/docs-src build/docs
 	@echo "documentation: build/docs/index.html"
 
 slow: $(STAMP)

@@ -20,12 +20,16 @@ from bocage.ssl.encoders.bands import adapt_bands
 from bocage.ssl.encoders.export import load_encoder, save_encoder
 
 BANDS, SIDE, BATCH, STEPS = ["NIR", "R", "G"], 256, 8, 1000
+if len(sys.argv) != 5:
+    sys.exit(__doc__)
 
 encoder = adapt_bands(load_encoder(sys.argv[1]), BANDS)  # a folder, a .zip or hf:org/name
 save_encoder(encoder, "adapted")
 model = smp.Unet("tu-local-dir:adapted", encoder_weights=True, in_channels=len(BANDS), classes=int(sys.argv[4]))
 mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (encoder.spec.mean, encoder.spec.std))
 images = sorted(Path(sys.argv[2]).glob("*.tif"))
+if not images:
+    sys.exit(f"{sys.argv[2]}: no file NAME.tif")
 
 
 def window(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,8 +37,10 @@ def window(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     with rasterio.open(path) as image, rasterio.open(Path(sys.argv[3], path.name)) as label:
         left, top = (random.randint(0, max(0, length - SIDE)) for length in (image.width, image.height))
         place = rasterio.windows.Window(left, top, SIDE, SIDE)
-        values = torch.from_numpy(image.read(window=place).astype(np.float32))
-        return (values - mean) / std, torch.from_numpy(label.read(1, window=place).astype(np.int64))
+        # Where the image has no values, as beyond its edges when it is small: the mean, and no class.
+        values = image.read(window=place, boundless=True, masked=True).astype(np.float32).filled(np.nan)
+        classes = label.read(1, window=place, boundless=True, fill_value=255)
+        return torch.nan_to_num((torch.from_numpy(values) - mean) / std), torch.from_numpy(classes.astype(np.int64))
 
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)

@@ -43,6 +43,8 @@ _LEAST_REGIONS = 5  # of fewer, replicates lack classes, and say little
 _EPOCH = date(1970, 1, 1)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _OF_THE_PLACE = ("recipe", "shards", "output")
+_OF_WATCHING = ("tracker", "project", "resume", "resume_allow")
+_OF_A_PROBE = {"probe", "weights", "shards", "split", "taught", "modalities", "labels", "patches"}
 _REPRESENTATIONS = {
     "linear": "stored values as they are",
     "decibel": "10 log10 of the stored values, which are clipped to at least 0.0001",
@@ -73,11 +75,13 @@ class Terms:
     data_license: str
 
     def __post_init__(self) -> None:
-        if not self.dataset.strip():
-            raise ValueError("dataset: name the data that was pretrained on, e.g. IGNF/FLAIR-HUB")
+        if not re.fullmatch(r"[\w][\w ./()-]*[\w)]", self.dataset):
+            raise ValueError(f"dataset={self.dataset!r}: name the data that was pretrained on, e.g. IGNF/FLAIR-HUB")
         for key in ("license", "data_license"):
             if not _LICENCE.fullmatch(getattr(self, key)):
                 raise ValueError(f"{key}={getattr(self, key)!r} is not how the hub writes licences, e.g. etalab-2.0")
+            if getattr(self, key) in ("other", "unknown"):
+                raise ValueError(f"{key}={getattr(self, key)} names none: say which, e.g. etalab-2.0")
 
 
 class PretrainedRun:
@@ -121,8 +125,11 @@ class PretrainedRun:
             raise InputError(
                 f"{self.folder} has no encoder of {modality}; it has {', '.join(self.modalities) or 'none'}"
             )
-        if weights_digest(str(folder)) != weights_digest(str(self.checkpoint / "export" / modality)):
+        kept = self.checkpoint / "export" / modality
+        if weights_digest(str(folder)) != weights_digest(str(kept)):
             raise InputError(f"{folder} does not hold the weights of {self.checkpoint}: it was replaced since")
+        if (folder / CONFIG_FILE).read_bytes() != (kept / CONFIG_FILE).read_bytes():
+            raise InputError(f"{folder / CONFIG_FILE} is not that of {self.checkpoint}: it was changed since")
         return folder
 
 
@@ -137,14 +144,16 @@ def publish_encoder(
         scores: folders that ``bocage study probe`` left, of this encoder; others are an error.
         terms: what files cannot tell.
         place: ``hf:org/name`` or ``hf:org/name@revision`` where it will be found; None: in the folder.
-        folder: new, or an earlier publication, which is replaced.
+        folder: new, or an earlier publication as it was written, which is replaced.
 
     Raises:
-        InputError: a fact is missing or contradicts another; ``folder`` holds something else.
+        InputError: a fact is missing or contradicts another; ``folder`` holds something else, or was changed by hand.
     """
     earlier = (folder / FACTS_FILE).is_file() and (folder / SUMS_FILE).is_file()
     if folder.exists() and not earlier and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not a published encoder: choose another folder")
+    if earlier:
+        _check_files(folder)
     source = run.encoder_folder(modality)
     encoder = load_encoder(source)
     facts = {
@@ -178,23 +187,33 @@ def check_publication(folder: Path) -> None:
     Raises:
         InputError: a file is another one, or the card disagrees.
     """
-    for line in (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise InputError(f"{folder / name} is not the file that was published: publish again")
+    _check_files(folder)
     if (folder / CARD_FILE).read_text(encoding="utf-8") != render_card(folder):
         raise InputError(f"{folder / CARD_FILE} does not say what {FACTS_FILE} says: publish again")
 
 
+def _check_files(folder: Path) -> None:
+    listed = {SUMS_FILE}
+    for line in (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        listed.add(name)
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise InputError(
+                f"{folder / name} is not the file that was published: move {folder} away, then publish again"
+            )
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in listed):
+        raise InputError(f"{folder / others[0]} was not published: move it away, then publish again")
+
+
 def _pretraining(run: PretrainedRun, modality: str) -> dict[str, Any]:
-    config, samples = run.config, run.description["samples_a_step"]
+    config = run.config
     return {
         "recipe": run.description["recipe"],
         "objectives": {name: weight for name, weight in config["weights"].items() if weight > 0},
         "with": [name for name in run.modalities if name != modality],
         "started_from": _told(config["encoders"].get(modality, SCRATCH)),
         "steps": run.state.step,
-        "samples_a_step": samples,
+        "samples": run.state.position,
         "window": config["window"],
         "run": run.state.run,
         "bocage": run.description["versions"]["bocage"],
@@ -203,7 +222,7 @@ def _pretraining(run: PretrainedRun, modality: str) -> dict[str, Any]:
         "last": {
             name.rpartition("/")[0]: value
             for name, value in sorted(run.state.metrics.items())
-            if name.endswith(f"/{modality}") and value is not None
+            if name.endswith(f"/{modality}") and not name.startswith("evaluation/") and value is not None
         },
     }
 
@@ -239,6 +258,8 @@ def _scores(run: PretrainedRun, modality: str, encoder: Encoder, folder: Path) -
     digest = weights_digest(str(run.folder / "encoders" / modality))
     if metrics["weights"] != {modality: digest}:
         raise InputError(f"{folder} was measured with other weights than {run.folder / 'encoders' / modality}")
+    if metrics["split"] == EVERY_SAMPLE:
+        raise InputError(f"{folder} was measured on the patches that taught it: run `bocage study probe` with a split")
     if metrics["shards"] != run.manifest.digest:
         raise InputError(f"{folder} was measured on other shards than {run.manifest.path}")
     part = "test" if "test" in metrics else "valid"
@@ -295,7 +316,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
         metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: give a folder of scores that `bocage study probe` wrote") from error
-    if not isinstance(metrics, dict) or not {"probe", "weights", "shards", "split", "taught"} <= metrics.keys():
+    if not isinstance(metrics, dict) or not metrics.keys() >= _OF_A_PROBE:
         raise InputError(f"{path} is not of a probe: give a folder of scores that `bocage study probe` wrote")
     return metrics
 
@@ -319,11 +340,15 @@ def _preprocessing(spec: InputSpec) -> dict[str, Any]:
 
 
 def _recipe(run: PretrainedRun) -> str:
-    """The resolved configuration as a recipe that others can run on their shards."""
-    kept: Mapping[str, Any] = {key: value for key, value in run.config.items() if key not in _OF_THE_PLACE}
-    kept = {**kept, "encoders": {name: _told(source) for name, source in kept["encoders"].items()}}
+    """The resolved configuration as a recipe that others can run on their shards, without what is only of the place."""
+    kept: dict[str, Any] = {key: value for key, value in run.config.items() if key not in _OF_THE_PLACE}
+    kept["engine"] = {key: value for key, value in kept["engine"].items() if key not in _OF_WATCHING}
     head = "# What this encoder was pretrained with: accelerate launch pretrain.py recipe=recipe.yaml shards=PATH\n"
-    return head + OmegaConf.to_yaml(OmegaConf.create(dict(kept)))
+    sources = kept["encoders"]
+    kept["encoders"] = {name: source for name, source in sources.items() if _told(source) == source}
+    for name in sorted(sources.keys() - kept["encoders"].keys()):
+        head += f"# {name} was started from a local encoder, {_told(sources[name])}: give yours as encoders.{name}=\n"
+    return head + OmegaConf.to_yaml(OmegaConf.create(kept))
 
 
 def _told(source: str) -> str:

@@ -173,5 +173,7 @@ def slurm_script(
     lines += [f"#SBATCH {option}" for option in options]
     # The names are in the script, so that a task means the same cell whatever has finished since.
     lines += ["set -euo pipefail", "cells=(", *(f"  {shlex.quote(name)}" for name in names), ")"]
+    # srun has not taken it from sbatch since SLURM 22.05: readers and trainer would share one core.
+    lines.append('export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"')
     lines.append(f'srun {launcher} study run {shlex.join(words)} "--cell=${{cells[$SLURM_ARRAY_TASK_ID]}}"')
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +43,17 @@ def written_atomically(path: Path, *, contested: bool = False) -> Iterator[Path]
 def folder_written_whole(folder: Path) -> Iterator[Path]:
     """An empty folder to fill; it becomes ``folder``, flushed to disk, when the block succeeds.
 
-    What was there before is replaced then, and stays as it was when the block fails.
+    What was there before is replaced then, and stays as it was when the block fails. What a killed process left is
+    cleared away.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        new.mkdir()
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
+    new, old = temporary / "new", temporary / "old"
+    if old.exists() and not folder.exists():  # a process was killed between the two renames below
+        old.rename(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
         yield new
         for path in (*sorted(new.iterdir()), new):
             flush(path)
@@ -61,6 +66,8 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
                 old.rename(folder)
             raise
         flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

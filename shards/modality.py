@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3, ClassScheme
 from bocage.shards.errors import InputError
@@ -157,7 +157,12 @@ class Modality:
             raise ValueError(
                 f"{self.name}: {self.size} px of {self.gsd} m are not whole mm or not a patch of {PATCH_SIZE} m"
             )
+        if self.representation not in get_args(Representation):
+            known = ", ".join(get_args(Representation))
+            raise ValueError(f"{self.name}: representation {self.representation!r} is not one of {known}")
         if self.is_input:
+            if self.unit < 1 or self.size % self.unit:
+                raise ValueError(f"{self.name}: units of {self.unit} px do not divide a patch of {self.size} px")
             named = [name for group in self.groups for name in group]
             if sorted(named) != sorted(self.channels):
                 raise ValueError(f"{self.name}: groups {self.groups} must hold each of {self.channels} once")
@@ -258,7 +263,15 @@ class Registry(Mapping[str, Modality]):
         return len(self._by_name)
 
     def with_modality(self, modality: Modality) -> Registry:
-        """A copy with one more modality."""
+        """A copy with one more modality.
+
+        Raises:
+            InputError: shards have no encoding of the name of its ``codec``.
+        """
+        from bocage.shards.codec import CHAINS  # which needs this module
+
+        if modality.codec not in CHAINS:
+            raise InputError(f"{modality.name}: codec {modality.codec!r} is none of {', '.join(CHAINS)}")
         return Registry((*self._by_name.values(), modality))
 
     def subset(self, names: tuple[str, ...] | list[str]) -> Registry:

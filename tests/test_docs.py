@@ -16,9 +16,9 @@ def test_links_lead_somewhere_and_every_key_is_told(tmp_path: Path) -> None:
     for key in ("engine.optimizer.learning_rate", "masking.ratio", "modality_dropout", "shares", "cache.size"):
         assert f"| `{key}` |" in keys
     assert "| `utae.architecture` | `utae` |" in keys  # of this key, and not of its class
-    home = (tmp_path / "out" / "index.md").read_text()
-    for name in re.findall(r"\]\(([^)#]+\.(?:md|png|svg))", home):
-        assert (tmp_path / "out" / name).is_file(), name
+    for page in (tmp_path / "out").glob("*.md"):
+        for name in re.findall(r"\]\(([^)#\s]+\.(?:md|png|svg))", page.read_text()):
+            assert name.startswith("http") or (page.parent / name).is_file(), f"{page.name}: {name}"
 
 
 def test_anchors_of_pages_exist() -> None:

@@ -36,9 +36,9 @@ def told(output: Path) -> dict[str, Any]:
 
     Returns:
         ``ids``: of the runs, ``config`` and ``summary``: by key, ``history``: (step, values) of each record,
-        ``system``: names that W&B measured of the machine.
+        ``system``: names that W&B measured of the machine, ``exits``: how each start ended.
     """
-    found: dict[str, Any] = {"ids": set(), "config": {}, "summary": {}, "history": [], "system": set()}
+    found: dict[str, Any] = {"ids": set(), "config": {}, "summary": {}, "history": [], "system": set(), "exits": []}
 
     def key_of(item: Any) -> str:
         return item.key or "/".join(item.nested_key)
@@ -56,6 +56,8 @@ def told(output: Path) -> dict[str, Any]:
             elif kind == "history":
                 values = {key_of(item): json.loads(item.value_json) for item in record.history.item}
                 found["history"].append((record.history.step.num or values.get("_step"), values))
+            elif kind == "exit":
+                found["exits"].append(record.exit.exit_code)
             elif kind == "stats":
                 found["system"] |= {item.key for item in record.stats.item}
     return found

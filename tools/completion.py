@@ -7,6 +7,8 @@ from pathlib import Path
 
 import shtab
 
+_PLACES = ("SHARDS", "FOLDER", "FILE")  # that are text, since they may be addresses
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -30,5 +32,5 @@ def _complete_paths(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 _complete_paths(below)
-        elif not action.choices and (action.type is Path or not action.option_strings):
+        elif not action.choices and (action.type is Path or action.metavar in _PLACES or not action.option_strings):
             action.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import netrc
 import os
 import platform
 import resource
@@ -104,7 +103,7 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
     yield Finding("CPU", "ok", f"{cores} cores for this process, {torch.get_num_threads()} threads of PyTorch")
     if not torch.cuda.is_available():
         other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -131,7 +130,9 @@ def _disks(output: Path) -> Iterator[Finding]:
         while not there.exists():
             there = there.parent
         free = shutil.disk_usage(there).free / _GIGABYTE
-        if not os.access(there, os.W_OK):
+        if not there.is_dir():
+            yield Finding(subject, "fault", f"{there} is a file")
+        elif not os.access(there, os.W_OK):
             yield Finding(subject, "fault", f"{there} cannot be written")
         elif free < _LEAST_FREE:
             yield Finding(subject, "note", f"{free:.1f} GB free at {folder}: little for checkpoints")
@@ -156,15 +157,13 @@ def _limits() -> Iterator[Finding]:
 def _tokens() -> Iterator[Finding]:
     """Whether there are tokens; never what they are."""
     from bocage.ssl.encoders.hub import may_upload
+    from bocage.ssl.engine.trackers import has_wandb_key
 
     hub = may_upload()
     yield Finding("hub token", "ok" if hub else "note", "there" if hub else "none: publishing is a dry run")
-    try:
-        known = netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        known = False
-    wandb = known or bool(os.environ.get("WANDB_API_KEY"))
-    yield Finding("W&B key", "ok" if wandb else "note", "there" if wandb else "none: runs are recorded offline")
+    wandb, mode = has_wandb_key(), os.environ.get("WANDB_MODE")
+    told = "there" if wandb else "none: runs are recorded offline"
+    yield Finding("W&B key", "ok" if wandb else "note", f"{told}{f'; WANDB_MODE={mode} rules' if mode else ''}")
 
 
 def _shards(where: str) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -34,12 +35,15 @@ COMMANDS = {
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """Run ``action``; wrong user input becomes one sentence and status 2, anything else keeps its traceback."""
+    """Run ``action``; wrong user input becomes one sentence and status 2, Ctrl-C 130; the rest keeps its traceback."""
     try:
         return action() or 0
     except InputError as error:
         print(f"bocage: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # in commands that have nothing to save
+        print("bocage: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 _LINE_SECONDS = 30.0
 
@@ -67,8 +69,13 @@ class Bars:
         self._active = active
         self._rich: Progress | None = None
         self._tasks: dict[Bar, int] = {}
-        if active and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[summary]}"))
+        if active and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            cut = Column(no_wrap=True, overflow="ellipsis")  # of a narrow terminal the end of the text
+            columns = (
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+                BarColumn(12),
+                TextColumn("{task.fields[summary]}", markup=False, table_column=cut),
+            )
             self._rich = Progress(*columns, console=Console(stderr=True))
 
     def __enter__(self) -> Bars:

@@ -62,27 +62,31 @@ def run(arguments: argparse.Namespace) -> int:
         (modality, *others) = read_scores(path)["modalities"]
         if others or modality not in scores:
             raise InputError(f"--scores {path}: of {', '.join([modality, *others])}, which is not what is published")
+        if path.resolve() in {other.resolve() for other in scores[modality]}:
+            raise InputError(f"--scores {path}: given twice")
         scores[modality].append(path)
     if arguments.scores and (without := [modality for modality in modalities if not scores[modality]]):
         raise InputError(f"--scores: none of {without[0]}: run `bocage study probe` with it, or leave it out")
     places = {modality: _place(arguments, modality, len(modalities)) for modality in modalities}
     for modality in modalities:
         folder = arguments.out / modality
-        publish_encoder(pretrained, modality, scores[modality], terms, places[modality], folder)
+        try:
+            publish_encoder(pretrained, modality, scores[modality], terms, places[modality], folder)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror}") from error
         check_publication(folder)
         print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    found = {name: str((arguments.out / name).resolve()) for name in modalities}
+        if not arguments.to:
+            _link(pretrained, f"published_folder/{modality}", str(folder.resolve()))
     if arguments.to:
-        found |= _uploaded(arguments, pretrained, places)
-    _link(pretrained, found)
+        _upload(arguments, pretrained, places)
     return 0
 
 
-def _uploaded(arguments: argparse.Namespace, run: PretrainedRun, places: Mapping[str, str | None]) -> dict[str, str]:
-    """The address of each commit, by modality; without a token none, and what it would do is told."""
+def _upload(arguments: argparse.Namespace, run: PretrainedRun, places: Mapping[str, str | None]) -> None:
+    """Upload each folder and print the address of its commit; without a token print what it would do."""
     from bocage.ssl.encoders.hub import collect, may_upload, upload
 
-    addresses: dict[str, str] = {}
     visibility = "public" if arguments.public else "private"
     if arguments.dry_run or not may_upload():
         for modality, place in places.items():
@@ -92,28 +96,27 @@ def _uploaded(arguments: argparse.Namespace, run: PretrainedRun, places: Mapping
             )
         if not arguments.dry_run:
             print("there is no token: set HF_TOKEN or run `hf auth login`, then the same command uploads")
-        return addresses
+        return
     for modality, place in places.items():
         assert place is not None
         message = f"{modality} encoder, {run.state.step:,} steps of {run.description['recipe']}"
-        addresses[modality] = upload(arguments.out / modality, place, private=not arguments.public, message=message)
-        print(addresses[modality])
+        address = upload(arguments.out / modality, place, private=not arguments.public, message=message)
+        print(address)
+        _link(run, f"published/{modality}", address)
     if arguments.collection:
         chosen = [place for place in places.values() if place is not None]
         print(collect(arguments.collection, chosen, private=not arguments.public))
-    return addresses
 
 
-def _link(run: PretrainedRun, found: Mapping[str, str]) -> None:
-    """Say in the run's W&B or TensorBoard where its encoders were published, which is not worth failing for."""
+def _link(run: PretrainedRun, name: str, place: str) -> None:
+    """Say in the run's W&B or TensorBoard where an encoder was published, which is not worth failing for."""
     from bocage.ssl.engine.trackers import link_afterwards
 
     engine, state = run.config["engine"], run.state
-    places = {f"published/{modality}": place for modality, place in found.items()}
     try:
-        link_afterwards(engine["tracker"], run.folder, engine["project"], state.run, state.step, places)
+        link_afterwards(engine["tracker"], run.folder, engine["project"], state.run, state.step, {name: place})
     except InputError as error:
-        print(f"bocage: {error}; the encoders are published all the same", file=sys.stderr)
+        print(f"bocage: {error}; the encoder is published all the same", file=sys.stderr)
 
 
 def _place(arguments: argparse.Namespace, modality: str, count: int) -> str | None:

@@ -103,6 +103,8 @@ def relinked(text: str, folder: str) -> str:
         inside = path.relative_to(ROOT).as_posix()
         if inside.startswith("docs/study/") or inside.endswith(".csv"):
             return f'<a href="{inside.removeprefix("docs/")}">{name}</a>'
+        if inside == "README.md":
+            return f"[{name}](index.md{anchor})"
         if path.suffix == ".md":
             return f"[{name}]({inside.removeprefix('docs/')}{anchor})"
         return name

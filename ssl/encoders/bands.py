@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,12 +25,19 @@ class NewBand:
         mean, std: of its values, in decibels for an encoder that reads them.
         quantity: what it measures.
         wavelength: of an optical band, nm.
+
+    Raises:
+        ValueError: a mean or std that is not finite, or std that is not positive.
     """
 
     mean: float
     std: float
     quantity: Quantity = "reflectance"
     wavelength: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(f"mean={self.mean}, std={self.std}: both must be finite, std positive")
 
 
 def adapt_bands(encoder: Encoder, bands: Sequence[str], new: Mapping[str, NewBand] | None = None) -> Encoder:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bocage.shards.errors import InputError
 
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REVISION = re.compile(r"[^\s@~^:?*\[\\]+")
+_DESCRIPTION = "config.json"
 PREFIX = "hf:"
 """Marks a place on the hub: ``hf:org/name`` or ``hf:org/name@revision``."""
 
@@ -46,7 +53,8 @@ def split_place(place: str) -> tuple[str, str | None]:
         InputError: it is of another form.
     """
     repository, at, revision = place.removeprefix(PREFIX).partition("@")
-    if not place.startswith(PREFIX) or repository.count("/") != 1 or (at and not revision):
+    fits = _REPOSITORY.fullmatch(repository) and (not at or _REVISION.fullmatch(revision))
+    if not place.startswith(PREFIX) or not fits:
         raise InputError(f"{place} is not of the form {PREFIX}org/name or {PREFIX}org/name@revision")
     return repository, revision or None
 
@@ -59,7 +67,7 @@ def may_upload() -> bool:
 
 
 def upload(folder: Path, place: str, *, private: bool, message: str) -> str:
-    """Make a repository hold what a folder holds, in one commit; what else it held is removed in the same.
+    """Put what a folder holds into a repository, in one commit; what else is there stays.
 
     Args:
         folder: the folder.
@@ -71,22 +79,42 @@ def upload(folder: Path, place: str, *, private: bool, message: str) -> str:
         The address of the commit.
 
     Raises:
-        InputError: the hub refuses or cannot be reached.
+        InputError: the hub refuses or cannot be reached, or the branch holds an encoder of another sensor, or none and
+            other files.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     repository, revision = split_place(place)
     try:
         api = HfApi(library_name="bocage")
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, revision=revision, commit_message=message, delete_patterns="*"
-        )
+        there = set(api.list_repo_files(repository, revision=revision)) - {".gitattributes"}
+        description = {}
+        if _DESCRIPTION in there:
+            path = api.hf_hub_download(repository, _DESCRIPTION, revision=revision)
+            description = json.loads(Path(path).read_text(encoding="utf-8"))
+        sensor = _sensor(description)
+        if there and sensor != _sensor(json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))):
+            what = f"an encoder of {sensor}" if sensor else f"other files ({', '.join(sorted(there)[:3])})"
+            raise InputError(f"{place} holds {what}: give another name, or delete them there")
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=message)
+    except InputError:
+        raise
     except Exception as error:  # refusals of the server and failures on the way, of whatever HTTP client hub uses
         raise InputError(f"{place} cannot be written: {_line(error)}; nothing of {folder} is lost") from error
     return str(commit.commit_url)
+
+
+def _sensor(description: Any) -> str | None:
+    try:
+        return str(description["bocage"]["input"]["modality"])
+    except (KeyError, TypeError):
+        return None
 
 
 def collect(title: str, places: Sequence[str], *, private: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -123,6 +124,8 @@ class EngineConfig:
         ):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"engine.{key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
+        if not re.fullmatch(r"[\w. -]{1,128}", self.project):
+            raise ValueError(f"engine.project={self.project!r} is not a plain name: it is W&B's project and a folder")
         if self.checkpoint == "sharded" and self.parallel != "fsdp":
             raise ValueError("engine.checkpoint=sharded needs engine.parallel=fsdp: without it nothing is divided")
         if self.optimizer.warmup_steps > self.steps:

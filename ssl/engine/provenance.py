@@ -46,10 +46,11 @@ A new ``engine.steps`` stretches or shortens the cosine from the resumed step on
 _CODE = (".py", ".yaml", ".jinja", ".toml")
 _LIBRARIES = ("bocage", "torch", "accelerate", "timm", "numpy", "safetensors")
 _REDACTED = "<redacted>"
-_WORDS = r"(?:(?<!mask_)(?<!cls_)token|secret|password|passwd|credentials?|api_?key|access_?key)"
+_WORDS = r"(?:(?<!mask_)(?<!cls_)token|secret|password|passwd|credentials?|signature|api[-_]?key|access[-_]?key)"
 _SECRET_NAME = re.compile(rf"(?:^|[_.-]){_WORDS}(?:$|_)", re.IGNORECASE)
 _SECRET_ARGUMENT = re.compile(rf"((?:^|[\s_.-]){_WORDS}\w*=)\S+", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY_OF_URL = re.compile(r"(://[^\s?#]*\?)\S+")  # signed addresses hold the right to read there
 _SHORTEST_SECRET = 8
 
 
@@ -84,7 +85,8 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` as JSON gives it back (tuples become lists, paths strings), with secrets replaced.
 
     A secret is the text under a key that is named like one (token, password, api_key, ...), in an argument
-    ``api_key=...``, in the user part of a URL, or equal to the value of an environment variable named like one.
+    ``api_key=...``, in the user part of a URL or behind its ``?``, or equal to the value of an environment variable
+    named like one.
     """
     secrets = [
         value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
@@ -104,7 +106,8 @@ def _without(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, _REDACTED)
-        return _PASSWORD_IN_URL.sub(f"{_REDACTED}@", _SECRET_ARGUMENT.sub(rf"\1{_REDACTED}", value))
+        value = _PASSWORD_IN_URL.sub(f"{_REDACTED}@", _SECRET_ARGUMENT.sub(rf"\1{_REDACTED}", value))
+        return _QUERY_OF_URL.sub(rf"\1{_REDACTED}", value)
     return value
 
 

@@ -150,18 +150,19 @@ class Run:
             return self._outcome(received=0)
         received = 0
         with ExitStack() as stack:
-            journal = Journal(
-                self.accelerator,
-                self.output,
-                steps=config.steps,
-                step=state.step,
-                reported_step=state.reported_step,
-                tracker=config.tracker,
-                project=config.project,
-                run=state.run,
-                config=self.description["config"],
+            journal = stack.enter_context(
+                Journal(
+                    self.accelerator,
+                    self.output,
+                    steps=config.steps,
+                    step=state.step,
+                    reported_step=state.reported_step,
+                    tracker=config.tracker,
+                    project=config.project,
+                    run=state.run,
+                    config=self.description["config"],
+                )
             )
-            stack.callback(journal.close)
             batches = source.batches(state.position, self.accelerator.process_index, self.accelerator.num_processes)
             if hasattr(batches, "close"):
                 stack.callback(batches.close)

@@ -6,7 +6,8 @@ import importlib.util
 import netrc
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from bocage.shards.errors import InputError
 from bocage.ssl.engine.provenance import flat, plain
 
 TrackerName = Literal["none", "wandb", "tensorboard"]
+_WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
 def check_tracker(tracker: TrackerName) -> None:
@@ -49,11 +51,14 @@ def start_tracker(
         run: identity of the run, the same when it is resumed.
         config: what it runs with; secrets are replaced.
         reported_step: the last step recorded; TensorBoard shows none after it from before.
+
+    Raises:
+        InputError: W&B cannot be reached, or refuses.
     """
     if tracker == "wandb":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        options = {**_wandb_options(output, run, mode), "name": output.name}
-        accelerator.init_trackers(project, config=plain(config), init_kwargs={"wandb": options})
+        with _wandb_faults():
+            options = {**_wandb_options(output, run, offline=not has_wandb_key()), "name": output.name}
+            accelerator.init_trackers(project, config=plain(config), init_kwargs={"wandb": options})
     elif tracker == "tensorboard":
         settings = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -82,7 +87,7 @@ def link(trackers: Iterable[Any], step: int, name: str, place: str) -> None:
 def link_afterwards(
     tracker: TrackerName, output: Path, project: str, run: str, step: int, places: Mapping[str, str]
 ) -> None:
-    """``link`` in a run that has ended: it is opened once more, as it was tracked, offline where it was so.
+    """``link`` in a run that has ended, and was tracked: it is opened once more, offline where it was so.
 
     Args:
         tracker: of the run; with ``none`` nothing happens.
@@ -93,37 +98,65 @@ def link_afterwards(
         places: path or address by name.
 
     Raises:
-        InputError: the tracker's package is missing, or W&B cannot be reached.
+        InputError: the tracker's package is missing, W&B cannot be reached, or the folder cannot be written.
     """
     check_tracker(tracker)
     if tracker == "wandb":
+        online, offline = (any((output / "wandb").glob(f"{kind}-*-{run}")) for kind in ("run", "offline-run"))
+        if not online and not offline:
+            return
         import wandb
 
-        offline = any((output / "wandb").glob("offline-run-*")) and not any((output / "wandb").glob("run-*"))
-        mode = os.environ.get("WANDB_MODE") or ("offline" if offline or not _has_wandb_key() else "online")
-        try:
-            with wandb.init(project=project, **_wandb_options(output, run, mode)) as opened:
+        with _wandb_faults():
+            options = _wandb_options(output, run, offline=not online or not has_wandb_key())
+            with wandb.init(project=project, **options) as opened:
                 opened.summary.update(dict(places))
-        except (wandb.Error, OSError) as error:
-            raise InputError(f"W&B does not take links for {output}: {' '.join(str(error).split())}") from error
-    elif tracker == "tensorboard":
+    elif tracker == "tensorboard" and (output / project).is_dir():
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(output / project)) as writer:
-            for name, place in places.items():
-                writer.add_text(name, place, step)
+        try:
+            with SummaryWriter(str(output / project)) as writer:
+                for name, place in places.items():
+                    writer.add_text(name, place, step)
+        except OSError as error:
+            raise InputError(f"{output / project} cannot be written: {error.strerror}") from error
 
 
-def _wandb_options(output: Path, run: str, mode: str) -> dict[str, Any]:
+def finish(trackers: Iterable[Any], *, failed: bool) -> None:
+    """End a run where it is tracked; W&B marks one that failed."""
+    for tracker in trackers:
+        if tracker.name == "wandb" and failed:
+            tracker.tracker.finish(exit_code=1)
+        else:
+            tracker.finish()
+
+
+@contextmanager
+def _wandb_faults() -> Iterator[None]:
     import wandb
 
+    try:
+        yield
+    except (wandb.Error, OSError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"W&B: {what}; WANDB_MODE=offline keeps the run here, engine.tracker=none does without"
+        ) from error
+
+
+def _wandb_options(output: Path, run: str, *, offline: bool) -> dict[str, Any]:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+    if mode not in _WANDB_MODES:
+        raise InputError(f"WANDB_MODE={mode} is not one of {', '.join(_WANDB_MODES)}")
     # W&B notes the command line with its metadata; it may not when that holds a secret.
     secret = plain({"words": sys.argv})["words"] != sys.argv
     settings = wandb.Settings(console="off", silent=True, x_disable_meta=secret)
     return {"id": run, "resume": "allow", "dir": str(output), "mode": mode, "settings": settings}
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     """Whether W&B would find credentials (their presence only), so that nobody without an account is asked for one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

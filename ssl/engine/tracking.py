@@ -24,7 +24,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
 from bocage.ssl.engine.collapse import LEAST_VECTORS, MOST_VECTORS, feature_std, rankme
 from bocage.ssl.engine.distributed import from_main, gathered, is_main
-from bocage.ssl.engine.trackers import TrackerName, link, start_tracker
+from bocage.ssl.engine.trackers import TrackerName, finish, link, start_tracker
 
 _EVALUATIONS_SHOWN = 6
 _BAR = 12  # characters
@@ -180,7 +180,7 @@ class Journal:
                 BarColumn(bar_width=_BAR, table_column=Column(no_wrap=True)),
                 TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
                 # Only this one gives way where the terminal is narrow.
-                TextColumn("{task.fields[summary]}", table_column=Column(overflow="ellipsis")),
+                TextColumn("{task.fields[summary]}", markup=False, table_column=Column(overflow="ellipsis")),
                 console=Console(stderr=True),
             )
             self._room = max(10, self._bar.console.width - len("step") - 2 * len(str(steps)) - 1 - _BAR - 7 - 4)
@@ -206,8 +206,9 @@ class Journal:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, summary=_shortened(_summary(values), self._room))
         else:
-            left = (self._steps - step) * (values.get("step_seconds") or 0.0)
-            print(f"step {step}/{self._steps}  {_summary(values)}  left {_duration(left)}", file=sys.stderr, flush=True)
+            seconds = values.get("step_seconds")
+            left = f"  left {_duration((self._steps - step) * seconds)}" if seconds else ""
+            print(f"step {step}/{self._steps}  {_summary(values)}{left}", file=sys.stderr, flush=True)
 
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
         """Show pictures (PNG) of ``step`` by name in the tracker; they are on disk already."""
@@ -248,15 +249,17 @@ class Journal:
                 f"{name} cannot be written: {error.strerror}; free or change the disk, then run the same command again"
             ) from error
 
-    def close(self) -> None:
-        """End the bar, the file and the tracker."""
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the bar, the file and the tracker, which learns whether the run failed."""
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
             self._file.close()
         if self._active:
-            for tracker in self._accelerator.trackers:
-                tracker.finish()
+            finish(self._accelerator.trackers, failed=kind is not None)
 
 
 def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:

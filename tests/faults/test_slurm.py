@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "recipes" / "slurm"
 SRUN = """#!{python}
 import os, signal, subprocess, sys
-words = [word for word in sys.argv[1:]]
+assert os.environ["SRUN_CPUS_PER_TASK"] == "8"  # or each task would have one core
+words = sys.argv[1:]
 while words[0].startswith("--"):
     words.pop(0)
 tasks = [
@@ -61,6 +62,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "pretrain.py").symlink_to(ROOT / "pretrain.py")
     places = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port() - 29500), "SLURM_JOB_NODELIST": "localhost"}
+    job |= {"SLURM_CPUS_PER_TASK": "8"}
     return {**os.environ, **job, "PATH": places, "OMP_NUM_THREADS": "1"}
 
 
@@ -96,7 +98,7 @@ def test_the_array_job_writes_what_one_process_writes(cluster: dict[str, str], t
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     whole = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "whole", shard_bytes=4_000_000)
     for task in ("1", "2"):
-        own = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "1"}
+        own = {"SLURM_ARRAY_TASK_ID": task, "SLICES": "2", "SLURM_CPUS_PER_TASK": "1"}
         words = ["tree", "out", "--shard-mb", "4"]
         subprocess.run(["bash", str(JOBS / "shard.sbatch"), *words], cwd=tmp_path, env=cluster | own, check=True)
     merge = [sys.executable, "-m", "bocage.tools.main", "shard", "tree", "out", "--shard-mb", "4", "--merge"]

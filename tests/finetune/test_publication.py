@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -112,7 +113,7 @@ def test_the_card_says_what_the_facts_say(world: Path, name: str) -> None:
     years = {domain[-4:] for domain in manifest.column("domain").take(trained).to_pylist()}
     assert {facts["data"]["first_date"][:4], facts["data"]["last_date"][:4]} <= years
     for fact in (
-        "3 of 2 windows",
+        "3, 6 windows together",
         "masked x 1",
         facts["data"]["first_date"],
         facts["data"]["shards"],
@@ -129,7 +130,7 @@ def test_the_runs_tracker_links_its_checkpoint_and_the_published_encoders(world:
     assert [step for step, _ in shown["history"]] == [1, 2, 3]
     assert shown["summary"]["checkpoint"] == str(world / "run" / "checkpoints" / "step-00000003")
     for name in (SPOT, DEM, S2):
-        assert shown["summary"][f"published/{name}"] == str(world / "out" / name)
+        assert shown["summary"][f"published_folder/{name}"] == str(world / "out" / name)
 
 
 def test_scores_have_intervals_where_there_are_regions(world: Path, tmp_path: Path) -> None:
@@ -180,8 +181,9 @@ def test_the_recipe_is_that_of_the_run(world: Path) -> None:
     path = world / "out" / SPOT / "recipe.yaml"
     again = recipes.resolve(PretrainConfig, [f"recipe={path}"])
     first = recipes.resolve(PretrainConfig, RUN)
-    for key in ("masking", "weights", "masked", "swin", "utae", "engine", "window", "batch_size", "split", "train"):
+    for key in ("masking", "weights", "masked", "swin", "utae", "window", "batch_size", "split", "train"):
         assert getattr(again, key) == getattr(first, key)
+    assert replace(again.engine, tracker="wandb") == first.engine  # how it was watched is not of the recipe
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,13 @@ def test_the_recipe_is_that_of_the_run(world: Path) -> None:
         ("occupied", "exists and is not a published encoder"),
         ("no licence", "--license='' is not how the hub writes licences"),
         ("no encoder", "has no encoder of AERIAL_RGBI; it has DEM_ELEV, SENTINEL2_TS, SPOT_RGBI"),
-        ("place", "hf:name is not of the form hf:org/name"),
+        ("description", "config.json is not that of"),
+        ("same patches", "was measured on the patches that taught it"),
+        ("twice", "given twice"),
+        ("not a probe", "is not of a probe"),
+        ("no name", "--license=other names none"),
+        ("a file", "cannot be written: "),
+        ("place", "hf:na me/x is not of the form hf:org/name"),
     ],
 )
 def test_missing_and_wrong_facts_are_errors(
@@ -212,11 +220,16 @@ def test_missing_and_wrong_facts_are_errors(
         assert main(words) == 0
         assert sentence in (out / SPOT / "README.md").read_text()
         return
-    if change == "other scores":
+    if change in ("other scores", "same patches", "not a probe"):
         probe = tmp_path / "probe"
         shutil.copytree(next((world / "probes" / SPOT).glob("knn-*")), probe)
         metrics = json.loads((probe / "metrics.json").read_text())
-        metrics["weights"][SPOT] = "0" * 64
+        if change == "other scores":
+            metrics["weights"][SPOT] = "0" * 64
+        elif change == "same patches":
+            metrics["split"] = "all"
+        else:
+            del metrics["modalities"]
         (probe / "metrics.json").write_text(json.dumps(metrics))
         words.insert(words.index("--scores") + 1, str(probe))
     if change == "no scores":
@@ -244,8 +257,17 @@ def test_missing_and_wrong_facts_are_errors(
         words[words.index("--license") + 1] = ""
     if change == "no encoder":
         words[words.index("--scores") :] = ["--without-scores", *TERMS, "--modalities", "AERIAL_RGBI"]
+    if change == "description":
+        path = run / "encoders" / SPOT / "config.json"
+        path.write_text(path.read_text().replace('"std"', ' "std"', 1))
+    if change == "twice":
+        words.insert(words.index("--scores") + 1, words[words.index("--scores") + 1])
+    if change == "no name":
+        words[words.index("--license") + 1] = "other"
+    if change == "a file":
+        out.touch()
     if change == "place":
-        words += ["--to", "hf:name"]
+        words += ["--to", "hf:na me/x"]
     assert main(words) == 2
     assert sentence in capsys.readouterr().err
     if change == "occupied":
@@ -294,8 +316,38 @@ def test_publishing_again_replaces_and_without_scores_says_so(world: Path, tmp_p
     words[words.index("--scores") : words.index("--dataset")] = ["--without-scores"]
     assert main(words) == 0
     assert main(words) == 0
-    assert "Not measured." in (tmp_path / S2 / "README.md").read_text()
+    card = (tmp_path / S2 / "README.md").read_text()
+    assert "Not measured." in card and "evaluation/" not in card
     assert sorted(path.name for path in tmp_path.iterdir()) == [DEM, S2, SPOT]
+
+
+def test_what_was_written_by_hand_is_not_lost(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = words_of(world)
+    words[2] = str(tmp_path)
+    assert main(words) == 0
+    (tmp_path / SPOT / "notes.txt").write_text("mine")
+    card = tmp_path / S2 / "README.md"
+    card.write_text(card.read_text() + "edited")
+    assert main([*words, "--modalities", SPOT, S2, DEM]) == 2
+    assert "notes.txt was not published: move it away" in capsys.readouterr().err
+    (tmp_path / SPOT / "notes.txt").unlink()
+    assert main(words) == 2
+    assert "README.md is not the file that was published: move " in capsys.readouterr().err
+    assert card.read_text().endswith("edited")
+
+
+def test_a_local_source_is_told_and_not_part_of_the_recipe(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    state = next((run / "checkpoints").glob("*/state.json"))
+    _edited(run, state, lambda content: content["config"].update(encoders={SPOT: "/home/me/earlier", DEM: "imagenet"}))
+    words = words_of(world)
+    words[1:3] = [str(run), str(tmp_path / "out")]
+    assert main(words) == 0
+    text = (tmp_path / "out" / SPOT / "recipe.yaml").read_text()
+    assert "# SPOT_RGBI was started from a local encoder, earlier" in text and "/home/me" not in text
+    config = recipes.resolve(PretrainConfig, [f"recipe={tmp_path / 'out' / SPOT / 'recipe.yaml'}"])
+    assert config.encoders == {DEM: "imagenet"}
 
 
 def test_a_zip_of_the_folder_loads(world: Path, tmp_path: Path) -> None:
@@ -355,11 +407,11 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
         assert hub.files(repository) == there
         (address,) = re.findall(rf"{hub.address}/{repository}/commit/\w+", text)
         assert told(world / "run")["summary"][f"published/{name}"] == address
-    # A file that is no longer published goes in the same commit; a branch leaves main alone.
-    hub.repositories["team/fields-spot-rgbi"]["branches"]["main"]["old.bin"] = b"old"
-    said("--revision", "next")
-    assert "old.bin" in hub.files("team/fields-spot-rgbi")
-    assert "old.bin" not in hub.files("team/fields-spot-rgbi", "next")
+    # What else a repository holds stays; a branch leaves main alone.
+    hub.repositories["team/fields-spot-rgbi"]["branches"]["main"]["own.bin"] = b"own"
+    text = said("--revision", "next")
+    assert "0%|" not in text  # no bar in a log
+    assert hub.files("team/fields-spot-rgbi")["own.bin"] == b"own"
     assert 'hf-hub:team/fields-spot-rgbi@next"' in hub.files("team/fields-spot-rgbi", "next")["README.md"].decode()
 
     # The code of the cards, as it stands on the hub.
@@ -369,6 +421,21 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
             assert f"{repository}@next" in block
             executed(block, tmp_path, **own)
 
+    # A dry run leaves the link alone; an encoder of another sensor, and a repository of something else, stay.
+    linked = told(world / "run")["summary"]
+    said("--dry-run")
+    assert told(world / "run")["summary"] == linked
+    words = [word for word in words if f"/{S2}/" not in word and f"/{DEM}/" not in word]
+    words[words.index("--to") :] = ["--modalities", SPOT, "--to", "hf:team/fields-dem-elev"]
+    whole, command = command, [sys.executable, "-m", "bocage.tools.main", *words]
+    before = hub.files("team/fields-dem-elev")
+    assert "hf:team/fields-dem-elev holds an encoder of DEM_ELEV: give another name" in said(status=2)
+    kept = hub.repositories["team/fields-dem-elev"]["branches"]["main"].pop("config.json")
+    assert "holds other files (" in said(status=2)
+    hub.repositories["team/fields-dem-elev"]["branches"]["main"]["config.json"] = kept
+    assert hub.files("team/fields-dem-elev") == before
+
+    command = whole
     hub.refuse = 403
     assert "bocage: error: hf:team/fields-dem-elev cannot be written: " in said(status=2)
     hub.shutdown()

@@ -99,6 +99,37 @@ def test_the_example_trains_on_geotiffs(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt").is_file()
 
 
+# Some ten seconds, as above: images smaller than a window, with holes; then wrong words.
+def test_the_example_takes_small_images_with_holes_and_tells_wrong_words(tmp_path: Path) -> None:
+    save_encoder(encoder(AERIAL), tmp_path / "encoder")
+    for folder, count, dtype in (("images", 3, "float32"), ("labels", 1, "uint8")):
+        (tmp_path / folder).mkdir()
+        profile = {"driver": "GTiff", "count": count, "height": 40, "width": 50, "dtype": dtype}
+        with rasterio.open(tmp_path / folder / "a.tif", "w", nodata=np.nan if count == 3 else 255, **profile) as file:
+            values = np.random.default_rng(0).integers(0, 3, (count, 40, 50)).astype(dtype)
+            if count == 3:
+                values[:, :9] = np.nan
+            file.write(values)
+    source = (Path(__file__).parents[2] / "examples" / "own_geotiffs.py").read_text()
+    (tmp_path / "run.py").write_text(source.replace("256, 8, 1000", "64, 2, 1"))
+
+    def ran(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "run.py", *words], cwd=tmp_path, capture_output=True, text=True)
+
+    done = ran("encoder", "images", "labels", "3")
+    assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout
+    done = ran("encoder")
+    assert done.returncode == 1 and "python own_geotiffs.py ENCODER IMAGES LABELS CLASSES" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_new_band_needs_statistics_that_can_be() -> None:
+    for mean, std in ((0.0, 0.0), (0.0, -3.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="must be finite, std positive"):
+            NewBand(mean, std)
+
+
 def test_what_cannot_be_adapted_is_told() -> None:
     whole = encoder(AERIAL)
     for bands, new, sentence in (

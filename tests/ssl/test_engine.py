@@ -24,6 +24,7 @@ from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, learning_rate_factor, undecayed_names
 from bocage.ssl.engine.provenance import differences, plain
 from bocage.ssl.engine.run import DivergenceError
+from bocage.ssl.engine.trackers import link_afterwards
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 CONSTANT = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1.0)
@@ -243,14 +244,16 @@ def test_secrets_are_replaced_by_name_value_argument_and_url(monkeypatch: pytest
         "masking": {"images": "mask_token", "mask_token": "learned", "tokens": 1880},
         "note": "uses value-of-the-environment here",
         "endpoint": "https://user:word@host/path",
-        "words": ["hub_token=abc", "steps=3"],
+        "words": ["hub_token=abc", "steps=3", "api-key=abc"],
+        "shards": "https://host/shards?sig=abc&token=def",
     }
     assert plain(config) == {
         "hub_token": "<redacted>",
         "masking": {"images": "mask_token", "mask_token": "learned", "tokens": 1880},
         "note": "uses <redacted> here",
         "endpoint": "https://<redacted>@host/path",
-        "words": ["hub_token=<redacted>", "steps=3"],
+        "words": ["hub_token=<redacted>", "steps=3", "api-key=<redacted>"],
+        "shards": "https://host/shards?<redacted>",
     }
 
 
@@ -293,6 +296,23 @@ def test_wandb_writes_an_offline_run_without_any_secret(tmp_path: Path) -> None:
     for path in output.rglob("*"):
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path
+
+
+# Some seconds: W&B starts a process of its own.
+def test_wandb_learns_that_a_run_failed_and_wrong_modes_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(DivergenceError):
+        run(tmp_path / "run", TinySource(4, broken=frozenset(range(400))), tracker="wandb", max_bad_steps=2)
+    assert told(tmp_path / "run")["exits"] == [1]
+    monkeypatch.setenv("WANDB_MODE", "quiet")
+    with pytest.raises(InputError, match=r"^WANDB_MODE=quiet is not one of online, offline, disabled, shared$"):
+        run(tmp_path / "other", tracker="wandb")
+    # A run that was never tracked is not opened to be told of its encoders.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    link_afterwards("wandb", tmp_path / "other", "bocage", "a run", 4, {"published/DEM_ELEV": "hf:org/name"})
+    assert not list((tmp_path / "other").glob("wandb/*run-*"))
 
 
 # About 8 s: torchrun starts two interpreters that import torch.

@@ -36,6 +36,13 @@ def test_logs_have_lines_with_rate_and_time_left(
     assert last.startswith("sharding: 1,600 of 4,000 patches")
 
 
+def test_titles_and_notes_are_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with Bars() as bars:
+        bars.add("a [/y] title", "patches", 0).update(0, note="[/x] broken")
+
+
 def test_ranks_that_keep_quiet_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars(active=False) as bars:
         bars.add("tiles", "tiles", 2).update(2)
