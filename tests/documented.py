@@ -28,7 +28,7 @@ PAGES += [f"docs/{name}.md" for name in ("publishing", "cluster", "adding-a-sens
 LEFT_OUT = {
     r"^make (demo|test|slow|docs)|^python tests/bench": "run by itself: see the README",
     r"^pip install|^python -m venv": "done before",
-    r"^srun|^sbatch|^array=": "needs SLURM: pytest -m slow tests/faults/test_slurm.py runs the job files",
+    r"^srun|^sbatch|^array=|--merge": "needs SLURM: pytest -m slow tests/faults/test_slurm.py runs the job files",
     r"\$NODE": "needs several machines: pytest -m slow tests/faults/test_slurm.py runs the launcher's files",
     r"--scheduler tcp://head": "needs that Dask cluster: tests/shards/test_writer_cluster.py starts one",
     r"--split-csv": "needs the official code's lists: tests/shards/test_flairhub.py",
@@ -73,11 +73,11 @@ generator = torch.Generator().manual_seed(0)
 images = torch.randn(1, 4, 256, 256, generator=generator)
 values = torch.randn(1, 5, 10, 10, 10, generator=generator)
 dates, padding = torch.arange(5)[None] * 30, torch.zeros(1, 5, dtype=torch.bool)
-inputs = {"AERIAL_RGBI": torch.randn(1, 3, 512, 512), "SENTINEL2_TS": torch.randn(1, 5, 10, 10, 10)}
-pad_masks = {"SENTINEL2_TS": padding}
+inputs = {"AERIAL_RGBI": torch.randn(2, 3, 512, 512), "SENTINEL2_TS": torch.randn(2, 5, 10, 10, 10)}
+pad_masks = {"SENTINEL2_TS": padding.repeat(2, 1)}
 """
 # The same for one block, which a text within it tells.
-BEFORE_BLOCK = {"build_official(": 'dates = {"SENTINEL2_TS": dates}\n'}
+BEFORE_BLOCK = {"build_official(": 'dates = {"SENTINEL2_TS": dates.repeat(2, 1)}\n'}
 # What a page begins with, where another one left something in its way.
 FRESH = {"docs/data.md": ["data"], "docs/finetuning.md": ["runs/cosia", "scores", "maps", "zone"]}
 OFFICIAL = """
