@@ -78,8 +78,8 @@ pad_masks = {"SENTINEL2_TS": padding.repeat(2, 1)}
 """
 # The same for one block, which a text within it tells.
 BEFORE_BLOCK = {"build_official(": 'dates = {"SENTINEL2_TS": dates.repeat(2, 1)}\n'}
-# What a page begins with, where another one left something in its way.
-FRESH = {"docs/data.md": ["data"], "docs/finetuning.md": ["runs/cosia", "scores", "maps", "zone"]}
+# What is set aside while a page runs, because other pages left it in its way, and put back afterwards.
+ASIDE = {"docs/data.md": ["data"], "docs/finetuning.md": ["runs/cosia", "scores", "maps", "zone"]}
 OFFICIAL = """
 from pathlib import Path
 from bocage.finetune.convert import save_official
@@ -152,8 +152,9 @@ class Place:
 
     def page(self, name: str) -> None:
         """Run a page; files that it says are yours to write come from its own YAML."""
-        for left in FRESH.get(name, []):
-            shutil.rmtree(self.folder / left, ignore_errors=True)
+        aside = [path for left in ASIDE.get(name, []) if (path := self.folder / left).exists()]
+        for path in aside:
+            path.rename(f"{path}.aside")
         text = (self.folder / name).read_text(encoding="utf-8")
         for file, recipe in re.findall(r"```yaml\n# (\w+\.yaml)(.*?)```", text, re.DOTALL):
             (self.folder / file).write_text(f"# {recipe}")
@@ -175,6 +176,9 @@ class Place:
             how = "as it stands" if small == code else "at CPU size"
             self.done.append((f"FAILED ({status})" if status else how, shown, "", time.monotonic() - began))
             print(f"{self.done[-1][0]:14} {time.monotonic() - began:6.1f} s  {shown}", flush=True)
+        for path in aside:
+            shutil.rmtree(path, ignore_errors=True)
+            Path(f"{path}.aside").rename(path)
 
 
 def main(folder: Path, pages: list[str]) -> int:
