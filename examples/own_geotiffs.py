@@ -35,6 +35,8 @@ if not images:
 def window(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """A random window, standardised, and its classes."""
     with rasterio.open(path) as image, rasterio.open(Path(sys.argv[3], path.name)) as label:
+        if image.count != len(BANDS):
+            sys.exit(f"{path} has {image.count} bands, BANDS has {len(BANDS)}")
         left, top = (random.randint(0, max(0, length - SIDE)) for length in (image.width, image.height))
         place = rasterio.windows.Window(left, top, SIDE, SIDE)
         # Where the image has no values, as beyond its edges when it is small: the mean, and no class.

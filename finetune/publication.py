@@ -25,6 +25,7 @@ from bocage.finetune.statistics import Estimate, mean_iou, region_weights, stric
 from bocage.finetune.targets import label_scheme
 from bocage.shards.errors import InputError
 from bocage.shards.files import folder_written_whole, sha256
+from bocage.shards.inputs import quality_masks
 from bocage.shards.manifest import EVERY_SAMPLE, Manifest, dated
 from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.normalize import InputSpec
@@ -45,6 +46,11 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _OF_THE_PLACE = ("recipe", "shards", "output")
 _OF_WATCHING = ("tracker", "project", "resume", "resume_allow")
 _OF_A_PROBE = {"probe", "weights", "shards", "split", "taught", "modalities", "labels", "patches"}
+# The rule of ``shards.inputs.unclear_dates``.
+_UNCLEAR = (
+    "those of which less than 95 % of the pixels have cloud and snow probabilities of at most 1 %; where that would "
+    "leave none, those with snow alone, or none"
+)
 _REPRESENTATIONS = {
     "linear": "stored values as they are",
     "decibel": "10 log10 of the stored values, which are clipped to at least 0.0001",
@@ -92,7 +98,7 @@ class PretrainedRun:
         manifest: the shards it was trained on.
 
     Raises:
-        InputError: not such a folder, the run is not finished or was of other shards.
+        InputError: not such a folder, the run is not finished, learned nothing or was of other shards.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -105,6 +111,8 @@ class PretrainedRun:
             raise InputError(f"{folder} is not a pretraining: its encoders are those it was given")
         if self.state.step < (steps := self.config["engine"]["steps"]):
             raise InputError(f"{folder} is at step {self.state.step} of {steps}: finish it before it is published")
+        if self.state.skipped >= self.state.step:
+            raise InputError(f"{folder}: no step of it was finite, so nothing was learned: look at its loss")
         if self.config["shards"] != manifest.digest:
             raise InputError(f"{manifest.path} are not the shards that {folder} was trained on: dataset.json differs")
         self.rows = manifest.split(self.config["split"], self.config["train"])
@@ -170,15 +178,27 @@ def publish_encoder(
         "data": _data(run, modality),
         "scores": [score for path in scores for score in _scores(run, modality, encoder, path)],
     }
+    registry = run.manifest.registry
     with folder_written_whole(folder) as new:
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             (new / name).write_bytes((source / name).read_bytes())
         _write_json(facts, new / FACTS_FILE)
-        _write_json(_preprocessing(encoder.spec), new / PREPROCESSING_FILE)
+        reading = _preprocessing(
+            encoder.spec, registry[modality].dtype, quality_masks(registry, [modality]).get(modality)
+        )
+        _write_json(reading, new / PREPROCESSING_FILE)
         (new / RECIPE_FILE).write_text(_recipe(run), encoding="utf-8")
         (new / CARD_FILE).write_text(render_card(new), encoding="utf-8")
         lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir())]
         (new / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def has_scores(folder: Path) -> bool:
+    """Whether there is an earlier publication whose card has scores."""
+    try:
+        return bool(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["scores"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_publication(folder: Path) -> None:
@@ -213,6 +233,7 @@ def _pretraining(run: PretrainedRun, modality: str) -> dict[str, Any]:
         "with": [name for name in run.modalities if name != modality],
         "started_from": _told(config["encoders"].get(modality, SCRATCH)),
         "steps": run.state.step,
+        "steps_left_out": run.state.skipped,
         "samples": run.state.position,
         "window": config["window"],
         "run": run.state.run,
@@ -315,17 +336,20 @@ def read_scores(folder: Path) -> dict[str, Any]:
     try:
         metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: give a folder of scores that `bocage study probe` wrote") from error
+        inside = ", ".join(sorted(str(found.parent) for found in folder.glob("*/metrics.json"))[:4])
+        which = f"one that is in it, e.g. {inside}" if inside else "a folder of scores that `bocage study probe` wrote"
+        raise InputError(f"{path} cannot be read: give {which}") from error
     if not isinstance(metrics, dict) or not metrics.keys() >= _OF_A_PROBE:
         raise InputError(f"{path} is not of a probe: give a folder of scores that `bocage study probe` wrote")
     return metrics
 
 
-def _preprocessing(spec: InputSpec) -> dict[str, Any]:
+def _preprocessing(spec: InputSpec, dtype: str, mask: str | None) -> dict[str, Any]:
     """How stored values become input, for programs that know nothing of bocage."""
     return {
         "modality": spec.modality,
         "bands": list(spec.bands),
+        "dtype": dtype,
         "representation": _REPRESENTATIONS[spec.representation],
         "channels": list(spec.channels),
         "mean": list(spec.mean),
@@ -336,6 +360,7 @@ def _preprocessing(spec: InputSpec) -> dict[str, Any]:
         ),
         "gsd": spec.gsd,
         "dates": "days since 15 May of the date's own year" if spec.series else None,
+        "dates_left_out": None if mask is None else f"{_UNCLEAR}, by {mask}",
     }
 
 

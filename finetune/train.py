@@ -21,7 +21,7 @@ from bocage.finetune.supervision import TaskConfig
 from bocage.finetune.targets import Target
 from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import check_apart, written_atomically
 from bocage.shards.inputs import quality_masks
 from bocage.shards.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.modality import Modality
@@ -167,6 +167,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     if not config.output:
         raise InputError("output=PATH is missing: give a folder for the run")
+    check_apart(Path(config.output), config.shards)
     manifest, output = open_shards(config.shards, config.cache), Path(config.output)
     torch.manual_seed(config.engine.seed)
     task = build_task(config, manifest)

@@ -40,6 +40,11 @@ def names() -> list[str]:
     return sorted(found)
 
 
+def fitting(schema: type) -> list[str]:
+    """Names of those that are of a command, whose configuration is ``schema``; without those in folders."""
+    return [name for name in names() if "/" not in name and _fits(schema, name)]
+
+
 def _listed() -> str:
     """Names for a message; what a folder holds is told by one of them."""
     every = names()
@@ -169,10 +174,10 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
     config: Any = OmegaConf.structured(schema)
     for name, layer in _layers(chosen[0]).items():
         if not name.endswith(_FILE_ENDINGS) and (alien := [key for key in layer if key not in config]):
-            fitting = ", ".join(other for other in names() if "/" not in other and _fits(schema, other))
+            others = ", ".join(fitting(schema))
             raise InputError(
                 f"recipe={chosen[0]} is of another command: this one has no {alien[0]!s}, which {name} gives; recipes "
-                f"here: {fitting or 'none that comes with bocage'}"
+                f"here: {others or 'none that comes with bocage'}"
             )
         config = _merge(config, layer, f"recipe {name}")
     for key in removed:

@@ -85,6 +85,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_apart(output: Path, shards: str | Path) -> None:
+    """Check that a run does not write among shards.
+
+    Raises:
+        InputError: the folder is that of the shards or in it.
+    """
+    there, own = Path(shards).resolve(), output.resolve()
+    if own == there or there in own.parents:
+        raise InputError(f"output={output} is among the shards: choose another folder")
+
+
 def check_new_folder(folder: Path) -> None:
     """Make the folder's parent, and check that the folder is not there or holds nothing yet.
 

@@ -72,7 +72,9 @@ class LocalShards:
         except OSError as error:
             raise InputError(f"{self._paths[shard]}: cannot be read: {error.strerror}") from error
         if len(data) != length:
-            raise InputError(f"{self._paths[shard]}: truncated: {length} bytes wanted at {offset}, {len(data)} there")
+            raise InputError(
+                f"{self._paths[shard]}: truncated: {length} bytes wanted at {offset}, {len(data)} there; copy it again"
+            )
         return data
 
     def ahead(self, shards: Sequence[int]) -> None:

@@ -175,8 +175,8 @@ class Manifest:
         """
         if not str(path):
             raise InputError(
-                "shards= is not set: write shards with `bocage shard SRC OUT` (SRC: an unzipped FLAIR-HUB, or a sample "
-                "made by `bocage sample SRC`) and pass shards=OUT"
+                "shards= is not set: write shards with `bocage shard SRC OUT` (SRC: FLAIR-HUB as downloaded, or a "
+                "sample made by `bocage sample SRC`) and pass shards=OUT"
             )
         path = Path(path)
         if not (path / DATASET_FILE).is_file():

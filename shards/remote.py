@@ -98,7 +98,9 @@ class RemoteShards:
         """
         data = self._cache.read(self._shards[shard], offset, length)
         if len(data) != length:
-            raise InputError(f"{self.name(shard)}: truncated: {length} bytes wanted at {offset}, {len(data)} there")
+            raise InputError(
+                f"{self.name(shard)}: truncated: {length} bytes wanted at {offset}, {len(data)} there; copy it again"
+            )
         return data
 
     def ahead(self, shards: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from bocage import recipes
 from bocage.shards.augment import AugmentConfig
 from bocage.shards.cache import CacheConfig
 from bocage.shards.errors import InputError
+from bocage.shards.files import check_apart
 from bocage.shards.inputs import quality_masks, wanted_modalities
 from bocage.shards.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
@@ -202,6 +203,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
     """
     if not config.output:
         raise InputError("output= is empty: give a folder for the run")
+    check_apart(Path(config.output), config.shards)
     manifest = open_shards(config.shards, config.cache)
     rows = manifest.split(config.split, config.train)
     torch.manual_seed(config.engine.seed)  # before weights are drawn
@@ -283,8 +285,7 @@ def draws(
 def main(arguments: list[str]) -> int:
     """``pretrain.py``: returns the exit status."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        names = [name for name in recipes.names() if not name.startswith(("finetune", "official/"))]
-        print(USAGE.format(recipes=", ".join(names)))
+        print(USAGE.format(recipes=", ".join(recipes.fitting(PretrainConfig))))
         return 0 if arguments else 2
     words = [word for word in arguments if word != "--print-config"]
     try:

@@ -26,7 +26,7 @@ PAGES += [f"docs/{name}.md" for name in ("publishing", "cluster", "adding-a-sens
 
 # A command that one of these matches is not run.
 LEFT_OUT = {
-    r"^make (demo|test|slow|docs)|^python tests/bench": "run by itself: see the README",
+    r"^make (demo|test|slow|docs)|^python tests/(bench|documented)": "run by itself: see the README",
     r"^pip install|^python -m venv": "done before",
     r"^srun|^sbatch|^array=|--merge": "needs SLURM: pytest -m slow tests/faults/test_slurm.py runs the job files",
     r"\$NODE": "needs several machines: pytest -m slow tests/faults/test_slurm.py runs the launcher's files",

@@ -4,6 +4,17 @@ import ast
 import re
 import runpy
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.normalize import InputSpec
+from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.masking import Mask
+from bocage.ssl.objective import View
+from bocage.ssl.summaries import SummaryConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = runpy.run_path(str(ROOT / "docs" / "site" / "pages.py"))
@@ -30,6 +41,34 @@ def test_anchors_of_pages_exist() -> None:
             heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
             known = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
             assert anchor in known, f"{path.name}: {target}#{anchor}"
+
+
+# Some seconds: encoders of the example's page, which is executed as it stands.
+def test_the_objective_of_the_page_learns_and_takes_samples_that_lack_sensors() -> None:
+    page = (ROOT / "docs" / "adding-an-objective.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    there: dict[str, Any] = {}
+    exec(code, there)
+    torch.manual_seed(0)
+    encoders: dict[str, Encoder] = {}
+    for name in ("SPOT_RGBI", "DEM_ELEV"):
+        channels = len(FLAIR_HUB[name].channels)
+        spec = InputSpec.of(FLAIR_HUB[name], (0.0,) * channels, (1.0,) * channels)
+        options = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
+        encoders[name] = build_encoder(spec, EncoderConfig(options=options))
+    term = there["Barlow"](encoders, SummaryConfig(width=8, hidden=8))
+    for batch, absent, learns in ((4, [], True), (4, [0], True), (4, [0, 1, 2], False), (1, [], False)):
+        whole = torch.zeros(batch, dtype=torch.bool)
+        maps = {name: [torch.randn(batch, encoders[name].widths[-1], 2, 2, requires_grad=True)] for name in encoders}
+        masks = {
+            "SPOT_RGBI": Mask(whole=whole),
+            "DEM_ELEV": Mask(whole=whole.index_fill(0, torch.tensor(absent, dtype=torch.long), True)),
+        }
+        view = View({}, masks, maps, {}, {}, torch.arange(batch), torch.arange(batch), 51.2, False)
+        loss, figures = term(view)
+        loss.backward()
+        assert torch.isfinite(loss) and (loss > 0) == learns and (set(figures) == {"own"}) == learns
+        assert all(parameter.grad is not None for parameter in term.parameters())
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:

@@ -17,7 +17,6 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 from rich.console import Console
-from rich.table import Table
 
 from bocage.shards.errors import InputError
 
@@ -55,16 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.shards:
         checks.append(lambda: _shards(arguments.shards))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
     found = [finding for check in checks for finding in check()]
-    for finding in found:
-        state = f"[{_STYLES[finding.state]}]{finding.state}[/]"
-        table.add_row(state, finding.subject, finding.text.replace("[", r"\["))
     console = Console()
-    console.print(table)
+    width = max(len(finding.subject) for finding in found)
+    for finding in found:  # lines as they are, which other programs can search
+        console.print(f"{finding.state:<5}", style=_STYLES[finding.state], end="  ")
+        console.print(f"{finding.subject:<{width}}  {finding.text}", markup=False, highlight=False, soft_wrap=True)
     faults = sum(finding.state == "fault" for finding in found)
     print(f"{faults} faults" if faults != 1 else "1 fault")
     return 1 if faults else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import os
@@ -77,6 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     # Only the chosen command's module is imported: `bocage sample` need not wait for torch.
     chosen = next((word for word in words if word in COMMANDS), None)
+    if chosen is None and words and not words[0].startswith("-"):
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        build_parser([]).error(
+            f"no command {words[0]!r}; {f'did you mean {near[0]}?' if near else 'see bocage --help'}"
+        )
     parser = build_parser([chosen] if chosen else [])
     # argparse takes a list of words in one piece only; those after an option, `recipe=X --print-config key=value`,
     # come back as unknown.

@@ -40,7 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folders and upload them; the exit status."""
-    from bocage.finetune.publication import PretrainedRun, Terms, check_publication, publish_encoder, read_scores
+    from bocage.finetune.publication import (
+        PretrainedRun,
+        Terms,
+        check_publication,
+        has_scores,
+        publish_encoder,
+        read_scores,
+    )
     from bocage.shards.remote import open_shards
     from bocage.ssl.encoders.hub import split_place
 
@@ -70,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     places = {modality: _place(arguments, modality, len(modalities)) for modality in modalities}
     for modality in modalities:
         folder = arguments.out / modality
+        if not scores[modality] and has_scores(folder):
+            print(f"bocage: note: the card in {folder} had scores, the new one has none", file=sys.stderr)
         try:
             publish_encoder(pretrained, modality, scores[modality], terms, places[modality], folder)
         except OSError as error:

@@ -5,9 +5,11 @@ python docs/site/pages.py FOLDER
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -19,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.study import StudyConfig
 from bocage.ssl.pretrain import PretrainConfig
+from bocage.tools.main import build_parser
 
 ROOT = Path(__file__).parents[2]
 GUIDES = (
@@ -61,13 +64,14 @@ def put_together(out: Path) -> None:
     home = relinked((ROOT / "README.md").read_text(encoding="utf-8"), ".").replace("](docs/", "](")
     (out / "index.md").write_text(home + contents(), encoding="utf-8")
     (out / "reference" / "recipes.md").write_text(recipes_reference(), encoding="utf-8")
+    (out / "reference" / "commands.md").write_text(commands_reference(), encoding="utf-8")
     modules_reference(out / "reference")
 
 
 def contents() -> str:
     """The table of contents, which Sphinx wants on the first page."""
     guides = "\n".join(("quickstart", *GUIDES))
-    reference = "reference/recipes\nreference/modules\nCONTRIBUTING\nCHANGELOG"
+    reference = "reference/commands\nreference/recipes\nreference/modules\nCONTRIBUTING\nCHANGELOG"
     return (
         f"\n```{{toctree}}\n:hidden:\n:caption: Guides\n\n{guides}\n```\n"
         f"\n```{{toctree}}\n:hidden:\n:caption: Reference\n\n{reference}\n```\n"
@@ -165,6 +169,25 @@ def recipes_reference() -> str:
         for key, value, text in rows(schema):
             told = re.sub(r"``([^`]*)``", r"`\1`", text)
             lines.append(f"| `{key}` | {value} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def commands_reference() -> str:
+    """What ``--help`` says of every command."""
+    os.environ["COLUMNS"] = "110"
+    parser = build_parser()
+    lines = [
+        "# Commands\n",
+        "`bocage COMMAND --help` prints the same. Pretraining is `accelerate launch pretrain.py`: see the guides.",
+    ]
+
+    def told(parser: argparse.ArgumentParser, depth: int) -> None:
+        lines.append(f"\n{'#' * depth} {parser.prog}\n\n```text\n{parser.format_help().rstrip()}\n```")
+        for action in parser._actions:
+            for below in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+                told(below, depth + 1)
+
+    told(parser, 2)
     return "\n".join(lines) + "\n"
 
 

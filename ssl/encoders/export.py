@@ -97,8 +97,10 @@ def load_encoder(source: str | Path) -> Encoder:
     else:
         folder = Path(source)
         if not os.path.isdir(folder):  # unlike Path.is_dir, no exception for names too long or folders closed to us
+            hub = f"; on the hub: {PREFIX}{source}" if str(source).count("/") == 1 else ""
             raise InputError(
                 f"{folder} is not a folder: an encoder is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or its .zip"
+                f"{hub}"
             )
     spec, config = read_description(folder / CONFIG_FILE)
     stored = read_tensors(folder / WEIGHTS_FILE)

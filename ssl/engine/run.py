@@ -198,6 +198,8 @@ class Run:
                 )
                 if improved or due or late or state.step == config.steps:
                     self._save(journal)
+            if state.skipped and state.step >= config.steps:
+                journal.message(f"{state.skipped} of {state.step} steps were left out: loss or gradient was not finite")
         return self._outcome(received)
 
     def _step(self, batches: Iterator[Batch], batch_size: int, buffers: Buffers, journal: Journal) -> tuple[int, bool]:

@@ -40,7 +40,7 @@ def start_tracker(
     run: str,
     config: Mapping[str, Any],
     reported_step: int,
-) -> None:
+) -> str:
     """Open the run where it is tracked; a resumed one goes on there.
 
     Args:
@@ -52,6 +52,9 @@ def start_tracker(
         config: what it runs with; secrets are replaced.
         reported_step: the last step recorded; TensorBoard shows none after it from before.
 
+    Returns:
+        What the user should know of it; empty where that is nothing.
+
     Raises:
         InputError: W&B cannot be reached, or refuses.
     """
@@ -59,6 +62,8 @@ def start_tracker(
         with _wandb_faults():
             options = {**_wandb_options(output, run, offline=not has_wandb_key()), "name": output.name}
             accelerator.init_trackers(project, config=plain(config), init_kwargs={"wandb": options})
+        if options["mode"] == "offline":
+            return f"W&B is offline; afterwards: wandb sync {output}/wandb/offline-run-*"
     elif tracker == "tensorboard":
         settings = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -66,6 +71,7 @@ def start_tracker(
         }
         options = {"purge_step": reported_step + 1}
         accelerator.init_trackers(project, config=settings, init_kwargs={"tensorboard": options})
+    return ""
 
 
 def link(trackers: Iterable[Any], step: int, name: str, place: str) -> None:

@@ -171,8 +171,9 @@ class Journal:
             self._file = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise InputError(f"output folder {output} cannot be written: {error}") from error
+        told = ""
         if tracker != "none":
-            start_tracker(accelerator, tracker, output, project, run, config, reported_step)
+            told = start_tracker(accelerator, tracker, output, project, run, config, reported_step)
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("step", table_column=Column(no_wrap=True)),
@@ -186,6 +187,8 @@ class Journal:
             self._room = max(10, self._bar.console.width - len("step") - 2 * len(str(steps)) - 1 - _BAR - 7 - 4)
             self._task = self._bar.add_task("train", total=steps, completed=step, summary="")
             self._bar.start()
+        if told:
+            self.message(told)
 
     def step(self, step: int) -> None:
         """Show that ``step`` optimiser steps are done."""
