@@ -194,6 +194,7 @@ def test_the_recipe_is_that_of_the_run(world: Path) -> None:
         ("no scores", "--scores: none of SENTINEL2_TS: run `bocage study probe`"),
         ("other shards", "are not the shards that"),
         ("unfinished", "is at step 3 of 5: finish it before it is published"),
+        ("nothing learned", "no step of it was finite"),
         ("replaced", "does not hold the weights of"),
         ("damaged", "is damaged"),
         ("occupied", "exists and is not a published encoder"),
@@ -242,6 +243,9 @@ def test_missing_and_wrong_facts_are_errors(
     if change == "unfinished":
         state = next((run / "checkpoints").glob("*/state.json"))
         _edited(run, state, lambda content: content["config"]["engine"].update(steps=5))
+    if change == "nothing learned":
+        state = next((run / "checkpoints").glob("*/state.json"))
+        _edited(run, state, lambda content: content["state"].update(skipped=3))
     if change == "replaced":
         with (run / "encoders" / SPOT / "model.safetensors").open("r+b") as file:
             file.seek(-1, os.SEEK_END)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bocage.ssl.pretrain import main as pretrain_main
 from bocage.tools.examples import EXAMPLES
-from bocage.tools.main import COMMANDS, build_parser, main
+from bocage.tools.main import COMMANDS, build_parser, guarded, main
 
 
 # Imports torch and the fine-tuning room: some seconds the first time.
@@ -96,3 +97,28 @@ def test_every_command_and_action_has_examples() -> None:
     (actions,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     below = [item for item in actions.choices["study"]._actions if isinstance(item, argparse._SubParsersAction)]
     assert {f"study {name}" for item in below for name in item.choices} <= EXAMPLES.keys()
+
+
+def test_a_misspelt_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, advice in (("verfy", "did you mean verify?"), ("zzz", "see bocage --help")):
+        with pytest.raises(SystemExit) as stopped:
+            main([word, "shards"])
+        assert stopped.value.code == 2
+        assert f"no command '{word}'; {advice}" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_command_with_nothing_to_save_is_no_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert guarded(interrupted) == 130
+    assert capsys.readouterr().err == "bocage: interrupted\n"
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/run"])
+def test_a_run_does_not_write_among_shards(below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["recipe=finetune_quickstart", f"shards={tmp_path}", f"output={tmp_path / below}"]
+    assert main(["finetune", *words]) == 2
+    assert pretrain_main(["recipe=quickstart", *words[1:]]) == 2
+    assert capsys.readouterr().err.count("is among the shards: choose another folder") == 2
+    assert not list(tmp_path.iterdir())
