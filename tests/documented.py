@@ -79,7 +79,11 @@ pad_masks = {"SENTINEL2_TS": padding.repeat(2, 1)}
 # The same for one block, which a text within it tells.
 BEFORE_BLOCK = {"build_official(": 'dates = {"SENTINEL2_TS": dates.repeat(2, 1)}\n'}
 # What is set aside while a page runs, because other pages left it in its way, and put back afterwards.
-ASIDE = {"docs/data.md": ["data"], "docs/finetuning.md": ["runs/cosia", "scores", "maps", "zone"]}
+ASIDE = {
+    "docs/data.md": ["data"],
+    "docs/cluster.md": ["runs/label_efficiency"],
+    "docs/finetuning.md": ["runs/cosia", "scores", "maps", "zone"],
+}
 OFFICIAL = """
 from pathlib import Path
 from bocage.finetune.convert import save_official
