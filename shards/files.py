@@ -89,10 +89,10 @@ def check_apart(output: Path, shards: str | Path) -> None:
     """Check that a run does not write among shards.
 
     Raises:
-        InputError: the folder is that of the shards or in it.
+        InputError: the folder is that of the shards or in it. Where there is no ``shards`` yet, another check says so.
     """
     there, own = Path(shards).resolve(), output.resolve()
-    if own == there or there in own.parents:
+    if str(shards) and (own == there or there in own.parents):
         raise InputError(f"output={output} is among the shards: choose another folder")
 
 

@@ -89,7 +89,7 @@ class Bars:
         if self._rich is not None:
             self._rich.stop()
         elif self._active:
-            for bar in self._tasks:
+            for bar in self._tasks if kind is None else ():  # otherwise what ended it is said, and nothing else
                 if bar.done:
                     self._line(bar)
 

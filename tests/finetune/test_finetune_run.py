@@ -145,6 +145,7 @@ def test_patches_of_which_a_model_sees_nothing_get_no_map(
 
 
 # Some twenty seconds: three processes load torch.
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_measures(simulated: Path, tmp_path: Path) -> None:
     words = ["recipe=finetune_quickstart", f"shards={simulated}", "modalities=[SPOT_RGBI]", "split=all", "workers=0"]
     words += ["engine.steps=1", "engine.optimizer.learning_rate=1e-12", "predictions=0", "pictures=0"]

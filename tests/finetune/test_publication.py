@@ -373,7 +373,24 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# Some ten seconds a process that imports torch: the hub's client reads its address when it is imported.
+# Runs commands in a process of its own, since the hub's client reads its address when it is imported.
+COMMANDS = """
+import json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from bocage.tools.main import main
+for line in sys.stdin:
+    words, token = json.loads(line)
+    os.environ.pop("HF_TOKEN", None)
+    os.environ |= {"HF_TOKEN": token} if token else {}
+    said = StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        status = main(words)
+    print(json.dumps([status, said.getvalue()]), flush=True)
+"""
+
+
+# Some forty seconds: nine publications of up to three encoders, and the code of two cards in processes of their own.
 def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
     hub = Hub()
     own = {
@@ -384,14 +401,18 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
     }
     words = words_of(world, "--to", "hf:team/fields", "--collection", "Fields")
     words[2] = str(tmp_path / "out")
-    command = [sys.executable, "-m", "bocage.tools.main", *words]
+    line = [sys.executable, "-c", COMMANDS]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(line, env={**os.environ, **own}, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    asked, answers = process.stdin, process.stdout
 
     def said(*others: str, token: str = "hf_secret", status: int = 0) -> str:
-        environment = {**os.environ, **own, **({"HF_TOKEN": token} if token else {})}
-        done = subprocess.run([*command, *others], env=environment, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        assert "hf_secret" not in done.stdout + done.stderr
-        return done.stdout + done.stderr
+        print(json.dumps([[*words, *others], token]), file=asked, flush=True)
+        found, text = json.loads(answers.readline())
+        assert found == status, text
+        assert "hf_secret" not in text
+        return str(text)
 
     # Without a token, and when asked for it: nothing leaves the machine.
     text = said(token="")
@@ -429,9 +450,8 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
     linked = told(world / "run")["summary"]
     said("--dry-run")
     assert told(world / "run")["summary"] == linked
-    words = [word for word in words if f"/{S2}/" not in word and f"/{DEM}/" not in word]
+    whole, words = words, [word for word in words if f"/{S2}/" not in word and f"/{DEM}/" not in word]
     words[words.index("--to") :] = ["--modalities", SPOT, "--to", "hf:team/fields-dem-elev"]
-    whole, command = command, [sys.executable, "-m", "bocage.tools.main", *words]
     before = hub.files("team/fields-dem-elev")
     assert "hf:team/fields-dem-elev holds an encoder of DEM_ELEV: give another name" in said(status=2)
     kept = hub.repositories["team/fields-dem-elev"]["branches"]["main"].pop("config.json")
@@ -439,7 +459,9 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
     hub.repositories["team/fields-dem-elev"]["branches"]["main"]["config.json"] = kept
     assert hub.files("team/fields-dem-elev") == before
 
-    command = whole
+    words = whole
     hub.refuse = 403
     assert "bocage: error: hf:team/fields-dem-elev cannot be written: " in said(status=2)
     hub.shutdown()
+    asked.close()
+    process.wait()

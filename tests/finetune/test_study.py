@@ -150,7 +150,7 @@ def test_processes_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 # Some seconds: a process that is stopped on its way, as a cluster does, which signals it alone or all of its job.
-@pytest.mark.parametrize("stop", [os.kill, os.killpg])
+@pytest.mark.parametrize("stop", [os.kill, pytest.param(os.killpg, marks=pytest.mark.slow)])
 def test_a_stopped_study_lets_its_cells_save_and_goes_on(tmp_path: Path, stop: Callable[[int, int], None]) -> None:
     settings = study(tmp_path / "out", modes=["full"], shares=[Share(fraction=0.1, draws=1, seeds=3)])
     script = tmp_path / "study.py"

@@ -117,6 +117,7 @@ def test_a_run_records_them_and_is_not_changed_by_them(manifest: Manifest, tmp_p
 
 
 # Some 25 s: three processes import everything.
+@pytest.mark.slow
 def test_two_ranks_find_what_one_does_also_when_patches_do_not_divide(manifest: Manifest, tmp_path: Path) -> None:
     script = [str(Path(__file__).with_name("probe_run.py")), str(manifest.path)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -178,7 +178,14 @@ OTHERS: dict[str, Any] = {**STRIDED, "masked_norm": False, "agg_mode": "mean"}
 # Tracing takes 4 to 10 s.
 @pytest.mark.parametrize(
     ("options", "masked", "strict"),
-    [({}, True, True), ({}, False, True), ({}, False, False), (OTHERS, True, False), (OTHERS, False, True)],
+    [
+        ({}, True, True),
+        (OTHERS, True, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (({}, False, True), ({}, False, False), (OTHERS, False, True))
+        ),
+    ],
 )
 def test_the_exported_program_takes_other_batches(options: dict[str, Any], masked: bool, strict: bool) -> None:
     """Traced with 3 series of 6 dates, run with others, one of one date included; with NaN in the padding."""
