@@ -4,7 +4,7 @@ python own_geotiffs.py ENCODER IMAGES LABELS CLASSES
 
 IMAGES and LABELS are folders of GeoTIFFs of the same names; labels hold classes from 0, and 255 where there is none.
 Here images have the bands near infrared, red and green: change BANDS. Leaves model.pt, a U-Net of
-segmentation-models-pytorch, which comes with pip install 'bocage[losses]'.
+segmentation-models-pytorch, which comes with pip install -e '.[losses]'.
 """
 
 import random

@@ -124,7 +124,8 @@ class Modality:
 
     Raises:
         ValueError: a name with ``.`` or ``/``; a ``size`` and a ``gsd`` in whole millimetres that do not make up a
-            patch; or, of an input, groups that do not hold each channel once.
+            patch; an unknown ``representation``; or, of an input, groups that do not hold each channel once, or
+            units that do not divide a patch.
     """
 
     name: str

@@ -84,10 +84,8 @@ def notebook_page(name: str) -> str:
     parts = [f"`jupyter lab examples/{name}.ipynb` runs this page."]
     for cell in cells:
         text = "".join(cell["source"])
-        magic = text.startswith("%%bash")
-        kind = "bash" if magic else "python"
         code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
-        parts.append(text if cell["cell_type"] == "markdown" else f"```{kind}\n{code}\n```")
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{code}\n```")
     parts[:2] = parts[1::-1]  # the title comes first
     return "\n\n".join(parts) + "\n"
 

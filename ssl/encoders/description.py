@@ -25,6 +25,7 @@ from bocage.shards.normalize import InputSpec
 from bocage.ssl.encoders.base import Architecture, Encoder, EncoderConfig
 from bocage.ssl.encoders.timm_format import timm_description
 
+CONFIG_FILE = "config.json"
 SCHEMA = 1
 """Version of the section; a loader refuses a newer one."""
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from bocage.shards.errors import InputError
 from bocage.shards.files import folder_written_whole
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
-from bocage.ssl.encoders.description import describe, is_description, read_description
+from bocage.ssl.encoders.description import CONFIG_FILE, describe, is_description, read_description
 from bocage.ssl.encoders.hub import PREFIX, download
 from bocage.ssl.encoders.keys import compare
 from bocage.ssl.encoders.limits import limited_memory
@@ -30,7 +30,6 @@ from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.encoders.timm_format import plain_weights, with_final_norm
 from bocage.ssl.encoders.weight_files import read_tensors
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 _ROOM_FOR_CLASSIFIER = 1 << 24  # bytes

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bocage.shards.errors import InputError
+from bocage.ssl.encoders.description import CONFIG_FILE, is_description, read_description
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"[^\s@~^:?*\[\\]+")
-_DESCRIPTION = "config.json"
 PREFIX = "hf:"
 """Marks a place on the hub: ``hf:org/name`` or ``hf:org/name@revision``."""
 
@@ -94,12 +92,11 @@ def upload(folder: Path, place: str, *, private: bool, message: str) -> str:
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(repository, revision=revision)) - {".gitattributes"}
-        description = {}
-        if _DESCRIPTION in there:
-            path = api.hf_hub_download(repository, _DESCRIPTION, revision=revision)
-            description = json.loads(Path(path).read_text(encoding="utf-8"))
-        sensor = _sensor(description)
-        if there and sensor != _sensor(json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))):
+        sensor = None
+        if CONFIG_FILE in there:
+            path = Path(api.hf_hub_download(repository, CONFIG_FILE, revision=revision))
+            sensor = read_description(path)[0].modality if is_description(path) else None
+        if there and sensor != read_description(folder / CONFIG_FILE)[0].modality:
             what = f"an encoder of {sensor}" if sensor else f"other files ({', '.join(sorted(there)[:3])})"
             raise InputError(f"{place} holds {what}: give another name, or delete them there")
         commit = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=message)
@@ -108,13 +105,6 @@ def upload(folder: Path, place: str, *, private: bool, message: str) -> str:
     except Exception as error:  # refusals of the server and failures on the way, of whatever HTTP client hub uses
         raise InputError(f"{place} cannot be written: {_line(error)}; nothing of {folder} is lost") from error
     return str(commit.commit_url)
-
-
-def _sensor(description: Any) -> str | None:
-    try:
-        return str(description["bocage"]["input"]["modality"])
-    except (KeyError, TypeError):
-        return None
 
 
 def collect(title: str, places: Sequence[str], *, private: bool) -> str:
