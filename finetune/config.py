@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bocage.finetune.subsets import TRACKS, Track
-from bocage.finetune.supervision import Supervision, TaskConfig
-from bocage.finetune.upernet import DecoderConfig
-from bocage.shards.cache import CacheConfig
-from bocage.shards.manifest import EVERY_SAMPLE
+from bocage.finetune.models.supervision import Supervision, TaskConfig
+from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.subsets.draw import TRACKS, Track
+from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.shards.modality import PATCH_SIZE
+from bocage.shards.read.cache import CacheConfig
 from bocage.ssl.encoders.base import EncoderConfig
 from bocage.ssl.engine.config import EngineConfig
 

@@ -13,28 +13,28 @@ import torch
 from torch import nn
 
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.measure import Confusions, confusion, labelled_rows, monitored, summary, write_results
-from bocage.finetune.official import build_official
-from bocage.finetune.predict import draw_patches, predict_patches, readable_modalities
-from bocage.finetune.subsets import LabelledPatches, disjoint_regions, keys_digest, subset
-from bocage.finetune.supervision import TaskConfig
-from bocage.finetune.targets import Target
-from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
+from bocage.finetune.evaluation.evaluate import Confusions, confusion, labelled_rows, monitored, summary, write_results
+from bocage.finetune.evaluation.predict import draw_patches, predict_patches, readable_modalities
+from bocage.finetune.models.segmentation import Segmentation, load_segmentation, save_segmentation
+from bocage.finetune.models.supervision import TaskConfig
+from bocage.finetune.models.targets import Target
+from bocage.finetune.official.model import build_official
+from bocage.finetune.subsets.draw import LabelledPatches, disjoint_regions, keys_digest, subset
 from bocage.shards.errors import InputError
 from bocage.shards.files import check_apart, written_atomically
-from bocage.shards.inputs import quality_masks
-from bocage.shards.manifest import EVERY_SAMPLE, Manifest
+from bocage.shards.format.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.modality import Modality
-from bocage.shards.patches import ShardPatches
-from bocage.shards.remote import open_shards
-from bocage.shards.stream import TrainingStream
+from bocage.shards.preprocess.inputs import quality_masks
+from bocage.shards.read.dataset import TrainingStream
+from bocage.shards.read.open import open_shards
+from bocage.shards.read.patches import ShardPatches
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.encoders.sources import pretrained_encoder
-from bocage.ssl.engine.checkpoint import step_folder
-from bocage.ssl.engine.distributed import is_main
-from bocage.ssl.engine.loop import train
+from bocage.ssl.encoders.build import build_encoder
+from bocage.ssl.encoders.initialization import pretrained_encoder
+from bocage.ssl.engine.checkpoint.files import step_folder
 from bocage.ssl.engine.optim import decay_groups
+from bocage.ssl.engine.parallel.distributed import is_main
+from bocage.ssl.engine.trainer import train
 
 
 def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:

@@ -25,6 +25,8 @@ Quantity = Literal[
     "class",
 ]
 Representation = Literal["linear", "decibel", "relief", "elevation"]
+CodecName = Literal["colour", "grey", "height", "height-5mm", "float", "reflectance", "plain"]
+"""Names of the encodings of shard members; ``format.codec`` defines them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,10 +271,8 @@ class Registry(Mapping[str, Modality]):
         Raises:
             InputError: shards have no encoding of the name of its ``codec``.
         """
-        from bocage.shards.codec import CHAINS  # which needs this module
-
-        if modality.codec not in CHAINS:
-            raise InputError(f"{modality.name}: codec {modality.codec!r} is none of {', '.join(CHAINS)}")
+        if modality.codec not in get_args(CodecName):
+            raise InputError(f"{modality.name}: codec {modality.codec!r} is none of {', '.join(get_args(CodecName))}")
         return Registry((*self._by_name.values(), modality))
 
     def subset(self, names: tuple[str, ...] | list[str]) -> Registry:

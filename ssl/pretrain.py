@@ -13,31 +13,31 @@ import torch
 from torch import nn
 
 from bocage import recipes
-from bocage.shards.augment import AugmentConfig
-from bocage.shards.cache import CacheConfig
 from bocage.shards.errors import InputError
 from bocage.shards.files import check_apart
-from bocage.shards.inputs import quality_masks, wanted_modalities
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
-from bocage.shards.remote import open_shards
-from bocage.shards.stream import TrainingStream, evaluation_batches
-from bocage.ssl.contrastive import Contrastive, ContrastiveConfig
+from bocage.shards.preprocess.augment import AugmentConfig
+from bocage.shards.preprocess.inputs import quality_masks, wanted_modalities
+from bocage.shards.read.cache import CacheConfig
+from bocage.shards.read.dataset import TrainingStream, evaluation_batches
+from bocage.shards.read.open import open_shards
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import save_encoder
-from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.encoders.sources import pretrained_encoder
+from bocage.ssl.encoders.initialization import pretrained_encoder
 from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.engine.distributed import announced, is_main
-from bocage.ssl.engine.loop import train
+from bocage.ssl.engine.parallel.distributed import is_main, launcher_rank_and_world
 from bocage.ssl.engine.run import Outcome
-from bocage.ssl.latent import Latent, LatentConfig
-from bocage.ssl.masked import Masked, MaskedConfig
-from bocage.ssl.masking import MaskingConfig, check_window
-from bocage.ssl.objective import Pretraining
-from bocage.ssl.pictures import reconstruction_figure, save_figure
-from bocage.ssl.probe import Probe, ProbeConfig
-from bocage.ssl.summaries import GlobalContrast, SummaryConfig, Vicreg
+from bocage.ssl.engine.trainer import train
+from bocage.ssl.evaluation.probe import Probe, ProbeConfig
+from bocage.ssl.evaluation.reconstructions import reconstruction_figure, save_figure
+from bocage.ssl.objectives.dense_contrast import ContrastiveConfig, DenseContrast
+from bocage.ssl.objectives.latent import LatentConfig, LatentPrediction
+from bocage.ssl.objectives.masked import MaskedConfig, MaskedReconstruction
+from bocage.ssl.objectives.masking import MaskingConfig, check_window
+from bocage.ssl.objectives.model import PretrainingModel
+from bocage.ssl.objectives.pooled_contrast import PooledConfig, PooledContrast, PooledVICReg
 
 OBJECTIVES = ("masked", "contrastive", "global", "vicreg", "latent")
 USAGE = """\
@@ -106,7 +106,7 @@ class PretrainConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"masked": 1.0})
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    summaries: SummaryConfig = field(default_factory=SummaryConfig)
+    summaries: PooledConfig = field(default_factory=PooledConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -131,7 +131,7 @@ class PretrainConfig:
                 raise ValueError(f"{key}={getattr(self, key)} must not be negative")
 
 
-def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
+def build_task(config: PretrainConfig, manifest: Manifest) -> PretrainingModel:
     """The encoders and the objective of a run, with the statistics of the shards.
 
     Raises:
@@ -154,17 +154,17 @@ def build_task(config: PretrainConfig, manifest: Manifest) -> Pretraining:
     weights = {name: weight for name, weight in config.weights.items() if weight > 0}
     terms: dict[str, nn.Module] = {}
     if "masked" in weights:
-        terms["masked"] = Masked(encoders, modalities, config.masked)
+        terms["masked"] = MaskedReconstruction(encoders, modalities, config.masked)
     if "contrastive" in weights:
-        terms["contrastive"] = Contrastive(encoders, modalities, config.contrastive)
+        terms["contrastive"] = DenseContrast(encoders, modalities, config.contrastive)
     if "global" in weights:
-        terms["global"] = GlobalContrast(encoders, config.summaries)
+        terms["global"] = PooledContrast(encoders, config.summaries)
     if "vicreg" in weights:
-        terms["vicreg"] = Vicreg(encoders, config.summaries)
+        terms["vicreg"] = PooledVICReg(encoders, config.summaries)
     if "latent" in weights:
-        terms["latent"] = Latent(encoders, modalities, config.latent)
+        terms["latent"] = LatentPrediction(encoders, modalities, config.latent)
     masks = quality_masks(registry, names)
-    return Pretraining(encoders, modalities, masks, config.masking, terms, weights, config.augment)
+    return PretrainingModel(encoders, modalities, masks, config.masking, terms, weights, config.augment)
 
 
 def _input(modality: Modality) -> Modality:
@@ -176,7 +176,7 @@ def _input(modality: Modality) -> Modality:
 def _check_comparisons(config: PretrainConfig) -> None:
     """Raises ``InputError`` where a term would compare a sample or a sensor with nothing, and be 0 in every step."""
     compared = [name for name in ("contrastive", "global") if config.weights.get(name)]
-    alone = config.batch_size * announced()[1] < 2
+    alone = config.batch_size * launcher_rank_and_world()[1] < 2
     for name in compared:
         if alone and not (name == "contrastive" and config.contrastive.queue):
             raise InputError(
@@ -189,7 +189,7 @@ def _check_comparisons(config: PretrainConfig) -> None:
 
 def export_encoders(task: nn.Module, folder: Path) -> None:
     """Write each encoder of the task to ``folder/MODALITY``."""
-    assert isinstance(task, Pretraining)
+    assert isinstance(task, PretrainingModel)
     for name in task.encoders:
         save_encoder(task.encoder(name), folder / name)
 
@@ -223,7 +223,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
     probe = Probe(manifest, config.probe, config.split) if config.probe.label else None
 
     def evaluate(module: nn.Module, step: int) -> dict[str, float]:
-        assert probe is not None and isinstance(module, Pretraining)
+        assert probe is not None and isinstance(module, PretrainingModel)
         return probe.figures(module, config.batch_size, config.workers)
 
     output = Path(config.output)
@@ -267,9 +267,9 @@ def draws(
     rows = (others if len(others) else trained)[: config.pictures]
 
     def draw(task: nn.Module, step: int) -> dict[str, Path]:
-        assert isinstance(task, Pretraining)
+        assert isinstance(task, PretrainingModel)
         objective, device = task.terms["masked"], next(task.parameters()).device
-        assert isinstance(objective, Masked)
+        assert isinstance(objective, MaskedReconstruction)
         paths = {}
         for batch in evaluation_batches(manifest, rows, modalities, batch_size=1, window=config.window):
             key = batch.keys[0]
@@ -285,7 +285,7 @@ def draws(
 def main(arguments: list[str]) -> int:
     """``pretrain.py``: returns the exit status."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE.format(recipes=", ".join(recipes.fitting(PretrainConfig))))
+        print(USAGE.format(recipes=", ".join(recipes.recipes_for(PretrainConfig))))
         return 0 if arguments else 2
     words = [word for word in arguments if word != "--print-config"]
     try:

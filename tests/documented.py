@@ -86,8 +86,8 @@ ASIDE = {
 }
 OFFICIAL = """
 from pathlib import Path
-from bocage.finetune.convert import save_official
-from bocage.finetune.official import build_official
+from bocage.finetune.official.convert import save_official
+from bocage.finetune.official.model import build_official
 arch = "swin_tiny_patch4_window7_224-upernet"
 model = build_official(["AERIAL_RGBI", "SENTINEL2_TS"], ["AERIAL_LABEL-COSIA"], arch, {"AERIAL_RGBI": 512})
 save_official(model, Path("FLAIR-HUB_LC-L.safetensors"))

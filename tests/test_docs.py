@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
-from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.masking import Mask
-from bocage.ssl.objective import View
-from bocage.ssl.summaries import SummaryConfig
+from bocage.ssl.encoders.build import build_encoder
+from bocage.ssl.objectives.masking import Mask
+from bocage.ssl.objectives.model import EncodedBatch
+from bocage.ssl.objectives.pooled_contrast import PooledConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = runpy.run_path(str(ROOT / "docs" / "site" / "pages.py"))
@@ -56,7 +56,7 @@ def test_the_objective_of_the_page_learns_and_takes_samples_that_lack_sensors() 
         spec = InputSpec.of(FLAIR_HUB[name], (0.0,) * channels, (1.0,) * channels)
         options = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
         encoders[name] = build_encoder(spec, EncoderConfig(options=options))
-    term = there["Barlow"](encoders, SummaryConfig(width=8, hidden=8))
+    term = there["Barlow"](encoders, PooledConfig(width=8, hidden=8))
     for batch, absent, learns in ((4, [], True), (4, [0], True), (4, [0, 1, 2], False), (1, [], False)):
         whole = torch.zeros(batch, dtype=torch.bool)
         maps = {name: [torch.randn(batch, encoders[name].widths[-1], 2, 2, requires_grad=True)] for name in encoders}
@@ -64,7 +64,7 @@ def test_the_objective_of_the_page_learns_and_takes_samples_that_lack_sensors() 
             "SPOT_RGBI": Mask(whole=whole),
             "DEM_ELEV": Mask(whole=whole.index_fill(0, torch.tensor(absent, dtype=torch.long), True)),
         }
-        view = View({}, masks, maps, {}, {}, torch.arange(batch), torch.arange(batch), 51.2, False)
+        view = EncodedBatch({}, masks, maps, {}, {}, torch.arange(batch), torch.arange(batch), 51.2, False)
         loss, figures = term(view)
         loss.backward()
         assert torch.isfinite(loss) and (loss > 0) == learns and (set(figures) == {"own"}) == learns

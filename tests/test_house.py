@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ ALLOWED = {
     "ssl": {"shards", "recipes", "ssl"},
     "finetune": {"shards", "recipes", "ssl", "finetune"},
     "tools": set(ROOMS),
+}
+# Chambers of each room in the order of imports: each imports those before it. The empty one is the room's own modules.
+CHAMBERS = {
+    "shards": ("", "preprocess", "format", "source", "write", "read", "inspect", "simulate"),
+    "recipes": ("",),
+    "ssl": ("engine", "encoders", "objectives", "evaluation", ""),
+    "finetune": ("models", "subsets", "official", "evaluation", "mapping", "", "probes", "study", "publishing"),
+    "tools": ("cli", ""),
 }
 
 
@@ -39,13 +49,59 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def dotted(path: Path) -> str:
+    """``shards.format.codec`` for ``shards/format/codec.py``, ``shards.format`` for its ``__init__.py``."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """The modules of bocage that each module imports, by dotted name without ``bocage.``."""
+    known = {dotted(path) for room in ROOMS for path in modules(room)}
+    found: dict[str, set[str]] = {}
+    for room in ROOMS:
+        for path in modules(room):
+            names = {name.removeprefix("bocage.") for name in imported(path) if name.startswith("bocage.")}
+            parents = {name.rpartition(".")[0] for name in names} - known.intersection(names)
+            found[dotted(path)] = known & (names | parents) - {dotted(path)}
+    return found
+
+
+def chamber(module: str) -> tuple[str, str]:
+    """Room and chamber of a module; the chamber of a room's own modules is empty."""
+    room, *rest = module.split(".")
+    return room, rest[0] if rest and rest[0] in CHAMBERS[room] else ""
+
+
+def test_rooms_and_chambers_import_downwards_only() -> None:
+    wrong = []
+    for module, below in imports().items():
+        for other in below:
+            (room, here), (other_room, there) = chamber(module), chamber(other)
+            order = CHAMBERS[room]
+            if other_room not in ALLOWED[room] or (room == other_room and order.index(there) > order.index(here)):
+                wrong.append(f"{module} imports {other}")
+    assert not wrong
+
+
+def test_every_chamber_is_in_the_table() -> None:
+    for room in ROOMS:
+        folders = {path.parent.name for path in modules(room) if path.parent.parent == ROOT / room}
+        assert folders == set(CHAMBERS[room]) - {""}
+
+
+def test_no_circle_of_imports() -> None:
+    try:
+        TopologicalSorter(imports()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
 @pytest.mark.parametrize("room", ROOMS)
-def test_imports_point_down_only(room: str) -> None:
+def test_own_modules_are_imported_as_bocage(room: str) -> None:
     for path in modules(room):
         for name in imported(path):
-            top, _, rest = name.partition(".")
-            if top == "bocage":
-                assert rest.split(".")[0] in ALLOWED[room], f"{path.relative_to(ROOT)} imports {name}"
+            top = name.partition(".")[0]
             if top in ROOMS and top != "ssl":
                 pytest.fail(f"{path.relative_to(ROOT)} imports {name}: write bocage.{name}")
 
@@ -83,7 +139,7 @@ def test_the_standard_library_keeps_its_ssl() -> None:
 def test_every_folder_with_modules_is_a_listed_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in modules(room)}
-    expected = {"bocage." + ".".join(folder.parts): folder.as_posix() for folder in folders}
+    expected = {"bocage." + ".".join(folder.parts): folder.as_posix() for folder in folders} | {"bocage": "bocage"}
     assert set(listed["packages"]) == set(expected)
     assert listed["package-dir"] == expected
 
@@ -94,8 +150,9 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (*ROOMS, "bocage"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignored, symlinks=True)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +163,9 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
 
 
 # A sharding worker is to stay under 400 MB, of which torch alone would take most.
-@pytest.mark.parametrize("module", ["modality", "flairhub", "rasters", "codec", "normalize", "packing", "writer"])
+@pytest.mark.parametrize(
+    "module", ["format.codec", "preprocess.normalize", "source.catalogue", "source.rasters", "write.writer"]
+)
 def test_sharding_imports_no_torch(module: str) -> None:
     code = f"import bocage.shards.{module}, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

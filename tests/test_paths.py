@@ -14,11 +14,11 @@ from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.train import finetune
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB, Band, Modality, Sensor
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 

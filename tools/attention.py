@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bocage.finetune.predict import check_bands
+from bocage.finetune.evaluation.predict import check_bands
 from bocage.shards.errors import InputError
 from bocage.shards.files import check_new_folder
-from bocage.shards.manifest import EVERY_SAMPLE
-from bocage.shards.remote import open_shards
-from bocage.ssl.attention import require_temporal, rows_of_keys, rows_with_dates
-from bocage.ssl.attention_pictures import write_attention
+from bocage.shards.format.manifest import EVERY_SAMPLE
+from bocage.shards.read.open import open_shards
 from bocage.ssl.encoders.export import load_encoder
-from bocage.tools.arguments import positive, split_value
-from bocage.tools.progress import Bars
+from bocage.ssl.evaluation.attention import require_temporal, rows_of_keys, rows_with_dates
+from bocage.ssl.evaluation.attention_figures import write_attention
+from bocage.tools.cli.arguments import positive, split_value
+from bocage.tools.cli.progress import Bars
 
 _COUNT = 8
 

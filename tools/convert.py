@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bocage.finetune.convert import (
+from bocage.finetune.models.segmentation import Segmentation, load_segmentation
+from bocage.finetune.official.convert import (
     from_official,
     load_official,
     save_official,
     segmentations,
     to_official,
 )
-from bocage.finetune.task import Segmentation, load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.files import check_new_folder, written_atomically
-from bocage.ssl.encoders.keys import KeyReport
-from bocage.tools.arguments import pairs
+from bocage.ssl.encoders.key_report import KeyReport
+from bocage.tools.cli.arguments import pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bocage.shards.manifest import Manifest
-from bocage.tools.steps import Job, Steps, interruptible
+from bocage.shards.format.manifest import Manifest
+from bocage.tools.cli.steps import Steps, TrainingProcess, interruptible
 
 SEEDS = (0, 1, 2)
 STARTS = ("pretrained", "scratch")
@@ -43,10 +43,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     demo.announce("1. Simulate patches in FLAIR-HUB's own format")
     words = ["sample", tree, "--patches", arguments.patches, "--seed", SAMPLE_SEED, "--workers", processes]
-    demo.command("bocage", "bocage.tools.main", words)
+    demo.command("bocage", "bocage", words)
 
     demo.announce("2. Write WebDataset shards")
-    demo.command("bocage", "bocage.tools.main", ["shard", tree, shards, "--workers", processes, "--shard-mb", 32])
+    demo.command("bocage", "bocage", ["shard", tree, shards, "--workers", processes, "--shard-mb", 32])
 
     demo.announce("3. Pretrain one encoder a sensor, without labels")
     words = ["recipe=quickstart", f"shards={shards}", f"output={pretrained}", f"batch_size={8 // processes}"]
@@ -56,7 +56,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     demo.announce("4. Fine-tune on few labels, from the encoders and from scratch, one process a core")
     registry = Manifest.open(shards).registry
     sensors = [registry.by_role(role)[0].name for role in ("image", "series")]
-    runs: dict[tuple[str, int], Job] = {}
+    runs: dict[tuple[str, int], TrainingProcess] = {}
     for seed in SEEDS:
         for start in STARTS:
             output = out / "finetune" / f"{start}-{seed}"
@@ -71,10 +71,10 @@ def _demo(arguments: argparse.Namespace) -> int:
             ]
             if start == "pretrained":
                 words += [f"encoders.{name}={pretrained / 'encoders' / name}" for name in sensors]
-            runs[start, seed] = Job(
+            runs[start, seed] = TrainingProcess(
                 f"{start}, seed {seed}",
                 "bocage finetune",
-                ("bocage.tools.main", "finetune", "engine.log_every=5"),
+                ("bocage", "finetune", "engine.log_every=5"),
                 tuple(words),
                 output,
                 "metrics.json",

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _python() -> Iterator[Finding]:
-    from bocage.ssl.engine.provenance import git_revision
+    from bocage.ssl.engine.logging.provenance import git_revision
 
     yield Finding("python", "ok", f"{platform.python_version()}, {platform.platform()}, {sys.executable}")
     revision = git_revision()
@@ -152,7 +152,7 @@ def _limits() -> Iterator[Finding]:
 def _tokens() -> Iterator[Finding]:
     """Whether there are tokens; never what they are."""
     from bocage.ssl.encoders.hub import may_upload
-    from bocage.ssl.engine.trackers import has_wandb_key
+    from bocage.ssl.engine.logging.trackers import has_wandb_key
 
     hub = may_upload()
     yield Finding("hub token", "ok" if hub else "note", "there" if hub else "none: publishing is a dry run")
@@ -162,7 +162,7 @@ def _tokens() -> Iterator[Finding]:
 
 
 def _shards(where: str) -> Iterator[Finding]:
-    from bocage.shards.remote import is_remote, open_shards
+    from bocage.shards.read.open import is_remote, open_shards
 
     try:
         manifest = open_shards(where)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bocage.finetune.measure import (
+from bocage.finetune.evaluation.evaluate import (
     Confusions,
     confusion,
     labelled_rows,
@@ -19,15 +19,15 @@ from bocage.finetune.measure import (
     summary,
     write_results,
 )
-from bocage.finetune.task import load_segmentation
+from bocage.finetune.models.segmentation import load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
-from bocage.shards.manifest import EVERY_SAMPLE
-from bocage.shards.patches import ShardPatches
-from bocage.shards.remote import open_shards
-from bocage.ssl.engine.distributed import build_accelerator, is_main
-from bocage.tools.arguments import not_negative, positive, split_value
-from bocage.tools.progress import Bars
+from bocage.shards.format.manifest import EVERY_SAMPLE
+from bocage.shards.read.open import open_shards
+from bocage.shards.read.patches import ShardPatches
+from bocage.ssl.engine.parallel.distributed import build_accelerator, is_main
+from bocage.tools.cli.arguments import not_negative, positive, split_value
+from bocage.tools.cli.progress import Bars
 
 _PATIENCE = 1800.0  # seconds that ranks wait for each other
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.train import finetune
-from bocage.ssl.engine.distributed import is_main
+from bocage.ssl.engine.parallel.distributed import is_main
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

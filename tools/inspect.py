@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.errors import InputError
-from bocage.shards.manifest import Manifest
-from bocage.shards.remote import open_shards
-from bocage.shards.summary import fullest, summarize
-from bocage.tools.reports import write_json
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.summary import fullest, summarize
+from bocage.shards.read.open import open_shards
+from bocage.tools.cli.reports import write_json
 
 _MEGABYTE = 1e6
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rows:
         console.print(_row_table(manifest, row))
     if arguments.picture is not None:
-        from bocage.shards.contact_sheet import draw_contact_sheet  # brings matplotlib
+        from bocage.shards.inspect.contact_sheet import draw_contact_sheet  # brings matplotlib
 
         draw_contact_sheet(manifest, row, arguments.picture)
         print(f"{manifest.index.key(row)}: {arguments.picture}")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from bocage.shards.errors import InputError
-from bocage.tools.examples import add_examples
+from bocage.tools.cli.examples import add_examples
 
 COMMANDS = {
     "sample": "write simulated patches in FLAIR-HUB's own format",

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from bocage.finetune.task import load_segmentation
-from bocage.finetune.zone import map_zone, plan_zone
-from bocage.finetune.zone_rasters import open_rasters
-from bocage.tools.arguments import pairs, positive
-from bocage.tools.progress import Bars
+from bocage.finetune.mapping.grid import plan_map
+from bocage.finetune.mapping.rasters import open_rasters
+from bocage.finetune.mapping.tiled_inference import write_map
+from bocage.finetune.models.segmentation import load_segmentation
+from bocage.tools.cli.arguments import pairs, positive
+from bocage.tools.cli.progress import Bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
         for option, words in (("--raster", arguments.raster), ("--dates", arguments.dates))
     )
     rasters, reference = open_rasters(task, files, dates)
-    plan = plan_zone(task, reference, arguments.overlap)
+    plan = plan_map(task, reference, arguments.overlap)
     # Ranks wait for each other at the end only, and for the first to put the tiles together.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     with Bars(active=state.is_main_process) as bars:
         bar = bars.add("tiles", "tiles")
-        paths = map_zone(
+        paths = write_map(
             task,
             rasters,
             plan,

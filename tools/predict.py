@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bocage.finetune.predict import complete_rows, predict_patches
-from bocage.finetune.task import Segmentation, load_segmentation
+from bocage.finetune.evaluation.predict import complete_rows, predict_patches
+from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import DATASET_FILE
-from bocage.shards.naming import FOLDER
-from bocage.shards.patches import Patches, ShardPatches, TreePatches
-from bocage.shards.remote import open_shards
-from bocage.tools.arguments import not_negative, positive, split_value
-from bocage.tools.progress import Bars
+from bocage.shards.format.manifest import DATASET_FILE
+from bocage.shards.read.open import open_shards
+from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.naming import FOLDER
+from bocage.tools.cli.arguments import not_negative, positive, split_value
+from bocage.tools.cli.progress import Bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

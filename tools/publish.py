@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bocage.shards.errors import InputError
 
 if TYPE_CHECKING:
-    from bocage.finetune.publication import PretrainedRun
+    from bocage.finetune.publishing.release import PretrainedRun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folders and upload them; the exit status."""
-    from bocage.finetune.publication import (
+    from bocage.finetune.publishing.release import (
         PretrainedRun,
         Terms,
         check_publication,
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         publish_encoder,
         read_scores,
     )
-    from bocage.shards.remote import open_shards
+    from bocage.shards.read.open import open_shards
     from bocage.ssl.encoders.hub import split_place
 
     for option in ("revision", "public", "collection", "dry_run"):
@@ -119,7 +119,7 @@ def _upload(arguments: argparse.Namespace, run: PretrainedRun, places: Mapping[s
 
 def _link(run: PretrainedRun, name: str, place: str) -> None:
     """Say in the run's W&B or TensorBoard where an encoder was published, which is not worth failing for."""
-    from bocage.ssl.engine.trackers import link_afterwards
+    from bocage.ssl.engine.logging.trackers import link_afterwards
 
     engine, state = run.config["engine"], run.state
     try:

@@ -11,14 +11,14 @@ from torch import nn
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.task import described
+from bocage.finetune.models.segmentation import described
 from bocage.shards.errors import InputError
-from bocage.shards.normalize import InputSpec
-from bocage.shards.remote import open_shards
-from bocage.ssl.engine.distributed import Precision, build_accelerator, gathered, rank_and_world
-from bocage.ssl.engine.dumps import RankDump, load_weights, read_facts, read_rank
-from bocage.ssl.engine.provenance import library_versions
-from bocage.ssl.engine.replay import Finding, replay
+from bocage.shards.preprocess.normalize import InputSpec
+from bocage.shards.read.open import open_shards
+from bocage.ssl.engine.health.bad_steps import RankDump, load_weights, read_facts, read_rank
+from bocage.ssl.engine.health.replay import Finding, replay
+from bocage.ssl.engine.logging.provenance import library_versions
+from bocage.ssl.engine.parallel.distributed import Precision, all_gather_object, build_accelerator, rank_and_world
 from bocage.ssl.pretrain import PretrainConfig
 from bocage.ssl.pretrain import build_task as build_pretraining
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     numbers = range(facts["ranks"]) if ranks == 1 else [rank]
     dumps = (read_rank(arguments.dump, facts, number) for number in numbers)
     told = [_replayed(task, dump, facts, precision, device) for dump in dumps]
-    everyones = [entry for entries in gathered(told) for entry in entries]
+    everyones = [entry for entries in all_gather_object(told) for entry in entries]
     if rank == 0:
         for lines, _, _ in everyones:
             print("\n".join(lines))
@@ -79,7 +79,7 @@ def _conclusions(facts: dict[str, Any], ranks: int, bad: bool, off: bool) -> lis
     if off and ranks < facts["ranks"]:
         return [
             "losses are not what they were: terms of the loss compare samples of all ranks, which are replayed singly "
-            f"here; torchrun --nproc_per_node {facts['ranks']} -m bocage.tools.main replay DUMP replays them together"
+            f"here; torchrun --nproc_per_node {facts['ranks']} -m bocage replay DUMP replays them together"
         ]
     if bad:
         return []

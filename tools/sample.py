@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.tools.progress import Bars
+from bocage.shards.simulate.tree import write_tree
+from bocage.tools.cli.progress import Bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,18 +12,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bocage.shards.codec import lossy_dem
 from bocage.shards.errors import InputError
-from bocage.shards.estimate import Estimate
 from bocage.shards.files import written_atomically
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.codec import lossy_dem
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.plan import ORDERS
-from bocage.shards.writer import Sharding
-from bocage.tools.arguments import pairs, positive, share
-from bocage.tools.interrupts import InterruptedCommand, Interrupts
-from bocage.tools.progress import Bar, Bars, duration
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.estimate import Estimate
+from bocage.shards.write.plan import ORDERS
+from bocage.shards.write.writer import Sharding
+from bocage.tools.cli.arguments import pairs, positive, share
+from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
+from bocage.tools.cli.progress import Bar, Bars, duration
 
 _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import written_atomically
-from bocage.shards.manifest import EVERY_SAMPLE
-from bocage.tools.arguments import not_negative, positive, share
-from bocage.tools.examples import add_examples
-from bocage.tools.interrupts import InterruptedCommand, Interrupts
-from bocage.tools.progress import Bar, Bars
+from bocage.shards.format.manifest import EVERY_SAMPLE
+from bocage.tools.cli.arguments import not_negative, positive, share
+from bocage.tools.cli.examples import add_examples
+from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
+from bocage.tools.cli.progress import Bar, Bars
 
 _STUDY_WORDS = "recipe=label_efficiency shards=PATH output=PATH, and any key of the recipe"
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--sbatch", nargs="+", default=[], metavar="OPTION", help="with --slurm: e.g. gpus=1 time=04:00:00"
     )
-    launcher = "with --slurm: what starts a run (default: bocage), e.g. 'accelerate launch -m bocage.tools.main'"
+    launcher = "with --slurm: what starts a run (default: bocage), e.g. 'accelerate launch -m bocage'"
     run.add_argument("--launcher", default="bocage", help=launcher)
     run.add_argument("--cell", metavar="NAME", help="run this one in this process")
     run.set_defaults(act=_run)
@@ -94,11 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _subsets(arguments: argparse.Namespace) -> int:
-    from bocage.finetune.subset_files import DESCRIPTION, SubsetPlan, write_subsets
-    from bocage.finetune.subsets import LabelledPatches
-    from bocage.finetune.targets import Target
-    from bocage.shards.patches import ShardPatches
-    from bocage.shards.remote import open_shards
+    from bocage.finetune.models.targets import Target
+    from bocage.finetune.subsets.draw import LabelledPatches
+    from bocage.finetune.subsets.files import DESCRIPTION, SubsetPlan, write_subsets
+    from bocage.shards.read.open import open_shards
+    from bocage.shards.read.patches import ShardPatches
 
     manifest = open_shards(arguments.shards)
     registry = manifest.registry
@@ -149,15 +149,15 @@ def _range(values: Any) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from bocage import recipes
-    from bocage.finetune.study import StudyConfig, cells
-    from bocage.finetune.study_cell import run_cell
-    from bocage.finetune.study_runner import Failure, Runner
-    from bocage.finetune.study_runs import CellFolders, slurm_script
+    from bocage.finetune.study.grid import StudyConfig, study_runs
+    from bocage.finetune.study.run_cell import run_cell
+    from bocage.finetune.study.runner import Failure, Runner
+    from bocage.finetune.study.runs import CellFolders, slurm_script
 
     study = recipes.resolve(StudyConfig, arguments.words)
     if arguments.cell:
         return run_cell(study, arguments.cell)
-    folders, grid = CellFolders(study), cells(study)
+    folders, grid = CellFolders(study), study_runs(study)
     wanted = [cell for cell in grid if not folders.finished(cell)]
     folders.check(wanted)
     if arguments.slurm:
@@ -197,11 +197,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(study: Any, folders: Any, processes: int) -> int:
-    from bocage.finetune.probing import KINDS
-    from bocage.finetune.study import cells
-    from bocage.finetune.study_cell import Cost, measured_cost
+    from bocage.finetune.probes.probe import KINDS
+    from bocage.finetune.study.grid import study_runs
+    from bocage.finetune.study.run_cell import Cost, measured_cost
 
-    grid = cells(study)
+    grid = study_runs(study)
     table = Table(title=f"{len(grid)} runs")
     for name in ("mode", "runs", "finished", "seconds a run", "seconds a step", "hours left", "MB left"):
         table.add_column(name, justify="left" if name == "mode" else "right")
@@ -250,15 +250,15 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from bocage import recipes
-    from bocage.finetune.study import StudyConfig, cells
-    from bocage.finetune.study_report import write_report
-    from bocage.finetune.study_runs import CellFolders
+    from bocage.finetune.study.grid import StudyConfig, study_runs
+    from bocage.finetune.study.report import write_report
+    from bocage.finetune.study.runs import CellFolders
 
     study = recipes.resolve(StudyConfig, arguments.words)
     out = arguments.out or Path(study.output) / "report"
     try:
         print(f"report: {write_report(study, out)}")
-        folders, grid = CellFolders(study), cells(study)
+        folders, grid = CellFolders(study), study_runs(study)
         if unfinished := sum(not folders.finished(cell) for cell in grid):
             print(f"{unfinished} of {len(grid)} cells have no result yet: `bocage study run` runs them")
     except OSError as error:
@@ -267,19 +267,19 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from bocage.tools.steps import interruptible
-    from bocage.tools.study_demo import study_demo
+    from bocage.tools.cli.steps import interruptible
+    from bocage.tools.cli.study_demo import study_demo
 
     return interruptible(lambda: study_demo(arguments.out, arguments.report, arguments.processes))
 
 
 def _probe(arguments: argparse.Namespace) -> int:
     from bocage.finetune.config import FinetuneConfig
-    from bocage.finetune.probing import probe
-    from bocage.finetune.supervision import TaskConfig
-    from bocage.shards.remote import open_shards
+    from bocage.finetune.models.supervision import TaskConfig
+    from bocage.finetune.probes.probe import probe
+    from bocage.shards.read.open import open_shards
     from bocage.ssl.encoders.export import load_encoder
-    from bocage.ssl.encoders.sources import weights_digest
+    from bocage.ssl.encoders.initialization import weights_digest
 
     modality = load_encoder(arguments.encoder).spec.modality
     try:

@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from bocage.shards.manifest import DATASET_FILE
-from bocage.shards.verify import Verification, verify
-from bocage.shards.verify_shard import Problem
-from bocage.tools.arguments import not_negative, positive
-from bocage.tools.interrupts import InterruptedCommand, Interrupts
-from bocage.tools.progress import Bars
-from bocage.tools.reports import write_json
+from bocage.shards.format.manifest import DATASET_FILE
+from bocage.shards.inspect.verify import Verification, verify
+from bocage.shards.inspect.verify_shard import Problem
+from bocage.tools.cli.arguments import not_negative, positive
+from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
+from bocage.tools.cli.progress import Bars
+from bocage.tools.cli.reports import write_json
 
 _SHOWN = 50  # lines about what is broken
 _MEGABYTE = 1e6

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.study import StudyConfig
+from bocage.finetune.study.grid import StudyConfig
 from bocage.ssl.pretrain import PretrainConfig
 from bocage.tools.main import build_parser
 

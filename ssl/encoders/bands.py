@@ -12,7 +12,7 @@ from torch import nn
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Quantity
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.build import build_encoder
 
 _BY_BAND = ("linear", "decibel")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 
 Architecture = Literal["swin", "utae"]
 

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Quantity, Representation
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import Architecture, Encoder, EncoderConfig
 from bocage.ssl.encoders.timm_format import timm_description
 

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from bocage.shards.errors import InputError
 from bocage.shards.files import folder_written_whole
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.description import CONFIG_FILE, describe, is_description, read_description
 from bocage.ssl.encoders.hub import PREFIX, download
-from bocage.ssl.encoders.keys import compare
-from bocage.ssl.encoders.limits import limited_memory
-from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.key_report import compare
+from bocage.ssl.encoders.memory_limit import limited_memory
 from bocage.ssl.encoders.timm_format import plain_weights, with_final_norm
-from bocage.ssl.encoders.weight_files import read_tensors
+from bocage.ssl.encoders.weights import read_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 

@@ -28,13 +28,13 @@ import timm
 import torch
 
 from bocage.shards.errors import InputError
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.bias_tables import resize_bias_tables
 from bocage.ssl.encoders.hub import PREFIX, download
-from bocage.ssl.encoders.keys import PRECISIONS, KeyReport, compare
+from bocage.ssl.encoders.key_report import PRECISIONS, KeyReport, compare
 from bocage.ssl.encoders.swin import SwinEncoder
 from bocage.ssl.encoders.timm_format import FINAL_NORM, plain_name, plain_weights
-from bocage.ssl.encoders.weight_files import read_tensors
+from bocage.ssl.encoders.weights import read_tensors
 
 _COLOURS = (611.0, 549.0, 464.0)  # dominant wavelengths of the sRGB primaries red, green and blue, nm
 _STEM = "patch_embed.proj.weight"

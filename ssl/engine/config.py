@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bocage.ssl.engine.distributed import Precision
+from bocage.ssl.engine.logging.trackers import TrackerName
 from bocage.ssl.engine.optim import OptimizerConfig
-from bocage.ssl.engine.regions import COMPILE_BACKENDS, CompileBackend
-from bocage.ssl.engine.trackers import TrackerName
+from bocage.ssl.engine.parallel.block_compile import COMPILE_BACKENDS, CompileBackend
+from bocage.ssl.engine.parallel.distributed import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from bocage.ssl.engine.distributed import share, unshared_buffers
-from bocage.ssl.engine.fsdp import part, part_of_rows, whole
+from bocage.ssl.engine.parallel.distributed import broadcast_, unshared_buffers
+from bocage.ssl.engine.parallel.fsdp import full_tensor, local_shard, shard_like
 
 FILE = "ema.safetensors"
 
@@ -48,8 +48,8 @@ class MovingAverage:
         floating = [
             name for name, value in self._live.items() if value.is_floating_point() and name not in self._copied
         ]
-        averages = [part(self._average[name]) for name in floating]
-        self._blend(averages, [part(self._live[name].detach()) for name in floating], 0)
+        averages = [local_shard(self._average[name]) for name in floating]
+        self._blend(averages, [local_shard(self._live[name].detach()) for name in floating], 0)
         for name in self._live.keys() - set(floating):
             self._average[name].copy_(self._live[name])
 
@@ -62,8 +62,8 @@ class MovingAverage:
         found = {}
         for name, value in self._average.items():
             if name in self._buffers:
-                share(value)
-            tensor = whole(value)
+                broadcast_(value)
+            tensor = full_tensor(value)
             if keep:
                 found[name] = tensor.cpu().contiguous()
         return found
@@ -74,7 +74,7 @@ class MovingAverage:
             saved = load_file(folder / FILE)
             for name, own in self._average.items():
                 value = saved[name]
-                own.copy_(part_of_rows(own, value.__getitem__) if isinstance(own, DTensor) else value)
+                own.copy_(shard_like(own, value.__getitem__) if isinstance(own, DTensor) else value)
 
 
 @contextmanager

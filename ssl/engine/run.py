@@ -17,30 +17,30 @@ from torch import nn
 
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.ssl.engine import checkpoint
-from bocage.ssl.engine.alarms import Idleness, Starvation
-from bocage.ssl.engine.buffers import Buffers
-from bocage.ssl.engine.checkpoint import TrainingState
-from bocage.ssl.engine.collapse import Collapse
+from bocage.ssl.engine.checkpoint import files as checkpoint
+from bocage.ssl.engine.checkpoint.files import TrainingState
+from bocage.ssl.engine.checkpoint.optimizer_state import load_optimizer
+from bocage.ssl.engine.checkpoint.saving import Export, save
 from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.engine.distributed import (
-    agreed,
-    from_main,
-    gathered,
-    largest,
-    micro_batch,
-)
-from bocage.ssl.engine.dumps import RankDump, count_dumps, write_dump
-from bocage.ssl.engine.flops import Arithmetic
-from bocage.ssl.engine.fsdp import whole
+from bocage.ssl.engine.health.bad_steps import RankDump, count_dumps, write_dump
+from bocage.ssl.engine.health.buffer_snapshot import BufferSnapshot
+from bocage.ssl.engine.health.collapse import CollapseMonitor
+from bocage.ssl.engine.health.monitors import DataStarvationMonitor, ZeroLossMonitor
+from bocage.ssl.engine.health.rank_heartbeat import RankHeartbeat
+from bocage.ssl.engine.logging.flops import FlopCounter
+from bocage.ssl.engine.logging.profiling import profiled
+from bocage.ssl.engine.logging.run_logger import MetricWindow, RunLogger, finite_or_none, terms_of
 from bocage.ssl.engine.optim import learning_rate_factor, set_learning_rate
-from bocage.ssl.engine.optimizer_state import load_optimizer
-from bocage.ssl.engine.peers import Peers
-from bocage.ssl.engine.profiling import profiled
-from bocage.ssl.engine.randomness import preserved_random_state, random_state, restore_random_state
-from bocage.ssl.engine.saving import Export, save
+from bocage.ssl.engine.parallel.distributed import (
+    all_gather_object,
+    all_reduce_max,
+    broadcast_object,
+    micro_batch,
+    run_on_all_ranks,
+)
+from bocage.ssl.engine.parallel.fsdp import full_tensor
+from bocage.ssl.engine.rng import preserved_random_state, random_state, restore_random_state
 from bocage.ssl.engine.signals import StopSignals, exit_code
-from bocage.ssl.engine.tracking import Journal, MetricWindow, finite_or_none, terms_of
 from bocage.ssl.engine.weights import Weights
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
@@ -107,13 +107,13 @@ class Run:
     monitor: str | None
     export: Export | None
     signals: StopSignals
-    peers: Peers
+    peers: RankHeartbeat
     state: TrainingState
     window: MetricWindow
-    arithmetic: Arithmetic
-    collapse: Collapse
-    starvation: Starvation = field(default_factory=Starvation)
-    idleness: Idleness = field(default_factory=Idleness)
+    arithmetic: FlopCounter
+    collapse: CollapseMonitor
+    starvation: DataStarvationMonitor = field(default_factory=DataStarvationMonitor)
+    idleness: ZeroLossMonitor = field(default_factory=ZeroLossMonitor)
     followers: list[Callable[[], None]] = field(default_factory=list)
     dumps_left: int = 0
     saved: float = field(default_factory=time.monotonic)
@@ -151,7 +151,7 @@ class Run:
         received = 0
         with ExitStack() as stack:
             journal = stack.enter_context(
-                Journal(
+                RunLogger(
                     self.accelerator,
                     self.output,
                     steps=config.steps,
@@ -178,8 +178,8 @@ class Run:
             self.weights.learner.train()
             parts = (getattr(module, "after_step", None) for module in self.weights.learner.modules())
             self.followers = [follow for follow in parts if follow is not None]
-            self.dumps_left = from_main(max(0, config.dump_bad_steps - count_dumps(self.output / "bad_steps")))
-            buffers = Buffers(self.weights.learner)
+            self.dumps_left = broadcast_object(max(0, config.dump_bad_steps - count_dumps(self.output / "bad_steps")))
+            buffers = BufferSnapshot(self.weights.learner)
             profiling = profiled(config.profile_steps if main else 0, self.output / "profile", journal.message)
             step_is_done = stack.enter_context(profiling)
             # A signal saved the run before its last step was recorded and evaluated.
@@ -202,7 +202,9 @@ class Run:
                 journal.message(f"{state.skipped} of {state.step} steps were left out: loss or gradient was not finite")
         return self._outcome(received)
 
-    def _step(self, batches: Iterator[Batch], batch_size: int, buffers: Buffers, journal: Journal) -> tuple[int, bool]:
+    def _step(
+        self, batches: Iterator[Batch], batch_size: int, buffers: BufferSnapshot, journal: RunLogger
+    ) -> tuple[int, bool]:
         """One optimiser step; what all ranks agree on: the signal to stop on, or 0, and whether it is time to save."""
         config, state, accelerator = self.config, self.state, self.accelerator
         began, waited = time.perf_counter(), 0.0
@@ -230,10 +232,10 @@ class Run:
                 accelerator.backward(loss / config.accumulation)
             losses.append(loss.detach().float())
             logs.append(terms)
-        norm = whole(accelerator.clip_grad_norm_(self.weights.learner.parameters(), config.clip_norm or math.inf))
+        norm = full_tensor(accelerator.clip_grad_norm_(self.weights.learner.parameters(), config.clip_norm or math.inf))
         loss = torch.stack(losses).mean()
         # The one wait of the host for the device in a step: whether to update is decided by all ranks, before it.
-        bad, received, late = largest(
+        bad, received, late = all_reduce_max(
             accelerator,
             ~(torch.isfinite(loss) & torch.isfinite(norm)),
             torch.tensor(self.signals.received),
@@ -267,12 +269,12 @@ class Run:
             state.skipped_in_a_row = 0
         return received, bool(late)
 
-    def _bad_step(self, own: RankDump, keys: list[str], scale: float, journal: Journal) -> None:
+    def _bad_step(self, own: RankDump, keys: list[str], scale: float, journal: RunLogger) -> None:
         """Count, name and keep a step without update; ``own`` is what this rank had, ``scale`` that of its loss."""
         state, limit = self.state, self.config.max_bad_steps
         state.skipped += 1
         state.skipped_in_a_row += 1
-        ranks = gathered((own.finite, keys))
+        ranks = all_gather_object((own.finite, keys))
         what = [
             f"loss is not finite on rank {rank} (samples {', '.join(keys)})"
             for rank, (finite, keys) in enumerate(ranks)
@@ -301,7 +303,7 @@ class Run:
                 )
             )
 
-    def _report(self, journal: Journal) -> bool:
+    def _report(self, journal: RunLogger) -> bool:
         """Record and evaluate what is due after a step; returns whether the monitored metric is the best so far."""
         config, state = self.config, self.state
         final = state.step >= config.steps
@@ -328,14 +330,14 @@ class Run:
             improved = self._is_best(result)
         if values:
             recorded = finite_or_none(values)
-            agreed(lambda: journal.record(state.step, recorded))
+            run_on_all_ranks(lambda: journal.record(state.step, recorded))
             state.metrics.update(recorded)
         else:
             journal.step(state.step)
         state.reported_step = state.step
         return improved
 
-    def _evaluated(self, journal: Journal) -> dict[str, float]:
+    def _evaluated(self, journal: RunLogger) -> dict[str, float]:
         """What evaluation measures; pictures are drawn on the way."""
         draw = self.draw if self.accelerator.is_main_process else None
         with preserved_random_state(), self.weights.evaluated() as task:
@@ -346,7 +348,7 @@ class Run:
                 except Exception as error:  # training matters more
                     what = " ".join(str(error).split()) or type(error).__name__
                     journal.message(f"step {self.state.step}: pictures could not be drawn: {what}")
-        answer: dict[str, float] = from_main({name: float(value) for name, value in result.items()})
+        answer: dict[str, float] = broadcast_object({name: float(value) for name, value in result.items()})
         return answer
 
     def _is_best(self, result: dict[str, float]) -> bool:
@@ -360,8 +362,8 @@ class Run:
         self.state.best_step, self.state.best_value = self.state.step, value
         return True
 
-    def _save(self, journal: Journal) -> None:
-        agreed(journal.flush)
+    def _save(self, journal: RunLogger) -> None:
+        run_on_all_ranks(journal.flush)
         save(
             self.checkpoints,
             self.state,

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from bocage.ssl.engine.distributed import share
 from bocage.ssl.engine.ema import MovingAverage, substitute, substituted
-from bocage.ssl.engine.fsdp import copy_whole, is_divided
+from bocage.ssl.engine.parallel.distributed import broadcast_
+from bocage.ssl.engine.parallel.fsdp import gather_into, is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Weights:
     Attributes:
         accelerator: of this process.
         task: the bare module, whole.
-        learner: the module whose parameters the optimiser changes: ``task``, or a divided copy (``fsdp.learner_of``).
+        learner: the module whose parameters the optimiser changes: ``task``, or a divided copy (``fsdp.train_module``).
         average: the moving average of the learner's weights, if one is kept.
     """
 
@@ -39,9 +39,9 @@ class Weights:
         kept = self.learner.state_dict(keep_vars=True)
         for name, buffer in self.learner.named_buffers():
             if name in kept:
-                share(buffer)
-        if is_divided(self.learner):
-            copy_whole(self.learner, self.task)
+                broadcast_(buffer)
+        if is_sharded(self.learner):
+            gather_into(self.learner, self.task)
 
     @contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
@@ -51,7 +51,7 @@ class Weights:
         self.task.to(self.accelerator.device).eval()
         with torch.no_grad(), self.accelerator.autocast(), substituted(self.task, averages):
             yield self.task
-        if is_divided(self.learner):
+        if is_sharded(self.learner):
             self.task.to("cpu")  # the device has its part of the weights, and whole ones only while they are looked at
         else:
             self.task.train()

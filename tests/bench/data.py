@@ -40,16 +40,16 @@ from rasterio.windows import Window
 from torch.utils.data import DataLoader, Dataset
 
 from bocage.shards.batch import Batch, GroundWindow, Sample
-from bocage.shards.codec import Member, decode
-from bocage.shards.collate import collate
-from bocage.shards.crop import draw_windows, lattice, pixels
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.codec import EncodedArray, decode
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import Modality
-from bocage.shards.scene import write_tree
-from bocage.shards.seeds import sample_seed
-from bocage.shards.stream import TrainingStream, days_since_may
-from bocage.shards.writer import write_shards
+from bocage.shards.read.collate import collate
+from bocage.shards.read.dataset import TrainingStream, days_since_may
+from bocage.shards.read.windows import draw_windows, lattice, pixel_slices
+from bocage.shards.sample_seed import sample_seed
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 BATCH, WINDOW, SEED = 16, 51.2, 0
 WARM_UP = 3  # batches
@@ -105,7 +105,7 @@ class Content:
 
         def read(item: Modality, window: GroundWindow) -> np.ndarray | None:
             data = stored[item.name]
-            return Member(data).array(pixels(item, window)) if len(data) else None
+            return EncodedArray(data).array(pixel_slices(item, window)) if len(data) else None
 
         return self.sample(row, read, self.dates[row])
 
@@ -125,7 +125,7 @@ class RasterioDataset(Dataset[Sample]):
             path = self.content.paths[row].get(item.name)
             if path is None:
                 return None
-            rows, columns = pixels(item, window)
+            rows, columns = pixel_slices(item, window)
             with rasterio.open(path) as file:
                 if self.windowed:
                     values = file.read(window=Window.from_slices(rows, columns))

@@ -47,9 +47,9 @@ def probe(study: Study, start: str, seed: int) -> None:
 
     from bocage import recipes
     from bocage.shards.files import written_atomically
-    from bocage.shards.manifest import Manifest
+    from bocage.shards.format.manifest import Manifest
+    from bocage.ssl.evaluation.probe import Probe, ProbeConfig
     from bocage.ssl.pretrain import PretrainConfig, build_task
-    from bocage.ssl.probe import Probe, ProbeConfig
 
     torch.set_num_threads(1)
     manifest = Manifest.open(study.data())

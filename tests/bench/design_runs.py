@@ -129,9 +129,9 @@ class Study:
         if not (shards / "manifest.parquet").exists():
             many = str(self.processes)
             size = ["--patches", str(PATCHES), "--seed", str(SAMPLE_SEED), "--workers", many]
-            self.command("sample", "-m", "bocage.tools.main", "sample", tree, *size)
+            self.command("sample", "-m", "bocage", "sample", tree, *size)
             size = ["--workers", many, "--shard-mb", "64"]
-            self.command("shard", "-m", "bocage.tools.main", "shard", tree, shards, *size)
+            self.command("shard", "-m", "bocage", "shard", tree, shards, *size)
         return shards
 
     def pretraining(self, variant: str, seed: int) -> list[tuple[tuple[str, ...], list[str], Path]]:
@@ -169,7 +169,7 @@ class Study:
         words, output = self.finetuning(start, seed, case)
         if not (output / "metrics.json").exists():
             words = [*words, f"shards={self.data()}", f"output={output}"]
-            self.command(f"finetune-{output.name}", "-m", "bocage.tools.main", "finetune", *words)
+            self.command(f"finetune-{output.name}", "-m", "bocage", "finetune", *words)
 
     def probed(self, start: str, seed: int) -> Path:
         """The file of a start's probes."""

@@ -23,12 +23,12 @@ import torch
 
 from bocage import recipes
 from bocage.shards.batch import Batch
-from bocage.shards.inputs import wanted_modalities
-from bocage.shards.manifest import Manifest
-from bocage.shards.stream import TrainingStream
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.preprocess.inputs import wanted_modalities
+from bocage.shards.read.dataset import TrainingStream
 from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.engine.loop import train
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer
+from bocage.ssl.engine.trainer import train
 from bocage.ssl.pretrain import PretrainConfig, build_task, export_encoders
 
 _SETTINGS = OptimizerConfig(final_learning_rate=1.0)

@@ -31,8 +31,8 @@ from references import OfficialFusion, OfficialUTAE, ReferenceFusion, ReferenceU
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from bocage.finetune.official import build_official
-from bocage.finetune.uperfuse import Encoded
+from bocage.finetune.models.uperfuse import Encoded
+from bocage.finetune.official.model import build_official
 from bocage.ssl.encoders.utae import UTAE
 
 OFFICIAL = "BOCAGE_OFFICIAL"

@@ -25,9 +25,9 @@ from bocage import recipes
 from bocage.finetune import train as finetuning
 from bocage.finetune.config import FinetuneConfig
 from bocage.shards.batch import Batch
-from bocage.shards.inputs import wanted_modalities
-from bocage.shards.manifest import Manifest
-from bocage.shards.stream import TrainingStream
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.preprocess.inputs import wanted_modalities
+from bocage.shards.read.dataset import TrainingStream
 from bocage.ssl import pretrain as pretraining
 
 SIDES = {51.2: 256, 102.4: 512}

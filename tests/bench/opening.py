@@ -23,7 +23,7 @@ from full_tree import write_folders, write_metadata, write_zips
 _CHILD = """
 import json, resource, sys, time
 import numpy as np
-from bocage.shards.flairhub import Catalogue
+from bocage.shards.source.catalogue import Catalogue
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -27,13 +27,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bocage.shards.assembly import assemble
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest, schema
+from bocage.shards.format.manifest import Manifest, schema
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.stream import TrainingStream
-from bocage.shards.writer import write_shards
+from bocage.shards.read.dataset import TrainingStream
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.manifest_builder import assemble
+from bocage.shards.write.writer import write_shards
 
 SIZES = (1_000, 100_000, 241_100, 1_000_000)
 PER_SHARD = 500

@@ -35,13 +35,14 @@ import rasterio
 import tifffile
 from rasterio.io import MemoryFile
 
-from bocage.shards import rasters
-from bocage.shards.codec import Member, decode, encode, lossy_dem
-from bocage.shards.flairhub import Catalogue, Patch
+from bocage.shards.format.codec import EncodedArray, decode, encode, lossy_dem
+from bocage.shards.format.shard_files import PARTS_FOLDER
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.packing import PARTS_FOLDER, Job, write_shard
-from bocage.shards.rasters import Raster
-from bocage.shards.sources import Source
+from bocage.shards.source import rasters
+from bocage.shards.source.catalogue import Catalogue, Patch
+from bocage.shards.source.raster_source import RasterSource
+from bocage.shards.source.rasters import Raster
+from bocage.shards.write.packing import ShardTask, write_shard
 
 _GDAL = {"GDAL_CACHEMAX": 64, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": 1}
 _MEGABYTE = 1e6
@@ -66,7 +67,7 @@ def lengthened(catalogue: Catalogue, row: int, dates: int, folder: Path) -> Patc
         path = folder / f"{patch.key}_{modality.name}.tif"
         with rasterio.open(path, "w", **profile) as file:
             file.write(bands)
-        sources[modality.name] = Source(path)
+        sources[modality.name] = RasterSource(path)
     return replace(patch, sources=sources, dates={})
 
 
@@ -121,7 +122,7 @@ def encodings(patches: list[Patch], registry: Registry, repeats: int) -> None:
 
 
 def _decode_into(member: bytes, place: np.ndarray) -> None:
-    Member(member).array(out=place)
+    EncodedArray(member).array(out=place)
 
 
 def _row(name: str, row: np.ndarray) -> str:
@@ -129,7 +130,7 @@ def _row(name: str, row: np.ndarray) -> str:
     return f"{name:22}{before:9.4f}{after:9.4f}{after / before:8.3f}{encoding:11.2f}{decoding:11.2f}"
 
 
-def read_with_rasterio(source: Source, modality: Modality) -> Raster:
+def read_with_rasterio(source: RasterSource, modality: Modality) -> Raster:
     """What a loader that opens each file with rasterio does."""
     with rasterio.open(source.path) as file:
         bands, transform, crs = file.read(), file.transform, file.crs.to_string() if file.crs else ""
@@ -153,7 +154,7 @@ def _peer() -> Iterator[None]:
 def shard(patches: list[Patch], registry: Registry, splits: list[str], folder: Path) -> Path:
     """One shard of these patches; the tar."""
     (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    job = Job(0, folder, registry, splits, patches, tolerated=0)
+    job = ShardTask(0, folder, registry, splits, patches, tolerated=0)
     write_shard(job, lambda _patches, _written: None)
     return job.shard
 

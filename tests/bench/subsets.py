@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bocage.finetune.subset_files import TABLE, SubsetPlan, write_subsets
-from bocage.finetune.subsets import LabelledPatches
+from bocage.finetune.subsets.draw import LabelledPatches
+from bocage.finetune.subsets.files import TABLE, SubsetPlan, write_subsets
 from bocage.shards.classes import COSIA, LPIS_1
 
 PATCHES, REGIONS, DOMAINS = 241_100, 2_822, 74

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parents[1] / "ssl" / "tiny_run.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "tiny_run.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 

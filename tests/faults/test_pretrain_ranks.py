@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from small_recipes import PRETRAIN
 
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.pretrain import main
 
 pytestmark = pytest.mark.slow  # every launch takes some 10 s

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "ssl" / "tiny_run.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "tiny_run.py"
 
 
 def start(output: Path, *words: str, ranks: int = 2) -> list[subprocess.Popen[str]]:

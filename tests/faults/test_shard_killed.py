@@ -14,7 +14,7 @@ from small_tree import write_tree
 
 from bocage.tools.main import main
 
-SCRIPT = Path(__file__).parent / "killed_sharding.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "killed_sharding.py"
 KEYS = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(6) for column in range(4)]
 OPTIONS = ("--shard-mb", "1", "--workers", "2")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from small_recipes import PRETRAIN
 
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 pytestmark = pytest.mark.slow  # a minute: six launches that import torch
 
@@ -101,7 +101,7 @@ def test_the_array_job_writes_what_one_process_writes(cluster: dict[str, str], t
         own = {"SLURM_ARRAY_TASK_ID": task, "SLICES": "2", "SLURM_CPUS_PER_TASK": "1"}
         words = ["tree", "out", "--shard-mb", "4"]
         subprocess.run(["bash", str(JOBS / "shard.sbatch"), *words], cwd=tmp_path, env=cluster | own, check=True)
-    merge = [sys.executable, "-m", "bocage.tools.main", "shard", "tree", "out", "--shard-mb", "4", "--merge"]
+    merge = [sys.executable, "-m", "bocage", "shard", "tree", "out", "--shard-mb", "4", "--merge"]
     subprocess.run(merge, cwd=tmp_path, check=True)
     assert Manifest.open(tmp_path / "out").digest == whole.digest
 

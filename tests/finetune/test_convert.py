@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from small_series import write_series
 from tiny_task import batch
 
-from bocage.finetune.convert import (
+from bocage.finetune.models.segmentation import Segmentation, load_segmentation
+from bocage.finetune.models.targets import Target
+from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.official.convert import (
     extract_encoder,
     from_official,
     load_official,
@@ -19,17 +22,14 @@ from bocage.finetune.convert import (
     segmentations,
     to_official,
 )
-from bocage.finetune.official import OfficialModel, baseline_input, build_official
-from bocage.finetune.targets import Target
-from bocage.finetune.task import Segmentation, load_segmentation
-from bocage.finetune.upernet import DecoderConfig
+from bocage.finetune.official.model import OfficialModel, baseline_input, build_official
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec, standardize
+from bocage.shards.preprocess.normalize import InputSpec, standardize
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import load_encoder, save_encoder
-from bocage.ssl.encoders.registry import build_encoder
 from bocage.tools.main import main
 
 AERIAL, SPOT, S2, S1 = "AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS", "SENTINEL1-ASC_TS"

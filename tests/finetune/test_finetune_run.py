@@ -14,19 +14,19 @@ from tiny_task import AERIAL, COSIA, DECODER, LPIS, SWIN, UTAE
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.measure import confusion, labelled_rows
-from bocage.finetune.supervision import TaskConfig
-from bocage.finetune.task import load_segmentation, save_segmentation
+from bocage.finetune.evaluation.evaluate import confusion, labelled_rows
+from bocage.finetune.models.segmentation import load_segmentation, save_segmentation
+from bocage.finetune.models.supervision import TaskConfig
 from bocage.finetune.train import build_task, finetune
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.patches import ShardPatches
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.read.patches import ShardPatches
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import save_encoder
-from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig
 from bocage.tools.main import main
@@ -152,7 +152,7 @@ def test_two_ranks_measure_what_one_measures(simulated: Path, tmp_path: Path) ->
     words += ["engine.optimizer.warmup_steps=1"]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for launcher, out, batch in ((two, "two", 1), ([], "one", 2)):
-        line = [sys.executable, *launcher, "-m", "bocage.tools.main", "finetune", *words]
+        line = [sys.executable, *launcher, "-m", "bocage", "finetune", *words]
         line += [f"output={tmp_path / out}", f"batch_size={batch}"]
         subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     one, other = (pq.read_table(tmp_path / out / "confusions.parquet") for out in ("one", "two"))

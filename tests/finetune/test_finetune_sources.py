@@ -13,10 +13,10 @@ from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.train import build_task
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 AERIAL = "AERIAL_RGBI"
 WORDS = ("recipe=finetune_quickstart", f"modalities=[{AERIAL},SENTINEL2_TS]")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny_task import AERIAL, COSIA, DEM, LPIS, S1, S2, batch, task, trained
 
-from bocage.finetune.losses import IGNORED, LossConfig, SegmentationLoss, cross_entropy
-from bocage.finetune.supervision import TaskConfig, without_some
-from bocage.finetune.targets import Target
+from bocage.finetune.models.losses import IGNORED, LossConfig, SegmentationLoss, cross_entropy
+from bocage.finetune.models.supervision import TaskConfig, without_some
+from bocage.finetune.models.targets import Target
 from bocage.shards import classes
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.seeds import sample_seed
+from bocage.shards.preprocess.inputs import EncoderInput
+from bocage.shards.sample_seed import sample_seed
 
 BOTH = (AERIAL, S2)
 LABELS = (COSIA, LPIS)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import interpolate
 
-from bocage.finetune.official import OfficialModel, build_official
+from bocage.finetune.official.model import OfficialModel, build_official
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 

@@ -11,15 +11,15 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.convert import to_official
-from bocage.finetune.task import load_segmentation
+from bocage.finetune.models.segmentation import load_segmentation
+from bocage.finetune.official.convert import to_official
 from bocage.finetune.train import build_task, finetune
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.optim import OptimizerConfig, decay_groups, learning_rate_factor
 
 DOCS = Path(__file__).parents[2] / "docs" / "finetuning.md"
@@ -39,7 +39,7 @@ def resolved(*words: str) -> FinetuneConfig:
 
 def test_the_table_of_the_docs_and_the_recipes_are_the_same() -> None:
     rows = re.findall(r"^\| `(official/\w+)` \| ([^|]+) \|", DOCS.read_text(), flags=re.MULTILINE)
-    assert {name for name, _ in rows} == {name for name in recipes.names() if name.startswith("official/")} - {
+    assert {name for name, _ in rows} == {name for name in recipes.list_recipes() if name.startswith("official/")} - {
         "official/base"
     }
     assert len(rows) == 13 + 11

@@ -7,10 +7,10 @@ import torch
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.train import build_task
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
 
 SENSORS = ("AERIAL_RGBI", "SENTINEL2_TS")

@@ -6,11 +6,11 @@ import pytest
 import rasterio
 from matplotlib.image import imread
 
-from bocage.finetune.pictures import Panel, draw_panels, render
-from bocage.finetune.predict import write_prediction
+from bocage.finetune.evaluation.figures import Panel, draw_panels, render
+from bocage.finetune.evaluation.predict import write_prediction
 from bocage.shards.classes import COSIA, LPIS_3
-from bocage.shards.composites import palette
 from bocage.shards.errors import InputError
+from bocage.shards.inspect.composites import palette
 from bocage.shards.modality import FLAIR_HUB
 
 LOCAL_LAMBERT = (

@@ -10,21 +10,21 @@ import torch
 from tiny_task import COSIA, LPIS, S1, SWIN
 
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.features import CellFiles, DenseFeatures, encoder_digest
-from bocage.finetune.probing import probe
+from bocage.finetune.probes.features import CellFiles, DenseFeatures, encoder_digest
+from bocage.finetune.probes.probe import probe
 from bocage.finetune.train import build_task, parts_of
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.patches import ShardPatches
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.read.patches import ShardPatches
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.evaluation.probe import Probe, ProbeConfig
 from bocage.ssl.pretrain import PretrainConfig
 from bocage.ssl.pretrain import build_task as pretraining
-from bocage.ssl.probe import Probe, ProbeConfig
 from bocage.tools.main import main
 
 SPOT = "SPOT_RGBI"

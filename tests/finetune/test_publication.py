@@ -21,13 +21,13 @@ from small_recipes import PRETRAIN
 from wandb_records import told
 
 from bocage import recipes
-from bocage.finetune.publication import check_publication
+from bocage.finetune.publishing.release import check_publication
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 from bocage.tools.main import main

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from bocage import recipes
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 from bocage.tools.main import main

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_task import AERIAL, COSIA, DECODER, DEM, LPIS, S2, batch, task, trained
 
-from bocage.finetune.losses import IGNORED, cross_entropy, scored_targets
-from bocage.finetune.task import Segmentation, load_segmentation, save_segmentation
+from bocage.finetune.models.losses import IGNORED, cross_entropy, scored_targets
+from bocage.finetune.models.segmentation import Segmentation, load_segmentation, save_segmentation
 from bocage.shards import classes
-from bocage.shards.augment import orient
 from bocage.shards.errors import InputError
+from bocage.shards.preprocess.augment import orient
 
 BOTH = (AERIAL, S2)
 MIXED = (BOTH, (AERIAL,), (S2,), BOTH)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bocage.finetune.statistics import (
-    Estimate,
+from bocage.finetune.evaluation.statistics import (
+    BootstrapEstimate,
     estimate,
     holm,
     labels_needed,
@@ -19,7 +19,7 @@ from bocage.finetune.statistics import (
     trimmed,
 )
 from bocage.shards.classes import COSIA, LPIS_1, ClassScheme
-from bocage.ssl.metrics import strict_scores
+from bocage.ssl.evaluation.confusion import strict_scores
 
 THREE = ClassScheme(name="three", classes=("a", "b", "c"), colours=("000000",) * 3)
 
@@ -102,7 +102,10 @@ def test_intervals_cover_the_truth() -> None:
         assert difference is not None
         scores, resampled = found[0]
         alike = np.repeat(scores[:, None], 400, axis=1)
-        controls = (Estimate(float(scores.mean()), resampled.mean(axis=0), runs), estimate(scores, alike, random))
+        controls = (
+            BootstrapEstimate(float(scores.mean()), resampled.mean(axis=0), runs),
+            estimate(scores, alike, random),
+        )
         wanted = (*truths, truths[1] - truths[0], truths[0], truths[0])
         for kind, (item, truth) in enumerate(zip((*alone, difference, *controls), wanted, strict=True)):
             low, high = item.interval
@@ -171,8 +174,8 @@ def test_holm_is_that_of_his_paper() -> None:
     assert holm([]) == []
 
 
-def _flat(value: float) -> Estimate:
-    return Estimate(value, np.full(3, value), 3)
+def _flat(value: float) -> BootstrapEstimate:
+    return BootstrapEstimate(value, np.full(3, value), 3)
 
 
 @pytest.mark.parametrize(
@@ -193,5 +196,5 @@ def test_labels_needed_of_a_curve_that_falls_are_those_of_what_it_reached() -> N
     curve = {0.01: _flat(20), 0.1: _flat(40), 1.0: _flat(35)}
     assert labels_needed(curve, _flat(38)).value == pytest.approx(10 ** (-2 + 0.9))
     replicates = np.array([30.0, 40.0, 60.0])
-    found = labels_needed(curve, Estimate(40.0, replicates, 3))
+    found = labels_needed(curve, BootstrapEstimate(40.0, replicates, 3))
     assert found.replicates == pytest.approx([np.sqrt(0.001), 0.1, np.inf])

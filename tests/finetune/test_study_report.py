@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from small_study import LPIS, S2, SMALL, known_shards, scored, shards, study  # noqa: F401  (two are fixtures)
 
-from bocage.finetune.measure import write_tables
-from bocage.finetune.study import Share, cells
-from bocage.finetune.study_report import write_report
-from bocage.finetune.study_results import analyses
-from bocage.finetune.study_runs import CellFolders
-from bocage.finetune.targets import Target
+from bocage.finetune.evaluation.evaluate import write_tables
+from bocage.finetune.models.targets import Target
+from bocage.finetune.study.grid import LabelFraction, study_runs
+from bocage.finetune.study.report import write_report
+from bocage.finetune.study.results import analyses
+from bocage.finetune.study.runs import CellFolders
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.metrics import ConfusionMatrix
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.evaluation.confusion import ConfusionMatrix
 from bocage.tools.main import main
 
 
@@ -33,7 +33,7 @@ def test_a_report_says_what_the_cells_scored(tmp_path: Path) -> None:
         tmp_path / "out",
         modes=["full"],
         starts={"scratch": {}, "ours": {S2: "x"}, "same": {S2: "y"}},
-        shares=[Share(fraction=0.01, draws=3), Share(fraction=1.0, seeds=3)],
+        shares=[LabelFraction(fraction=0.01, draws=3), LabelFraction(fraction=1.0, seeds=3)],
         learning_rates=[1.0, 0.1],
         watts=300,
     )
@@ -75,14 +75,14 @@ def test_a_report_says_what_the_cells_scored(tmp_path: Path) -> None:
 
 
 def test_reports_need_cells_of_this_study_on_the_same_patches(tmp_path: Path) -> None:
-    settings = study(tmp_path, modes=["full"], shares=[Share(fraction=0.1, draws=2)])
+    settings = study(tmp_path, modes=["full"], shares=[LabelFraction(fraction=0.1, draws=2)])
     with pytest.raises(InputError, match="no cell of this study is finished"):
         analyses(settings)
     scored(settings, {"scratch": 0.0, "ours": 1.0}, part="valid")
     found = analyses(settings)[LPIS]
     assert found.part == "valid"
     assert found.rates["ours", "full", 0.1] is None
-    folder = CellFolders(settings).of(cells(settings)[0])
+    folder = CellFolders(settings).of(study_runs(settings)[0])
     matrix = ConfusionMatrix(Target(label=FLAIR_HUB[LPIS]).scheme)
     for region in range(24):  # the same regions, but more pixels of them
         matrix.by_roi[f"D{region % 6:03}-2020/R{region}"] = np.full((23, 23), 99)
@@ -94,16 +94,18 @@ def test_reports_need_cells_of_this_study_on_the_same_patches(tmp_path: Path) ->
 # Some seconds: figures again.
 def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
     settings = study(
-        tmp_path / "out", shares=[Share(fraction=0.1, draws=3), Share(fraction=1.0)], learning_rates=[1.0, 0.1]
+        tmp_path / "out",
+        shares=[LabelFraction(fraction=0.1, draws=3), LabelFraction(fraction=1.0)],
+        learning_rates=[1.0, 0.1],
     )
     scored(settings, {"scratch": 0.0, "ours": 1.0})
     folders = CellFolders(settings)
-    for cell in cells(settings):
+    for cell in study_runs(settings):
         # Of scratch all labels alone, of ours a share; one rate lacks the runs that would have shown it to be worse.
         apart = cell.mode == "full" and cell.fraction == (0.1 if cell.start == "scratch" else 1.0)
         if apart or (cell.rate == 0.1 and cell.draw > 0) or (cell.mode == "knn" and cell.fraction == 1.0):
             (folders.of(cell) / "metrics.json").unlink()
-    name = next(cell for cell in cells(settings) if cell.mode == "full" and folders.finished(cell)).name
+    name = next(cell for cell in study_runs(settings) if cell.mode == "full" and folders.finished(cell)).name
     path = tmp_path / "out" / "cells" / name / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "skipped_steps": 2}))
     found = analyses(settings)[LPIS]
@@ -142,7 +144,7 @@ def test_a_study_from_shards_to_a_page(tmp_path: Path, capsys: pytest.CaptureFix
     recipe.write_text(json.dumps(settings))
     word = f"recipe={recipe}"
     # Ctrl-C while the cost is measured: neither a cost nor a fault.
-    line = [sys.executable, "-m", "bocage.tools.main", "study", "run", word, "--dry-run"]
+    line = [sys.executable, "-m", "bocage", "study", "run", word, "--dry-run"]
     child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert child.stdout is not None
     said = ""

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bocage.finetune.subsets import TRACKS, LabelledPatches, disjoint_regions, keys_digest, smallest_fractions, subset
+from bocage.finetune.subsets.draw import (
+    TRACKS,
+    LabelledPatches,
+    disjoint_regions,
+    keys_digest,
+    smallest_fractions,
+    subset,
+)
 from bocage.shards.errors import InputError
 
 FRACTIONS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)

@@ -3,11 +3,11 @@ import torch
 from tiny_task import AERIAL, DECODER, DEM, S1, S2, batch, encoders, task
 from torch.nn.functional import conv2d, interpolate
 
-from bocage.finetune.uperfuse import Fusion, UPerFuse
-from bocage.finetune.upernet import DecoderConfig
+from bocage.finetune.models.uperfuse import Fusion, UPerFuse
+from bocage.finetune.models.upernet import DecoderConfig
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import EncoderInput, encoder_inputs
+from bocage.shards.preprocess.inputs import EncoderInput, encoder_inputs
 
 SIDE = 51.2
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
-from bocage.finetune.upernet import DecoderConfig, UPerNet, _smoothed
+from bocage.finetune.models.upernet import DecoderConfig, UPerNet, _smoothed
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 DECODER = "main_decoders.AERIAL_LABEL-COSIA.seg_model."

@@ -10,10 +10,11 @@ from rasterio.enums import ColorInterp
 from small_zone import LEFT, NODATA, TOP, ground, model, read, write
 from tiny_task import AERIAL, COSIA, DEM, S2
 
-from bocage.finetune.zone import map_zone, plan_zone
-from bocage.finetune.zone_rasters import ZoneRaster, open_rasters
+from bocage.finetune.mapping.grid import plan_map
+from bocage.finetune.mapping.rasters import MapRaster, open_rasters
+from bocage.finetune.mapping.tiled_inference import write_map
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import unclear_dates
+from bocage.shards.preprocess.inputs import cloudy_dates
 
 
 def test_infrared_is_no_alpha_and_an_alpha_is(tmp_path: Path) -> None:
@@ -31,11 +32,11 @@ def test_infrared_is_no_alpha_and_an_alpha_is(tmp_path: Path) -> None:
     with rasterio.open(four) as file:
         assert file.colorinterp[3] == ColorInterp.alpha  # what GDAL takes infrared for
     for left in (LEFT, LEFT + 0.1):  # on the pixels of the raster, and beside them
-        found = ZoneRaster("X", four, 4, 0.2, None).read(left, TOP, 6.4)
+        found = MapRaster("X", four, 4, 0.2, None).read(left, TOP, 6.4)
         assert np.isfinite(found).all()
         assert (found[3, :19] == 0).all()
         assert (found[0] == 100).all()
-        masked = ZoneRaster("X", five, 4, 0.2, None).read(left, TOP, 6.4)
+        masked = MapRaster("X", five, 4, 0.2, None).read(left, TOP, 6.4)
         assert np.isfinite(masked[:, :, :29]).all()
         assert np.isnan(masked[:, :, 30:]).all()
 
@@ -51,14 +52,14 @@ def test_a_mask_beside_the_bands_tells_where_there_are_no_data(inside: bool, tmp
             file.write_mask(mask)
     assert (tmp_path / "masked.tif.msk").exists() != inside
     for left in (LEFT, LEFT + 0.1):  # on the pixels of the raster, and beside them
-        found = ZoneRaster("X", path, 4, 0.2, None).read(left, TOP, 102.4)
+        found = MapRaster("X", path, 4, 0.2, None).read(left, TOP, 102.4)
         assert np.isfinite(found[:, :, :298]).all()
         assert (found[:, :, :298] == 100).all()
         assert np.isnan(found[:, :, 300:]).all()
-        assert np.isnan(ZoneRaster("X", path, 4, 0.2, None).read(LEFT - 51.2, TOP, 102.4)[:, :, :255]).all()
+        assert np.isnan(MapRaster("X", path, 4, 0.2, None).read(LEFT - 51.2, TOP, 102.4)[:, :, :255]).all()
     chosen = model(AERIAL)
     rasters, reference = open_rasters(chosen, {AERIAL: path}, {})
-    (found,) = read(map_zone(chosen, rasters, plan_zone(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
+    (found,) = read(write_map(chosen, rasters, plan_map(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
     assert (found[:, 300:] == NODATA).all()
     assert not (found[:, :300] == NODATA).any()
 
@@ -69,7 +70,7 @@ def test_heights_that_no_ground_has_are_holes(tmp_path: Path) -> None:
     chosen = model(DEM)
     rasters, reference = open_rasters(chosen, {DEM: write(tmp_path / "dem.tif", heights, 0.2)}, {})
     assert np.isnan(rasters[DEM].read(LEFT, TOP, 102.4)[:, :, 256:]).all()
-    (found,) = read(map_zone(chosen, rasters, plan_zone(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
+    (found,) = read(write_map(chosen, rasters, plan_map(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
     assert (found[:, 256:] == NODATA).all()
     assert not (found[:, :256] == NODATA).any()
 
@@ -82,7 +83,7 @@ def test_values_in_other_units_are_doubted(tmp_path: Path, capsys: pytest.Captur
         assert values.max() < usual.min() / 20 or not doubted
         path = write(tmp_path / f"{doubted}.tif", values, 0.2, crs=None)
         rasters, reference = open_rasters(chosen, {AERIAL: path}, {})
-        map_zone(chosen, rasters, plan_zone(chosen, reference, 12.8), tmp_path / str(doubted))
+        write_map(chosen, rasters, plan_map(chosen, reference, 12.8), tmp_path / str(doubted))
         said = capsys.readouterr().err
         assert (said.count("are they in the same units?") == 1) == doubted
         assert f"{path} has no coordinate system, and the map will have none" in said
@@ -95,13 +96,13 @@ def test_a_gap_of_one_date_is_no_gap_of_another(tmp_path: Path) -> None:
     series = np.full((20, 12, 12), 1000, np.int16)
     series[:10, :, 6:] = -9999
     path = write(tmp_path / "s2.tif", series, 10.0, nodata=-9999)
-    found = ZoneRaster(S2, path, 10, 10.24, np.array([0, 30])).read(LEFT, TOP, 102.4)
+    found = MapRaster(S2, path, 10, 10.24, np.array([0, 30])).read(LEFT, TOP, 102.4)
     assert np.isnan(found[0, :, :, 7:]).all()
     assert (found[0, :, :, :5] == 1000).all()
     assert (found[1] == 1000).all()
     fine = np.full((4, 1100, 1100), 200, np.uint8)
     fine[1, 500:] = 0
-    found = ZoneRaster("X", write(tmp_path / "fine.tif", fine, 0.1, nodata=0), 4, 0.2, None).read(LEFT, TOP, 102.4)
+    found = MapRaster("X", write(tmp_path / "fine.tif", fine, 0.1, nodata=0), 4, 0.2, None).read(LEFT, TOP, 102.4)
     assert np.isnan(found[1, 251:]).all()
     assert (found[[0, 2, 3]] == 200).all()
 
@@ -112,10 +113,10 @@ def test_clouds_count_at_the_border_and_where_zero_is_nodata(tmp_path: Path) -> 
     days = np.array([0, 30])
     for nodata in (None, 0):
         path = write(tmp_path / f"clouds-{nodata}.tif", clouds, 10.24, nodata=nodata)
-        raster = ZoneRaster("SENTINEL2_MSK-SC", path, 2, 10.24, days, counted=True)
+        raster = MapRaster("SENTINEL2_MSK-SC", path, 2, 10.24, days, counted=True)
         for left in (LEFT, LEFT + 51.2):  # inside, and beyond the border by a third
             values = torch.from_numpy(raster.read(left, TOP, 102.4))[None]
-            assert unclear_dates(values, torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[True, False]]
+            assert cloudy_dates(values, torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize(("gsd", "pixel"), [(0.2, 0.2), (0.2, 0.05), (0.2, 0.5), (1.6, 1.5), (10.24, 10.0)])
@@ -125,7 +126,7 @@ def test_an_edge_stays_where_it_is_whatever_the_pixel(gsd: float, pixel: float, 
     centres = (np.arange(size) + 0.5) * pixel
     values = np.where(centres < edge, 0, 200).astype(np.uint8)[None, None].repeat(size, axis=1)
     path = write(tmp_path / "edge.tif", values, pixel, left=LEFT - 7.3, top=TOP + 7.3)
-    found = ZoneRaster("X", path, 1, gsd, None).read(LEFT, TOP, 102.4)[0]
+    found = MapRaster("X", path, 1, gsd, None).read(LEFT, TOP, 102.4)[0]
     assert found.shape == (round(102.4 / gsd),) * 2
     crossing = np.interp(100.0, found[len(found) // 2], (np.arange(len(found)) + 0.5) * gsd)
     assert abs(crossing - (edge - 7.3)) <= max(gsd, pixel) / 2 + 1e-6
@@ -133,9 +134,9 @@ def test_an_edge_stays_where_it_is_whatever_the_pixel(gsd: float, pixel: float, 
 
 def test_another_name_of_the_same_coordinate_system_is_taken(tmp_path: Path) -> None:
     renamed = rasterio.crs.CRS.from_epsg(2154).to_wkt().replace("RGF93 v1 / Lambert-93", "Lambert 93 of IGN")
-    first = ZoneRaster(AERIAL, write(tmp_path / "one.tif", ground(60, 60), 0.2), 4, 0.2, None)
-    second = ZoneRaster(AERIAL, write(tmp_path / "other.tif", ground(60, 60), 0.2, crs=renamed), 4, 0.2, None)
+    first = MapRaster(AERIAL, write(tmp_path / "one.tif", ground(60, 60), 0.2), 4, 0.2, None)
+    second = MapRaster(AERIAL, write(tmp_path / "other.tif", ground(60, 60), 0.2, crs=renamed), 4, 0.2, None)
     second.check_crs(first)
-    nothing = ZoneRaster(AERIAL, write(tmp_path / "none.tif", ground(60, 60), 0.2, crs=None), 4, 0.2, None)
+    nothing = MapRaster(AERIAL, write(tmp_path / "none.tif", ground(60, 60), 0.2, crs=None), 4, 0.2, None)
     with pytest.raises(InputError, match=r"none.tif has no coordinate system"):
         nothing.check_crs(first)

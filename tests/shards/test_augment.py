@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bocage.shards.augment import AugmentConfig, fewer_dates, jittered, radiometry
-from bocage.shards.seeds import sample_seed
+from bocage.shards.preprocess.augment import AugmentConfig, fewer_dates, jittered, radiometry
+from bocage.shards.sample_seed import sample_seed
 
 SEEDS = torch.tensor([sample_seed(0, 3, str(index)) for index in range(200)])
 BOTH = AugmentConfig(gain=0.2, offset=0.5)

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from faulty_server import FaultyServer
 
-from bocage.shards import cache as cache_module
-from bocage.shards import places
-from bocage.shards.cache import Cache, CacheConfig, Wanted
 from bocage.shards.errors import InputError
-from bocage.shards.manifest import Shard
-from bocage.shards.places import Patience, Place
-from bocage.shards.remote import RemoteShards
+from bocage.shards.format.manifest import Shard
+from bocage.shards.read import cache as cache_module
+from bocage.shards.read import object_store as places
+from bocage.shards.read.cache import Cache, CacheConfig, Wanted
+from bocage.shards.read.object_store import ObjectStore, RetryPolicy
+from bocage.shards.read.open import RemoteShards
 
 SIZE = 200_000
-QUICK = Patience(attempts=3, wait=0.01, stall=1.0)
+QUICK = RetryPolicy(attempts=3, wait=0.01, stall=1.0)
 # Tests with processes take some seconds: each process imports the reader.
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -48,8 +48,13 @@ def server(shards: tuple[Path, list[Wanted]]) -> Iterator[FaultyServer]:
         yield server
 
 
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
 def make_cache(server: FaultyServer, folder: Path, count: float = 3, digest: str = "d" * 64) -> Cache:
-    return Cache(Place(server.address, QUICK), CacheConfig(folder=str(folder), size=str(int(count * SIZE))), digest)
+    return Cache(
+        ObjectStore(server.address, QUICK), CacheConfig(folder=str(folder), size=str(int(count * SIZE))), digest
+    )
 
 
 def occupied(folder: Path) -> int:
@@ -148,7 +153,7 @@ def test_a_shard_being_read_is_not_removed(
 
 
 def _read_all(address: str, folder: Path, wanted: list[Wanted], seed: int, results: object) -> None:
-    cache = Cache(Place(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
+    cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
     random, right = np.random.default_rng(seed), True
     for _ in range(60):
         index, offset = int(random.integers(len(wanted))), int(random.integers(SIZE - 100))
@@ -175,7 +180,7 @@ def test_two_processes_share_a_cache_that_must_remove(
 
 
 def _read_one(address: str, folder: Path, wanted: Wanted) -> None:
-    cache = Cache(Place(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
+    cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
     cache.read(wanted, 0, 10)
 
 
@@ -331,7 +336,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(
     if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace of its own")
     command = [sys.executable, "-c", _READ_ONTO_A_FULL_DISK, server.address, str(tmp_path), shards[1][0].sha256]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SUPPORT), str(Path(__file__).parent)))}
     found = subprocess.run([*inside, *command], env=environment, capture_output=True, text=True, timeout=60)
     expected = f"{tmp_path}: the disk of the cache is full; lower cache.size or move cache.folder []"
     assert found.stdout.strip() == expected, found.stderr
@@ -344,7 +349,7 @@ def test_recipes_have_keys_for_the_cache() -> None:
 
     words = ["cache.size=2GB", "cache.folder=/somewhere"]
     assert recipes.resolve(PretrainConfig, ["recipe=quickstart", *words]).cache.bytes == 2 * 10**9
-    name = next(name for name in recipes.names() if name.startswith("finetune"))
+    name = next(name for name in recipes.list_recipes() if name.startswith("finetune"))
     assert recipes.resolve(FinetuneConfig, [f"recipe={name}", *words]).cache.path == Path("/somewhere")
     with pytest.raises(InputError, match=r"size='much' is not a size such as 100GB"):
         recipes.resolve(PretrainConfig, ["recipe=quickstart", "cache.size=much"])

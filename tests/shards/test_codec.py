@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from bocage.shards.codec import CHAINS, MAX_BYTES, CodecError, Member, as_stored, decode, encode, lossy_dem
+from bocage.shards.format.codec import CHAINS, MAX_BYTES, CodecError, EncodedArray, as_stored, decode, encode, lossy_dem
 from bocage.shards.modality import FLAIR_HUB
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
@@ -300,7 +300,7 @@ def test_a_window_is_that_of_the_whole(codec: str, dtype: str, leading: tuple[in
     random = np.random.default_rng(height * 41 + width)
     values = random.integers(0, 255, (*leading, height, width)).cumsum(axis=-1).astype(dtype)
     member = encode(values, codec)
-    found = Member(member).array(window)
+    found = EncodedArray(member).array(window)
     assert found.dtype == values.dtype and np.array_equal(found, decode(member)[..., window[0], window[1]])
 
 
@@ -312,7 +312,7 @@ def test_an_image_of_many_rows_is_in_strips_and_a_window_costs_those_it_touches(
     assert same_bits(decode(data), values)
     damaged = payload[:-20] + bytes(20)  # in the last strip, under a checksum that is right
     window = (slice(100, 400), slice(7, 290))
-    assert np.array_equal(Member(member(header, damaged)).array(window), values[:, 100:400, 7:290])
+    assert np.array_equal(EncodedArray(member(header, damaged)).array(window), values[:, 100:400, 7:290])
     with pytest.raises(CodecError):
         decode(member(header, damaged))
 

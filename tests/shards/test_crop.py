@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from bocage.shards.batch import GroundWindow
-from bocage.shards.codec import Member, encode
-from bocage.shards.crop import check_side, crop, draw_windows, lattice, pixels
 from bocage.shards.errors import InputError
+from bocage.shards.format.codec import EncodedArray, encode
 from bocage.shards.modality import FLAIR_HUB, Modality
-from bocage.shards.seeds import sample_seed
+from bocage.shards.read.windows import check_side, crop, draw_windows, lattice, pixel_slices
+from bocage.shards.sample_seed import sample_seed
 
 ALL = list(FLAIR_HUB.values())
 IMAGES = list(FLAIR_HUB.by_role("image"))
@@ -50,11 +50,11 @@ def test_a_window_of_an_encoded_raster_is_that_of_the_raster(modality: Modality)
     random = np.random.default_rng(0)
     leading = (3, len(modality.bands)) if modality.has_dates else (len(modality.bands),)
     values = random.integers(0, 200, (*leading, modality.size, modality.size)).astype(modality.dtype)
-    member = Member(encode(values, modality.codec))
+    member = EncodedArray(encode(values, modality.codec))
     for left, top in ((0.0, 0.0), (51.2, 0.0), (0.0, 51.2), (51.2, 51.2)):
         window = GroundWindow(left, top, 51.2)
-        found = member.array(pixels(modality, window))
+        found = member.array(pixel_slices(modality, window))
         assert found.dtype == values.dtype
         assert np.array_equal(found, crop(values, modality, window))
-    whole = member.array(pixels(modality, GroundWindow(0.0, 0.0, 102.4)))
+    whole = member.array(pixel_slices(modality, GroundWindow(0.0, 0.0, 102.4)))
     assert np.array_equal(whole, values)

@@ -2,8 +2,8 @@ import math
 
 import torch
 
-from bocage.shards.draws import integers, permutations, uniform
-from bocage.shards.seeds import sample_seed
+from bocage.shards.counter_rng import integers, permutations, uniform
+from bocage.shards.sample_seed import sample_seed
 
 
 def seeds(count: int, epoch: int = 0) -> torch.Tensor:

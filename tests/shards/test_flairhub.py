@@ -5,8 +5,8 @@ import pytest
 from small_tree import raster_path, series_date, write_table, write_tree
 
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue, read_csv_split
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.source.catalogue import Catalogue, read_csv_split
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]

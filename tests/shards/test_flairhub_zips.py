@@ -10,14 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from bench.full_tree import write_folders, write_metadata, write_zips, zip_folders
+from full_tree import write_folders, write_metadata, write_zips, zip_folders
 from small_tree import raster_path, write_tree
 
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.sources import RasterError
-from bocage.shards.writer import write_shards
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.raster_source import RasterError
+from bocage.shards.write.writer import write_shards
 
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]
 KEYS = [f"D012-2019_AF-S1-{roi}_5-{column}" for roi in (2, 10) for column in range(3)] + ["D017-2018_UU-S2-1_3-4"]
@@ -139,8 +139,8 @@ def test_a_folder_that_may_not_be_read_is_counted(tree: Path) -> None:
         "import os, sys\n"
         "from pathlib import Path\n"
         "from bocage.shards.modality import FLAIR_HUB\n"
-        "from bocage.shards.report import Report\n"
-        "from bocage.shards.scan import Scan\n"
+        "from bocage.shards.source.report import Report\n"
+        "from bocage.shards.source.scan import Scan\n"
         "os.chdir(sys.argv[1])\n"
         "if os.geteuid() == 0:\n"
         "    os.setuid(65534)\n"

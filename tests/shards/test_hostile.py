@@ -15,13 +15,13 @@ import pytest
 from broken_shards import added, place_of, with_columns, with_description, with_hashes, with_member, with_tar
 from small_tree import write_tree
 
-from bocage.shards.codec import encode
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.stream import evaluation_batches
-from bocage.shards.verify import verify
-from bocage.shards.writer import write_shards
+from bocage.shards.format.codec import encode
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.verify import verify
+from bocage.shards.read.dataset import evaluation_batches
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 KEYS = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
 TAR = "shard-000000.tar"

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from bocage.shards.augment import orient
 from bocage.shards.batch import Batch, Sample
-from bocage.shards.collate import collate
-from bocage.shards.crop import WHOLE_PATCH
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import encoder_inputs, quality_masks, unclear_dates, wanted_modalities
+from bocage.shards.format.running_stats import RunningStats
 from bocage.shards.modality import FLAIR_HUB, Modality
-from bocage.shards.moments import Moments
-from bocage.shards.normalize import InputSpec, represent, standardize
+from bocage.shards.preprocess.augment import orient
+from bocage.shards.preprocess.inputs import cloudy_dates, encoder_inputs, quality_masks, wanted_modalities
+from bocage.shards.preprocess.normalize import InputSpec, represent, standardize
+from bocage.shards.read.collate import collate
+from bocage.shards.read.windows import WHOLE_PATCH
 
 S2, CLOUDS = "SENTINEL2_TS", "SENTINEL2_MSK-SC"
 
@@ -64,7 +64,7 @@ def test_cloudy_and_snowy_dates_are_left_out_with_the_official_fallbacks() -> No
     probabilities[1, 2, 0] = 90
     probabilities[2] = 90  # cloudy and snowy throughout: every date stays
     padding = torch.tensor([[False, False, True]] + [[False] * 3] * 2)
-    assert unclear_dates(probabilities, padding).tolist() == [
+    assert cloudy_dates(probabilities, padding).tolist() == [
         [True, False, True],
         [False, False, True],
         [False, False, False],
@@ -112,7 +112,7 @@ def test_one_value_that_is_no_number_costs_no_more_than_its_place(name: str, val
     stored[0, 0, 2, 3] = value
     represented = represent(stored, modality.representation, modality.nodata_below)
     assert not represented.isinf().any()
-    moments = Moments.of(represented.numpy())
+    moments = RunningStats.of(represented.numpy())
     assert np.isfinite([moments.mean[1], moments.squares[1]]).all()
     if abs(value) != 3e38:
         assert moments.count[0] == 63
@@ -140,14 +140,14 @@ def test_numpy_and_torch_represent_the_same(name: str, dates: int) -> None:
 
 def test_a_channel_of_holes_or_a_series_without_dates_has_no_mean() -> None:
     holed = np.stack([np.full((8, 8), np.nan, np.float32), np.arange(64, dtype=np.float32).reshape(8, 8)])
-    moments = Moments.of(represent(holed, "linear"))
+    moments = RunningStats.of(represent(holed, "linear"))
     assert moments.count.tolist() == [0, 64]
     assert moments.mean[1] == 31.5
     assert moments.squares.tolist() == [0.0, 64 * (64**2 - 1) / 12]
     assert np.isnan([moments.mean[0], moments.minimum[0], moments.maximum[0], moments.std[0]]).all()
     for representation in ("relief", "elevation"):
-        assert Moments.of(represent(holed, representation)).count.tolist() == [0, 0]
-    empty = Moments.of(represent(np.zeros((0, 2, 10, 10), np.float32), "decibel"))
+        assert RunningStats.of(represent(holed, representation)).count.tolist() == [0, 0]
+    empty = RunningStats.of(represent(np.zeros((0, 2, 10, 10), np.float32), "decibel"))
     assert empty.count.tolist() == [0, 0]
     merged = empty.merged(moments)
     assert merged.to_json() == moments.to_json()
@@ -223,7 +223,7 @@ def test_statistics_of_integers_are_the_numbers_next_to_the_true_ones(dtype: str
     values = np.full((3, 2, 500, 500), largest, dtype)
     values[0, 0, 0, :3] = 0, 1, 2
     values[:, 1] = np.random.default_rng(0).integers(0, largest, (3, 500, 500), endpoint=True)
-    moments = Moments.of(values)
+    moments = RunningStats.of(values)
     for channel in range(2):
         numbers = values[:, channel].reshape(-1).tolist()
         mean = Fraction(sum(numbers), len(numbers))

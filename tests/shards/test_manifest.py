@@ -13,11 +13,11 @@ import pytest
 from small_tree import write_tree
 
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest, schema
+from bocage.shards.format.manifest import Manifest, schema
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
-from bocage.shards.writer import write_shards
+from bocage.shards.preprocess.normalize import InputSpec
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 KEYS = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
 

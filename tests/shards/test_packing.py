@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from small_tree import CORNER, raster_path, write_raster, write_tree
 
-from bocage.shards.codec import decode, lossy_dem
-from bocage.shards.flairhub import Catalogue, Patch
+from bocage.shards.format.codec import decode, lossy_dem
+from bocage.shards.format.shard_files import member_name
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.packing import member_name, pack
-from bocage.shards.sources import RasterError
+from bocage.shards.source.catalogue import Catalogue, Patch
+from bocage.shards.source.raster_source import RasterError
+from bocage.shards.write.packing import encode_patch
 
 KEY = "D001-2021_AA-S1-1_0-0"
 
@@ -38,10 +39,10 @@ def test_rasters_of_one_patch_must_lie_in_one_place(tmp_path: Path, name: str, a
     near = (CORNER[0] + apart[0] / 2.1, CORNER[1] + apart[1] / 2.1)
     if name != "DEM_ELEV":
         rewrite(tmp_path, name, bands, near)
-        assert pack(patch_of(tmp_path), FLAIR_HUB).row["left"] == CORNER[0]
+        assert encode_patch(patch_of(tmp_path), FLAIR_HUB).row["left"] == CORNER[0]
     path = rewrite(tmp_path, name, bands, (CORNER[0] + apart[0], CORNER[1] + apart[1]))
     with pytest.raises(RasterError, match="upper-left corner at") as error:
-        pack(patch_of(tmp_path), FLAIR_HUB)
+        encode_patch(patch_of(tmp_path), FLAIR_HUB)
     assert str(path) in str(error.value)
     assert str(raster_path(tmp_path, FLAIR_HUB["AERIAL_RGBI"], KEY)) in str(error.value)
 
@@ -52,7 +53,7 @@ def test_a_raster_that_vanishes_is_named(tmp_path: Path) -> None:
     path = raster_path(tmp_path, FLAIR_HUB["SPOT_RGBI"], KEY)
     path.unlink()
     with pytest.raises(RasterError, match="No such file") as error:
-        pack(patch, FLAIR_HUB)
+        encode_patch(patch, FLAIR_HUB)
     assert str(path) in str(error.value)
 
 
@@ -64,7 +65,7 @@ def test_statistics_are_those_of_the_stored_values(tmp_path: Path) -> None:
     heights[1, 5, 5:9] = [-9999, np.inf, -np.inf, -3.4e38]
     rewrite(tmp_path, "DEM_ELEV", heights)
     for registry, error in ((FLAIR_HUB, 0.0), (lossy_dem(FLAIR_HUB), 2**-8)):
-        packed = pack(patch_of(tmp_path), registry)
+        packed = encode_patch(patch_of(tmp_path), registry)
         stored = decode(packed.members[member_name(KEY, "DEM_ELEV")])
         inside = np.abs(heights) < 9000
         assert stored[~inside].tobytes() == heights[~inside].tobytes()
@@ -81,7 +82,7 @@ def test_a_channel_of_holes_is_packed(tmp_path: Path) -> None:
     heights = np.full((2, 512, 512), np.nan, np.float32)
     heights[0] = 100
     rewrite(tmp_path, "DEM_ELEV", heights)
-    packed = pack(patch_of(tmp_path), FLAIR_HUB)
+    packed = encode_patch(patch_of(tmp_path), FLAIR_HUB)
     assert decode(packed.members[member_name(KEY, "DEM_ELEV")]).tobytes() == heights.tobytes()
     assert packed.moments["DEM_ELEV"].count.tolist() == [512 * 512, 0]
     assert np.isnan(packed.row["mean.DEM_ELEV"][1])
@@ -92,10 +93,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     write_tree(tmp_path, [KEY], ["AERIAL_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"])
     code = (
         "import hashlib, json, sys\n"
-        "from bocage.shards.flairhub import Catalogue\n"
-        "from bocage.shards.packing import pack\n"
+        "from bocage.shards.source.catalogue import Catalogue\n"
+        "from bocage.shards.write.packing import encode_patch\n"
         "catalogue = Catalogue.open(sys.argv[1])\n"
-        "packed = pack(catalogue.patch(0), catalogue.registry)\n"
+        "packed = encode_patch(catalogue.patch(0), catalogue.registry)\n"
         "print(json.dumps({name: item.to_json() for name, item in packed.moments.items()}))\n"
         "print(hashlib.sha256(b''.join(packed.members.values())).hexdigest())\n"
     )
@@ -115,7 +116,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
 
 def test_members_are_described(tmp_path: Path) -> None:
     write_tree(tmp_path, [KEY], ["SENTINEL2_TS", "SPOT_RGBI", "ALL_LABEL-LPIS"], dates=2)
-    packed = pack(patch_of(tmp_path), FLAIR_HUB)
+    packed = encode_patch(patch_of(tmp_path), FLAIR_HUB)
     description = json.loads(packed.members[f"{KEY}.json"])
     assert list(packed.members) == [*description["members"], f"{KEY}.json"]
     for member, said in description["members"].items():

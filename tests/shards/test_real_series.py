@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from real_series import pastis_tree, treesat_tree
 
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.stream import evaluation_batches
-from bocage.shards.writer import write_shards
+from bocage.shards.read.dataset import evaluation_batches
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 
 @pytest.mark.parametrize(("make", "patches"), [(treesat_tree, 1), (pastis_tree, 18)])

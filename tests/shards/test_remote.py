@@ -14,21 +14,21 @@ import pytest
 import torch
 from faulty_server import FaultyServer
 
-from bocage.shards import places
 from bocage.shards.batch import Batch
-from bocage.shards.cache import CacheConfig
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.places import Patience, Place, is_remote
-from bocage.shards.remote import open_shards
-from bocage.shards.stream import TrainingStream, evaluation_batches
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.read import object_store as places
+from bocage.shards.read.cache import CacheConfig
+from bocage.shards.read.dataset import TrainingStream, evaluation_batches
+from bocage.shards.read.object_store import ObjectStore, RetryPolicy, is_remote
+from bocage.shards.read.open import open_shards
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:cache.size")  # these caches are small so that they must remove
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
-QUICK = Patience(attempts=3, wait=0.01, stall=0.5)
+QUICK = RetryPolicy(attempts=3, wait=0.01, stall=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -291,17 +291,17 @@ def test_folders_are_read_where_they_are(local: Manifest, tmp_path: Path, monkey
 
 def test_other_kinds_of_address_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"^ftp://host/x: shards are read from a folder, file://, s3://"):
-        Place("ftp://someone:hidden@host/x")
+        ObjectStore("ftp://someone:hidden@host/x")
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(InputError, match=r"s3:// needs a package: pip install 'bocage\[remote\]'"):
-        Place("s3://bucket/x")
+        ObjectStore("s3://bucket/x")
 
 
 def test_the_hub_offline_is_one_sentence(tmp_path: Path) -> None:
     # The hub's client reads its settings once, so this needs a process of its own (2 s).
     script = (
-        "from bocage.shards.remote import open_shards\nfrom bocage.shards.cache import CacheConfig\n"
+        "from bocage.shards.read.open import open_shards\nfrom bocage.shards.read.cache import CacheConfig\n"
         f"open_shards('hf://datasets/org/name/shards', CacheConfig(folder={str(tmp_path)!r}))"
     )
     found = subprocess.run(

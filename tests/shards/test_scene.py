@@ -15,9 +15,9 @@ import rasterio
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Band, Modality, Sensor
-from bocage.shards.scene import SPLITS, image_date, plan_patches, render, series_dates, write_tree
-from bocage.shards.scene_noise import generator
-from bocage.shards.scene_surfaces import Palette, cultivated
+from bocage.shards.simulate.noise import generator
+from bocage.shards.simulate.surfaces import Palette, cultivated
+from bocage.shards.simulate.tree import SPLITS, image_date, plan_patches, render, series_dates, write_tree
 from bocage.tools.main import main
 
 PATCHES, SEED, DATES = 16, 3, (20, 24)

@@ -10,13 +10,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bocage.shards.codec import decode
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.order import Order, TrainingRequests
-from bocage.shards.stream import TrainingStream, days_since_may, evaluation_batches
-from bocage.shards.writer import write_shards
+from bocage.shards.format.codec import decode
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.read.dataset import TrainingStream, days_since_may, evaluation_batches
+from bocage.shards.read.sampler import DistributedBatchSampler, GlobalShuffle
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 
@@ -27,9 +27,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_shards(Catalogue.open(REAL), tmp_path_factory.mktemp("shards") / "real", samples_per_shard=1)
 
 
-def make_order(count: int, shards: int, seed: int) -> Order:
+def make_order(count: int, shards: int, seed: int) -> GlobalShuffle:
     rows = np.arange(count) * 3 + 1
-    return Order(rows, np.sort(np.random.default_rng(0).integers(0, shards, 3 * count)).astype(np.int32), seed)
+    return GlobalShuffle(rows, np.sort(np.random.default_rng(0).integers(0, shards, 3 * count)).astype(np.int32), seed)
 
 
 @settings(max_examples=50, deadline=None)
@@ -59,7 +59,7 @@ def test_another_number_of_ranks_continues_the_same_order(batch: int, before: in
     order = make_order(23, 5, seed=3)
 
     def taken(position: int, world: int, rounds: int) -> list[tuple[int, int]]:
-        ranks = [iter(TrainingRequests(order, batch, position, rank, world)) for rank in range(world)]
+        ranks = [iter(DistributedBatchSampler(order, batch, position, rank, world)) for rank in range(world)]
         samples = []
         for _ in range(rounds):
             batches = [next(rank) for rank in ranks]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from small_tree import write_tree
 
 from bocage.shards.batch import Batch
-from bocage.shards.codec import encode
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.stream import TrainingStream, evaluation_batches
-from bocage.shards.writer import write_shards
+from bocage.shards.format.codec import encode
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.read.dataset import TrainingStream, evaluation_batches
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 SERIES = "SENTINEL1-ASC_TS"
 COUNT = 42

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from small_tree import write_tree
 
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.order import Order
-from bocage.shards.writer import write_shards
+from bocage.shards.read.sampler import GlobalShuffle
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
-SCRIPT = Path(__file__).with_name("rank_run.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "rank_run.py"
 COUNT = 42
 
 
@@ -37,7 +37,7 @@ def test_ranks_of_the_training_loop_share_the_samples(tmp_path: Path) -> None:
 
     rounds = zip(*(rank["trained"] for rank in ranks), strict=True)
     trained = [batch[index] for batches in rounds for index in range(3) for batch in batches]
-    order = Order(np.arange(COUNT), manifest.index.shard, seed=2)
+    order = GlobalShuffle(np.arange(COUNT), manifest.index.shard, seed=2)
     expected = [manifest.index.key(order.at(position)[1]) for position in range(len(trained))]
     assert trained == expected
     assert Counter(trained[:COUNT]) == Counter(keys)

@@ -13,11 +13,11 @@ import pytest
 from broken_shards import flipped, place_of, with_columns, with_description, with_member
 from small_tree import write_tree
 
-from bocage.shards.codec import encode
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.verify import Verification, verify
-from bocage.shards.writer import write_shards
+from bocage.shards.format.codec import encode
+from bocage.shards.inspect.verify import Verification, verify
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
 KEYS = [f"D012-2019_AF-S1-27_5-{column}" for column in range(6)]
@@ -241,7 +241,7 @@ def test_interrupt_ends_all_processes(shards: Path) -> None:
     for name in ("shard-000000.tar", SECOND):
         os.truncate(shards / name, size)
     with_description(shards, lambda description: [entry.update(bytes=size) for entry in description["shards"][:2]])
-    command = [sys.executable, "-m", "bocage.tools.main", "verify", str(shards), "--workers", "2"]
+    command = [sys.executable, "-m", "bocage", "verify", str(shards), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 

@@ -11,17 +11,17 @@ import webdataset
 from small_shards import KEYS, SMALL
 from small_tree import raster_path, series_date, write_raster, write_tree
 
-from bocage.shards import rasters
-from bocage.shards.codec import decode
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.inputs import wanted_modalities
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.codec import decode
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.format.running_stats import RunningStats, merge_stats
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.moments import Moments, merge
-from bocage.shards.normalize import represent
-from bocage.shards.stream import evaluation_batches
-from bocage.shards.writer import write_shards
+from bocage.shards.preprocess.inputs import wanted_modalities
+from bocage.shards.preprocess.normalize import represent
+from bocage.shards.read.dataset import evaluation_batches
+from bocage.shards.source import rasters
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 
@@ -182,7 +182,7 @@ def test_moments_merge_to_those_of_everything() -> None:
     chunks = [torch.randn((3, 2, size, 7), generator=generator) * 50 + 1e4 for size in (1, 5, 9)]
     chunks[1][:, 0, :2] = torch.nan
     empty = torch.full((1, 2, 2, 2), torch.nan)
-    total = merge(Moments.of(represent(chunk.numpy(), "linear")) for chunk in (empty, *chunks, empty))
+    total = merge_stats(RunningStats.of(represent(chunk.numpy(), "linear")) for chunk in (empty, *chunks, empty))
     assert total is not None
     for channel in range(2):
         values = np.concatenate([chunk[:, channel].double().numpy().ravel() for chunk in chunks])
@@ -190,4 +190,4 @@ def test_moments_merge_to_those_of_everything() -> None:
         found = (total.count, total.mean, total.std, total.minimum, total.maximum)
         expected = (len(values), values.mean(), values.std(), values.min(), values.max())
         assert np.allclose([item[channel] for item in found], expected, rtol=1e-12)
-    assert json.loads(json.dumps(total.to_json())) == Moments.from_json(total.to_json()).to_json()
+    assert json.loads(json.dumps(total.to_json())) == RunningStats.from_json(total.to_json()).to_json()

@@ -13,7 +13,7 @@ from small_tree import raster_path
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.writer import Sharding, write_shards
+from bocage.shards.write.writer import Sharding, write_shards
 from bocage.tools.main import main
 
 
@@ -84,7 +84,7 @@ def test_no_scheduler_no_workers_and_no_library_are_one_sentence_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr("bocage.shards.cluster._PATIENCE", 1)
+    monkeypatch.setattr("bocage.shards.write.dask._PATIENCE", 1)
     sharding = Sharding(small(tmp_path, patches=2), tmp_path / "out")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

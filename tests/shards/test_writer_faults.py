@@ -10,9 +10,9 @@ from small_shards import KEYS, contents, small
 from small_tree import content, raster_path, write_raster
 
 from bocage.shards.errors import InputError
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.writer import Sharding, write_shards
+from bocage.shards.write.writer import Sharding, write_shards
 from bocage.tools.main import main
 
 

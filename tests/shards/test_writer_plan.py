@@ -11,12 +11,12 @@ import pytest
 from small_shards import SMALL, contents, small
 from small_tree import write_tree
 
-from bocage.shards.claims import Claim
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.plan import cut, order_rows
-from bocage.shards.writer import Sharding, write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.locks import FileLock
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.plan import cut, order_rows
+from bocage.shards.write.writer import Sharding, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_tree_of_unreadable_patches_is_named_before_anything_is_written(domain
 
 
 def _hold(path: Path, shards: range, held: Any) -> None:
-    with Claim(path, shards, path.parent.parent):
+    with FileLock(path, shards, path.parent.parent):
         held.set()
         time.sleep(300)
 

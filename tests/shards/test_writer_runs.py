@@ -7,10 +7,10 @@ from small_shards import KEYS, contents, small
 from small_tree import raster_path, write_tree
 
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.writer import write_shards
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 
 
 # Two spawned processes import rasterio and the codecs.

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bocage.shards import zips
-from bocage.shards.sources import RasterError, Source
+from bocage.shards.source import zips
+from bocage.shards.source.raster_source import RasterError, RasterSource
 
 CONTENT = {"a/one.tif": b"first " * 300, "a/two.tif": bytes(range(256)) * 9, "a/none.tif": b""}
 
@@ -198,7 +198,7 @@ def test_content_longer_than_declared_is_not_inflated(tmp_path: Path) -> None:
 def test_a_source_in_a_zip_names_zip_and_member(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip", zipfile.ZIP_STORED)
     member = next(zips.members(path))
-    source = Source(path, member)
+    source = RasterSource(path, member)
     assert source.read() == CONTENT["a/one.tif"]
     assert str(source) == f"{path}/a/one.tif"
     patched(path, {path.read_bytes().index(b"first"): b"F"})

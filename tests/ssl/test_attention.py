@@ -14,14 +14,14 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from small_series import OPTICAL, RADAR, series_encoder, write_series
 
-from bocage.shards.composites import colour_bands, date_pictures
 from bocage.shards.errors import InputError
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.composites import colour_bands, date_pictures
 from bocage.shards.modality import FLAIR_HUB, Band, Modality
-from bocage.shards.normalize import fill_holes, standardize
-from bocage.shards.stream import ShardDataset, days_since_may
-from bocage.ssl.attention import DateAttention, attend, rows_of_keys, rows_with_dates
-from bocage.ssl.attention_pictures import attention_figure, write_attention
+from bocage.shards.preprocess.normalize import fill_holes, standardize
+from bocage.shards.read.dataset import ShardDataset, days_since_may
+from bocage.ssl.evaluation.attention import DateAttention, attend, rows_of_keys, rows_with_dates
+from bocage.ssl.evaluation.attention_figures import attention_figure, write_attention
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import torch
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec, standardize
+from bocage.shards.preprocess.normalize import InputSpec, standardize
 from bocage.ssl.encoders.bands import NewBand, adapt_bands
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import load_encoder, save_encoder
-from bocage.ssl.encoders.registry import build_encoder
 
 AERIAL, S2 = "AERIAL_RGBI", "SENTINEL2_TS"
 SWIN = EncoderConfig(options={"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]})

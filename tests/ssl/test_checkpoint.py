@@ -15,9 +15,9 @@ from tiny_run import TinySource, TinyTask, records, run
 from torch import nn
 
 from bocage.shards.errors import InputError
-from bocage.ssl.engine import checkpoint
+from bocage.ssl.engine.checkpoint import files as checkpoint
+from bocage.ssl.engine.logging.provenance import digest
 from bocage.ssl.engine.optim import OptimizerConfig, learning_rate_factor
-from bocage.ssl.engine.provenance import digest
 
 TIMES = {"samples_per_second", "step_seconds", "data_wait", "memory_gb", "tflops", "mfu"}
 

@@ -12,30 +12,30 @@ from test_masked import NAMES, SIDE, make_batch, make_task
 
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.seeds import sample_seed
-from bocage.ssl.contrastive import Contrastive, ContrastiveConfig
-from bocage.ssl.ground import GroundTokens, cell_means
-from bocage.ssl.masking import MaskingConfig
-from bocage.ssl.objective import Pretraining, View
+from bocage.shards.preprocess.inputs import quality_masks
+from bocage.shards.sample_seed import sample_seed
+from bocage.ssl.objectives.dense_contrast import ContrastiveConfig, DenseContrast
+from bocage.ssl.objectives.masking import MaskingConfig
+from bocage.ssl.objectives.model import EncodedBatch, PretrainingModel
+from bocage.ssl.objectives.tokens import GeoreferencedTokens, cell_means
 
 SOME = ["AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS"]
 
 
 def task_of(
     names: list[str] = SOME, masking: MaskingConfig | None = None, **keys: float | bool
-) -> tuple[Pretraining, Contrastive]:
+) -> tuple[PretrainingModel, DenseContrast]:
     masking = masking or MaskingConfig()
     encoders = {name: make_task(masking, [name]).encoder(name) for name in names}
     modalities = {name: FLAIR_HUB[name] for name in names}
     torch.manual_seed(1)
-    term = Contrastive(encoders, modalities, ContrastiveConfig(width=32, **keys))  # type: ignore[arg-type]
+    term = DenseContrast(encoders, modalities, ContrastiveConfig(width=32, **keys))  # type: ignore[arg-type]
     masks = quality_masks(FLAIR_HUB, names)
-    return Pretraining(encoders, modalities, masks, masking, {"contrastive": term}, {"contrastive": 1.0}), term
+    return PretrainingModel(encoders, modalities, masks, masking, {"contrastive": term}, {"contrastive": 1.0}), term
 
 
-def written_out(term: Contrastive, view: View, temperature: float) -> float:
+def written_out(term: DenseContrast, view: EncodedBatch, temperature: float) -> float:
     """The loss with loops over pairs, samples and cells, all of which take part."""
     with torch.no_grad():
         vectors, known = term.cells(view)
@@ -85,7 +85,7 @@ def test_cells_lie_where_sensors_saw_the_ground() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.rand(2, 40, 2, generator=generator) * SIDE
     seen = torch.rand(2, 40, generator=generator) < 0.5
-    means, any_there = cell_means(GroundTokens(centres, centres, seen), SIDE, 4)
+    means, any_there = cell_means(GeoreferencedTokens(centres, centres, seen), SIDE, 4)
     for sample in range(2):
         for cell in range(16):
             low = torch.tensor([cell % 4, cell // 4]) * 12.8

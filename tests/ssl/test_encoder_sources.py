@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import load_encoder, save_encoder
 from bocage.ssl.encoders.imagenet import load_imagenet
-from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.encoders.sources import pretrained_encoder
+from bocage.ssl.encoders.initialization import pretrained_encoder
 from bocage.ssl.encoders.swin import SwinEncoder
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}

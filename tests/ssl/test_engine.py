@@ -21,12 +21,12 @@ from wandb_records import told
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.logging.provenance import differences, plain
+from bocage.ssl.engine.logging.trackers import link_afterwards
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, learning_rate_factor, undecayed_names
-from bocage.ssl.engine.provenance import differences, plain
 from bocage.ssl.engine.run import DivergenceError
-from bocage.ssl.engine.trackers import link_afterwards
 
-SCRIPT = Path(__file__).with_name("tiny_run.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "tiny_run.py"
 CONSTANT = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1.0)
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import load_encoder, save_encoder
-from bocage.ssl.encoders.registry import build_encoder
 
 SWIN = EncoderConfig(
     name="swinv2_tiny_window8_256",

@@ -11,10 +11,10 @@ import timm
 import torch
 
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import load_encoder, save_encoder
-from bocage.ssl.encoders.registry import build_encoder
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
 V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"

@@ -14,14 +14,14 @@ from fsdp_run import IMAGES, PRETRAINING
 from safetensors.torch import load_file
 
 from bocage import recipes
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.engine.checkpoint import load_tensors
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.engine.checkpoint.files import load_tensors
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 
-SCRIPT = Path(__file__).with_name("fsdp_run.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "fsdp_run.py"
 STEP = "checkpoints/step-00000004"
 
 
@@ -45,7 +45,7 @@ def on_two_ranks(shards: Path, output: Path, *cases: str) -> str:
         str(shards),
         str(output),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     result = subprocess.run(
         [sys.executable, *words, *cases], env=environment, capture_output=True, text=True, timeout=300
     )

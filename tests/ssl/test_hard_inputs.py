@@ -18,19 +18,19 @@ from small_recipes import PRETRAIN
 from test_masked import make_batch, make_task
 
 from bocage.shards.batch import Batch
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.inputs import encoder_inputs, quality_masks
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.contrastive import Contrastive, ContrastiveConfig
-from bocage.ssl.decoder import DecoderConfig
-from bocage.ssl.latent import Latent, LatentConfig
-from bocage.ssl.masked import Masked, MaskedConfig
-from bocage.ssl.masking import MaskingConfig
-from bocage.ssl.objective import Pretraining
+from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.objectives.decoder import DecoderConfig
+from bocage.ssl.objectives.dense_contrast import ContrastiveConfig, DenseContrast
+from bocage.ssl.objectives.latent import LatentConfig, LatentPrediction
+from bocage.ssl.objectives.masked import MaskedConfig, MaskedReconstruction
+from bocage.ssl.objectives.masking import MaskingConfig
+from bocage.ssl.objectives.model import PretrainingModel
+from bocage.ssl.objectives.pooled_contrast import PooledConfig, PooledContrast
 from bocage.ssl.pretrain import main
-from bocage.ssl.summaries import GlobalContrast, SummaryConfig
 
 IMAGE, RELIEF = "SPOT_RGBI", "DEM_ELEV"
 OPTICAL, RADAR, CLOUDS = "SENTINEL2_TS", "SENTINEL1-ASC_TS", "SENTINEL2_MSK-SC"
@@ -39,23 +39,23 @@ DECODER = DecoderConfig(width=32, fusion_depth=1, heads=4)
 OBJECTIVES = ("masked", "contrastive", "combined", "global", "latent")
 
 
-def task_of(objective: str, names: list[str] = SOME, **masking: float) -> Pretraining:
+def task_of(objective: str, names: list[str] = SOME, **masking: float) -> PretrainingModel:
     base = make_task(MaskingConfig(**masking), names)  # type: ignore[arg-type]
     encoders = {name: base.encoder(name) for name in names}
     modalities = {name: FLAIR_HUB[name] for name in names}
     makers: dict[str, Callable[[], torch.nn.Module]] = {
-        "masked": lambda: Masked(encoders, modalities, MaskedConfig(decoder=DECODER, dates=4)),
-        "contrastive": lambda: Contrastive(encoders, modalities, ContrastiveConfig(width=32, learn_temperature=True)),
-        "global": lambda: GlobalContrast(encoders, SummaryConfig(width=32)),
-        "latent": lambda: Latent(encoders, modalities, LatentConfig(decoder=DECODER)),
+        "masked": lambda: MaskedReconstruction(encoders, modalities, MaskedConfig(decoder=DECODER, dates=4)),
+        "contrastive": lambda: DenseContrast(encoders, modalities, ContrastiveConfig(width=32, learn_temperature=True)),
+        "global": lambda: PooledContrast(encoders, PooledConfig(width=32)),
+        "latent": lambda: LatentPrediction(encoders, modalities, LatentConfig(decoder=DECODER)),
     }
     chosen = ("masked", "contrastive") if objective == "combined" else (objective,)
     terms = {name: makers[name]() for name in chosen}
     weights = dict.fromkeys(chosen, 1.0)
-    return Pretraining(encoders, modalities, quality_masks(FLAIR_HUB, names), base.masking, terms, weights)
+    return PretrainingModel(encoders, modalities, quality_masks(FLAIR_HUB, names), base.masking, terms, weights)
 
 
-def learned(task: Pretraining, batch: Batch) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+def learned(task: PretrainingModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
     """Loss, what was logged, and by encoder the largest gradient; all finite."""
     loss, logs = task(batch)
     loss.backward()
@@ -137,7 +137,7 @@ def test_a_constant_patch(objective: str) -> None:
     learned(task, batch)
     if objective == "masked":  # the target of a unit without variance is zero, not amplified rounding
         term = task.terms["masked"]
-        assert isinstance(term, Masked)
+        assert isinstance(term, MaskedReconstruction)
         for item in term.reconstruct(task.view(batch, oriented=False)).values():
             assert item.target.abs().max() < 1e-3
 
@@ -192,7 +192,7 @@ def test_a_crop_that_does_not_divide_is_refused_before_anything_starts(
 def test_temperature_that_half_precision_cannot_hold() -> None:
     task = task_of("contrastive", modality_ratio=0.0)
     term = task.terms["contrastive"]
-    assert isinstance(term, Contrastive) and term.log_scale is not None
+    assert isinstance(term, DenseContrast) and term.log_scale is not None
     with torch.no_grad():
         term.log_scale.fill_(20.0)  # exp(20) is 4.9e8; the largest half is 65504
     with torch.autocast("cpu", torch.float16):

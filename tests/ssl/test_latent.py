@@ -15,31 +15,33 @@ from tiny_run import TinySource, TinyTask, run
 from torch import nn
 
 from bocage import recipes
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.decoder import DecoderConfig
-from bocage.ssl.latent import Latent, LatentConfig
-from bocage.ssl.masking import MaskingConfig
-from bocage.ssl.objective import Pretraining, View
+from bocage.shards.preprocess.inputs import quality_masks
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.objectives.decoder import DecoderConfig
+from bocage.ssl.objectives.latent import LatentConfig, LatentPrediction
+from bocage.ssl.objectives.masking import MaskingConfig
+from bocage.ssl.objectives.model import EncodedBatch, PretrainingModel
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 
 SMALL = LatentConfig(decoder=DecoderConfig(width=32, fusion_depth=1, heads=4), momentum=0.9)
 
 
-def task_of(names: list[str] = NAMES, masking: MaskingConfig | None = None) -> tuple[Pretraining, Latent]:
+def task_of(
+    names: list[str] = NAMES, masking: MaskingConfig | None = None
+) -> tuple[PretrainingModel, LatentPrediction]:
     masking = masking or MaskingConfig()
     encoders = {name: make_task(masking, [name]).encoder(name) for name in names}
     modalities = {name: FLAIR_HUB[name] for name in names}
     torch.manual_seed(1)
-    term = Latent(encoders, modalities, SMALL)
+    term = LatentPrediction(encoders, modalities, SMALL)
     masks = quality_masks(FLAIR_HUB, names)
-    return Pretraining(encoders, modalities, masks, masking, {"latent": term}, {"latent": 1.0}), term
+    return PretrainingModel(encoders, modalities, masks, masking, {"latent": term}, {"latent": 1.0}), term
 
 
-def predictions(term: Latent, view: View) -> dict[str, torch.Tensor]:
+def predictions(term: LatentPrediction, view: EncodedBatch) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:

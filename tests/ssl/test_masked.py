@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from bocage.shards.batch import Batch, GroundWindow, Sample
-from bocage.shards.collate import collate
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import EncoderInput, quality_masks
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
-from bocage.shards.seeds import sample_seed
-from bocage.ssl.decoder import DecoderConfig, Neck
+from bocage.shards.preprocess.inputs import EncoderInput, quality_masks
+from bocage.shards.preprocess.normalize import InputSpec
+from bocage.shards.read.collate import collate
+from bocage.shards.sample_seed import sample_seed
 from bocage.ssl.encoders.base import Encoder, EncoderConfig
-from bocage.ssl.encoders.registry import build_encoder
-from bocage.ssl.ground import ground_tokens
-from bocage.ssl.masked import Masked, MaskedConfig
-from bocage.ssl.masking import MaskingConfig
-from bocage.ssl.objective import Pretraining, View
-from bocage.ssl.targets import from_units
-from bocage.ssl.visible import pack
+from bocage.ssl.encoders.build import build_encoder
+from bocage.ssl.objectives.decoder import DecoderConfig, Neck
+from bocage.ssl.objectives.masked import MaskedConfig, MaskedReconstruction
+from bocage.ssl.objectives.masking import MaskingConfig
+from bocage.ssl.objectives.model import EncodedBatch, PretrainingModel
+from bocage.ssl.objectives.pixel_targets import from_units
+from bocage.ssl.objectives.tokens import georeferenced_tokens
+from bocage.ssl.objectives.visible_blocks import pack_visible_blocks
 
 SIDE = 51.2
 NAMES = [modality.name for modality in FLAIR_HUB.inputs]
@@ -60,7 +60,7 @@ def make_batch(count: int, dates: int = 9, missing: tuple[str, ...] = (), side: 
     return collate(samples, modalities)
 
 
-def make_task(masking: MaskingConfig | None = None, names: list[str] = NAMES) -> Pretraining:
+def make_task(masking: MaskingConfig | None = None, names: list[str] = NAMES) -> PretrainingModel:
     torch.manual_seed(0)
     masking = masking or MaskingConfig()
     encoders: dict[str, Encoder] = {}
@@ -72,15 +72,15 @@ def make_task(masking: MaskingConfig | None = None, names: list[str] = NAMES) ->
         encoders[name] = build_encoder(spec, config, mask_token=masking.images == "mask_token")
     config_masked = MaskedConfig(decoder=DecoderConfig(width=32, fusion_depth=1, heads=4), dates=4)
     modalities = {name: FLAIR_HUB[name] for name in names}
-    masked = Masked(encoders, modalities, config_masked)
-    return Pretraining(
+    masked = MaskedReconstruction(encoders, modalities, config_masked)
+    return PretrainingModel(
         encoders, modalities, quality_masks(FLAIR_HUB, names), masking, {"masked": masked}, {"masked": 1.0}
     )
 
 
-def masked_term(task: Pretraining) -> Masked:
+def masked_term(task: PretrainingModel) -> MaskedReconstruction:
     term = task.terms["masked"]
-    assert isinstance(term, Masked)
+    assert isinstance(term, MaskedReconstruction)
     return term
 
 
@@ -97,7 +97,7 @@ def test_every_encoder_learns_from_the_loss(images: str) -> None:
         assert any(parameter.grad.abs().max() > 0 for parameter in task.encoder(name).parameters())  # type: ignore[union-attr]
 
 
-def perturbed(view: View) -> dict[str, EncoderInput]:
+def perturbed(view: EncodedBatch) -> dict[str, EncoderInput]:
     """The inputs of a view with noise wherever something is hidden."""
     inputs = {}
     generator = torch.Generator().manual_seed(1)
@@ -152,13 +152,13 @@ def test_hidden_maps_say_nothing(name: str) -> None:
     assert isinstance(neck, Neck)
     with torch.no_grad():
         view = task.view(make_batch(6), oriented=True)
-        before = ground_tokens(view, name, neck).values
+        before = georeferenced_tokens(view, name, neck).values
         weights = view.map_weights[name]
         assert (weights == 0).any()
         for index, features in enumerate(view.maps[name]):
             noise = torch.randn(features.shape)
             view.maps[name][index] = torch.where(weights[:, index, None, None, None] == 0, noise, features)
-        assert torch.equal(ground_tokens(view, name, neck).values, before)
+        assert torch.equal(georeferenced_tokens(view, name, neck).values, before)
         assert not task.view(make_batch(6), oriented=False).map_weights
 
 
@@ -223,13 +223,13 @@ def test_tokens_stand_where_their_units_lie() -> None:
     view = task.view(make_batch(3), oriented=False)
     neck = masked_term(task).necks["SPOT_RGBI"]
     assert isinstance(neck, Neck)
-    centres = ground_tokens(view, "SPOT_RGBI", neck).centres
+    centres = georeferenced_tokens(view, "SPOT_RGBI", neck).centres
     modality, units = FLAIR_HUB["SPOT_RGBI"], view.masks["SPOT_RGBI"].units
     assert units is not None
     pixels = round(SIDE / modality.gsd)
     ground = (torch.arange(pixels) + 0.5) * modality.gsd
     rows, columns = torch.meshgrid(ground, ground, indexing="ij")
-    place = pack(torch.stack([columns, rows]).expand(3, -1, -1, -1), units, 1)
+    place = pack_visible_blocks(torch.stack([columns, rows]).expand(3, -1, -1, -1), units, 1)
     averages = torch.nn.functional.avg_pool2d(place, modality.unit).flatten(2).transpose(1, 2)
     assert torch.allclose(centres, averages, atol=1e-4)
 
@@ -316,4 +316,4 @@ def test_impossible_sizes_are_refused(config: Callable[[], object], message: str
 def test_weights_must_name_modalities_of_the_run(weights: dict[str, float]) -> None:
     task = make_task(names=["SPOT_RGBI"])
     with pytest.raises(InputError, match=r"masked\.weights"):
-        Masked({"SPOT_RGBI": task.encoder("SPOT_RGBI")}, FLAIR_HUB, MaskedConfig(weights=weights))
+        MaskedReconstruction({"SPOT_RGBI": task.encoder("SPOT_RGBI")}, FLAIR_HUB, MaskedConfig(weights=weights))

@@ -2,11 +2,18 @@ import pytest
 import torch
 
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import EncoderInput
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.seeds import sample_seed
-from bocage.ssl.masking import MaskingConfig, block_grid, blocks_of, check_window, draw_map_weights, draw_masks
-from bocage.ssl.visible import pack
+from bocage.shards.preprocess.inputs import EncoderInput
+from bocage.shards.sample_seed import sample_seed
+from bocage.ssl.objectives.masking import (
+    MaskingConfig,
+    block_grid,
+    blocks_of,
+    check_window,
+    draw_map_weights,
+    draw_masks,
+)
+from bocage.ssl.objectives.visible_blocks import pack_visible_blocks
 
 SEEDS = torch.tensor([sample_seed(0, 0, str(index)) for index in range(256)])
 
@@ -34,7 +41,7 @@ def test_packing_keeps_one_unit_of_every_four_and_moves_no_pixel() -> None:
     assert (visible == 1).all()
     # Pixels that name their own place: what is packed comes from the visible units, in the order of the blocks.
     values = torch.arange(64 * 64.0).view(1, 1, 64, 64).expand(256, 1, 64, 64)
-    packed = pack(values, mask.units, 1)
+    packed = pack_visible_blocks(values, mask.units, 1)
     assert packed.shape == (256, 1, 32, 32)
     for index in (0, 100):
         for row, column in (~mask.units[index]).nonzero().tolist():
@@ -63,7 +70,7 @@ def test_blocks_of_several_units_are_hidden_together() -> None:
     assert not torch.equal(coarse, spot)
     # Packing keeps the pixels of a block together.
     values = torch.arange(512 * 512.0).view(1, 1, 512, 512)
-    packed = pack(values, aerial[:1], 2)
+    packed = pack_visible_blocks(values, aerial[:1], 2)
     row, column = (~coarse[0]).nonzero()[5].tolist()
     assert torch.equal(
         packed[0, 0, row // 2 * 64 : row // 2 * 64 + 64, column // 2 * 64 : column // 2 * 64 + 64],

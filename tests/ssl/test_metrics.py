@@ -7,7 +7,7 @@ from hypothesis.extra.numpy import arrays
 
 from bocage.shards.classes import COSIA, LPIS_1, ClassScheme
 from bocage.shards.errors import InputError
-from bocage.ssl.metrics import ConfusionMatrix, official_scores, strict_scores
+from bocage.ssl.evaluation.confusion import ConfusionMatrix, official_scores, strict_scores
 
 SMALL = ClassScheme(
     name="small",

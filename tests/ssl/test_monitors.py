@@ -13,12 +13,12 @@ from torch import nn
 
 from bocage import recipes
 from bocage.shards.batch import Batch
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.engine.alarms import Idleness
-from bocage.ssl.engine.collapse import MOST_VECTORS, Collapse, feature_std, rankme, sampled
-from bocage.ssl.engine.flops import Arithmetic, peak
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.engine.health.collapse import MOST_VECTORS, CollapseMonitor, feature_std, rankme, sample_vectors
+from bocage.ssl.engine.health.monitors import ZeroLossMonitor
+from bocage.ssl.engine.logging.flops import FlopCounter, peak
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 
 CPU = torch.device("cpu")
@@ -58,29 +58,29 @@ def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
 
 def test_vectors_are_taken_evenly_from_a_map() -> None:
     features = torch.arange(2 * 3 * 40 * 40, dtype=torch.float32).view(2, 3, 40, 40).requires_grad_()
-    vectors = sampled(features)
+    vectors = sample_vectors(features)
     assert vectors.shape == (MOST_VECTORS, 3) and not vectors.requires_grad
     columns = features.detach().permute(0, 2, 3, 1).reshape(-1, 3)
     places = [int((columns == vector).all(dim=1).nonzero()) for vector in vectors]
     assert min(places) == 0 and max(places) >= 3190 and len(set(places)) == MOST_VECTORS
-    assert sampled(features[:1, :, :2, :2]).shape == (4, 3)
+    assert sample_vectors(features[:1, :, :2, :2]).shape == (4, 3)
 
 
 def test_low_figures_are_told_of_once_after_three_records() -> None:
-    watch = Collapse(0.05, 2.0)
+    watch = CollapseMonitor(0.05, 2.0)
     low, fine = {"feature_std/A": 0.01, "rankme/A": 9.0}, {"feature_std/A": 0.5, "rankme/A": 9.0}
     steps = enumerate((low, low, fine, low, low))
     assert [watch.messages(values, 50 * step) for step, values in steps] == [[]] * 5
     (message,) = watch.messages(low, 250)
     assert "features of A may be collapsing: feature_std 0.01, low in every record since step 150 (" in message
     assert watch.messages(low, 300) == watch.messages(fine, 350) == []
-    often = Collapse(0.05, 2.0)
+    often = CollapseMonitor(0.05, 2.0)
     assert [often.messages(low, step) for step in range(100)] == [[]] * 100  # three records are not enough
     assert often.messages(low, 100)
-    both = Collapse(0.05, 20.0)
+    both = CollapseMonitor(0.05, 20.0)
     (message,) = [found for step in (0, 60, 120) for found in both.messages(low, step)]
     assert "feature_std 0.01, rankme 9, low" in message
-    never = Collapse(0.0, 0.0)
+    never = CollapseMonitor(0.0, 0.0)
     assert [never.messages({"feature_std/A": 0.0, "rankme/A": 0.0}, 100 * step) for step in range(5)] == [[]] * 5
 
 
@@ -123,13 +123,13 @@ class Products(nn.Module):
 
 
 def test_arithmetic_is_three_times_the_forward_pass(tmp_path: Path) -> None:
-    arithmetic = Arithmetic(CPU, "fp32", compiled=False)
+    arithmetic = FlopCounter(CPU, "fp32", compiled=False)
     assert arithmetic.figures(1, 1.0) == {}
     for size in (5, 50):  # the second one is not counted
         with arithmetic.counted():
             torch.ones(size, 30) @ torch.ones(30, 40)
     assert arithmetic.figures(2, 0.5) == {"tflops": pytest.approx(3 * 2 * 5 * 30 * 40 * 2 / 0.5 / 1e12)}
-    compiled = Arithmetic(CPU, "fp32", compiled=True)
+    compiled = FlopCounter(CPU, "fp32", compiled=True)
     with compiled.counted():
         torch.ones(5, 30) @ torch.ones(30, 40)
     assert compiled.figures(1, 1.0) == {}
@@ -160,7 +160,7 @@ def test_peaks_of_devices(device: str, precision: str, expected: float | None) -
 
 
 def test_a_gradient_or_a_term_that_stays_exactly_zero_is_told_once() -> None:
-    watch = Idleness()
+    watch = ZeroLossMonitor()
     assert not watch.messages({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 20)
     (told,) = watch.messages({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 40)
     assert told.startswith("the term contrastive is exactly 0 in every record since step 20")

@@ -14,17 +14,17 @@ from tiny_run import TinySource, TinyTask, records, run
 from torch import nn
 
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.targets import Target
-from bocage.finetune.task import Segmentation
+from bocage.finetune.models.segmentation import Segmentation
+from bocage.finetune.models.targets import Target
+from bocage.finetune.models.upernet import DecoderConfig as UPerNetConfig
 from bocage.finetune.train import _parameter_groups
-from bocage.finetune.upernet import DecoderConfig as UPerNetConfig
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.preprocess.inputs import quality_masks
 from bocage.ssl.engine.config import EngineConfig
 from bocage.ssl.engine.ema import MovingAverage
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, decay_groups, layer_scales
-from bocage.ssl.masking import MaskingConfig
+from bocage.ssl.objectives.masking import MaskingConfig
 
 CPU = torch.device("cpu")
 LARS = OptimizerConfig(name="lars", learning_rate=1.0)

@@ -10,12 +10,12 @@ import torch
 
 from bocage import recipes
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.evaluation.probe import Probe, ProbeConfig
 from bocage.ssl.pretrain import PretrainConfig, build_task, pretrain
-from bocage.ssl.probe import Probe, ProbeConfig
 
 TERMS = {
     "mae_multimodal": {"masked", "contrastive"},
@@ -41,7 +41,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def test_every_recipe_for_pretraining_is_listed_here() -> None:
     small = {f"{name}_quickstart" for name in TERMS if name != "mae_multimodal"} | {"quickstart"}
     assert {
-        name for name in recipes.names() if not name.startswith(("finetune", "label_efficiency", "official/"))
+        name for name in recipes.list_recipes() if not name.startswith(("finetune", "label_efficiency", "official/"))
     } == set(TERMS) | small
 
 

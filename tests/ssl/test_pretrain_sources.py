@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from bocage import recipes
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
-from bocage.ssl.objective import Pretraining
+from bocage.ssl.objectives.model import PretrainingModel
 from bocage.ssl.pretrain import PretrainConfig, build_task
 
 SENSORS = ("AERIAL_RGBI", "SENTINEL2_TS")
@@ -36,7 +36,7 @@ def resolved(*words: str) -> PretrainConfig:
     return recipes.resolve(PretrainConfig, ["recipe=quickstart", f"modalities=[{','.join(SENSORS)}]", *words])
 
 
-def task_of(manifest: Manifest, *words: str, seed: int = 3) -> Pretraining:
+def task_of(manifest: Manifest, *words: str, seed: int = 3) -> PretrainingModel:
     torch.manual_seed(seed)
     return build_task(resolved(*words), manifest)
 

@@ -17,33 +17,41 @@ from test_masked import make_task
 from bocage import recipes
 from bocage.shards.classes import COSIA
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.evaluation.probe import (
+    LabelledCells,
+    Probe,
+    ProbeConfig,
+    cell_features,
+    knn_probe,
+    linear_probe,
+    majority_class,
+)
 from bocage.ssl.pretrain import PretrainConfig, pretrain
-from bocage.ssl.probe import Cells, Probe, ProbeConfig, cell_features, commonest, linear_probe, nearest
 
 COSIA_LABEL = "AERIAL_LABEL-COSIA"
 
 
-def blobs(count: int, seed: int) -> Cells:
+def blobs(count: int, seed: int) -> LabelledCells:
     """Three classes (2, 5 and 7), each around a direction of its own."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([2, 5, 7])[torch.randint(3, (count,), generator=generator)]
     centres = torch.eye(8)[labels]
-    return Cells(centres * 3 + torch.randn(count, 8, generator=generator) * 0.7, labels)
+    return LabelledCells(centres * 3 + torch.randn(count, 8, generator=generator) * 0.7, labels)
 
 
 def test_both_probes_tell_classes_apart_that_are_apart() -> None:
     train, test = blobs(300, 0), blobs(200, 1)
-    for predicted in (nearest(train, test.features, 19, 20), linear_probe(train, 19, 1e-3)(test.features)):
+    for predicted in (knn_probe(train, test.features, 19, 20), linear_probe(train, 19, 1e-3)(test.features)):
         assert (predicted == test.labels).float().mean() > 0.97
 
 
 def test_nearest_is_the_vote_written_out() -> None:
     train, test = blobs(40, 0), blobs(25, 1)
-    found = nearest(train, test.features, 19, 5)
+    found = knn_probe(train, test.features, 19, 5)
     for query, predicted in zip(test.features, found.tolist(), strict=True):
         similarity = [float(torch.cosine_similarity(query, known, dim=0)) for known in train.features]
         best = sorted(range(40), key=lambda index: -similarity[index])[:5]
@@ -51,8 +59,8 @@ def test_nearest_is_the_vote_written_out() -> None:
         for index in best:
             votes[int(train.labels[index])] += np.exp(similarity[index] / 0.07)
         assert predicted == max(votes, key=votes.__getitem__)
-    assert nearest(train, test.features[:0], 19, 5).shape == (0,)
-    assert len(nearest(Cells(train.features[:2], train.labels[:2]), test.features, 19, 20)) == 25
+    assert knn_probe(train, test.features[:0], 19, 5).shape == (0,)
+    assert len(knn_probe(LabelledCells(train.features[:2], train.labels[:2]), test.features, 19, 20)) == 25
 
 
 def test_the_linear_probe_does_not_depend_on_scale_and_repeats() -> None:
@@ -60,7 +68,7 @@ def test_the_linear_probe_does_not_depend_on_scale_and_repeats() -> None:
     first = linear_probe(train, 19, 1e-3)(test.features)
     assert torch.equal(first, linear_probe(train, 19, 1e-3)(test.features))
     scale = torch.logspace(-3, 3, 8)
-    scaled = linear_probe(Cells(train.features * scale, train.labels), 19, 1e-3)(test.features * scale)
+    scaled = linear_probe(LabelledCells(train.features * scale, train.labels), 19, 1e-3)(test.features * scale)
     assert (first == scaled).float().mean() > 0.99
 
 
@@ -68,7 +76,7 @@ def test_the_label_of_a_cell_is_its_commonest_scored_class() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 19, (3, 50, 50), generator=generator).to(torch.uint8)
     labels[0, :25] = 18  # undefined: two cells of four have no scored pixel
-    found = commonest(labels, COSIA, 2)
+    found = majority_class(labels, COSIA, 2)
     for sample in range(3):
         for row in range(2):
             for column in range(2):
@@ -119,7 +127,7 @@ def test_a_run_records_them_and_is_not_changed_by_them(manifest: Manifest, tmp_p
 # Some 25 s: three processes import everything.
 @pytest.mark.slow
 def test_two_ranks_find_what_one_does_also_when_patches_do_not_divide(manifest: Manifest, tmp_path: Path) -> None:
-    script = [str(Path(__file__).with_name("probe_run.py")), str(manifest.path)]
+    script = [str(Path(__file__).parents[1] / "support" / "probe_run.py"), str(manifest.path)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, words in (("one", script), ("two", [*launcher, *script])):
         subprocess.run([sys.executable, *words, str(tmp_path / name)], check=True, capture_output=True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bocage.ssl.engine import provenance
+from bocage.ssl.engine.logging import provenance
 
 
 def test_the_commit_is_dirty_where_code_has_changed(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ from small_recipes import PRETRAIN
 from test_masked import make_batch, make_task, masked_term
 
 from bocage import recipes
-from bocage.shards.composites import date_pictures, hillshade
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
+from bocage.shards.inspect.composites import date_pictures, hillshade
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.engine.trackers import link_afterwards
-from bocage.ssl.masking import MaskingConfig
-from bocage.ssl.pictures import reconstruction_figure, save_figure
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.engine.logging.trackers import link_afterwards
+from bocage.ssl.evaluation.reconstructions import reconstruction_figure, save_figure
+from bocage.ssl.objectives.masking import MaskingConfig
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 
 RELIEF = next(item.name for item in FLAIR_HUB.inputs if item.representation == "relief")
@@ -139,7 +139,7 @@ def test_pictures_that_cannot_be_drawn_stop_nothing(tmp_path: Path, capsys: pyte
 # Some 10 s: two processes import everything.
 def test_a_picture_that_fails_on_one_of_two_ranks_stops_neither(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(Path(__file__).with_name("tiny_run.py")), str(tmp_path / "run"), "--draw-fails"]
+    script = [str(Path(__file__).parents[1] / "support" / "tiny_run.py"), str(tmp_path / "run"), "--draw-fails"]
     done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 12: pictures could not be drawn: out of colours") == 1

@@ -15,11 +15,11 @@ from torch import nn
 from bocage import recipes
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
-from bocage.ssl.engine.regions import repeated_blocks
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
+from bocage.ssl.engine.parallel.block_compile import repeated_blocks
 from bocage.ssl.pretrain import PretrainConfig, build_task, pretrain
 
 

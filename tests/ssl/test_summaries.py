@@ -13,31 +13,31 @@ from torch import nn
 
 from bocage import recipes
 from bocage.shards.errors import InputError
-from bocage.shards.inputs import quality_masks
 from bocage.shards.modality import FLAIR_HUB
-from bocage.ssl.masking import MaskingConfig
-from bocage.ssl.objective import Pretraining
+from bocage.shards.preprocess.inputs import quality_masks
+from bocage.ssl.objectives.masking import MaskingConfig
+from bocage.ssl.objectives.model import PretrainingModel
+from bocage.ssl.objectives.pooled_contrast import PooledConfig, PooledContrast, PooledVectors, PooledVICReg
 from bocage.ssl.pretrain import PretrainConfig
-from bocage.ssl.summaries import GlobalContrast, Summaries, SummaryConfig, Vicreg
 
 SOME = ["AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS"]
-CONFIG = SummaryConfig(width=16, hidden=32, temperature=0.2)
+CONFIG = PooledConfig(width=16, hidden=32, temperature=0.2)
 
 
 def task_of(
-    kind: type[Summaries], names: list[str] = SOME, modality_ratio: float = 0.25
-) -> tuple[Pretraining, Summaries]:
+    kind: type[PooledVectors], names: list[str] = SOME, modality_ratio: float = 0.25
+) -> tuple[PretrainingModel, PooledVectors]:
     masking = MaskingConfig(modality_ratio=modality_ratio)
     encoders = {name: make_task(masking, [name]).encoder(name) for name in names}
     torch.manual_seed(1)
     term = kind(encoders, CONFIG)
     masks = quality_masks(FLAIR_HUB, names)
     modalities = {name: FLAIR_HUB[name] for name in names}
-    return Pretraining(encoders, modalities, masks, masking, {"global": term}, {"global": 1.0}), term
+    return PretrainingModel(encoders, modalities, masks, masking, {"global": term}, {"global": 1.0}), term
 
 
 def test_two_visible_sensors_of_each_sample_are_paired() -> None:
-    task, term = task_of(GlobalContrast)
+    task, term = task_of(PooledContrast)
     task.eval()
     with torch.no_grad():
         view = task.view(make_batch(40), oriented=False)
@@ -57,7 +57,7 @@ def test_two_visible_sensors_of_each_sample_are_paired() -> None:
 
 
 def test_nt_xent_is_the_one_written_out() -> None:
-    task, term = task_of(GlobalContrast, modality_ratio=0.0)
+    task, term = task_of(PooledContrast, modality_ratio=0.0)
     task.eval()
     with torch.no_grad():
         view = task.view(make_batch(4), oriented=False)
@@ -75,8 +75,8 @@ def test_nt_xent_is_the_one_written_out() -> None:
     assert float(loss) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [GlobalContrast, Vicreg])
-def test_every_visible_encoder_learns(kind: type[Summaries]) -> None:
+@pytest.mark.parametrize("kind", [PooledContrast, PooledVICReg])
+def test_every_visible_encoder_learns(kind: type[PooledVectors]) -> None:
     task, _ = task_of(kind, NAMES)
     loss, _ = task(make_batch(12, missing=("SENTINEL1-ASC_TS",)))
     loss.backward()
@@ -90,7 +90,7 @@ def test_every_visible_encoder_learns(kind: type[Summaries]) -> None:
 
 def test_vicreg_is_against_collapse() -> None:
     """Heads that answer the same for all samples pay for it."""
-    task, term = task_of(Vicreg, modality_ratio=0.0)
+    task, term = task_of(PooledVICReg, modality_ratio=0.0)
     view = task.view(make_batch(8), oriented=False)
     with torch.no_grad():
         for head in term.heads.values():
@@ -103,7 +103,7 @@ def test_vicreg_is_against_collapse() -> None:
 
 def test_wrong_words_name_their_key() -> None:
     with pytest.raises(InputError, match="two sensors are compared, and modalities has SPOT_RGBI alone"):
-        task_of(GlobalContrast, ["SPOT_RGBI"])
+        task_of(PooledContrast, ["SPOT_RGBI"])
     for key in ("width", "hidden", "temperature"):
         with pytest.raises(ValueError, match=rf"summaries\.{key}=0"):
             replace(CONFIG, **{key: 0})

@@ -10,9 +10,9 @@ import torch
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import EncoderConfig
-from bocage.ssl.encoders.registry import build_encoder
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.swin import SwinEncoder, swin_names
 from bocage.ssl.encoders.timm_format import ANY_SIZE
 

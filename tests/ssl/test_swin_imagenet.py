@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.imagenet import channel_wavelengths, colour_shares, load_imagenet
-from bocage.ssl.encoders.registry import build_encoder
 from bocage.ssl.encoders.swin import SwinEncoder
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}

@@ -1,7 +1,7 @@
 import torch
 
 from bocage.shards.modality import FLAIR_HUB
-from bocage.ssl.targets import from_units, group_statistics, to_units
+from bocage.ssl.objectives.pixel_targets import from_units, group_statistics, to_units
 
 
 def test_units_round_trip_for_images_and_series() -> None:

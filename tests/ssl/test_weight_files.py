@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from bocage.shards.errors import InputError
-from bocage.ssl.encoders.keys import compare
-from bocage.ssl.encoders.weight_files import read_tensors
+from bocage.ssl.encoders.key_report import compare
+from bocage.ssl.encoders.weights import read_tensors
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(7)}
 
@@ -137,7 +137,7 @@ def test_states_of_an_optimizer_are_not_read_into_memory(tmp_path: Path) -> None
     states = [torch.zeros(1 << 24) for _ in range(4)]  # 256 MB
     torch.save({"state_dict": WEIGHTS, "optimizer_states": states}, tmp_path / "last.ckpt")
     script = (
-        "import sys; from pathlib import Path; from bocage.ssl.encoders.weight_files import read_tensors;"
+        "import sys; from pathlib import Path; from bocage.ssl.encoders.weights import read_tensors;"
         "peak = lambda: int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]);"
         "before = peak(); read_tensors(Path(sys.argv[1])); print(peak() - before)"
     )

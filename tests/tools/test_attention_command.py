@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from small_series import OPTICAL, RADAR, series_encoder, write_series
 
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.normalize import InputSpec
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import EncoderConfig
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import save_encoder
-from bocage.ssl.encoders.registry import build_encoder
 from bocage.tools.main import main
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bocage.ssl.pretrain import main as pretrain_main
-from bocage.tools.examples import EXAMPLES
+from bocage.tools.cli.examples import EXAMPLES
 from bocage.tools.main import COMMANDS, build_parser, guarded, main
 
 

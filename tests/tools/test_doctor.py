@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from bocage.shards.flairhub import Catalogue
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
 

@@ -12,13 +12,13 @@ import torch
 
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.task import save_segmentation
+from bocage.finetune.models.segmentation import save_segmentation
 from bocage.finetune.train import build_task
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.patches import ShardPatches
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.read.patches import ShardPatches
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
 AERIAL, S2, COSIA, LPIS = "AERIAL_RGBI", "SENTINEL2_TS", "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
@@ -92,7 +92,7 @@ def test_what_cannot_be_evaluated_is_told(folder: Path, capsys: pytest.CaptureFi
 # Some twenty seconds: three processes load torch.
 def test_two_ranks_count_what_one_counts(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["-m", "bocage.tools.main", "evaluate", str(folder / "run"), str(folder / "shards")]
+    command = ["-m", "bocage", "evaluate", str(folder / "run"), str(folder / "shards")]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for launcher, out in (([], "one"), (two, "two")):
         line = [sys.executable, *launcher, *command, str(folder / out), "--batch-size", "2"]

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.manifest import Manifest
-from bocage.shards.scene import write_tree
-from bocage.shards.summary import fullest, summarize
-from bocage.shards.writer import write_shards
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.summary import fullest, summarize
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
 

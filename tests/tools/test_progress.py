@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bocage.tools import progress
-from bocage.tools.progress import Bars, duration
+from bocage.tools.cli import progress
+from bocage.tools.cli.progress import Bars, duration
 
-SAMPLE = [sys.executable, "-m", "bocage.tools.main", "sample"]
+SAMPLE = [sys.executable, "-m", "bocage", "sample"]
 WORDS = ["--patches", "3", "--modalities", "SPOT_RGBI"]
 CURSOR = re.compile(r"\x1b\[[?\d;]*[A-KSThl]|\r(?!\n)")
 

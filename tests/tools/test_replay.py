@@ -19,9 +19,9 @@ from small_recipes import PRETRAIN
 from bocage import recipes
 from bocage.finetune.config import FinetuneConfig
 from bocage.finetune.train import finetune
-from bocage.shards.flairhub import Catalogue
-from bocage.shards.scene import write_tree
-from bocage.shards.writer import write_shards
+from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.write.writer import write_shards
 from bocage.ssl.pretrain import PretrainConfig, pretrain
 from bocage.tools.main import main
 
@@ -211,8 +211,8 @@ def test_ranks_that_compare_their_samples_replay_together(
     assert launched("pretrain.py", *own).returncode == 0
     folder = min((tmp_path / "bad_steps").iterdir())
     assert main(["replay", str(folder)]) == 0
-    assert "torchrun --nproc_per_node 2 -m bocage.tools.main replay" in capsys.readouterr().out
-    together = launched("-m", "bocage.tools.main", "replay", str(folder))
+    assert "torchrun --nproc_per_node 2 -m bocage replay" in capsys.readouterr().out
+    together = launched("-m", "bocage", "replay", str(folder))
     assert together.returncode == 0, together.stderr
     finite = [line for line in together.stdout.splitlines() if line.startswith("rank") and "not finite" not in line]
     assert finite

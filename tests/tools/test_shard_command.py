@@ -5,7 +5,7 @@ import pytest
 from small_shards import KEYS
 from small_tree import write_tree
 
-from bocage.shards.manifest import Manifest
+from bocage.shards.format.manifest import Manifest
 from bocage.tools.main import main
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"

@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from bocage import recipes
-from bocage.finetune.study import StudyConfig, cell_config, cells
+from bocage.finetune.study.grid import StudyConfig, run_config, study_runs
 from bocage.shards.errors import InputError
 from bocage.ssl.pretrain import PretrainConfig
-from bocage.tools import study_demo
-from bocage.tools.steps import Job, Steps
+from bocage.tools.cli import study_demo
+from bocage.tools.cli.steps import Steps, TrainingProcess
 
 
-def job(folder: Path, name: str, *words: str) -> Job:
-    return Job(name, name, ("module",), words, folder / name, "done", 3)
+def job(folder: Path, name: str, *words: str) -> TrainingProcess:
+    return TrainingProcess(name, name, ("module",), words, folder / name, "done", 3)
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +79,10 @@ def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> N
         "import sys\n"
         "from pathlib import Path\n"
         "from rich.console import Console\n"
-        "from bocage.tools.steps import Job, Steps, interruptible\n"
+        "from bocage.tools.cli.steps import Steps, TrainingProcess, interruptible\n"
         "folder = Path(sys.argv[1])\n"
         "steps, words = Steps(Console()), (str(folder), '0', '60')\n"
-        "job = Job('one', 'one', ('module',), words, folder, 'done', 3)\n"
+        "job = TrainingProcess('one', 'one', ('module',), words, folder, 'done', 3)\n"
         f"sys.exit(interruptible(lambda: {call}))\n"
     )
     folder = tmp_path / "one"
@@ -100,8 +100,8 @@ def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> N
 def test_the_small_study_is_what_its_recipes_say() -> None:
     for part in study_demo.parts():
         study = recipes.resolve(StudyConfig, [f"recipe={part.study}"])
-        for cell in cells(study):
-            assert cell_config(study, cell, "out").modalities == [part.sensors[0]]
+        for cell in study_runs(study):
+            assert run_config(study, cell, "out").modalities == [part.sensors[0]]
         for way in study_demo.WAYS:
             words = study_demo.pretraining(part, way, Path("shards"), Path("out")).words
             config = recipes.resolve(PretrainConfig, list(words))

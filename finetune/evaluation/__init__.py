@@ -1,0 +1,1 @@
+"""Predict with fine-tuned models and score the predictions."""

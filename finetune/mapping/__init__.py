@@ -1,0 +1,1 @@
+"""Map whole zones by tiled inference."""

@@ -1,0 +1,1 @@
+"""Segmentation models: UPerFuse fusion, UPerNet decoders, losses."""

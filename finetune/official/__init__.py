@@ -1,0 +1,1 @@
+"""Read and write checkpoints of IGN's official FLAIR-HUB code."""

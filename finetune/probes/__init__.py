@@ -1,0 +1,1 @@
+"""Probe frozen encoders with kNN and linear classifiers."""

@@ -1,0 +1,1 @@
+"""Publish encoders with a model card."""

@@ -1,0 +1,1 @@
+"""Draw nested subsets of labelled patches, and store them as files."""

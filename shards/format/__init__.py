@@ -1,0 +1,1 @@
+"""Define what a folder of shards holds: codecs, tars, index, manifest, statistics."""

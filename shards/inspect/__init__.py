@@ -1,0 +1,1 @@
+"""Verify and summarise shards, and draw their patches."""

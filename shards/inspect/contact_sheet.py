@@ -1,0 +1,299 @@
+"""One patch in all its modalities on one page: composites, shaded relief, date strips, radar in decibels, classes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from bocage.shards.errors import InputError
+from bocage.shards.files import written_atomically
+from bocage.shards.format.codec import CodecError, decode
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.composites import colour_bands, date_pictures, hillshade, palette
+from bocage.shards.modality import PATCH_SIZE, Band, Modality
+from bocage.shards.preprocess.normalize import represent
+
+# Inches.
+_WIDTH, _MARGIN, _TOP = 12.0, 0.25, 0.62
+_COLUMNS, _GAP, _TITLE = 4, 0.22, 0.24  # of large pictures
+_SIDE = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) / _COLUMNS
+_DATES = 10  # shown of a series, spread evenly
+_SCALE = 0.42  # below a picture, for its colours
+_STRETCH = (2.0, 98.0)
+_NEAR_INFRARED = 840.0  # nm
+_LEGEND_ROW = 0.19
+
+
+def draw_contact_sheet(manifest: Manifest, row: int, path: Path) -> None:
+    """Writes a PNG of one sample.
+
+    Args:
+        manifest: open, of local or remote shards.
+        row: which sample.
+        path: of the PNG.
+
+    Raises:
+        InputError: a member is damaged, or ``path`` cannot be written.
+    """
+    figure = contact_sheet(manifest, row)
+    try:
+        with written_atomically(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=130)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def contact_sheet(manifest: Manifest, row: int) -> Figure:
+    """The figure of ``draw_contact_sheet``: images, then a row for each series, then labels with a legend.
+
+    Raises:
+        InputError: an array of the sample is damaged, or is not one of its sensor.
+    """
+    key, arrays = manifest.index.key(row), _arrays(manifest, row)
+    images = [tile for item in manifest.registry.by_role("image") for tile in _image_tiles(item, arrays.get(item.name))]
+    series = manifest.registry.by_role("series")
+    labels = [(item, index) for item in manifest.registry.labels for index in range(len(item.bands))]
+    legends = [_classes(item.bands[index], arrays.get(item.name), index) for item, index in labels]
+    lines = math.ceil(len(images) / _COLUMNS)
+    side = (_WIDTH - 2 * _MARGIN - (_DATES - 1) * 0.08) / _DATES
+    strips = sum(_TITLE + side + (0.62 if _is_radar(item) else 0.28) for item in series)
+    legend = max((len(found) for found in legends), default=0) * _LEGEND_ROW
+    below = _TITLE + _SIDE + 0.12 + legend if labels else 0.0
+    height = _TOP + lines * (_TITLE + _SIDE + _SCALE) + strips + below + _MARGIN
+    page = _Page(height)
+    page.text(_MARGIN, 0.12, key, fontsize=13, weight="bold")
+    ground = f"{manifest.index.roi(row)}, {PATCH_SIZE:g} m x {PATCH_SIZE:g} m, north up"
+    page.text(_MARGIN, 0.38, ground, fontsize=9, color="#444444")
+    top = _TOP
+    for start in range(0, len(images), _COLUMNS):
+        for column, tile in enumerate(images[start : start + _COLUMNS]):
+            tile.draw(page, _MARGIN + column * (_SIDE + _GAP), top + _TITLE)
+        top += _TITLE + _SIDE + _SCALE
+    for item in series:
+        top = _draw_series(page, manifest, row, item, arrays.get(item.name), top, side)
+    for column, ((item, index), found) in enumerate(zip(labels, legends, strict=True)):
+        left = _MARGIN + column * (_SIDE + _GAP)
+        _draw_label(page, item, index, arrays.get(item.name), found, left, top + _TITLE)
+    return page.figure
+
+
+class _Page:
+    """A figure in inches, from its upper left corner."""
+
+    def __init__(self, height: float) -> None:
+        self.figure = Figure(figsize=(_WIDTH, height), facecolor="white")
+        FigureCanvasAgg(self.figure)
+        self._height = height
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        box = (left / _WIDTH, 1 - (top + height) / self._height, width / _WIDTH, height / self._height)
+        axis = self.figure.add_axes(box)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(color="#888888", linewidth=0.5)
+        return axis
+
+    def text(self, left: float, top: float, text: str, **style: Any) -> None:
+        self.figure.text(left / _WIDTH, 1 - top / self._height, text, va="top", **style)
+
+
+class _Tile:
+    """One large picture: (H, W, 3) in 0..1, or (H, W) with a scale in a unit; None where it is missing."""
+
+    def __init__(self, title: str, picture: np.ndarray | None, note: str = "", unit: str = "") -> None:
+        self._title, self._picture, self._note, self._unit = title, picture, note, unit
+
+    def draw(self, page: _Page, left: float, top: float) -> None:
+        axis = page.axes(left, top, _SIDE, _SIDE)
+        axis.set_title(self._title, fontsize=8.5, loc="left", pad=3)
+        if self._picture is None:
+            _draw_missing(axis)
+            return
+        if self._unit:
+            low, high = _limits(self._picture, (0.0, 100.0))
+            image = axis.imshow(self._picture, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+            _draw_scale(page, image, self._unit, left, top + _SIDE + 0.07, _SIDE - 0.2)
+        else:
+            axis.imshow(self._picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            page.text(left, top + _SIDE + 0.05, self._note, fontsize=7, color="#444444")
+
+
+def _arrays(manifest: Manifest, row: int) -> dict[str, np.ndarray]:
+    index, found = manifest.index, {}
+    shard = int(index.shard[row])
+    for name, modality in manifest.registry.items():
+        length = int(index.length[name][row])
+        if length == 0:
+            continue
+        try:
+            array = decode(manifest.files.read(shard, int(index.offset[name][row]), length))
+        except CodecError as error:
+            raise InputError(
+                f"{manifest.files.name(shard)}: {name} of {index.key(row)} is damaged: {error}; run `bocage verify`"
+            ) from error
+        if array.shape != modality.shape(len(array) if array.ndim else 0) or array.dtype != np.dtype(modality.dtype):
+            raise InputError(f"{manifest.files.name(shard)}: {name} of {index.key(row)} is not an array of its sensor")
+        found[name] = array
+    return found
+
+
+def _image_tiles(modality: Modality, array: np.ndarray | None) -> list[_Tile]:
+    quantities = [band.quantity for band in modality.bands]
+    note = f"{modality.gsd:g} m, {modality.size} x {modality.size} px, {modality.dtype}"
+    if "surface_height" in quantities and "terrain_height" in quantities:
+        return _height_tiles(modality, array, quantities, note)
+    colours = colour_bands(modality)
+    names = [band.name for band in modality.bands]
+    if colours is None:
+        return [_Tile(f"{modality.name}: {names[0]}", None if array is None else _stretched(array[[0, 0, 0]]), note)]
+    composites = [colours]
+    wavelengths = [band.wavelength or 0.0 for band in modality.bands]
+    infrared = int(np.argmin(np.abs(np.array(wavelengths) - _NEAR_INFRARED)))
+    if infrared not in colours:
+        composites.append([infrared, *colours[:2]])
+    titles = [f"{modality.name}: {' '.join(names[k] for k in bands)}" for bands in composites]
+    pictures = [None if array is None else _stretched(array[bands], bands == colours) for bands in composites]
+    return [_Tile(title, picture, note) for title, picture in zip(titles, pictures)]
+
+
+def _height_tiles(modality: Modality, array: np.ndarray | None, quantities: list[Any], note: str) -> list[_Tile]:
+    titles = [f"{modality.name}: {word}" for word in ("surface, shaded", "terrain, shaded", "surface - terrain")]
+    if array is None:
+        return [_Tile(title, None) for title in titles]
+    limit = -math.inf if modality.nodata_below is None else modality.nodata_below
+    heights = np.where(np.isfinite(array) & (array >= limit), array, np.nan).astype(np.float64)
+    surface, terrain = (heights[quantities.index(name)] for name in ("surface_height", "terrain_height"))
+    shaded = [np.nan_to_num(hillshade(values, modality.gsd)) for values in (surface, terrain)]
+    return [
+        _Tile(titles[0], shaded[0], f"{_range(surface)}, {note}"),
+        _Tile(titles[1], shaded[1], f"{_range(terrain)}, {note}"),
+        _Tile(titles[2], surface - terrain, unit="m"),
+    ]
+
+
+def _range(values: np.ndarray) -> str:
+    if not np.isfinite(values).any():
+        return "no height"
+    return f"{np.nanmin(values):.1f} to {np.nanmax(values):.1f} m"
+
+
+def _stretched(bands: np.ndarray, together: bool = False) -> np.ndarray:
+    """(3, H, W) to (H, W, 3) in 0..1 between 2nd and 98th percentile: of each band, or of all to keep true colours."""
+    low, high = np.percentile(bands, _STRETCH, axis=(0, 1, 2) if together else (1, 2), keepdims=True)
+    return np.clip((bands - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
+
+
+def _limits(values: np.ndarray, percentiles: tuple[float, float] = _STRETCH) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = np.percentile(finite, percentiles)
+    return float(low), float(max(high, low + 1e-3))
+
+
+def _is_radar(modality: Modality) -> bool:
+    return modality.representation == "decibel"
+
+
+def _draw_series(
+    page: _Page, manifest: Manifest, row: int, modality: Modality, array: np.ndarray | None, top: float, side: float
+) -> float:
+    """A strip of dates; the top of what comes below it."""
+    below = top + _TITLE + side + (0.62 if _is_radar(modality) else 0.28)
+    if array is None or len(array) == 0:
+        page.text(_MARGIN, top + 0.05, f"{modality.name}", fontsize=8.5)
+        _draw_missing(
+            page.axes(_MARGIN, top + _TITLE, _WIDTH - 2 * _MARGIN, side), "missing" if array is None else "no date"
+        )
+        return below
+    days = manifest.index.dates(modality.name, row)
+    chosen = np.unique(np.linspace(0, len(array) - 1, min(_DATES, len(array))).astype(int))
+    what = f"{modality.name}: {len(chosen)} of {len(array)} dates, {modality.gsd:g} m"
+    shown = represent(array[chosen], modality.representation, modality.nodata_below)
+    if _is_radar(modality):
+        page.text(_MARGIN, top + 0.05, f"{what}, {modality.bands[0].name} in dB", fontsize=8.5)
+        low, high = _limits(shown[:, 0][array[chosen, 0] > 0])  # zeros at the edge of a swath are no echoes
+    else:
+        colours = colour_bands(modality) or [0]
+        names = " ".join(modality.bands[k].name for k in colours)
+        page.text(_MARGIN, top + 0.05, f"{what}, {names}, one stretch for all dates", fontsize=8.5)
+        pictures = date_pictures(shown, modality, _clear(shown))
+    for column, index in enumerate(chosen):
+        left = _MARGIN + column * (side + 0.08)
+        axis = page.axes(left, top + _TITLE, side, side)
+        if _is_radar(modality):
+            image = axis.imshow(shown[column, 0], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+        else:
+            axis.imshow(pictures[column], interpolation="nearest")
+        day = str(days[index].astype("datetime64[D]")) if len(days) == len(array) else f"step {index + 1}"
+        axis.set_xlabel(day, fontsize=7.5, labelpad=2)
+    if _is_radar(modality):
+        _draw_scale(page, image, f"{modality.bands[0].name}, dB", _MARGIN, top + _TITLE + side + 0.24, 3.0)
+    return below
+
+
+def _clear(frames: np.ndarray) -> np.ndarray:
+    """The darker half of the dates: clouds and snow, which are bright, must not set the contrast."""
+    brightness = np.nan_to_num(frames, nan=np.inf).reshape(len(frames), -1).mean(axis=1)
+    return brightness <= np.median(brightness)
+
+
+def _classes(band: Band, array: np.ndarray | None, index: int) -> list[tuple[int, float]]:
+    """Values that occur, the most frequent first, with their share."""
+    if array is None or band.scheme is None:
+        return []
+    values, counts = np.unique(array[index], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(int(values[k]), float(counts[k] / counts.sum())) for k in order if values[k] < len(band.scheme)]
+
+
+def _draw_label(
+    page: _Page,
+    modality: Modality,
+    index: int,
+    array: np.ndarray | None,
+    found: list[tuple[int, float]],
+    left: float,
+    top: float,
+) -> None:
+    scheme = modality.schemes[index]
+    axis = page.axes(left, top, _SIDE, _SIDE)
+    axis.set_title(f"{scheme.name} ({modality.gsd:g} m)", fontsize=8.5, loc="left", pad=3)
+    if array is None:
+        _draw_missing(axis)
+        return
+    axis.imshow(palette(scheme)[np.minimum(array[index], len(scheme) - 1)], interpolation="nearest")
+    handles = [Patch(facecolor=f"#{scheme.colours[value]}", edgecolor="#888888", linewidth=0.5) for value, _ in found]
+    names = [f"{scheme.classes[value]}  {share:.1%}" for value, share in found]
+    axis.legend(
+        handles,
+        names,
+        loc="upper left",
+        bbox_to_anchor=(0.0, -0.02),
+        fontsize=7,
+        frameon=False,
+        borderaxespad=0.0,
+        borderpad=0.2,
+        handlelength=1.4,
+        labelspacing=0.35,
+    )
+
+
+def _draw_missing(axis: Axes, text: str = "missing") -> None:
+    axis.set_facecolor("#f2f2f2")
+    axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color="#777777", transform=axis.transAxes)
+
+
+def _draw_scale(page: _Page, image: ScalarMappable, unit: str, left: float, top: float, width: float) -> None:
+    axis = page.axes(left, top, width, 0.09)
+    bar = page.figure.colorbar(image, cax=axis, orientation="horizontal")
+    bar.ax.tick_params(labelsize=7, length=2, pad=1)
+    bar.outline.set_linewidth(0.5)
+    page.text(left + width + 0.06, top - 0.02, unit, fontsize=7)

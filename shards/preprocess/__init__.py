@@ -1,0 +1,1 @@
+"""Turn stored values into encoder inputs: representation, standardisation, augmentation."""

@@ -1,0 +1,1 @@
+"""Read shards, local or remote, as batches in a deterministic order."""

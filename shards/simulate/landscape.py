@@ -1,0 +1,358 @@
+"""Plans of simulated landscapes: parcels, roads, hedges, villages and rivers, as vectors.
+
+A plan covers one ROI. Coordinates are metres from the ROI's upper-left corner, x to the east, y to the south. The plan
+of the 1950s has the same terrain, roads and rivers with smaller parcels, more hedges and fewer buildings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from bocage.shards.simulate.noise import SmoothField, generator
+from bocage.shards.simulate.regions import Region
+from bocage.shards.simulate.surfaces import COVERS, Palette, Surface, cultivated
+
+MARGIN = 30.0
+"""Metres of landscape around a ROI, so that shadows fall in from outside."""
+
+Border = tuple[np.ndarray, int]
+"""A segment between two parcels, (2, 2), and the depth of its split."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convex polygon, or a segment with a width, to be painted with one surface.
+
+    Attributes:
+        points: (n, 2) corners in order, metres; with ``width`` > 0 two ends of a segment (equal ends make a disc).
+        surface: index into the plan's palette.
+        width: metres.
+        inset: metres by which a polygon is painted smaller.
+        ragged: metres by which noise moves the outline.
+        pitch: rise of a roof in metres per metre from its edge.
+    """
+
+    points: np.ndarray
+    surface: int
+    width: float = 0.0
+    inset: float = 0.0
+    ragged: float = 0.0
+    pitch: float = 0.0
+
+
+@dataclass
+class LandUsePlan:
+    """The vectors of one ROI in one state (today or the 1950s)."""
+
+    surfaces: list[Surface] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+
+    def surface(self, surface: Surface) -> int:
+        """Index of ``surface`` in the palette, added when it is new."""
+        if surface in self.surfaces:
+            return self.surfaces.index(surface)
+        self.surfaces.append(surface)
+        return len(self.surfaces) - 1
+
+    def paint(self, points: np.ndarray, surface: Surface, **options: float) -> None:
+        """Add a shape on top of those before: ``points`` as (n, 2) metres, and further fields of ``Shape``."""
+        self.shapes.append(Shape(points, self.surface(surface), **options))
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """One ROI: terrain, and plans and palettes of today and of the 1950s."""
+
+    region: Region
+    altitude: float
+    terrain: SmoothField
+    outline: SmoothField
+    plans: dict[str, LandUsePlan]
+    palettes: dict[str, Palette]
+
+
+def _pick(random: np.random.Generator, weights: dict[str, float]) -> str:
+    values = np.array(list(weights.values()), float)
+    return list(weights)[int(random.choice(len(values), p=values / values.sum()))]
+
+
+def _area(polygon: np.ndarray) -> float:
+    x, y = polygon[:, 0], polygon[:, 1]
+    return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
+
+
+def _cut(polygon: np.ndarray, point: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two parts of a convex polygon on either side of a line, and the segment between them."""
+    side = (polygon - point) @ normal
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    crossings = []
+    for index in range(len(polygon)):
+        here, there = side[index], side[(index + 1) % len(polygon)]
+        parts[int(here > 0)].append(polygon[index])
+        if (here > 0) != (there > 0):
+            crossing = polygon[index] + (polygon[(index + 1) % len(polygon)] - polygon[index]) * here / (here - there)
+            crossings.append(crossing)
+            parts[0].append(crossing)
+            parts[1].append(crossing)
+    return np.array(parts[0]), np.array(parts[1]), np.array(crossings)
+
+
+def _long_axis(polygon: np.ndarray) -> float:
+    """Direction of the longest side, radians."""
+    sides = np.roll(polygon, -1, axis=0) - polygon
+    longest = sides[int(np.argmax((sides**2).sum(1)))]
+    return math.atan2(longest[1], longest[0])
+
+
+def _parcels(
+    random: np.random.Generator, polygon: np.ndarray, area: float, depth: int = 0
+) -> tuple[list[np.ndarray], list[Border]]:
+    """Recursive splits across the long axis: convex parcels, and borders with the depth of their split."""
+    if _area(polygon) < area * random.uniform(1.1, 2.4):
+        return [polygon], []
+    axis = _long_axis(polygon)
+    angle = axis + random.normal(0, 0.07)
+    centre = polygon.mean(0)
+    along = np.array([math.cos(axis), math.sin(axis)])
+    extent = np.ptp(polygon @ along)
+    across = np.ptp(polygon @ np.array([-along[1], along[0]]))
+    if across > extent:
+        angle += math.pi / 2
+    normal = np.array([math.cos(angle), math.sin(angle)])
+    first, second, border = _cut(polygon, centre + normal * random.normal(0, 0.12) * max(extent, across), normal)
+    if len(border) != 2 or min(len(first), len(second)) < 3:
+        return [polygon], []
+    parcels, borders = [], [(border, depth)]
+    for part in (first, second):
+        inner_parcels, inner_borders = _parcels(random, part, area, depth + 1)
+        parcels += inner_parcels
+        borders += inner_borders
+    return parcels, borders
+
+
+def _rectangle(centre: np.ndarray, length: float, width: float, angle: float) -> np.ndarray:
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-along[1], along[0]])
+    corners = ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+    return np.array([centre + a * length * along + b * width * across for a, b in corners])
+
+
+def _depth_inside(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Distance from each of (n, 2) points to the nearest side of a convex polygon, (n,); negative outside."""
+    sides = np.roll(polygon, -1, axis=0) - polygon
+    normals = np.stack((-sides[:, 1], sides[:, 0]), 1) / (np.hypot(sides[:, 0], sides[:, 1]) + 1e-9)[:, None]
+    normals *= np.sign(((polygon.mean(0) - polygon) * normals).sum(1))[:, None]
+    return ((points[:, None] - polygon) * normals).sum(2).min(1)
+
+
+def _plots(
+    random: np.random.Generator, polygon: np.ndarray, spacing: tuple[float, float]
+) -> list[tuple[np.ndarray, float]]:
+    """Centres and directions of building plots on a jittered grid along the long axis of a parcel."""
+    angle = _long_axis(polygon)
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-along[1], along[0]])
+    steps = np.stack(np.meshgrid(np.arange(-6, 7), np.arange(-6, 7) + 0.5, indexing="ij"), -1).reshape(-1, 2)
+    steps = (steps + random.uniform(-0.14, 0.14, steps.shape)) * spacing
+    points = polygon.mean(0) + steps[:, :1] * along + steps[:, 1:] * across
+    points = points[_depth_inside(polygon, points) > 0.3 * min(spacing)]
+    return [(point, angle + turn) for point, turn in zip(points, random.normal(0, 0.05, len(points)), strict=True)]
+
+
+def _tree(plan: LandUsePlan, random: np.random.Generator, point: np.ndarray) -> None:
+    cover = COVERS["hedge" if random.random() < 0.75 else "conifer"]
+    plan.paint(
+        np.array([point, point]),
+        replace(cover, height=float(round(random.uniform(4, 10)))),
+        width=float(random.uniform(3.5, 8)),
+        ragged=0.6,
+    )
+
+
+def _village(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray, region: Region, built: float) -> None:
+    """Houses with gardens, drives, pools and trees; ``built`` is the probability that a plot has its house."""
+    plan.paint(polygon, COVERS["lawn"], inset=2.0)
+    for centre, angle in _plots(random, polygon, (19.0, 23.0)):
+        along = np.array([math.cos(angle), math.sin(angle)])
+        across = np.array([-along[1], along[0]])
+        if random.random() > built:
+            _tree(plan, random, centre)
+            continue
+        if random.random() < 0.75:
+            drive = COVERS[_pick(random, {"court": 2, "yard": 1, "road": 1})]
+            plan.paint(np.array([centre, centre + across * 14]), drive, width=float(random.uniform(3, 6)))
+        if random.random() < 0.4:
+            plan.paint(_rectangle(centre + along * 7, 6, 8, angle), COVERS[_pick(random, {"court": 2, "yard": 1})])
+        if random.random() < region.pools:
+            pool = centre - across * 10 + along * random.uniform(-4, 4)
+            plan.paint(_rectangle(pool, 11, 7, angle), COVERS["yard"])
+            plan.paint(_rectangle(pool, 8.5, 4.2, angle), COVERS["pool"])
+        name = _pick(random, region.roofs)
+        turn = angle + (math.pi / 2 if random.random() < 0.3 else 0.0)
+        roof = replace(
+            COVERS[name],
+            brightness=round(float(np.clip(random.normal(1, 0.2), 0.6, 1.5)), 1),
+            angle=turn,
+            height=round(float(random.uniform(3.0, 6.5)), 1),
+        )
+        pitch = 0.0 if name in ("flat roof", "bitumen roof", "steel roof") else 0.55
+        length, width = random.uniform(9, 15), random.uniform(7, 10)
+        plan.paint(_rectangle(centre, length, width, turn), roof, pitch=pitch)
+        if random.random() < 0.4:
+            plan.paint(_rectangle(centre + along * length * 0.5, 7, 6, turn), roof, pitch=pitch)
+        for _ in range(random.integers(0, 4)):
+            _tree(plan, random, centre + random.uniform(-11, 11, 2))
+
+
+def _works(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray) -> None:
+    """Large buildings on paved or gravelled ground."""
+    plan.paint(polygon, COVERS[_pick(random, {"road": 2, "yard": 1, "track": 1})], inset=3.0)
+    for centre, angle in _plots(random, polygon, (48.0, 42.0)):
+        kind = _pick(random, {"steel roof": 2, "flat roof": 1, "bitumen roof": 2})
+        roof = replace(
+            COVERS[kind],
+            height=round(float(random.uniform(5, 12))),
+            angle=angle,
+            brightness=round(float(random.uniform(0.7, 1.2)), 1),
+        )
+        plan.paint(_rectangle(centre, random.uniform(20, 38), random.uniform(14, 28), angle), roof)
+    for centre, _ in _plots(random, polygon, (17.0, 21.0)):
+        if random.random() < 0.12:
+            _tree(plan, random, centre)
+
+
+def _glass(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray) -> None:
+    plan.paint(polygon, COVERS[_pick(random, {"court": 2, "bare": 1, "lawn": 2})], inset=2.0)
+    for centre, angle in _plots(random, polygon, (34.0, 13.0)):
+        house = replace(COVERS["greenhouse"], angle=angle + math.pi / 2)
+        plan.paint(_rectangle(centre, random.uniform(20, 32), random.uniform(8, 11.5), angle), house, pitch=0.25)
+
+
+def _fill(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray, region: Region, kind: str) -> None:
+    """Cover one parcel with ``kind``, a key of ``region.covers``, or ``hamlet``."""
+    if kind in ("village", "hamlet"):
+        _village(plan, random, polygon, region, 0.92 if kind == "village" else 0.3)
+    elif kind == "works":
+        _works(plan, random, polygon)
+    elif kind == "glass":
+        _glass(plan, random, polygon)
+    elif kind == "pond":
+        plan.paint(polygon, COVERS["verge"], inset=1.0)
+        centre, radius = polygon.mean(0), 0.6 * math.sqrt(_area(polygon))
+        offset = random.normal(0, 0.15, 2) * radius
+        plan.paint(np.array([centre - offset, centre + offset]), COVERS["pond"], width=radius, ragged=3.0)
+    elif kind == "crops":
+        angle = _long_axis(polygon)
+        crop = cultivated(_pick(random, region.crops), random, region.soil, region.delay, angle)
+        plan.paint(polygon, crop, inset=float(random.uniform(0.6, 2.0)))
+    else:
+        cover = COVERS[kind]
+        background = region.soil if cover.background == "brown soil" else cover.background
+        if cover.canopy and kind != "scrub":
+            cover = replace(cover, height=cover.height * random.uniform(0.6, 1.3), vigour=random.uniform(0.92, 1.05))
+        plan.paint(polygon, replace(cover, background=background, delay=region.delay), inset=0.5, ragged=1.5)
+    if random.random() < 0.02:
+        plan.paint(np.array([polygon.mean(0)] * 2), COVERS["unknown"], width=12.0, ragged=2.0)
+
+
+def _former(random: np.random.Generator, region: Region, kind: str) -> str:
+    """What a parcel of today's ``kind`` was in the 1950s."""
+    if kind == "village":
+        return "hamlet" if random.random() < 0.35 else "crops"
+    if kind in ("works", "glass"):
+        return "crops"
+    if kind in region.covers and random.random() < 0.2:
+        return _former(random, region, _pick(random, region.covers))
+    return kind
+
+
+def _river(random: np.random.Generator, side: float) -> np.ndarray:
+    """A meandering line across a ROI, (n, 2)."""
+    angle = random.uniform(0, math.pi)
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-along[1], along[0]])
+    steps = np.linspace(-0.8 * side, 0.8 * side, 26)
+    bends = np.cumsum(random.normal(0, 3.0, len(steps)))
+    bends += 14 * np.sin(steps / 45 + random.uniform(0, 6)) - bends.mean()
+    middle = np.full(2, side / 2) + random.uniform(-0.25, 0.25, 2) * side
+    return middle + steps[:, None] * along + bends[:, None] * across
+
+
+def _line(plan: LandUsePlan, line: np.ndarray, surface: Surface, width: float, ragged: float = 0.0) -> None:
+    for start, end in itertools.pairwise(line):
+        plan.paint(np.array([start, end]), surface, width=width, ragged=ragged)
+
+
+def _lanes(plan: LandUsePlan, random: np.random.Generator, borders: list[Border], hedges: float, paved: bool) -> None:
+    """Lanes and hedges along parcel borders."""
+    for border, depth in borders:
+        if depth == 1 or random.random() < 0.12:
+            road = depth == 1 and paved
+            plan.paint(border, plan.surfaces[0], width=7.5 if road else 5.0)
+            plan.paint(
+                border, COVERS["road" if road else "track"], width=5.0 if road else 3.0, ragged=0.0 if road else 0.3
+            )
+        if random.random() < hedges:
+            aside = np.array([border[0, 1] - border[1, 1], border[1, 0] - border[0, 0]])
+            aside *= (4.0 if depth == 1 else 0.0) / (np.hypot(*aside) + 1e-9)
+            hedge = replace(COVERS["hedge"], height=float(random.integers(3, 11)))
+            plan.paint(border + aside, hedge, width=float(random.uniform(2.5, 6)), ragged=1.2)
+
+
+def _draw(region: Region, side: float, today: bool, *names: object) -> LandUsePlan:
+    """The plan of one state. Roads, rivers and today's parcels are drawn alike for both states."""
+    layout, random = generator(*names, "layout"), generator(*names, "now" if today else "then")
+    plan = LandUsePlan()
+    plan.surface(replace(COVERS["verge"], delay=region.delay, background=region.soil))
+    low, high = -MARGIN, side + MARGIN
+    ground = np.array([(low, low), (high, low), (high, high), (low, high)])
+    turn = layout.uniform(0, math.pi)
+    point, normal = np.full(2, side / 2) + layout.normal(0, side / 8, 2), np.array([math.cos(turn), math.sin(turn)])
+    first, second, main_road = _cut(ground, point, normal)
+    river = _river(layout, side) if layout.random() < region.rivers else None
+    river_width = layout.uniform(5, 16)
+    parcels, borders = [], []
+    for half in (first, second):
+        inner_parcels, inner_borders = _parcels(layout, half, region.parcel, 1)
+        parcels += inner_parcels
+        borders += inner_borders
+    for parcel in parcels:
+        kind = _pick(layout, region.covers)
+        if today:
+            _fill(plan, random, parcel, region, kind)
+            continue
+        strips, inner_borders = _parcels(random, parcel, 0.45 * region.parcel, 2)
+        borders += inner_borders
+        kind = _former(random, region, kind)
+        for strip in strips:
+            _fill(plan, random, strip, region, kind)
+    if river is not None:
+        _line(plan, river, replace(COVERS["hedge"], height=11.0), river_width + 12, ragged=4.0)
+        _line(plan, river, COVERS["river"], river_width, ragged=1.0)
+    hedges = region.hedges if today else min(0.95, 1.6 * region.hedges + 0.1)
+    _lanes(plan, random, borders, hedges, paved=today and layout.random() < 0.6)
+    plan.paint(main_road, plan.surfaces[0], width=11.0)
+    plan.paint(main_road, COVERS["road" if today else "track"], width=6.5 if today else 4.5)
+    for _ in range(random.integers(2, 9)):
+        _tree(plan, random, random.uniform(low, high, 2))
+    return plan
+
+
+def landscape(region: Region, side: float, *names: object) -> Landscape:
+    """The landscape of a ROI of ``side`` metres; a function of the region and ``names`` (seed, domain, ROI)."""
+    random = generator(*names, "relief")
+    span = side + 2 * MARGIN
+    altitude = random.uniform(*region.altitude)
+    plans = {era: _draw(region, side, era == "now", *names) for era in ("now", "then")}
+    return Landscape(
+        region=region,
+        altitude=altitude,
+        terrain=SmoothField(random, -MARGIN, span, cell=160.0, octaves=5, roughness=0.36),
+        outline=SmoothField(random, -MARGIN, span, cell=12.0, octaves=3, roughness=0.6),
+        plans=plans,
+        palettes={era: Palette(plan.surfaces) for era, plan in plans.items()},
+    )

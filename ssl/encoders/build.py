@@ -1,0 +1,55 @@
+"""Builds the encoder that a configuration asks for."""
+
+from __future__ import annotations
+
+import reprlib
+
+from bocage.shards.errors import InputError
+from bocage.shards.preprocess.normalize import InputSpec
+from bocage.ssl.encoders.base import Encoder, EncoderConfig
+from bocage.ssl.encoders.options import check_options
+from bocage.ssl.encoders.utae import UTAE
+
+
+def _utae(spec: InputSpec, config: EncoderConfig) -> UTAE:
+    check_options(config.options, UTAE, reserved=("input_dim",), of="U-TAE")
+    try:
+        return UTAE(len(spec.channels), **config.options)
+    except (MemoryError, RuntimeError) as error:  # torch cannot allocate it, or would allocate more than is allowed
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"U-TAE cannot be built with options {reprlib.repr(config.options)}: {reason}") from error
+
+
+def build_encoder(spec: InputSpec, config: EncoderConfig, mask_token: bool = False) -> Encoder:
+    """A randomly initialised encoder of the input ``spec``.
+
+    Args:
+        spec: the sensor, its channels and statistics.
+        config: the architecture and its options.
+        mask_token: whether an image encoder gets the learned token that its ``mask`` argument needs. It is not part
+            of a saved encoder. Series need none: their masked dates are left out.
+
+    Raises:
+        InputError: an unknown architecture, name or option, or an architecture that cannot read this input.
+    """
+    if config.architecture not in ("swin", "utae"):
+        raise InputError(f"encoder architecture {config.architecture!r} is unknown; choose swin or utae")
+    expected = "utae" if spec.series else "swin"
+    if config.architecture != expected:
+        kind = "a time series" if spec.series else "an image"
+        raise InputError(
+            f"{spec.modality} is {kind}: its encoder architecture is {expected}, not {config.architecture}"
+        )
+    if config.fixed_size is not None and spec.series:
+        raise InputError(f"{spec.modality}: fixed_size={config.fixed_size} is for images; U-TAE takes every size")
+    encoder: Encoder
+    if spec.series:
+        encoder = _utae(spec, config)
+    else:
+        from bocage.ssl.encoders.swin import SwinEncoder  # imports timm, which takes seconds and series do not need
+
+        size = config.fixed_size
+        encoder = SwinEncoder(len(spec.channels), config.name, config.options, mask_token, fixed_size=size)
+    encoder.spec = spec
+    encoder.config = config
+    return encoder

@@ -1,0 +1,1 @@
+"""Detect and diagnose training problems: bad steps, collapse, dead ranks."""

@@ -1,0 +1,1 @@
+"""Record metrics, provenance and profiles of a run."""

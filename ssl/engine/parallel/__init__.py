@@ -1,0 +1,1 @@
+"""Distributed training: ranks, collectives, FSDP, block compilation."""

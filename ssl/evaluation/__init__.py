@@ -1,0 +1,1 @@
+"""Evaluate encoders during and after pretraining: probes, scores, reconstructions, attention."""

@@ -1,0 +1,1 @@
+"""Self-supervised objectives: masked reconstruction, contrast between sensors, latent prediction."""

@@ -1,0 +1,116 @@
+"""Pretrains and fine-tunes on all ranks of a torchrun launch, with whole and with divided weights.
+
+torchrun --nproc_per_node 2 fsdp_run.py SHARDS OUTPUT CASE [CASE ...]
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from small_recipes import PRETRAIN
+
+from bocage import recipes
+from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.train import finetune
+from bocage.shards.errors import InputError
+from bocage.ssl.engine.parallel.distributed import all_gather_with_grad, rank_and_world
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+
+PRETRAINING = [
+    *PRETRAIN,
+    "modalities=[AERIAL_RGBI,DEM_ELEV,SENTINEL2_TS]",
+    "split=all",
+    "window=51.2",
+    "batch_size=1",
+    "engine.accumulation=2",
+    "engine.ema_decay=0.5",
+    "masking.map_ratio=0",
+    "engine.steps=4",
+    "engine.save_every=2",
+]
+IMAGES = "modalities=[AERIAL_RGBI,DEM_ELEV]"  # no dropout, which would be another one on another number of ranks
+FSDP = ["engine.parallel=fsdp", "engine.checkpoint=sharded", "engine.activation_checkpointing=true"]
+FINETUNING = [
+    "recipe=finetune_quickstart",
+    "modalities=[AERIAL_RGBI,SENTINEL2_TS]",
+    "auxiliary=[SENTINEL2_TS]",
+    "split=all",
+    "window=51.2",
+    "batch_size=2",
+    "predictions=0",
+    "engine.steps=2",
+    "engine.log_every=1",
+    "engine.optimizer.warmup_steps=0",
+]
+
+
+def check_gathering() -> None:
+    """What a rank receives through gathering, also where gradients come in transposed, is what one rank would have."""
+    rank, _ = rank_and_world()
+    generator = torch.Generator().manual_seed(0)
+    everything, factors = (
+        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((4, 3, 5), (4, 4))
+    )
+    own = slice(2 * rank, 2 * rank + 2)
+
+    def loss(queries: torch.Tensor, keys: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return (factor * (queries[:, 1] @ keys.transpose(0, 1)[2].T).exp()).sum()
+
+    mine = everything[own].clone().requires_grad_()
+    keys = all_gather_with_grad(mine)
+    assert torch.equal(keys, everything)
+    loss(mine, keys, factors[own]).backward()
+    alone = everything.clone().requires_grad_()
+    loss(alone, alone, factors).backward()
+    assert mine.grad is not None and alone.grad is not None
+    torch.testing.assert_close(mine.grad, alone.grad[own])
+    assert all_gather_with_grad(torch.tensor([rank == 1])).tolist() == [False, True]
+
+
+def main(shards: str, output: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+
+    def pretrained(name: str, *words: str) -> None:
+        words = (*PRETRAINING, f"shards={shards}", f"output={output / name}", *words)
+        assert pretrain(recipes.resolve(PretrainConfig, list(words))).exit_code == 0
+
+    for case in cases:
+        match case:
+            case "ddp":
+                pretrained(case)
+            case "gather":
+                check_gathering()
+            case "fsdp":
+                pretrained(case, *FSDP)
+            case "parts":  # the first ends in files of two ranks; the state is gathered in the second
+                pretrained(case, *FSDP, "engine.steps=2", "engine.optimizer.final_learning_rate=1.0")
+                pretrained(case, "engine.parallel=fsdp", "engine.resume_allow=['*']")
+            case "images":
+                pretrained(case, *FSDP, IMAGES)
+            case "half":  # for another number of ranks to go on with
+                pretrained(case, *FSDP, IMAGES, "engine.steps=2", "engine.optimizer.final_learning_rate=1.0")
+            case "lars":
+                pretrained(case, *FSDP, "engine.optimizer.name=lars", "engine.steps=2")
+            case "lars_ddp":
+                pretrained(case, "engine.optimizer.name=lars", "engine.steps=2")
+            case "compiled":
+                pretrained(case, *FSDP, "engine.compile=eager", "engine.steps=2", "modalities=[AERIAL_RGBI]")
+            case "tuned" | "tuned_fsdp":
+                words = ["engine.parallel=fsdp"] if case == "tuned_fsdp" else []
+                words = [*FINETUNING, *words, f"shards={shards}", f"output={output / case}"]
+                finetune(recipes.resolve(FinetuneConfig, words))
+            case "blocked":  # a rank that cannot write its part
+                pretrained(case, *FSDP, "engine.steps=2")
+                if rank_and_world()[0] == 1:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+                try:
+                    pretrained(case, *FSDP)
+                except InputError as error:
+                    print(f"refused on rank {rank_and_world()[0]}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

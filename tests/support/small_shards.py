@@ -1,0 +1,24 @@
+"""Small catalogues for tests of sharding, and what a folder of shards holds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from small_tree import write_tree
+
+from bocage.shards.source.catalogue import Catalogue
+
+KEYS = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(2) for column in range(3)]
+SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, however deep, by its path."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def small(folder: Path, patches: int = 6) -> Catalogue:
+    """A tree of patches with a few small rasters in ``folder/tree``."""
+    return Catalogue.open(write_tree(folder / "tree", KEYS[:patches], SMALL))

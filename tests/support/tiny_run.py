@@ -1,0 +1,204 @@
+"""A small but real training run for tests of the engine; also a script, for tests that start, kill and resume it.
+
+python tiny_run.py OUTPUT [--steps N] [...]           one run; exits with the outcome's code
+torchrun --nproc_per_node 2 tiny_run.py OUTPUT ...    the same on two ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bocage.shards.batch import Batch
+from bocage.shards.counter_rng import uniform
+from bocage.shards.sample_seed import sample_seed
+from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.optim import OptimizerConfig
+from bocage.ssl.engine.run import Outcome
+from bocage.ssl.engine.trainer import train
+
+MODALITY = "DEM_ELEV"
+
+
+class TinySource:
+    """An endless order of small rasters, each a function of its place.
+
+    Args:
+        batch_size: per rank.
+        broken: places of the order whose raster is NaN.
+        interrupt_at: place before whose batch the process sends itself SIGTERM.
+        pause: seconds to wait for each batch.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 4,
+        broken: frozenset[int] = frozenset(),
+        interrupt_at: int | None = None,
+        pause: float = 0.0,
+    ) -> None:
+        self.batch_size = batch_size
+        self.broken, self.interrupt_at, self.pause = broken, interrupt_at, pause
+        self.started_at: list[int] = []
+
+    def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
+        self.started_at.append(position)
+        while True:
+            time.sleep(self.pause)
+            if self.interrupt_at is not None and position == self.interrupt_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            # What a DataLoader does whenever it starts, here at every batch: draw from the global generator.
+            torch.rand(())
+            places = [position + rank + world * index for index in range(self.batch_size)]
+            seeds = torch.tensor([sample_seed(0, 0, f"place {place}") for place in places])
+            values = uniform(seeds, "raster", 2, 8, 8)
+            values[[place in self.broken for place in places]] = torch.nan
+            yield Batch(
+                keys=[f"place {place}" for place in places],
+                rois=["D001-2020/AA-S1-1"] * len(places),
+                seeds=seeds,
+                windows=torch.tensor([[0.0, 0.0, 102.4]]).repeat(len(places), 1),
+                values={MODALITY: values},
+                present={MODALITY: torch.ones(len(places), dtype=torch.bool)},
+                dates={},
+                padding={},
+            )
+            position += self.batch_size * world
+
+
+class TinyTask(nn.Module):
+    """Learns the local slope of a raster, with what real tasks have: dropout, running statistics, a tied weight, and
+    a branch that some steps leave without a gradient. ``plain=True`` leaves all that out."""
+
+    def __init__(self, plain: bool = False) -> None:
+        super().__init__()
+        self.plain = plain
+        self.first = nn.Conv2d(2, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8) if plain else nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(0.0 if plain else 0.1)
+        self.head = nn.Conv2d(8, 1, 1)
+        self.branch = nn.Linear(8, 1)
+        self.tied = self.head
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        values = batch.values[MODALITY]
+        slope = values[:, :1] - values[:, 1:].roll(1, dims=-1)
+        hidden = self.dropout(torch.relu(self.norm(self.first(values))))
+        error = (self.tied(hidden) - slope).square().mean()
+        logs = {"error": error.detach()}
+        if not self.plain and int(batch.seeds[0]) % 2:
+            extra = (self.branch(hidden.mean(dim=(-2, -1))) - slope.mean(dim=(-2, -1))).square().mean()
+            logs["extra"] = extra.detach()
+            return error + extra, logs
+        return error, logs
+
+
+def run(
+    output: Path,
+    source: TinySource | None = None,
+    *,
+    task: TinyTask | None = None,
+    plain: bool = False,
+    options: dict[str, Any] | None = None,
+    **engine: Any,
+) -> tuple[Outcome, TinyTask]:
+    """Train a ``TinyTask``; ``engine`` are keys of ``EngineConfig``, ``options`` further arguments of ``train``."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    task = task or TinyTask(plain)
+    keys = {"steps": 12, "save_every": 4, "log_every": 2, "optimizer": OptimizerConfig(learning_rate=1e-2)} | engine
+    arguments = {"recipe": "tiny", "resolved": {"batch_size": 4}} | (options or {})
+    outcome = train(task, source or TinySource(), EngineConfig(**keys), output=output, **arguments)
+    return outcome, task
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    """Lines of the metrics file."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def _slow_export(task: nn.Module, folder: Path) -> None:
+    """Keeps a save busy, so that a kill can hit it."""
+    (folder / "encoder").write_bytes(bytes(1 << 16))
+    time.sleep(0.05)
+
+
+def _no_picture(task: nn.Module, step: int) -> dict[str, Path]:
+    raise RuntimeError("out of colours")
+
+
+def _wait(child: int, output: Path, when: str) -> None:
+    """Return when a run has done two more steps, or is in the middle of its second save; the first one succeeded."""
+    began, seen = _recorded(output), set[str]()
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        seen.update(item.name for item in (output / "checkpoints").glob(".step-*.partial"))
+        if len(seen) >= 2 if when == "save" else _recorded(output) >= began + 2:
+            return
+        time.sleep(0.001)
+    raise RuntimeError("the run ended before it was killed")
+
+
+def _recorded(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--save-every", type=int, default=4)
+    parser.add_argument("--tracker", default="none")
+    parser.add_argument("--rank-timeout", type=float, default=1800.0)
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--slow-export", action="store_true")
+    parser.add_argument("--draw-fails", action="store_true")
+    parser.add_argument("--broken", type=int, nargs="*", default=[])
+    parser.add_argument("--kill", choices=["step", "save"], nargs="*", default=[], help="kill a forked run this often")
+    words = parser.parse_args()
+    options: dict[str, Any] = {"resolved": {"hub_token": os.environ.get("TINY_TOKEN", "")}}
+    if words.slow_export:
+        options["export"] = _slow_export
+
+    if words.draw_fails:
+        options["draw"] = _no_picture
+
+    def once() -> int:
+        outcome, _ = run(
+            words.output,
+            TinySource(words.batch_size, broken=frozenset(words.broken), pause=words.pause),
+            plain=words.plain,
+            options=options,
+            steps=words.steps,
+            save_every=words.save_every,
+            log_every=1,
+            rank_timeout=words.rank_timeout,
+            tracker=words.tracker,
+        )
+        return outcome.exit_code
+
+    # Importing torch takes longer than a run: killed runs are forks of this process, which itself computes nothing.
+    for when in words.kill:
+        child = os.fork()
+        if child == 0:
+            os._exit(once())
+        _wait(child, words.output, when)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return once()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
