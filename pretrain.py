@@ -1,8 +1,11 @@
-"""Pretrain encoders: ``accelerate launch pretrain.py recipe=mae_multimodal shards=PATH [key=value ...]``."""
+"""Pretrain encoders: ``accelerate launch pretrain.py recipe=mae_multimodal shards=PATH [key=value ...]``.
+
+The same as ``bocage pretrain``, as a script for launchers that take one.
+"""
 
 import sys
 
-from bocage.ssl.pretrain import main
+from bocage.tools.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

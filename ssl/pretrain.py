@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from bocage import recipes
 from bocage.shards.errors import InputError
 from bocage.shards.files import check_apart
 from bocage.shards.format.manifest import Manifest
@@ -40,14 +38,6 @@ from bocage.ssl.objectives.model import PretrainingModel
 from bocage.ssl.objectives.pooled_contrast import PooledConfig, PooledContrast, PooledVICReg
 
 OBJECTIVES = ("masked", "contrastive", "global", "vicreg", "latent")
-USAGE = """\
-usage: accelerate launch pretrain.py recipe=NAME shards=PATH [key=value ...] [--print-config]
-
-Pretrain one encoder a modality. Every key of the recipe can be overridden: engine.steps=1000, batch_size=8,
-masking.images=mask_token, encoders.MODALITY=FOLDER (or hf:org/name, imagenet, imagenet:FILE) to start from given
-weights. --print-config prints the resolved configuration and stops.
-
-recipes: {recipes}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,24 +270,3 @@ def draws(
         return paths
 
     return draw
-
-
-def main(arguments: list[str]) -> int:
-    """``pretrain.py``: returns the exit status."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE.format(recipes=", ".join(recipes.recipes_for(PretrainConfig))))
-        return 0 if arguments else 2
-    words = [word for word in arguments if word != "--print-config"]
-    try:
-        config = recipes.resolve(PretrainConfig, words)
-        if len(words) < len(arguments):
-            print(recipes.to_yaml(config), end="")
-            return 0
-        return pretrain(config).exit_code
-    except InputError as error:
-        print(f"pretrain: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -174,18 +174,18 @@ def test_a_resumed_run_follows_its_shards_but_not_other_ones(tmp_path: Path) -> 
     ],
 )
 def test_wrong_input_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from bocage.ssl.pretrain import main
+    from bocage.tools.main import main
 
-    assert main(words) == 2
+    assert main(["pretrain", *words]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
 def test_print_config_shows_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    from bocage.ssl.pretrain import main
+    from bocage.tools.main import main
 
-    assert main(["recipe=quickstart", "engine.steps=70", "--print-config"]) == 0
+    assert main(["pretrain", "recipe=quickstart", "engine.steps=70", "--print-config"]) == 0
     config = capsys.readouterr().out
     assert "steps: 70" in config
     assert "window: 51.2" in config

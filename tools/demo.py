@@ -49,9 +49,15 @@ def _demo(arguments: argparse.Namespace) -> int:
     demo.command("bocage", "bocage", ["shard", tree, shards, "--workers", processes, "--shard-mb", 32])
 
     demo.announce("3. Pretrain one encoder a sensor, without labels")
-    words = ["recipe=quickstart", f"shards={shards}", f"output={pretrained}", f"batch_size={8 // processes}"]
+    words = [
+        "pretrain",
+        "recipe=quickstart",
+        f"shards={shards}",
+        f"output={pretrained}",
+        f"batch_size={8 // processes}",
+    ]
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m"]
-    demo.command(f"torchrun --nproc_per_node {processes} pretrain.py", [*launcher, "bocage.ssl.pretrain"], words)
+    demo.command(f"torchrun --nproc_per_node {processes} -m bocage", [*launcher, "bocage"], words)
 
     demo.announce("4. Fine-tune on few labels, from the encoders and from scratch, one process a core")
     registry = Manifest.open(shards).registry

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable
 
 from bocage.shards.errors import InputError
 from bocage.tools.cli.examples import add_examples
+from bocage.tools.cli.logging_setup import configure_logging
 
 COMMANDS = {
     "sample": "write simulated patches in FLAIR-HUB's own format",
     "shard": "turn a FLAIR-HUB tree into WebDataset shards with a manifest",
     "verify": "check shards against their manifest and name what is broken",
     "inspect": "print what shards hold, and draw a patch in all its modalities",
+    "pretrain": "pretrain one encoder per modality on unlabelled shards",
     "finetune": "train UPerFuse on labels, from pretrained encoders or from scratch",
     "evaluate": "measure a fine-tuned model on any patches, also without each of its sensors",
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
@@ -59,7 +61,6 @@ def build_parser(whole: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bocage",
         description="Self-supervised pretraining of Earth-observation encoders on FLAIR-HUB.",
-        epilog="Pretraining has its own launcher: accelerate launch pretrain.py recipe=mae_multimodal shards=PATH",
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("bocage"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.words += rest
+    configure_logging()
     return guarded(lambda: parsed.run(parsed))
 
 

@@ -152,7 +152,7 @@ class Study:
         for names, words, output in self.pretraining(variant, seed):
             if not (output / "encoders" / names[-1] / "config.json").exists():
                 words = [*words, f"shards={self.data()}", f"output={output}"]
-                self.command(f"pretrain-{output.name}", "-m", "bocage.ssl.pretrain", *words)
+                self.command(f"pretrain-{output.name}", "-m", "bocage", "pretrain", *words)
 
     def finetuning(self, start: str, seed: int, case: Case) -> tuple[list[str], Path]:
         """Words of the command line and folder of a fine-tuning run, from a variant's encoder or from scratch."""

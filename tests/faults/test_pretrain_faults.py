@@ -17,7 +17,7 @@ from small_recipes import PRETRAIN
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
-from bocage.ssl.pretrain import main
+from bocage.tools.main import main
 
 STEPS = 6
 LAST, BEFORE = "step-00000006", "step-00000004"
@@ -36,7 +36,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed")
-    assert main([*words, f"output={output}"]) == 0
+    assert main(["pretrain", *words, f"output={output}"]) == 0
     return output
 
 
@@ -58,14 +58,14 @@ def test_a_full_disk_spares_what_was_saved(
     room = size(undisturbed / "checkpoints" / LAST)
     with tmpfs(tmp_path / "disk", f"{round(1.6 * room)}") as disk:
         output = disk / "run"
-        assert main([*words, f"output={output}"]) == 2
+        assert main(["pretrain", *words, f"output={output}"]) == 2
         said = capsys.readouterr().err
-        assert f"pretrain: error: cannot write checkpoint {output}/checkpoints/{BEFORE}: " in said
+        assert f"bocage: error: cannot write checkpoint {output}/checkpoints/{BEFORE}: " in said
         assert "space" in said.splitlines()[-1]
         assert "Traceback" not in said
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"]
         remount(disk, "size=1g")
-        assert main([*words, f"output={output}"]) == 0
+        assert main(["pretrain", *words, f"output={output}"]) == 0
         assert "resuming at step 2 of 6" in capsys.readouterr().err
         assert_same(output, undisturbed)
 
@@ -76,9 +76,9 @@ def test_no_room_for_a_line_of_metrics_is_a_sentence_too(
     with tmpfs(tmp_path / "disk", "8k") as disk:
         (disk / "run").mkdir()
         (disk / "filler").write_bytes(bytes(8192))
-        assert main([*words, f"output={disk / 'run'}"]) == 2
+        assert main(["pretrain", *words, f"output={disk / 'run'}"]) == 2
         said = capsys.readouterr().err
-        assert f"pretrain: error: {disk}/run/metrics.jsonl cannot be written: No space left on device" in said
+        assert f"bocage: error: {disk}/run/metrics.jsonl cannot be written: No space left on device" in said
         assert "Traceback" not in said
 
 
@@ -90,13 +90,13 @@ def test_a_read_only_output_is_a_sentence(
         shutil.copytree(undisturbed, output)
         shutil.rmtree(output / "checkpoints" / LAST)
         remount(disk, "ro")
-        assert main([*words, f"output={output}"]) == 2
+        assert main(["pretrain", *words, f"output={output}"]) == 2
         said = capsys.readouterr().err
         assert str(output) in said and "Read-only file system" in said and "Traceback" not in said
-        assert main([*words, f"output={disk / 'other'}"]) == 2
+        assert main(["pretrain", *words, f"output={disk / 'other'}"]) == 2
         assert "Read-only file system" in capsys.readouterr().err
         remount(disk, "rw")
-        assert main([*words, f"output={output}"]) == 0
+        assert main(["pretrain", *words, f"output={output}"]) == 0
         assert_same(output, undisturbed)
 
 
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     harm(output / "checkpoints" / LAST / name)
-    assert main([*words, f"output={output}"]) == 0
+    assert main(["pretrain", *words, f"output={output}"]) == 0
     said = capsys.readouterr().err
     what = f"the SHA-256 of {name} is not" if harm is flip else f"{name} has"
     assert f"checkpoint {output}/checkpoints/{LAST} is damaged ({what}" in said
@@ -157,7 +157,7 @@ def test_a_pickle_payload_with_the_right_hash_is_refused(
     marker = json.loads((folder / "complete.json").read_text())
     marker["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "complete.json").write_text(json.dumps(marker))
-    assert main([*words, f"output={output}", "engine.steps=8"]) == 2
+    assert main(["pretrain", *words, f"output={output}", "engine.steps=8"]) == 2
     said = capsys.readouterr().err
     assert f"{folder / name}" in said.splitlines()[-1] and "Traceback" not in said
     assert not Path("executed").exists()

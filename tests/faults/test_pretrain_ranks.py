@@ -21,7 +21,7 @@ from small_recipes import PRETRAIN
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
-from bocage.ssl.pretrain import main
+from bocage.tools.main import main
 
 pytestmark = pytest.mark.slow  # every launch takes some 10 s
 
@@ -106,10 +106,10 @@ def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, s
         common += ["weights.contrastive=0", "weights.latent=1", "latent.decoder.width=32"]
     if objective == "global":
         common += ["weights.contrastive=0", "weights.global=1", "weights.vicreg=0.01"]
-    assert main(command(shards, one, "engine.steps=20", "batch_size=4", *common)[1:]) == 0
+    assert main(["pretrain", *command(shards, one, "engine.steps=20", "batch_size=4", *common)[1:]]) == 0
     words = ["batch_size=2", *common, f"engine.parallel={parallel}"]
     finished(two_ranks(command(shards, many, "engine.steps=7", *words)))
-    assert main(command(shards, many, "engine.steps=14", "batch_size=4", *common)[1:]) == 0
+    assert main(["pretrain", *command(shards, many, "engine.steps=14", "batch_size=4", *common)[1:]]) == 0
     said = finished(two_ranks(command(shards, many, "engine.steps=20", *words)))
     assert "resuming at step 14 of 20" in said
     assert "a step now has" not in said  # as many samples as before
@@ -126,7 +126,7 @@ def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, s
 
 def test_another_batch_is_told_of(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished(two_ranks(command(shards, tmp_path, "engine.steps=2", "batch_size=2")))
-    assert main(command(shards, tmp_path, "engine.steps=3", "batch_size=2")[1:]) == 0
+    assert main(["pretrain", *command(shards, tmp_path, "engine.steps=3", "batch_size=2")[1:]]) == 0
     assert "a step now has 2 samples in place of 4 (1 ranks, were 2)" in capsys.readouterr().err
 
 

@@ -317,10 +317,10 @@ def test_a_process_that_waits_for_a_shard_ends_when_told(
 _READ_ONTO_A_FULL_DISK = """
 import sys
 from pathlib import Path
-from test_cache import QUICK, SIZE, Cache, CacheConfig, InputError, Place, Wanted
+from test_cache import QUICK, SIZE, Cache, CacheConfig, InputError, ObjectStore, Wanted
 
 address, folder, digest = sys.argv[1:]
-cache = Cache(Place(address, QUICK), CacheConfig(folder=folder, size="1MB"), "d" * 64)
+cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=folder, size="1MB"), "d" * 64)
 try:
     cache.read(Wanted("s0.tar", SIZE, digest), 0, 1)
 except InputError as error:

@@ -180,7 +180,7 @@ def test_a_crop_that_does_not_divide_is_refused_before_anything_starts(
     assert main([*words, f"modalities=[{RELIEF}]", "window=70.4"]) == 2
     error = capsys.readouterr().err
     assert error == (
-        "pretrain: error: window=70.4: DEM_ELEV is 70.4 m wide there and is masked in pairs of blocks of 6.4 m (32 px, "
+        "bocage: error: window=70.4: DEM_ELEV is 70.4 m wide there and is masked in pairs of blocks of 6.4 m (32 px, "
         "masking.images=packed); windows that fit are 12.8, 25.6, 38.4, ... 102.4 m wide\n"
     )
     assert main([*words, f"modalities=[{RELIEF},{OPTICAL}]", "window=76.8"]) == 2

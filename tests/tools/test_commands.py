@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bocage.ssl.pretrain import main as pretrain_main
 from bocage.tools.cli.examples import EXAMPLES
 from bocage.tools.main import COMMANDS, build_parser, guarded, main
 
@@ -119,6 +118,6 @@ def test_ctrl_c_in_a_command_with_nothing_to_save_is_no_fault(capsys: pytest.Cap
 def test_a_run_does_not_write_among_shards(below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["recipe=finetune_quickstart", f"shards={tmp_path}", f"output={tmp_path / below}"]
     assert main(["finetune", *words]) == 2
-    assert pretrain_main(["recipe=quickstart", *words[1:]]) == 2
+    assert main(["pretrain", "recipe=quickstart", *words[1:]]) == 2
     assert capsys.readouterr().err.count("is among the shards: choose another folder") == 2
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,10 @@ bocage verify data/shards --decode all --json report.json""",
     "inspect": """\
 bocage inspect data/shards
 bocage inspect data/shards --picture patch.png""",
+    "pretrain": """\
+bocage pretrain recipe=mae_multimodal shards=data/shards output=runs/mae
+bocage pretrain recipe=quickstart shards=data/shards output=runs/quickstart engine.steps=20
+bocage pretrain recipe=mae_multimodal shards=data/shards --print-config""",
     "finetune": """\
 bocage finetune recipe=finetune_cosia shards=data/shards output=runs/cosia \\
     encoders.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI

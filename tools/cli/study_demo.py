@@ -101,6 +101,4 @@ def pretraining(part: Part, way: str, shards: Path, out: Path) -> TrainingProces
     # The last of the encoders is written when the others are there.
     finished = f"encoders/{part.sensors[-1]}/config.json"
     title = f"{part.title}, {way}"
-    return TrainingProcess(
-        title, "python pretrain.py", ("bocage.ssl.pretrain",), tuple(words), output, finished, part.steps
-    )
+    return TrainingProcess(title, "bocage pretrain", ("bocage", "pretrain"), tuple(words), output, finished, part.steps)

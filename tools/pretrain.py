@@ -1,0 +1,32 @@
+"""``bocage pretrain recipe=NAME key=value ...``: pretrain one encoder per modality."""
+
+from __future__ import annotations
+
+import argparse
+
+from bocage import recipes
+from bocage.ssl.pretrain import PretrainConfig, pretrain
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="recipe=mae_multimodal shards=PATH output=PATH, and any key of the recipe",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.epilog = (
+        f"recipes: {', '.join(recipes.recipes_for(PretrainConfig))}\n\n"
+        "several GPUs or machines: accelerate launch pretrain.py recipe=... (the same arguments)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; the status is 0, or that of the signal that stopped the run."""
+    config = recipes.resolve(PretrainConfig, arguments.words)
+    if arguments.print_config:
+        print(recipes.to_yaml(config), end="")
+        return 0
+    return pretrain(config).exit_code
