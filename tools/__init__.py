@@ -1,1 +1,1 @@
-"""Command lines: one thin module for each sub-command of ``bocage``."""
+"""The sub-commands of ``bocage``, one thin module each."""

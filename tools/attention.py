@@ -1,4 +1,4 @@
-"""``bocage attention ENCODER SHARDS OUT``: pictures and a table of the dates that a series encoder looks at."""
+"""``bocage attention ENCODER SHARDS OUT``: draw and tabulate the temporal attention of a series encoder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bocage.shards.files import check_new_folder
 from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.shards.read.open import open_shards
 from bocage.ssl.encoders.export import load_encoder
-from bocage.ssl.evaluation.attention import require_temporal, rows_of_keys, rows_with_dates
+from bocage.ssl.evaluation.attention import require_temporal, rows_for_keys, rows_with_dates
 from bocage.ssl.evaluation.attention_figures import write_attention
-from bocage.tools.cli.arguments import positive, split_value
-from bocage.tools.cli.progress import Bars
+from bocage.tools.cli.arguments import positive_int, split_value
+from bocage.tools.cli.progress import ProgressBars
 
 _COUNT = 8
 
@@ -25,18 +25,25 @@ _COUNT = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("encoder", metavar="ENCODER", help="folder of a series encoder, or hf:org/name")
-    parser.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
+    parser.add_argument("shards", metavar="SHARDS", help="folder written by `bocage shard`, or its address")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder for KEY.png and attention.csv")
-    parser.add_argument("--keys", nargs="+", metavar="KEY", help="these patches, instead of --count from a split")
     parser.add_argument(
-        "--count", type=positive, metavar="N", help=f"patches, spread evenly over the split (default: {_COUNT})"
+        "--keys", nargs="+", metavar="KEY", help="keys of the patches to draw, instead of --count patches of a split"
     )
-    parser.add_argument("--split", metavar="COLUMN", help="only patches of a split, e.g. split_1 (default: all)")
-    parser.add_argument("--value", help="with --split: its value (default: test)")
+    parser.add_argument(
+        "--count",
+        type=positive_int,
+        metavar="N",
+        help=f"number of patches, spread evenly over the split (default: {_COUNT})",
+    )
+    parser.add_argument(
+        "--split", metavar="COLUMN", help="draw only patches of this split column, e.g. split_1 (default: all patches)"
+    )
+    parser.add_argument("--value", help="with --split: value of the split column (default: test)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the patches and say where the files are."""
+    """Draw the patches and print the paths of the files."""
     if arguments.keys is not None and (arguments.count is not None or arguments.split is not None):
         raise InputError("--keys names the patches: leave out --count and --split")
     check_new_folder(arguments.out)
@@ -44,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     manifest = open_shards(arguments.shards)
     name = encoder.spec.modality
     if arguments.keys is not None:
-        rows = rows_of_keys(manifest, name, arguments.keys)
+        rows = rows_for_keys(manifest, name, arguments.keys)
     else:
         value = split_value(arguments.split is not None, arguments.value)
         rows = rows_with_dates(manifest, name, manifest.split(arguments.split or EVERY_SAMPLE, value))
@@ -52,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
     check_bands(encoder.spec.bands, manifest, name)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    with Bars() as bars:
+    with ProgressBars() as bars:
         bar = bars.add("attention", "patches", len(rows))
         table = write_attention(
             encoder,

@@ -1,4 +1,4 @@
-"""``bocage convert SRC DST``: checkpoints of the official FLAIR-HUB code to bocage's folders, and back."""
+"""``bocage convert SRC DST``: convert checkpoints of the official FLAIR-HUB code to bocage's format, or back."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.finetune.official.convert import (
+    extract_segmentations,
     from_official,
     load_official,
     save_official,
-    segmentations,
     to_official,
 )
 from bocage.shards.errors import InputError
-from bocage.shards.files import check_new_folder, written_atomically
-from bocage.ssl.encoders.key_report import KeyReport
-from bocage.tools.cli.arguments import pairs
+from bocage.shards.files import atomic_write, check_new_folder
+from bocage.ssl.encoders.weights import KeyReport
+from bocage.tools.cli.arguments import parse_pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,51 +31,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "destination",
         metavar="DST",
         type=Path,
-        help="from a checkpoint: a new folder for its encoders and models; from a folder: the .safetensors to write",
+        help="for a checkpoint: new folder for its encoders and models; for a folder: .safetensors file to write",
     )
-    parser.add_argument("--account", metavar="FILE", type=Path, help="write what became of every key")
-    own = parser.add_argument_group("from an official checkpoint")
-    own.add_argument("--arch", help="its Swin and decoder, e.g. swin_base_patch4_window12_384-upernet (default: told)")
-    own.add_argument(
+    parser.add_argument(
+        "--key-report",
+        metavar="FILE",
+        type=Path,
+        help="write for every key whether it was loaded, adapted, dropped or missing",
+    )
+    official = parser.add_argument_group("from an official checkpoint")
+    official.add_argument(
+        "--arch",
+        help="Swin and decoder, e.g. swin_base_patch4_window12_384-upernet (default: inferred from the weights)",
+    )
+    official.add_argument(
         "--channels",
         nargs="+",
         default=[],
         metavar="MODALITY=NAMES",
-        help="what it reads of a modality, e.g. SPOT_RGBI=R,G,B (default: as the published models, by their number)",
+        help="channels of a modality, e.g. SPOT_RGBI=R,G,B (default: those of the published models)",
     )
-    own.add_argument(
+    official.add_argument(
         "--image-size",
         nargs="+",
         default=[],
         metavar="MODALITY=PIXELS",
-        help="images to build it for in place of those it was trained on, e.g. AERIAL_RGBI=512",
+        help="image size to build the model for, e.g. AERIAL_RGBI=512 (default: the size it was trained on)",
     )
-    own.add_argument(
-        "--fixed-size", action="store_true", help="keep extracted Swins as trained, for their one image size"
+    official.add_argument(
+        "--fixed-size", action="store_true", help="keep extracted Swins at the image size they were trained on"
     )
-    own.add_argument("--drop-auxiliary", action="store_true", help="leave auxiliary decoders out")
+    official.add_argument("--drop-auxiliary", action="store_true", help="drop auxiliary decoders")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, print where things are and the account of the keys."""
-    if arguments.account is not None:
-        _check_new_file(arguments.account)
+    """Convert; print the written paths and a summary of the keys."""
+    if arguments.key_report is not None:
+        _check_new_file(arguments.key_report)
     report = _to_official(arguments) if arguments.source.is_dir() else _from_official(arguments)
     print(f"keys: {report}")
-    if arguments.account is not None:
-        _write(report, arguments.account)
+    if arguments.key_report is not None:
+        _write_key_report(report, arguments.key_report)
     return 0
 
 
 def _to_official(arguments: argparse.Namespace) -> KeyReport:
     if any((arguments.arch, arguments.channels, arguments.image_size, arguments.fixed_size, arguments.drop_auxiliary)):
-        raise InputError("SRC is a folder: options about official checkpoints do not apply")
+        raise InputError("SRC is a folder: options for official checkpoints do not apply")
     _check_new_file(arguments.destination)
     model_folder = arguments.source / "model"
     task = load_segmentation(model_folder if model_folder.is_dir() else arguments.source)
     model, report = to_official(task)
     save_official(model, arguments.destination)
-    print(f"{arguments.destination}: an official checkpoint, of a model that reads")
+    print(f"{arguments.destination}: an official checkpoint of a model with the inputs")
     _print_inputs(task)
     return report
 
@@ -85,16 +93,16 @@ def _from_official(arguments: argparse.Namespace) -> KeyReport:
     model, report = load_official(
         arguments.source,
         arch=arguments.arch,
-        image_sizes={name: _pixels(name, text) for name, text in pairs("--image-size", arguments.image_size).items()},
-        channels={name: text.split(",") for name, text in pairs("--channels", arguments.channels).items()},
+        image_sizes={
+            name: _pixels(name, text) for name, text in parse_pairs("--image-size", arguments.image_size).items()
+        },
+        channels={name: text.split(",") for name, text in parse_pairs("--channels", arguments.channels).items()},
         auxiliary=not arguments.drop_auxiliary,
     )
     for folder in from_official(model, arguments.destination, any_size=not arguments.fixed_size):
         print(folder)
-    print("taken to read")
-    for task in segmentations(model).values():
-        _print_inputs(task)
-        break
+    print("inputs, assumed from the number of channels")
+    _print_inputs(next(iter(extract_segmentations(model).values())))
     return report
 
 
@@ -105,7 +113,7 @@ def _pixels(name: str, text: str) -> int:
 
 
 def _check_new_file(path: Path) -> None:
-    """Make the file's folder; raise ``InputError`` unless a new file can be made there."""
+    """Create the parent folder; raise ``InputError`` if the file exists or the folder cannot be created."""
     if path.exists():
         raise InputError(f"{path} exists: choose another name")
     try:
@@ -115,7 +123,7 @@ def _check_new_file(path: Path) -> None:
 
 
 def _print_inputs(task: Segmentation) -> None:
-    """What is fed to each encoder, which a checkpoint does not hold."""
+    """Print the input of each encoder: channels, representation, mean and std, which a checkpoint does not store."""
     for name in task.modalities:
         spec = task.model.encoder(name).spec
         if spec.series:
@@ -125,11 +133,11 @@ def _print_inputs(task: Segmentation) -> None:
         print(f"  {name}: {', '.join(spec.channels)} ({spec.representation}); mean {mean}; std {std}")
 
 
-def _write(report: KeyReport, path: Path) -> None:
+def _write_key_report(report: KeyReport, path: Path) -> None:
     lines = [f"loaded\t{name}" for name in report.loaded]
     lines += [f"{what}\t{name}" for name, what in report.adapted.items()]
     lines += [f"dropped\t{name}" for name in report.dropped]
     lines += [f"missing\t{name}" for name in report.missing]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_atomically(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``bocage demo``: the whole path on a simulated sample, ending with pretrained against scratch."""
+"""``bocage demo OUT``: simulate, shard, pretrain and fine-tune, and compare pretrained encoders with scratch."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.format.manifest import Manifest
-from bocage.tools.cli.steps import Steps, TrainingProcess, interruptible
+from bocage.tools.cli.steps import DemoSteps, TrainingProcess, interruptible
 
 SEEDS = (0, 1, 2)
-STARTS = ("pretrained", "scratch")
+INITIALIZATIONS = ("pretrained", "scratch")
 PATCHES = 120
 SAMPLE_SEED = 7
-LABEL_SHARE = 0.5
+LABEL_FRACTION = 0.5
 FINETUNE_STEPS = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the sub-command."""
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for everything the demo makes")
+    """Arguments of the command."""
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for all files of the demo")
     parser.add_argument("--patches", type=int, default=PATCHES, help="simulated patches (default: %(default)s)")
-    parser.epilog = "Run again, it skips what is done: delete OUT to start afresh."
+    parser.epilog = "Run again, it skips finished steps; delete OUT to start anew."
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Sample, shard, pretrain, fine-tune from both initialisations with several seeds, and compare."""
+    """Sample, shard, pretrain, fine-tune from both initializations with several seeds, and compare."""
     return interruptible(lambda: _demo(arguments))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
-    demo, out = Steps(console), arguments.out
+    demo, out = DemoSteps(console), arguments.out
     processes = min(2, os.cpu_count() or 1)
     tree, shards, pretrained = out / "tree", out / "shards", out / "pretrain"
 
@@ -48,7 +48,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     demo.announce("2. Write WebDataset shards")
     demo.command("bocage", "bocage", ["shard", tree, shards, "--workers", processes, "--shard-mb", 32])
 
-    demo.announce("3. Pretrain one encoder a sensor, without labels")
+    demo.announce("3. Pretrain one encoder per sensor, without labels")
     words = [
         "pretrain",
         "recipe=quickstart",
@@ -59,26 +59,26 @@ def _demo(arguments: argparse.Namespace) -> int:
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m"]
     demo.command(f"torchrun --nproc_per_node {processes} -m bocage", [*launcher, "bocage"], words)
 
-    demo.announce("4. Fine-tune on few labels, from the encoders and from scratch, one process a core")
+    demo.announce("4. Fine-tune on few labels, from pretrained encoders and from scratch, one process per core")
     registry = Manifest.open(shards).registry
     sensors = [registry.by_role(role)[0].name for role in ("image", "series")]
     runs: dict[tuple[str, int], TrainingProcess] = {}
     for seed in SEEDS:
-        for start in STARTS:
-            output = out / "finetune" / f"{start}-{seed}"
+        for initialization in INITIALIZATIONS:
+            output = out / "finetune" / f"{initialization}-{seed}"
             words = [
                 "recipe=finetune_quickstart",
                 f"shards={shards}",
                 f"output={output}",
                 f"modalities=[{','.join(sensors)}]",
-                f"train_fraction={LABEL_SHARE}",
+                f"train_fraction={LABEL_FRACTION}",
                 f"engine.steps={FINETUNE_STEPS}",
                 f"engine.seed={seed}",
             ]
-            if start == "pretrained":
+            if initialization == "pretrained":
                 words += [f"encoders.{name}={pretrained / 'encoders' / name}" for name in sensors]
-            runs[start, seed] = TrainingProcess(
-                f"{start}, seed {seed}",
+            runs[initialization, seed] = TrainingProcess(
+                f"{initialization}, seed {seed}",
                 "bocage finetune",
                 ("bocage", "finetune", "engine.log_every=5"),
                 tuple(words),
@@ -103,8 +103,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:
-    """mIoU by initialisation on the validation and the test patches: each seed, mean and standard deviation."""
-    one = scores[STARTS[0], SEEDS[0]]
+    """Table of mIoU by initialization on validation and test patches: each seed, mean, standard deviation."""
+    one = scores[INITIALIZATIONS[0], SEEDS[0]]
     (label,) = one["labels"]
     table = Table(title=f"{label}: strict mIoU (%) after {one['patches']['train']} labelled patches")
     table.add_column("patches")
@@ -114,9 +114,14 @@ def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:
     table.add_column("mean", justify="right", style="bold")
     table.add_column("std", justify="right")
     for part in ("valid", "test"):
-        for start in STARTS:
-            values = [float(scores[start, seed][part][label]["strict"]["miou"]) for seed in SEEDS]
+        for initialization in INITIALIZATIONS:
+            values = [float(scores[initialization, seed][part][label]["strict"]["miou"]) for seed in SEEDS]
             figures = [*values, statistics.mean(values), statistics.stdev(values)]
-            where = f"{one['patches'][part]} {part}" if start == STARTS[0] else ""
-            table.add_row(where, start, *(f"{figure:.1f}" for figure in figures), end_section=start == STARTS[-1])
+            where = f"{one['patches'][part]} {part}" if initialization == INITIALIZATIONS[0] else ""
+            table.add_row(
+                where,
+                initialization,
+                *(f"{figure:.1f}" for figure in figures),
+                end_section=initialization == INITIALIZATIONS[-1],
+            )
     return table

@@ -1,4 +1,4 @@
-"""``bocage doctor``: what this machine has and lacks, and whether shards are healthy, without changing anything."""
+"""``bocage doctor``: check this machine, its packages and, on request, shards. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from bocage.shards.errors import InputError
 State = Literal["ok", "note", "fault"]
 _STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "fault": "bold red"}
 _GIGABYTE = 1e9
-_LEAST_FREE, _LEAST_SHARED = 10.0, 1.0  # GB
-_LEAST_FILES = 1024
+_MIN_FREE, _MIN_SHARED = 10.0, 1.0  # GB
+_MIN_OPEN_FILES = 1024
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, what there is, and what to do where it is not ``ok``."""
+    """One line of the report: the subject, its state, and details with advice unless the state is ``ok``."""
 
     subject: str
     state: State
@@ -38,12 +38,18 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--shards", metavar="SHARDS", help="also look at these shards, or their address")
-    parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="where runs go (default: here)")
+    parser.add_argument("--shards", metavar="SHARDS", help="also check these shards: a folder or an address")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="folder for runs, whose disk is checked (default: the current one)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was found; 1 where something is at fault, else 0."""
+    """Print the findings; return 1 if there is a fault, else 0."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python,
         _packages,
@@ -57,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = [finding for check in checks for finding in check()]
     console = Console()
     width = max(len(finding.subject) for finding in found)
-    for finding in found:  # lines as they are, which other programs can search
+    for finding in found:  # unwrapped lines, so that other programs can search them
         console.print(f"{finding.state:<5}", style=_STYLES[finding.state], end="  ")
         console.print(f"{finding.subject:<{width}}  {finding.text}", markup=False, highlight=False, soft_wrap=True)
     faults = sum(finding.state == "fault" for finding in found)
@@ -74,7 +80,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """What bocage requires, against what is installed."""
+    """Compare installed packages with the requirements of bocage."""
     wrong = []
     requirements = [Requirement(text) for text in importlib.metadata.requires("bocage") or ()]
     needed = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
@@ -92,7 +98,7 @@ def _packages() -> Iterator[Finding]:
     main = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "accelerate", "rasterio")
     )
-    yield Finding("packages", "ok", f"all {len(needed)} that bocage requires, e.g. {main}")
+    yield Finding("packages", "ok", f"all {len(needed)} required packages, e.g. {main}")
 
 
 def _devices() -> Iterator[Finding]:
@@ -102,7 +108,7 @@ def _devices() -> Iterator[Finding]:
     yield Finding("CPU", "ok", f"{cores} cores for this process, {torch.get_num_threads()} threads of PyTorch")
     if not torch.cuda.is_available():
         other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        text = f"none that CUDA finds{f'; {other} is there' if other else ': full-size recipes need GPUs'}"
+        text = f"no CUDA device{f'; {other} is available' if other else ': full-size recipes need GPUs'}"
         yield Finding("GPU", "note", text)
         return
     for number in range(torch.cuda.device_count()):
@@ -110,7 +116,9 @@ def _devices() -> Iterator[Finding]:
         half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: engine.precision=fp16"
         yield Finding(f"GPU {number}", "ok", f"{facts.name}, {facts.total_memory / _GIGABYTE:.0f} GB, {half}")
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
-    yield Finding("NCCL", "ok" if nccl else "fault", "there" if nccl else "missing: GPUs cannot train together")
+    yield Finding(
+        "NCCL", "ok" if nccl else "fault", "available" if nccl else "missing: several GPUs cannot train together"
+    )
 
 
 def _disks(output: Path) -> Iterator[Finding]:
@@ -121,44 +129,46 @@ def _disks(output: Path) -> Iterator[Finding]:
         ("temporary files", Path(tempfile.gettempdir())),
         ("hub cache", Path(HF_HUB_CACHE)),
     ):
-        there = folder.absolute()
-        while not there.exists():
-            there = there.parent
-        free = shutil.disk_usage(there).free / _GIGABYTE
-        if not there.is_dir():
-            yield Finding(subject, "fault", f"{there} is a file")
-        elif not os.access(there, os.W_OK):
-            yield Finding(subject, "fault", f"{there} cannot be written")
-        elif free < _LEAST_FREE:
-            yield Finding(subject, "note", f"{free:.1f} GB free at {folder}: little for checkpoints")
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free / _GIGABYTE
+        if not existing.is_dir():
+            yield Finding(subject, "fault", f"{existing} is a file")
+        elif not os.access(existing, os.W_OK):
+            yield Finding(subject, "fault", f"{existing} cannot be written")
+        elif free < _MIN_FREE:
+            yield Finding(subject, "note", f"{free:.1f} GB free at {folder}: checkpoints need more")
         else:
             yield Finding(subject, "ok", f"{free:.0f} GB free at {folder}")
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total / _GIGABYTE
-        few = size < _LEAST_SHARED
-        advice = ": readers of batches need more; in a container, --shm-size=8g, or workers=0" if few else ""
+        few = size < _MIN_SHARED
+        advice = ": DataLoader workers need more; in a container use --shm-size=8g, or set workers=0" if few else ""
         yield Finding("shared memory", "note" if few else "ok", f"{size:.1f} GB at {shared}{advice}")
 
 
 def _limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = soft != resource.RLIM_INFINITY and soft < _LEAST_FILES
+    few = soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES
     yield Finding(
         "open files", "note" if few else "ok", f"{soft} at a time{f': ulimit -n {hard} before a run' if few else ''}"
     )
 
 
 def _tokens() -> Iterator[Finding]:
-    """Whether there are tokens; never what they are."""
-    from bocage.ssl.encoders.hub import may_upload
+    """Report whether tokens exist; never print them."""
+    from bocage.ssl.encoders.hub import has_token
     from bocage.ssl.engine.logging.trackers import has_wandb_key
 
-    hub = may_upload()
-    yield Finding("hub token", "ok" if hub else "note", "there" if hub else "none: publishing is a dry run")
+    hub = has_token()
+    yield Finding("hub token", "ok" if hub else "note", "available" if hub else "none: publishing is a dry run")
     wandb, mode = has_wandb_key(), os.environ.get("WANDB_MODE")
-    told = "there" if wandb else "none: runs are recorded offline"
-    yield Finding("W&B key", "ok" if wandb else "note", f"{told}{f'; WANDB_MODE={mode} rules' if mode else ''}")
+    key = "available" if wandb else "none: runs are recorded offline"
+    yield Finding(
+        "W&B key", "ok" if wandb else "note", f"{key}{f'; WANDB_MODE={mode} takes precedence' if mode else ''}"
+    )
 
 
 def _shards(where: str) -> Iterator[Finding]:
@@ -173,7 +183,7 @@ def _shards(where: str) -> Iterator[Finding]:
     size = sum(shard.bytes for shard in manifest.shards) / _GIGABYTE
     names = ", ".join(manifest.registry)
     yield Finding("shards", "ok", f"{rows:,} patches in {len(manifest.shards):,} tars, {size:.1f} GB: {names}")
-    splits = ", ".join(manifest.splits) or "none: recipes need split=all"
+    splits = ", ".join(manifest.splits) or "none: set split=all in recipes"
     yield Finding("splits", "ok" if manifest.splits else "note", splits)
     if is_remote(where):
         return
@@ -184,6 +194,8 @@ def _shards(where: str) -> Iterator[Finding]:
     ]
     if wrong:
         shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
-        yield Finding("tars", "fault", f"{len(wrong)} missing or of another size ({shown}): copy or shard them again")
+        yield Finding("tars", "fault", f"{len(wrong)} missing or of the wrong size ({shown}): copy or write them again")
     else:
-        yield Finding("tars", "ok", f"all there, of the size they were written with; `bocage verify {where}` reads all")
+        yield Finding(
+            "tars", "ok", f"all present, with the recorded sizes; `bocage verify {where}` checks their content"
+        )

@@ -12,22 +12,22 @@ from rich.table import Table
 
 from bocage.finetune.evaluation.evaluate import (
     Confusions,
-    confusion,
+    compute_confusions,
     labelled_rows,
-    rows_with_all,
-    sensor_sets,
-    summary,
+    rows_with_all_modalities,
+    sensor_ablations,
+    classification_report,
     write_results,
 )
 from bocage.finetune.models.segmentation import load_segmentation
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import ShardPatches
 from bocage.ssl.engine.parallel.distributed import build_accelerator, is_main
-from bocage.tools.cli.arguments import not_negative, positive, split_value
-from bocage.tools.cli.progress import Bars
+from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
+from bocage.tools.cli.progress import ProgressBars
 
 _PATIENCE = 1800.0  # seconds that ranks wait for each other
 
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also without each of the sensors, and with each of them alone, all on the patches that have every sensor",
     )
-    parser.add_argument("--batch-size", type=positive, default=4, help="patches at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="patches at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=non_negative_int, default=0, help="reading processes (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"bocage: {manifest.path} has no {', '.join(lacking)}: measuring without", file=sys.stderr)
     sets = {"all" if not arguments.without else f"without {' '.join(arguments.without)}": seen}
     if arguments.missing:
-        sets |= sensor_sets(seen, arguments.without)
+        sets |= sensor_ablations(seen, arguments.without)
     if not seen or (task.model.official and (arguments.without or arguments.missing)):
         why = "the official architecture needs all its sensors" if seen else "nothing is left for the model to see"
         raise InputError(f"--without, --missing: {why}")
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     value = split_value(arguments.split != EVERY_SAMPLE, arguments.value)
     rows = labelled_rows(patches, task, arguments.split, value, only=seen)
     if arguments.missing:
-        every, rows = len(rows), rows_with_all(patches, rows, seen)
+        every, rows = len(rows), rows_with_all_modalities(patches, rows, seen)
         if not len(rows):
             raise InputError(f"--missing: no patch has all of {', '.join(seen)}, on which sets of sensors are compared")
         if len(rows) < every:
@@ -79,13 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
     task = task.to(accelerator.device).eval()
     parts: dict[str, Confusions] = {}
     world = accelerator.num_processes
-    with Bars(active=is_main()) as bars:
+    with ProgressBars(active=is_main()) as bars:
         for name, only in sets.items():
             if same := next((part for part in parts if sets[part] == only), None):  # of two sensors
                 parts[name] = parts[same]
                 continue
             bar = bars.add(name, "patches", len(rows))
-            parts[name] = confusion(
+            parts[name] = compute_confusions(
                 task,
                 manifest,
                 rows,
@@ -104,8 +104,8 @@ def _leave(out: Path, parts: dict[str, Confusions], patches: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_results(out, parts)
-        metrics = {part: {name: summary(matrix) for name, matrix in found.items()} for part, found in parts.items()}
-        with written_atomically(out / "metrics.json") as path:
+        metrics = {part: {name: classification_report(matrix) for name, matrix in found.items()} for part, found in parts.items()}
+        with atomic_write(out / "metrics.json") as path:
             path.write_text(json.dumps({"patches": patches, **metrics}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error

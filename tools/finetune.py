@@ -1,4 +1,4 @@
-"""``bocage finetune recipe=NAME key=value ...``: train UPerFuse on labels and measure it."""
+"""``bocage finetune recipe=NAME key=value ...``: fine-tune a segmentation model on labels and evaluate it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.train import finetune
 from bocage.ssl.engine.parallel.distributed import is_main
 
@@ -26,19 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; the status is 0, or that of the signal that stopped the run."""
+    """Fine-tune; return 0, or the exit code of the signal that stopped the run."""
     config = recipes.resolve(FinetuneConfig, arguments.words)
     if arguments.print_config:
         print(recipes.to_yaml(config), end="")
         return 0
     result = finetune(config)
     if not result["stopped"] and is_main():
-        report(result)
+        _print_scores(result)
     return int(result["exit_code"])
 
 
-def report(result: dict[str, Any]) -> None:
-    """Print the scores of a finished run and where its files are."""
+def _print_scores(result: dict[str, Any]) -> None:
+    """Print the scores of a finished run and the paths of its files."""
     console = Console()
     for label in result["labels"]:
         table = Table(title=f"{label} from {', '.join(result['modalities'])}")

@@ -1,4 +1,4 @@
-"""``bocage inspect SHARDS``: what shards hold, in numbers and as a picture of one patch."""
+"""``bocage inspect SHARDS``: summarise shards, and draw one patch in all its modalities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.inspect.summary import fullest, summarize
+from bocage.shards.inspect.summary import most_complete_row, summarize
 from bocage.shards.read.open import open_shards
 from bocage.tools.cli.reports import write_json
 
@@ -28,17 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="draw a patch in all its modalities, with legends"
     )
-    parser.add_argument("--key", metavar="KEY", help="the patch (default: the first that has every modality, or most)")
+    parser.add_argument(
+        "--key", metavar="KEY", help="key of the patch (default: the first patch with the most modalities)"
+    )
     parser.add_argument("--rows", action="store_true", help="print the patch's row of the manifest")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the tables; returns the exit status."""
+    """Print the tables; return the exit status."""
     manifest = open_shards(arguments.shards)
     if len(manifest) == 0:
-        raise InputError(f"{arguments.shards}: the shards hold no patch: all of them were skipped")
-    row = fullest(manifest) if arguments.key is None else _row(manifest, arguments.key)
+        raise InputError(f"{arguments.shards}: the shards hold no patch: all were skipped")
+    row = most_complete_row(manifest) if arguments.key is None else _row(manifest, arguments.key)
     numbers = {"path": arguments.shards, **summarize(manifest)}
     if arguments.json is not None:
         write_json(arguments.json, numbers)
@@ -48,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rows:
         console.print(_row_table(manifest, row))
     if arguments.picture is not None:
-        from bocage.shards.inspect.contact_sheet import draw_contact_sheet  # brings matplotlib
+        from bocage.shards.inspect.contact_sheet import save_contact_sheet  # imports matplotlib
 
-        draw_contact_sheet(manifest, row, arguments.picture)
+        save_contact_sheet(manifest, row, arguments.picture)
         print(f"{manifest.index.key(row)}: {arguments.picture}")
     return 0
 
@@ -58,28 +60,28 @@ def run(arguments: argparse.Namespace) -> int:
 def _row(manifest: Manifest, key: str) -> int:
     row = pc.index(manifest.index.keys, pa.scalar(key)).as_py()
     if row < 0:
-        raise InputError(f"{manifest.path}: no patch {key!r}; they are named like {manifest.index.key(0)}")
+        raise InputError(f"{manifest.path}: no patch {key!r}; keys look like {manifest.index.key(0)}")
     return int(row)
 
 
 def _tables(numbers: dict[str, Any]) -> list[Table]:
     patches = numbers["patches"]
-    whole = Table(title=numbers["path"], title_justify="left", show_header=False)
-    whole.add_column("what")
-    whole.add_column("value", justify="right")
-    whole.add_row("patches", str(patches))
-    whole.add_row("skipped as unreadable", str(numbers["skipped"]))
-    whole.add_row("shards", str(numbers["shards"]))
-    whole.add_row("size", f"{numbers['bytes'] / _MEGABYTE:.1f} MB")
-    whole.add_row("share of the GeoTIFFs", f"{numbers['bytes'] / max(numbers['source_bytes'], 1):.3f}")
-    whole.add_row("domains, regions of interest", f"{len(numbers['domains'])}, {numbers['rois']}")
-    tables = [whole, _modality_table(numbers["modalities"], patches), _channel_table(numbers["modalities"])]
+    overview = Table(title=numbers["path"], title_justify="left", show_header=False)
+    overview.add_column("what")
+    overview.add_column("value", justify="right")
+    overview.add_row("patches", str(patches))
+    overview.add_row("skipped as unreadable", str(numbers["skipped"]))
+    overview.add_row("shards", str(numbers["shards"]))
+    overview.add_row("size", f"{numbers['bytes'] / _MEGABYTE:.1f} MB")
+    overview.add_row("size relative to the GeoTIFFs", f"{numbers['bytes'] / max(numbers['source_bytes'], 1):.3f}")
+    overview.add_row("domains, regions of interest", f"{len(numbers['domains'])}, {numbers['rois']}")
+    tables = [overview, _modality_table(numbers["modalities"], patches), _channel_table(numbers["modalities"])]
     tables.append(_counts("patches by domain", ("domain",), [((name,), n) for name, n in numbers["domains"].items()]))
     splits = [((name, value), count) for name, values in numbers["splits"].items() for value, count in values.items()]
     if splits:
         tables.append(_counts("patches by split", ("split", "value"), splits))
     if numbers["dates"]:
-        dates = Table("series", "least", "median", "greatest", title="dates of a series", title_justify="left")
+        dates = Table("series", "min", "median", "max", title="dates of a series", title_justify="left")
         for name, spread in numbers["dates"].items():
             dates.add_row(name, str(spread["least"]), f"{spread['median']:g}", str(spread["greatest"]))
         tables.append(dates)

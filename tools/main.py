@@ -1,4 +1,4 @@
-"""The ``bocage`` console script: finds the sub-command's module and turns wrong user input into one sentence."""
+"""The ``bocage`` command: parse arguments, run a sub-command, and print wrong input as one sentence."""
 
 from __future__ import annotations
 
@@ -16,47 +16,50 @@ from bocage.tools.cli.examples import add_examples
 from bocage.tools.cli.logging_setup import configure_logging
 
 COMMANDS = {
-    "sample": "write simulated patches in FLAIR-HUB's own format",
-    "shard": "turn a FLAIR-HUB tree into WebDataset shards with a manifest",
-    "verify": "check shards against their manifest and name what is broken",
-    "inspect": "print what shards hold, and draw a patch in all its modalities",
+    "sample": "write simulated patches in the format of FLAIR-HUB",
+    "shard": "write FLAIR-HUB as WebDataset shards with a manifest",
+    "verify": "check shards against their manifest and name broken files",
+    "inspect": "summarise shards, and draw a patch in all its modalities",
     "pretrain": "pretrain one encoder per modality on unlabelled shards",
-    "finetune": "train UPerFuse on labels, from pretrained encoders or from scratch",
-    "evaluate": "measure a fine-tuned model on any patches, also without each of its sensors",
+    "finetune": "fine-tune a segmentation model on labels, from pretrained encoders or from scratch",
+    "evaluate": "score a fine-tuned model on any patches, also with sensors missing",
     "predict": "write label maps of a fine-tuned model as GeoTIFFs",
-    "map": "write one map of a zone of any size from rasters of any size",
-    "study": "measure how few labels encoders need: subsets, a grid of runs, a report, probes",
-    "publish": "write pretrained encoders with a card, and upload them to the Hugging Face hub",
-    "attention": "draw which dates of a series an encoder looks at",
-    "convert": "turn official FLAIR-HUB checkpoints into bocage's folders, and back",
-    "replay": "run a bad step of a training again and name what is not finite in it",
-    "doctor": "look at this machine, and at shards, for what training will need",
-    "completion": "print what lets a shell complete commands and options",
-    "demo": "run the whole path on a simulated sample and print pretrained against scratch",
+    "map": "map a whole area by tiled inference on rasters of any size",
+    "study": "study label efficiency: subsets, a grid of runs, a report, probes",
+    "publish": "publish pretrained encoders with a model card, locally or on the Hugging Face hub",
+    "attention": "draw the temporal attention of a series encoder",
+    "convert": "convert checkpoints of the official FLAIR-HUB code, in both directions",
+    "replay": "repeat a training step with a non-finite loss, and name its cause",
+    "doctor": "check this machine and shards for training",
+    "completion": "print a script for shell completion",
+    "demo": "run everything on a simulated sample and compare pretraining with scratch",
 }
-"""Sub-commands: each is the module of the same name here, with ``add_arguments(parser)`` and ``run(arguments)``."""
+"""Sub-commands: modules of that name in this package, with ``add_arguments(parser)`` and ``run(arguments)``."""
 
 
-def guarded(action: Callable[[], int | None]) -> int:
-    """Run ``action``; wrong user input becomes one sentence and status 2, Ctrl-C 130; the rest keeps its traceback."""
+def run_guarded(action: Callable[[], int | None]) -> int:
+    """Run ``action`` and return its exit status.
+
+    Wrong user input prints one sentence and gives status 2; Ctrl-C gives 130. Other exceptions keep their traceback.
+    """
     try:
         return action() or 0
     except InputError as error:
         print(f"bocage: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # in commands that have nothing to save
+    except KeyboardInterrupt:  # in commands with nothing to save
         print("bocage: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+    except BrokenPipeError:  # the reader of our output has closed it, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
-def build_parser(whole: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The parser of the console script.
+def build_parser(loaded: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Build the parser of the console script.
 
     Args:
-        whole: sub-commands whose arguments it knows; it imports their modules.
+        loaded: sub-commands to import and add with their arguments; the others appear in the help only.
     """
     parser = argparse.ArgumentParser(
         prog="bocage",
@@ -66,7 +69,7 @@ def build_parser(whole: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name in whole:
+        if name in loaded:
             module = importlib.import_module(f"bocage.tools.{name}")
             module.add_arguments(command)
             add_examples(command, name)
@@ -75,9 +78,9 @@ def build_parser(whole: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status."""
+    """Run the console script and return the exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    # Only the chosen command's module is imported: `bocage sample` need not wait for torch.
+    # Import only the chosen command's module, so that `bocage sample` does not wait for torch.
     chosen = next((word for word in words if word in COMMANDS), None)
     if chosen is None and words and not words[0].startswith("-"):
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
@@ -85,8 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"no command {words[0]!r}; {f'did you mean {near[0]}?' if near else 'see bocage --help'}"
         )
     parser = build_parser([chosen] if chosen else [])
-    # argparse takes a list of words in one piece only; those after an option, `recipe=X --print-config key=value`,
-    # come back as unknown.
+    # argparse takes positional arguments in one piece only and returns those after an option as unknown, e.g. in
+    # `recipe=X --print-config key=value`.
     parsed, rest = parser.parse_known_args(words)
     unknown = [word for word in rest if word.startswith("-") or "words" not in parsed]
     if unknown:
@@ -94,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         parsed.words += rest
     configure_logging()
-    return guarded(lambda: parsed.run(parsed))
+    return run_guarded(lambda: parsed.run(parsed))
 
 
 if __name__ == "__main__":

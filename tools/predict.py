@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bocage.finetune.evaluation.predict import complete_rows, predict_patches
+from bocage.finetune.evaluation.predict import predictable_rows, predict_patches
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import DATASET_FILE
@@ -17,8 +17,8 @@ from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.source.naming import FOLDER
-from bocage.tools.cli.arguments import not_negative, positive, split_value
-from bocage.tools.cli.progress import Bars
+from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
+from bocage.tools.cli.progress import ProgressBars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
     )
     parser.add_argument("--value", help="with --split: its value (default: test)")
-    parser.add_argument("--batch-size", type=positive, default=4, help="patches at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="patches at a time (default: %(default)s)")
     parser.add_argument(
         "--preview",
-        type=not_negative,
+        type=non_negative_int,
         default=6,
         metavar="N",
         help="rows of panels.png, with input, label, prediction and errors; 0 for no picture (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: %(default)s)")
+    parser.add_argument("--workers", type=non_negative_int, default=0, help="reading processes (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
     value = split_value(arguments.split is not None, arguments.value)
     if arguments.split is not None:
         rows = patches.split(arguments.split, value)
-    rows = complete_rows(task, patches, rows)
+    rows = predictable_rows(task, patches, rows)
     if arguments.out.resolve() == Path(arguments.source).resolve():
         raise InputError(f"{arguments.out} is where the patches are: give another folder for the maps")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    with Bars() as bars:
+    with ProgressBars() as bars:
         bar = bars.add("predicting", "patches", len(rows))
         picture = predict_patches(
             task,

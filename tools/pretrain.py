@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; the status is 0, or that of the signal that stopped the run."""
+    """Pretrain; return 0, or the exit code of the signal that stopped the run."""
     config = recipes.resolve(PretrainConfig, arguments.words)
     if arguments.print_config:
         print(recipes.to_yaml(config), end="")

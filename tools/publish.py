@@ -42,22 +42,22 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folders and upload them; the exit status."""
     from bocage.finetune.publishing.release import (
         PretrainedRun,
-        Terms,
+        ReleaseTerms,
         check_publication,
         has_scores,
         publish_encoder,
-        read_scores,
+        read_probe_scores,
     )
     from bocage.shards.read.open import open_shards
-    from bocage.ssl.encoders.hub import split_place
+    from bocage.ssl.encoders.hub import parse_hub_address
 
     for option in ("revision", "public", "collection", "dry_run"):
         if getattr(arguments, option) and not arguments.to:
             raise InputError(f"--{option.replace('_', '-')} needs --to hf:org/name")
-    if arguments.to and split_place(arguments.to)[1] is not None:
+    if arguments.to and parse_hub_address(arguments.to)[1] is not None:
         raise InputError(f"--to {arguments.to}: give the branch as --revision")
     try:
-        terms = Terms(dataset=arguments.dataset, license=arguments.license, data_license=arguments.data_license)
+        terms = ReleaseTerms(dataset=arguments.dataset, license=arguments.license, data_license=arguments.data_license)
     except ValueError as error:
         raise InputError(f"--{str(error).replace('data_license', 'data-license')}") from error
     pretrained = PretrainedRun(arguments.pretraining, open_shards(arguments.shards))
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--modalities: name each encoder of {arguments.pretraining} once")
     scores: dict[str, list[Path]] = {modality: [] for modality in modalities}
     for path in arguments.scores or []:
-        (modality, *others) = read_scores(path)["modalities"]
+        (modality, *others) = read_probe_scores(path)["modalities"]
         if others or modality not in scores:
             raise InputError(f"--scores {path}: of {', '.join([modality, *others])}, which is not what is published")
         if path.resolve() in {other.resolve() for other in scores[modality]}:
@@ -94,10 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _upload(arguments: argparse.Namespace, run: PretrainedRun, places: Mapping[str, str | None]) -> None:
     """Upload each folder and print the address of its commit; without a token print what it would do."""
-    from bocage.ssl.encoders.hub import collect, may_upload, upload
+    from bocage.ssl.encoders.hub import add_to_collection, has_token, upload
 
     visibility = "public" if arguments.public else "private"
-    if arguments.dry_run or not may_upload():
+    if arguments.dry_run or not has_token():
         for modality, place in places.items():
             size = sum(path.stat().st_size for path in (arguments.out / modality).iterdir())
             print(
@@ -114,7 +114,7 @@ def _upload(arguments: argparse.Namespace, run: PretrainedRun, places: Mapping[s
         _link(run, f"published/{modality}", address)
     if arguments.collection:
         chosen = [place for place in places.values() if place is not None]
-        print(collect(arguments.collection, chosen, private=not arguments.public))
+        print(add_to_collection(arguments.collection, chosen, private=not arguments.public))
 
 
 def _link(run: PretrainedRun, name: str, place: str) -> None:

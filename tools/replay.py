@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.models.segmentation import described
+from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.finetune.models.segmentation import segmentation_from_json
 from bocage.shards.errors import InputError
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.open import open_shards
@@ -124,7 +124,7 @@ def _task(folder: Path, facts: dict[str, Any], shards: str | None) -> tuple[nn.M
             task.encoder(name).spec = InputSpec.from_json(spec)
         return task, pretraining.engine.precision
     tuning = recipes.restored(FinetuneConfig, settings, source)
-    return described(rebuild["model"], tuning.supervision), tuning.engine.precision
+    return segmentation_from_json(rebuild["model"], tuning.supervision), tuning.engine.precision
 
 
 def _shards(then: str, now: str | None, facts: dict[str, Any]) -> Any:

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import EVERY_SAMPLE
-from bocage.tools.cli.arguments import not_negative, positive, share
+from bocage.tools.cli.arguments import unit_fraction, non_negative_int, positive_int
 from bocage.tools.cli.examples import add_examples
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
-from bocage.tools.cli.progress import Bar, Bars
+from bocage.tools.cli.progress import ProgressBar, ProgressBars
 
 _STUDY_WORDS = "recipe=label_efficiency shards=PATH output=PATH, and any key of the recipe"
 
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _labels(subsets)
     subsets.add_argument("--split", default="split_1", metavar="COLUMN", help="default: %(default)s; or all")
     subsets.add_argument("--value", default="train", help="value of the split to draw from (default: %(default)s)")
-    subsets.add_argument("--fractions", nargs="+", type=share, metavar="SHARE", help="shares of the patches")
-    subsets.add_argument("--draws", type=positive, default=5, help="subsets of each share up to 0.05 (default: 5)")
-    subsets.add_argument("--draws-above", type=positive, default=3, help="subsets of larger shares (default: 3)")
+    subsets.add_argument("--fractions", nargs="+", type=unit_fraction, metavar="SHARE", help="shares of the patches")
+    subsets.add_argument("--draws", type=positive_int, default=5, help="subsets of each share up to 0.05 (default: 5)")
+    subsets.add_argument("--draws-above", type=positive_int, default=3, help="subsets of larger shares (default: 3)")
     subsets.set_defaults(act=_subsets)
 
     run = actions.add_parser("run", help="run the grid of a study, what is missing of it")
     run.add_argument("words", nargs="*", metavar="key=value", help=_STUDY_WORDS)
-    run.add_argument("--processes", type=positive, default=1, help="runs at a time (default: 1)")
+    run.add_argument("--processes", type=positive_int, default=1, help="runs at a time (default: 1)")
     run.add_argument("--dry-run", action="store_true", help="print the grid and what it will cost, run nothing")
     run.add_argument("--slurm", type=Path, metavar="FILE", help="write an array script for sbatch, run nothing")
     run.add_argument(
@@ -61,22 +61,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo = actions.add_parser("demo", help="a small study from nothing: under twenty minutes, 2 GB")
     demo.add_argument("out", metavar="OUT", type=Path, help="folder for everything; run again, it goes on")
     demo.add_argument("--report", type=Path, metavar="FOLDER", help="where the two reports go (default: in OUT)")
-    demo.add_argument("--processes", type=positive, default=2, help="trainings at a time (default: %(default)s)")
+    demo.add_argument("--processes", type=positive_int, default=2, help="trainings at a time (default: %(default)s)")
     demo.set_defaults(act=_demo)
 
-    probe = actions.add_parser("probe", help="what an encoder's frozen features tell, taught with few labels")
-    probe.add_argument("encoder", metavar="ENCODER", help="folder of an encoder, or hf:org/name")
-    probe.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
-    probe.add_argument("out", metavar="OUT", type=Path, help="folder for features and scores")
-    _labels(probe)
-    probe.add_argument("--split", default="split_1", metavar="COLUMN", help="with train, valid and test patches")
-    probe.add_argument("--fraction", type=share, default=1.0, help="of the training patches (default: all)")
-    probe.add_argument("--draw", type=not_negative, default=0, help="which subset of that size (default: 0)")
-    probe.add_argument("--track", choices=("patch", "roi"), default="patch", help="label patches, or whole regions")
-    probe.add_argument("--kinds", nargs="+", choices=("knn", "linear"), default=["knn", "linear"], metavar="KIND")
-    probe.add_argument("--batch-size", type=positive, default=8, help="patches at a time (default: 8)")
-    probe.add_argument("--workers", type=not_negative, default=0, help="reading processes (default: 0)")
-    probe.set_defaults(act=_probe)
+    run_probe = actions.add_parser("probe", help="what an encoder's frozen features tell, taught with few labels")
+    run_probe.add_argument("encoder", metavar="ENCODER", help="folder of an encoder, or hf:org/name")
+    run_probe.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
+    run_probe.add_argument("out", metavar="OUT", type=Path, help="folder for features and scores")
+    _labels(run_probe)
+    run_probe.add_argument("--split", default="split_1", metavar="COLUMN", help="with train, valid and test patches")
+    run_probe.add_argument("--fraction", type=unit_fraction, default=1.0, help="of the training patches (default: all)")
+    run_probe.add_argument("--draw", type=non_negative_int, default=0, help="which subset of that size (default: 0)")
+    run_probe.add_argument(
+        "--sampling-unit", choices=("patch", "roi"), default="patch", help="label patches, or whole regions"
+    )
+    run_probe.add_argument("--kinds", nargs="+", choices=("knn", "linear"), default=["knn", "linear"], metavar="KIND")
+    run_probe.add_argument("--batch-size", type=positive_int, default=8, help="patches at a time (default: 8)")
+    run_probe.add_argument("--workers", type=non_negative_int, default=0, help="reading processes (default: 0)")
+    run_probe.set_defaults(act=_probe)
 
     for name, action in actions.choices.items():
         add_examples(action, f"study {name}")
@@ -84,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", default="AERIAL_LABEL-COSIA", help="the label raster (default: %(default)s)")
-    parser.add_argument("--level", type=positive, default=1, help="which of its bands (default: 1)")
+    parser.add_argument("--level", type=positive_int, default=1, help="which of its bands (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _subsets(arguments: argparse.Namespace) -> int:
     from bocage.finetune.models.targets import Target
-    from bocage.finetune.subsets.draw import LabelledPatches
-    from bocage.finetune.subsets.files import DESCRIPTION, SubsetPlan, write_subsets
+    from bocage.finetune.subsets.sampling import LabelledPatches
+    from bocage.finetune.subsets.subset_files import DESCRIPTION, SubsetPlan, write_subsets
     from bocage.shards.read.open import open_shards
     from bocage.shards.read.patches import ShardPatches
 
@@ -106,7 +108,7 @@ def _subsets(arguments: argparse.Namespace) -> int:
         there = ", ".join(item.name for item in registry.labels) or "none"
         raise InputError(f"--label {arguments.label}: no label of {arguments.shards}; labels: {there}")
     rows = manifest.split(arguments.split, arguments.value)
-    rows = rows[ShardPatches(manifest).held(arguments.label)[rows]]
+    rows = rows[ShardPatches(manifest).has_modality(arguments.label)[rows]]
     target = Target(label=registry[arguments.label], band=arguments.level - 1)
     patches = LabelledPatches.read(manifest, rows, [target])
     plan = SubsetPlan(draws=arguments.draws, draws_above=arguments.draws_above)
@@ -121,22 +123,22 @@ def _subsets(arguments: argparse.Namespace) -> int:
         "label": arguments.label,
         "level": arguments.level,
     }
-    with Bars() as bars:
+    with ProgressBars() as bars:
         bar = bars.add("draws", "draws", len(list(plan.subsets())))
         try:
             found = write_subsets(arguments.out, patches, plan, source, bar.update)
         except OSError as error:
             raise InputError(f"{arguments.out} cannot be written: {error.strerror}") from error
     table = Table(title=f"{len(patches):,} patches, {len(set(patches.rois)):,} regions")
-    for name in ("track", "share", "draws", "patches", "regions", "classes left out of some draw"):
-        table.add_column(name, justify="left" if name.startswith(("track", "classes")) else "right")
+    for name in ("sampling_unit", "share", "draws", "patches", "regions", "classes left out of some draw"):
+        table.add_column(name, justify="left" if name.startswith(("sampling_unit", "classes")) else "right")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for item in found["subsets"]:
-        groups.setdefault((item["track"], item["fraction"]), []).append(item)
-    for (track, fraction), items in sorted(groups.items()):
+        groups.setdefault((item["sampling_unit"], item["fraction"]), []).append(item)
+    for (sampling_unit, fraction), items in sorted(groups.items()):
         lost = sorted({name.partition("/")[2] for item in items for name in item["without"]})
         counts = [_range(item[key] for item in items) for key in ("patches", "regions")]
-        table.add_row(track, f"{100 * fraction:g} %", str(len(items)), *counts, ", ".join(lost) or "none")
+        table.add_row(sampling_unit, f"{100 * fraction:g} %", str(len(items)), *counts, ", ".join(lost) or "none")
     Console().print(table)
     print(f"subsets: {arguments.out / DESCRIPTION}")
     return 0
@@ -149,22 +151,22 @@ def _range(values: Any) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from bocage import recipes
-    from bocage.finetune.study.grid import StudyConfig, study_runs
-    from bocage.finetune.study.run_cell import run_cell
-    from bocage.finetune.study.runner import Failure, Runner
-    from bocage.finetune.study.runs import CellFolders, slurm_script
+    from bocage.finetune.study.execute import execute_run
+    from bocage.finetune.study.launch import Failure, ParallelRunner
+    from bocage.finetune.study.run_folders import RunFolders, slurm_script
+    from bocage.finetune.study.study_config import StudyConfig, study_runs
 
     study = recipes.resolve(StudyConfig, arguments.words)
     if arguments.cell:
-        return run_cell(study, arguments.cell)
-    folders, grid = CellFolders(study), study_runs(study)
+        return execute_run(study, arguments.cell)
+    folders, grid = RunFolders(study), study_runs(study)
     wanted = [cell for cell in grid if not folders.finished(cell)]
     folders.check(wanted)
     if arguments.slurm:
         options = [f"--{option}" for option in arguments.sbatch]
         text = slurm_script(folders, grid, arguments.launcher, arguments.words, options)
         try:
-            with written_atomically(arguments.slurm) as path:
+            with atomic_write(arguments.slurm) as path:
                 path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"--slurm {arguments.slurm}: cannot be written: {error.strerror}") from error
@@ -172,8 +174,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         return _dry_run(study, folders, arguments.processes)
-    runner = Runner(folders, run_cell, arguments.processes)
-    with Interrupts(), Bars() as bars:
+    runner = ParallelRunner(folders, execute_run, arguments.processes)
+    with Interrupts(), ProgressBars() as bars:
         bar = bars.add("runs", "runs", len(grid))
         bar.update(len(grid) - len(wanted))
 
@@ -197,9 +199,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(study: Any, folders: Any, processes: int) -> int:
-    from bocage.finetune.probes.probe import KINDS
-    from bocage.finetune.study.grid import study_runs
-    from bocage.finetune.study.run_cell import Cost, measured_cost
+    from bocage.finetune.probes.probe import PROBE_KINDS
+    from bocage.finetune.study.execute import Cost, measure_cost
+    from bocage.finetune.study.study_config import study_runs
 
     grid = study_runs(study)
     table = Table(title=f"{len(grid)} runs")
@@ -217,8 +219,8 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
                 sum(path.stat().st_size for path in folders.of(cell).rglob("*") if path.is_file()) for cell in there
             )
             cost = Cost(seconds, None, int(size))
-        elif mode not in KINDS:
-            cost = measured_cost(study, cells_here[-1])
+        elif mode not in PROBE_KINDS:
+            cost = measure_cost(study, cells_here[-1])
         if isinstance(cost, int):
             print("bocage: stopped before the cost was measured; nothing of it is kept")
             return cost
@@ -240,7 +242,7 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
     console.print(table)
     for cell in grid:
         console.print(f"  {cell.name}{'  finished' if folders.finished(cell) else ''}", highlight=False, soft_wrap=True)
-    if set(study.modes) & set(KINDS):
+    if set(study.modes) & set(PROBE_KINDS):
         size = f"{folders.feature_bytes() / 1e6:.0f} MB at most in {folders.features}"
         print(f"probes keep features of each encoder: {size}")
     together = f"{hours / processes:.2f} with --processes {processes}, if they do not slow each other down"
@@ -250,15 +252,15 @@ def _dry_run(study: Any, folders: Any, processes: int) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from bocage import recipes
-    from bocage.finetune.study.grid import StudyConfig, study_runs
     from bocage.finetune.study.report import write_report
-    from bocage.finetune.study.runs import CellFolders
+    from bocage.finetune.study.run_folders import RunFolders
+    from bocage.finetune.study.study_config import StudyConfig, study_runs
 
     study = recipes.resolve(StudyConfig, arguments.words)
     out = arguments.out or Path(study.output) / "report"
     try:
         print(f"report: {write_report(study, out)}")
-        folders, grid = CellFolders(study), study_runs(study)
+        folders, grid = RunFolders(study), study_runs(study)
         if unfinished := sum(not folders.finished(cell) for cell in grid):
             print(f"{unfinished} of {len(grid)} cells have no result yet: `bocage study run` runs them")
     except OSError as error:
@@ -274,9 +276,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from bocage.finetune.config import FinetuneConfig
+    from bocage.finetune.finetune_config import FinetuneConfig
     from bocage.finetune.models.supervision import TaskConfig
-    from bocage.finetune.probes.probe import probe
+    from bocage.finetune.probes.probe import run_probe
     from bocage.shards.read.open import open_shards
     from bocage.ssl.encoders.export import load_encoder
     from bocage.ssl.encoders.initialization import weights_digest
@@ -292,7 +294,7 @@ def _probe(arguments: argparse.Namespace) -> int:
             split=arguments.split,
             train_fraction=arguments.fraction,
             draw=arguments.draw,
-            track=arguments.track,
+            sampling_unit=arguments.sampling_unit,
             batch_size=arguments.batch_size,
             workers=arguments.workers,
         )
@@ -305,8 +307,8 @@ def _probe(arguments: argparse.Namespace) -> int:
         _refuse_other(output, wanted)
     rows = []
     for kind, output in outputs.items():
-        with Bars() as bars:
-            found = probe(
+        with ProgressBars() as bars:
+            found = run_probe(
                 replace(config, output=str(output)), kind, arguments.out / "features", partial(_show, bars, {})
             )
         for part in [name for name in ("valid", "test") if name in found]:
@@ -325,7 +327,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(bars: Bars, shown: dict[str, Bar], name: str, total: int, done: int) -> None:
+def _show(bars: ProgressBars, shown: dict[str, ProgressBar], name: str, total: int, done: int) -> None:
     if name not in shown:  # features that are there take no time, and no bar
         shown[name] = bars.add(name, "patches", total)
     shown[name].update(done)
@@ -334,8 +336,8 @@ def _show(bars: Bars, shown: dict[str, Bar], name: str, total: int, done: int) -
 def _probe_folder(arguments: argparse.Namespace, kind: str) -> str:
     """Name of the folder of a probe's scores: another label or share is another folder."""
     level = "" if arguments.level == 1 else f"-level{arguments.level}"
-    track = "" if arguments.track == "patch" else f"-{arguments.track}"
-    return f"{kind}-{arguments.label}{level}-{arguments.fraction:g}{track}-draw{arguments.draw}"
+    sampling_unit = "" if arguments.sampling_unit == "patch" else f"-{arguments.sampling_unit}"
+    return f"{kind}-{arguments.label}{level}-{arguments.fraction:g}{sampling_unit}-draw{arguments.draw}"
 
 
 def _refuse_other(output: Path, wanted: dict[str, Any]) -> None:

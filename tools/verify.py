@@ -1,4 +1,4 @@
-"""``bocage verify SHARDS``: whether shards and manifest are sound, and what is broken."""
+"""``bocage verify SHARDS``: check shards against their manifest, and name broken files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from bocage.shards.format.manifest import DATASET_FILE
 from bocage.shards.inspect.verify import Verification, verify
 from bocage.shards.inspect.verify_shard import Problem
-from bocage.tools.cli.arguments import not_negative, positive
+from bocage.tools.cli.arguments import non_negative_int, positive_int
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
-from bocage.tools.cli.progress import Bars
+from bocage.tools.cli.progress import ProgressBars
 from bocage.tools.cli.reports import write_json
 
-_SHOWN = 50  # lines about what is broken
+_SHOWN = 50  # problems printed
 _MEGABYTE = 1e6
 
 
@@ -26,22 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_samples,
         default=8,
         metavar="N|all",
-        help="samples of each shard to decode and compare with the manifest (default: %(default)s); "
-        "hashes, headers and descriptions are always checked for all",
+        help="samples per shard to decode and compare with the manifest (default: %(default)s); "
+        "hashes, tar headers and JSON members of all samples are always checked",
     )
-    parser.add_argument("--workers", type=positive, default=1, help="processes (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there as JSON")
+    parser.add_argument("--workers", type=positive_int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
 
 def _samples(text: str) -> int | None:
-    return None if text == "all" else not_negative(text)
+    return None if text == "all" else non_negative_int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command: 0 sound, 1 broken, 130 interrupted, 143 ended by SIGTERM."""
+    """Return 0 if all is intact, 1 if something is broken, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         with Interrupts() as interrupts:
-            found = _verified(interrupts, arguments)
+            found = _verify(interrupts, arguments)
     except InterruptedCommand as stop:
         print(f"bocage: interrupted by {stop.name}; nothing was changed", file=sys.stderr)
         return stop.exit_code
@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if found.sound else 1
 
 
-def _verified(interrupts: Interrupts, arguments: argparse.Namespace) -> Verification:
-    with Bars() as bars:
+def _verify(interrupts: Interrupts, arguments: argparse.Namespace) -> Verification:
+    with ProgressBars() as bars:
         bar = bars.add("verifying", "MB")
 
         def progress(done: int, total: int, problems: int) -> None:

@@ -18,8 +18,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.study.grid import StudyConfig
+from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.finetune.study.study_config import StudyConfig
 from bocage.ssl.pretrain import PretrainConfig
 from bocage.tools.main import build_parser
 

@@ -19,10 +19,10 @@ from bocage.finetune.official.convert import (
     from_official,
     load_official,
     save_official,
-    segmentations,
+    extract_segmentations,
     to_official,
 )
-from bocage.finetune.official.model import OfficialModel, baseline_input, build_official
+from bocage.finetune.official.official_model import OfficialModel, baseline_input, build_official
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
@@ -162,14 +162,14 @@ def test_each_task_becomes_a_model_that_computes_as_the_official_one(tmp_path: P
 
 def test_tasks_of_unknown_classes_give_their_encoders_alone(tmp_path: Path) -> None:
     model = official(SPOT, labels={COSIA: 13})
-    assert segmentations(model) == {}
+    assert extract_segmentations(model) == {}
     assert from_official(model, tmp_path / "out") == [tmp_path / "out" / "encoders" / SPOT]
 
 
 @pytest.mark.parametrize("names", [(AERIAL, S2), (SPOT,), (S2, S1)])
 def test_there_and_back_loses_nothing(tmp_path: Path, names: tuple[str, ...]) -> None:
     first = official(*names, labels={LPIS: 31}, auxiliary=names[:1])
-    again, report = to_official(segmentations(first)[LPIS])
+    again, report = to_official(extract_segmentations(first)[LPIS])
     read = {name for name, parameter in first.uperfuse.named_parameters()}
     assert not report.missing
     assert not report.dropped
@@ -182,14 +182,14 @@ def test_there_and_back_loses_nothing(tmp_path: Path, names: tuple[str, ...]) ->
 
 def test_one_of_several_tasks_goes_back_without_the_heads_they_shared() -> None:
     first = official(SPOT, S2, labels=(COSIA, LPIS), auxiliary=(SPOT, S2))
-    again, report = to_official(segmentations(first)[LPIS])
+    again, report = to_official(extract_segmentations(first)[LPIS])
     heads = {name for name in first.uperfuse.state_dict() if "out_conv.conv.conv" in name}
     assert heads < set(report.dropped)
     assert all(name.startswith((f"encoders.{S2}.out_conv.", f"auxiliary.{S2}.")) for name in report.dropped)
     assert list(again.aux_decoders) == [f"{SPOT}__{LPIS}"]
     alone = official(S2, labels=(COSIA, LPIS))
     with pytest.raises(InputError, match="head of SENTINEL2_TS serves other tasks"):
-        to_official(segmentations(alone)[COSIA])
+        to_official(extract_segmentations(alone)[COSIA])
 
 
 def ours(
@@ -204,7 +204,7 @@ def ours(
     for name in names:
         spec = baseline_input(FLAIR_HUB[name], 4 if FLAIR_HUB[name].role == "image" else None)
         if spec.series:
-            spec = InputSpec.of(FLAIR_HUB[name], mean, std)
+            spec = InputSpec.from_modality(FLAIR_HUB[name], mean, std)
             widths = {"encoder_widths": [64, 64, 128, 128], "decoder_widths": [64, 64, 128, 128], **options}
             config = EncoderConfig(architecture="utae", options=widths)
         else:
@@ -273,7 +273,7 @@ def test_the_recipe_of_a_user_converts_with_the_official_widths(tmp_path: Path) 
     with pytest.raises(InputError, match=r"encoder_widths = .*, official \[64, 64, 128, 128\]"):
         to_official(ours(SPOT, S2, encoder_widths=[64, 64, 64, 128], decoder_widths=[32, 32, 64, 128]))
     dem = FLAIR_HUB["DEM_ELEV"]
-    spec = InputSpec.of(dem, (0.0, 0.0), (1.0, 1.0))
+    spec = InputSpec.from_modality(dem, (0.0, 0.0), (1.0, 1.0))
     swin = EncoderConfig(architecture="swin", name="swin_tiny_patch4_window7_224")
     task = Segmentation({"DEM_ELEV": build_encoder(spec, swin)}, [Target(label=FLAIR_HUB[COSIA])], DecoderConfig(), {})
     with pytest.raises(InputError, match=r"DEM_ELEV reads relief values.* \(it feeds elevation ones\)"):
@@ -282,7 +282,7 @@ def test_the_recipe_of_a_user_converts_with_the_official_widths(tmp_path: Path) 
 
 def test_clouds_leave_no_trace_in_an_official_model() -> None:
     """The official code drops cloudy dates before it pads: they must not count as padding."""
-    segmentation = segmentations(official(SPOT, S2, SPOT_RGBI=32))[COSIA]
+    segmentation = extract_segmentations(official(SPOT, S2, SPOT_RGBI=32))[COSIA]
     data = batch((SPOT, S2), (SPOT, S2), inputs=(SPOT, S2))
     mask = segmentation.quality_masks[S2]
     moments, hidden = data.dates[S2], data.padding[S2]
@@ -384,7 +384,7 @@ def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
     [
         ("truncated", "truncated or not a safetensors file"),
         ("renamed", "1 missing .main_decoders.AERIAL_LABEL-COSIA.bias.*surprise"),
-        ("extra", "1 unknown .surprise"),
+        ("extra", "1 unexpected .surprise"),
         ("shape", "shape .7. instead of .19."),
         ("not a number", "holds NaN"),
         ("missing stem", "SENTINEL2_TS is not a U-TAE: there is no"),
@@ -421,7 +421,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
     save_official(first, tmp_path / "official.safetensors")
     account = tmp_path / "keys.txt"
     assert (
-        main(["convert", str(tmp_path / "official.safetensors"), str(tmp_path / "out"), "--account", str(account)]) == 0
+        main(["convert", str(tmp_path / "official.safetensors"), str(tmp_path / "out"), "--key-report", str(account)]) == 0
     )
     assert f"{len(first.state_dict())} loaded" in capsys.readouterr().out
     assert len(account.read_text().splitlines()) == len(first.state_dict())
@@ -440,7 +440,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["out", "--account", "."], "exists: choose another name"),
+        (["out", "--key-report", "."], "exists: choose another name"),
         (["taken/out"], "taken/out cannot be written"),
         (["full"], "not an empty folder"),
         (["out", "--channels", "SPOT_RGBI"], "expected MODALITY=VALUE"),

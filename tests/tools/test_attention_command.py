@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_encoder(series_encoder(manifest, OPTICAL), folder / "optical")
     save_encoder(series_encoder(manifest, RADAR), folder / "radar")
     small = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
-    spec = InputSpec.of(FLAIR_HUB["SPOT_RGBI"], (0.0,) * 4, (1.0,) * 4)
+    spec = InputSpec.from_modality(FLAIR_HUB["SPOT_RGBI"], (0.0,) * 4, (1.0,) * 4)
     save_encoder(build_encoder(spec, EncoderConfig(options=small)), folder / "image")
     return folder
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bocage.tools.cli.examples import EXAMPLES
-from bocage.tools.main import COMMANDS, build_parser, guarded, main
+from bocage.tools.main import COMMANDS, build_parser, run_guarded, main
 
 
 # Imports torch and the fine-tuning room: some seconds the first time.
@@ -110,7 +110,7 @@ def test_ctrl_c_in_a_command_with_nothing_to_save_is_no_fault(capsys: pytest.Cap
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert guarded(interrupted) == 130
+    assert run_guarded(interrupted) == 130
     assert capsys.readouterr().err == "bocage: interrupted\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.models.segmentation import save_segmentation
 from bocage.finetune.train import build_task
 from bocage.shards.format.manifest import Manifest
@@ -44,7 +44,7 @@ def test_sensors_are_taken_from_a_model_one_by_one(folder: Path, capsys: pytest.
     said = capsys.readouterr()
     assert "without SENTINEL2_TS" in said.out
     # Sets are compared on the same patches, those that have every sensor.
-    held = ShardPatches(Manifest.open(folder / "shards")).held
+    held = ShardPatches(Manifest.open(folder / "shards")).has_modality
     complete, some = (int(both.sum()) for both in (held(AERIAL) & held(S2), held(AERIAL) | held(S2)))
     assert 0 < complete < some
     assert f"{some - complete} of {some} patches left out: they lack a sensor" in said.err

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.image import imread
 
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.inspect.summary import fullest, summarize
+from bocage.shards.inspect.summary import most_complete_row, summarize
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
@@ -43,7 +43,7 @@ def test_numbers(shards: Path) -> None:
     water = sum(histogram[6] for histogram in histograms) / (2 * 512 * 512)
     assert numbers["classes"]["AERIAL_LABEL-COSIA COSIA"]["water"] == pytest.approx(water)
     assert all(sum(shares.values()) == pytest.approx(1) for shares in numbers["classes"].values())
-    assert fullest(manifest) == 1
+    assert most_complete_row(manifest) == 1
 
 
 # Imports matplotlib and draws twice.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bocage.tools.cli import progress
-from bocage.tools.cli.progress import Bars, duration
+from bocage.tools.cli.progress import ProgressBars, format_duration
 
 SAMPLE = [sys.executable, "-m", "bocage", "sample"]
 WORDS = ["--patches", "3", "--modalities", "SPOT_RGBI"]
@@ -24,7 +24,7 @@ def test_logs_have_lines_with_rate_and_time_left(
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
     now = iter(range(100))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
-    with Bars() as bars:
+    with ProgressBars() as bars:
         bar = bars.add("sharding", "patches", 4000)
         bar.update(1000)  # by an earlier run
         bar.update(1600, note="3 broken")
@@ -39,12 +39,12 @@ def test_logs_have_lines_with_rate_and_time_left(
 def test_titles_and_notes_are_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    with Bars() as bars:
+    with ProgressBars() as bars:
         bars.add("a [/y] title", "patches", 0).update(0, note="[/x] broken")
 
 
 def test_ranks_that_keep_quiet_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Bars(active=False) as bars:
+    with ProgressBars(active=False) as bars:
         bars.add("tiles", "tiles", 2).update(2)
         bars.say("a line")
     assert capsys.readouterr().err == ""
@@ -52,7 +52,7 @@ def test_ranks_that_keep_quiet_say_nothing(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, "1 s"), (60, "60 s"), (61, "2 min"), (7201, "2 h 1 min")])
 def test_durations_are_rounded_up(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert format_duration(seconds) == said
 
 
 def test_a_command_moves_no_cursor_in_a_log_but_draws_a_bar_on_a_terminal(tmp_path: Path) -> None:

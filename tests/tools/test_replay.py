@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_recipes import PRETRAIN
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.train import finetune
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue

@@ -126,6 +126,6 @@ def test_a_zip_that_cannot_be_read_ends_the_command_unless_told_otherwise(
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{tree}/D031-2019_SPOT_RGBI.zip: has no directory at its end" in error
-    assert "--leave-out-unreadable" in error and not (tmp_path / "out").exists()
-    assert main([*command, "--leave-out-unreadable"]) == 0
+    assert "--skip-unreadable" in error and not (tmp_path / "out").exists()
+    assert main([*command, "--skip-unreadable"]) == 0
     assert len(Manifest.open(tmp_path / "out")) == 3

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from bocage import recipes
-from bocage.finetune.study.grid import StudyConfig, run_config, study_runs
+from bocage.finetune.study.study_config import StudyConfig, run_config, study_runs
 from bocage.shards.errors import InputError
 from bocage.ssl.pretrain import PretrainConfig
 from bocage.tools.cli import study_demo
-from bocage.tools.cli.steps import Steps, TrainingProcess
+from bocage.tools.cli.steps import DemoSteps, TrainingProcess
 
 
 def job(folder: Path, name: str, *words: str) -> TrainingProcess:
@@ -41,7 +41,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_jobs_run_once_and_are_told(tmp_path: Path) -> None:
     told = io.StringIO()
-    steps = Steps(Console(file=told, width=200))
+    steps = DemoSteps(Console(file=told, width=200))
     jobs = [job(tmp_path, name, str(tmp_path / name), "0", "0") for name in ("one", "two", "three")]
     steps.side_by_side(jobs, 2)
     assert all((item.output / "done").exists() for item in jobs)
@@ -59,14 +59,14 @@ def test_one_that_fails_stops_the_others_and_names_its_log(tmp_path: Path) -> No
     ]
     began = time.monotonic()
     with pytest.raises(InputError, match=rf"bad ended with status 3: see {jobs[1].log}"):
-        Steps(Console(file=io.StringIO())).side_by_side(jobs, 2)
+        DemoSteps(Console(file=io.StringIO())).side_by_side(jobs, 2)
     assert time.monotonic() - began < 30
     assert jobs[1].log.read_text() == "it says why\n"
     assert not (tmp_path / "slow" / "done").exists()
 
 
 def test_a_folder_of_other_words_is_refused(tmp_path: Path) -> None:
-    steps = Steps(Console(file=io.StringIO()))
+    steps = DemoSteps(Console(file=io.StringIO()))
     steps.side_by_side([job(tmp_path, "one", str(tmp_path / "one"), "0", "0")], 1)
     with pytest.raises(InputError, match=r"one holds another run, see .*one.words: delete it"):
         steps.side_by_side([job(tmp_path, "one", str(tmp_path / "one"), "0", "0.1")], 1)

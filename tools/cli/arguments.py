@@ -1,4 +1,7 @@
-"""Types of command-line arguments: argparse names the option and prints the message of what they raise."""
+"""Parse and check values of command-line options.
+
+argparse names the option in front of the message of an ``ArgumentTypeError``.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ import argparse
 from bocage.shards.errors import InputError
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    return _from(1, text)
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    return _parse_integer(1, text)
 
 
-def not_negative(text: str) -> int:
-    """A whole number from 0."""
-    return _from(0, text)
+def non_negative_int(text: str) -> int:
+    """Parse an integer of at least 0."""
+    return _parse_integer(0, text)
 
 
-def share(text: str) -> float:
-    """A number between 0 and 1."""
+def unit_fraction(text: str) -> float:
+    """Parse a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -29,45 +32,45 @@ def share(text: str) -> float:
 
 
 def split_value(split: bool, value: str | None) -> str:
-    """What ``--value`` says, ``test`` where it is not given.
+    """Return the value of ``--value``, by default ``test``.
 
     Args:
-        split: whether ``--split`` is given.
-        value: of the option.
+        split: whether ``--split`` was given.
+        value: the option's value, None when it was not given.
 
     Raises:
-        InputError: a value without a split, which would be all patches.
+        InputError: ``--value`` was given without ``--split``.
     """
     if value is not None and not split:
-        raise InputError(f"--value {value} is of a split: give it with --split, e.g. --split split_1")
+        raise InputError(f"--value {value} needs --split, e.g. --split split_1")
     return "test" if value is None else value
 
 
-def pairs(option: str, words: list[str], form: str = "MODALITY=VALUE") -> dict[str, str]:
-    """What the words ``KEY=VALUE`` of an option say, by key.
+def parse_pairs(option: str, words: list[str], form: str = "MODALITY=VALUE") -> dict[str, str]:
+    """Parse the ``KEY=VALUE`` arguments of an option into a dictionary.
 
     Args:
-        option: whose words they are, for the message.
-        words: of the command line.
-        form: what they look like, for the message.
+        option: name of the option, for error messages.
+        words: arguments of the option.
+        form: expected form, for error messages.
 
     Raises:
-        InputError: another word, or a key twice.
+        InputError: an argument of another form, or a repeated key.
     """
-    found: dict[str, str] = {}
+    parsed: dict[str, str] = {}
     for word in words:
         name, separator, value = word.partition("=")
-        if not separator or not name or not value or name in found:
+        if not separator or not name or not value or name in parsed:
             raise InputError(f"{option} {word}: expected {form}, each {form.partition('=')[0].lower()} once")
-        found[name] = value
-    return found
+        parsed[name] = value
+    return parsed
 
 
-def _from(least: int, text: str) -> int:
+def _parse_integer(minimum: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value} is not at least {minimum}")
     return value

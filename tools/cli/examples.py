@@ -61,7 +61,7 @@ bocage publish runs/mae published --shards data/shards --without-scores --datase
 bocage attention runs/mae/encoders/SENTINEL2_TS data/shards attention --split split_1 --value test --count 8
 bocage attention runs/mae/encoders/SENTINEL1-ASC_TS data/shards attention_s1 --count 2""",
     "convert": """\
-bocage convert FLAIR-HUB_LC-L.safetensors lc_l --account keys.txt
+bocage convert FLAIR-HUB_LC-L.safetensors lc_l --key-report keys.txt
 bocage convert lc_l/AERIAL_LABEL-COSIA official_again.safetensors""",
     "replay": "bocage replay runs/mae/bad_steps/step-00001234",
     "doctor": """\
@@ -72,11 +72,11 @@ bocage completion bash > ~/.local/share/bash-completion/completions/bocage
 bocage completion zsh > ~/.zfunc/_bocage""",
     "demo": "bocage demo demo",
 }
-"""By command, ``study run`` of an action."""
+"""Example command lines by command; ``study run`` is an action of ``study``."""
 
 
 def add_examples(parser: argparse.ArgumentParser, name: str) -> None:
-    """Put the examples of a command behind its help, after what it says there already."""
+    """Append the examples of a command to the end of its help."""
     shown = "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
     before = f"{parser.epilog.rstrip()}\n\n" if parser.epilog else ""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

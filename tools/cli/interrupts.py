@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception that ends a command in order; a second one ends it at once."""
+"""Turn Ctrl-C and SIGTERM into an exception, so that a command cleans up; a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-# Launchers pass a terminal's Ctrl-C on to processes that already had it: that is not a second request.
+# Launchers forward a terminal's Ctrl-C to processes that have already received it; that is not a second request.
 _DEBOUNCE_SECONDS = 0.5
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class InterruptedCommand(BaseException):
-    """Raised where the command is when the signal comes.
+    """Raised in the main thread when a signal arrives.
 
     Attributes:
-        exit_code: 130 for Ctrl-C, 143 for SIGTERM, as shells report them.
-        name: of the signal.
+        exit_code: exit status of the process: 130 for Ctrl-C, 143 for SIGTERM, as shells report them.
+        name: name of the signal, e.g. ``SIGINT``.
     """
 
     def __init__(self, number: int) -> None:
@@ -29,7 +29,7 @@ class InterruptedCommand(BaseException):
 
 
 class Interrupts:
-    """Context of the main thread in which the signals raise ``InterruptedCommand``."""
+    """Context manager, for the main thread, in which SIGINT and SIGTERM raise ``InterruptedCommand``."""
 
     def __init__(self) -> None:
         self._received = 0
@@ -48,7 +48,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises again: an exception that comes up inside a destructor or a callback of a library is lost there."""
+        """Raise the exception again: Python drops one raised inside a destructor or a library's callback."""
         if self._received:
             raise InterruptedCommand(self._received)
 

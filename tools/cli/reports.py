@@ -1,4 +1,4 @@
-"""What commands found, as files for other programs."""
+"""Write the results of a command as JSON."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes ``report``; raises ``InputError`` when the file cannot be written."""
+    """Write ``report`` to ``path``.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     try:
-        with written_atomically(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error

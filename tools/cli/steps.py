@@ -1,4 +1,4 @@
-"""Runs bocage's own commands one after another, as a user would type them, and says which and since when."""
+"""Run bocage's commands one after another for demonstrations, and print each as a user would type it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import Any
 from rich.console import Console
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
-from bocage.tools.cli.progress import Bar, Bars
+from bocage.tools.cli.progress import ProgressBar, ProgressBars
 
 
 @dataclass(frozen=True)
 class TrainingProcess:
-    """A training that runs beside others.
+    """A training run in a process beside others.
 
     Attributes:
-        title: for its bar.
-        shown: what a user would type in place of ``module``.
-        module: what Python runs, with words before the job's own.
-        words: of its command line.
-        output: its folder; its log lies beside it.
-        finished: the file that it leaves last, in ``output``.
-        steps: of the training.
+        title: title of its progress bar.
+        shown: command that a user would type in place of ``module``.
+        module: module that Python runs, followed by leading arguments.
+        words: command-line arguments.
+        output: output folder of the run; the log file lies beside it.
+        finished: file in ``output`` that the run writes last.
+        steps: number of training steps.
     """
 
     title: str
@@ -45,18 +45,22 @@ class TrainingProcess:
 
     @property
     def log(self) -> Path:
-        """What it says."""
+        """Log file with the output of the process."""
         return self.output.with_name(f"{self.output.name}.log")
 
     def check(self) -> None:
-        """Raise ``InputError`` where its folder is that of other words."""
+        """Check that the output folder is not that of a run with other arguments.
+
+        Raises:
+            InputError: it is.
+        """
         if self._command.exists() and self._command.read_text(encoding="utf-8") != shlex.join(self.words) + "\n":
             raise InputError(f"{self.output} holds another run, see {self._command}: delete it or give another folder")
 
-    def claim(self) -> None:
-        """Say beside its folder whose it is."""
+    def record_command(self) -> None:
+        """Write the command line to a file beside the output folder."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(self._command) as path:
+        with atomic_write(self._command) as path:
             path.write_text(shlex.join(self.words) + "\n", encoding="utf-8")
 
     @property
@@ -64,68 +68,70 @@ class TrainingProcess:
         return self.output.with_name(f"{self.output.name}.words")
 
     def last_step(self) -> int:
-        """The newest step recorded in its ``metrics.jsonl``; 0 before there is one."""
+        """Return the last step in ``metrics.jsonl``, 0 before the first."""
         path = self.output / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last may be half there
+        lines = (
+            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        )  # the last line may be incomplete
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-class Steps:
-    """Steps of a demonstration.
+class DemoSteps:
+    """Runs the steps of a demonstration and prints them.
 
     Args:
-        console: where they are told.
+        console: console to print to.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._began = time.monotonic()
-        # One thread a process: the processes already fill the cores.
+        # One thread per process: the processes already fill the cores.
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def announce(self, title: str) -> None:
-        """Begin a step; tells the time since the start."""
+        """Print the title of a step and the seconds since the start."""
         self.console.rule(f"[bold]{title}[/bold]  ({time.monotonic() - self._began:.0f} s)", align="left")
 
-    def say(self, shown: str, words: Sequence[Any]) -> None:
+    def print_command(self, shown: str, words: Sequence[Any]) -> None:
         """Print a command."""
         self.console.print(f"$ {shown} {shlex.join(map(str, words))}", style="dim", soft_wrap=True, markup=False)
 
     def command(self, shown: str, module: str | Sequence[Any], words: Sequence[Any]) -> None:
-        """Run a module to its end; ``shown`` is what a user would type in its place.
+        """Run a module and wait for it; ``shown`` is what a user would type instead.
 
         Raises:
-            InputError: it failed.
+            InputError: it ended with a non-zero status.
         """
-        self.say(shown, words)
+        self.print_command(shown, words)
         modules = [module] if isinstance(module, str) else module
         child = subprocess.Popen([sys.executable, "-m", *map(str, modules), *map(str, words)], env=self.environment)
         try:
             status = child.wait()
         except BaseException:
-            _ended([child])
+            _terminate([child])
             raise
         if status:
-            raise InputError(f"the step above ended with status {status}; mend its cause and run the same again")
+            raise InputError(f"the step above ended with status {status}; fix its cause and run the same command again")
 
     def side_by_side(self, jobs: Sequence[TrainingProcess], processes: int) -> None:
-        """Run those of the jobs that are not finished, ``processes`` at a time, with a bar each.
+        """Run the unfinished jobs, ``processes`` at a time, with a progress bar each.
 
         Raises:
-            InputError: one failed; the others are stopped, and go on the next time.
+            InputError: a job failed; the others are stopped, and resume the next time.
         """
         for job in jobs:
             job.check()
         waiting = [job for job in jobs if not (job.output / job.finished).exists()]
         for job in waiting:
-            self.say(job.shown, job.words)
-        active: dict[TrainingProcess, tuple[subprocess.Popen[bytes], Bar]] = {}
-        with Bars() as bars:
+            self.print_command(job.shown, job.words)
+        active: dict[TrainingProcess, tuple[subprocess.Popen[bytes], ProgressBar]] = {}
+        with ProgressBars() as bars:
             try:
                 while waiting or active:
                     while waiting and len(active) < processes:
                         job = waiting.pop(0)
-                        job.claim()
+                        job.record_command()
                         line = [sys.executable, "-m", *job.module, *job.words]
                         with job.log.open("ab") as output:
                             child = subprocess.Popen(line, env=self.environment, stdout=output, stderr=output)
@@ -138,11 +144,11 @@ class Steps:
                             if child.returncode:
                                 raise InputError(f"{job.title} ended with status {child.returncode}: see {job.log}")
             finally:
-                _ended([child for child, _ in active.values()])
+                _terminate([child for child, _ in active.values()])
 
 
-def _ended(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask children to end, and wait until they have saved what they are doing."""
+def _terminate(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Send SIGTERM to child processes and wait until they have saved and ended."""
     for child in children:
         child.terminate()
     for child in children:
@@ -150,10 +156,10 @@ def _ended(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def interruptible(steps: Callable[[], int]) -> int:
-    """Run steps; when a signal stops them, their children save first, and the status is that of the signal."""
+    """Run ``steps`` and return the exit status; on a signal, child processes save first."""
     try:
         with Interrupts():
             return steps()
     except InterruptedCommand as interruption:
-        print(f"\nbocage: stopped; the same command goes on with what is missing ({interruption.name})")
+        print(f"\nbocage: stopped; run the same command to resume ({interruption.name})")
         return interruption.exit_code

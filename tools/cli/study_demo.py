@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bocage.shards.modality import FLAIR_HUB
-from bocage.tools.cli.steps import Steps, TrainingProcess
+from bocage.tools.cli.steps import DemoSteps, TrainingProcess
 
 PATCHES, SAMPLE_SEED = 600, 11
 WAYS = {
@@ -38,7 +38,7 @@ def study_demo(out: Path, report: Path | None, processes: int) -> int:
         report: folder for the two reports; by default they lie in ``out``.
         processes: at a time.
     """
-    steps = Steps(Console(highlight=False))
+    steps = DemoSteps(Console(highlight=False))
     tree, shards = out / "tree", out / "shards"
     studies = parts()
     steps.announce("1. Simulate patches in FLAIR-HUB's own format, and shard them")
