@@ -1,4 +1,4 @@
-"""What a model scores: confusion matrices by region, and the tables, files and pictures made of them."""
+"""Compute confusion matrices by region, and write the scores, tables and pictures derived from them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import torch
 
 from bocage.finetune.evaluation.figures import draw_confusion
-from bocage.finetune.evaluation.predict import complete_rows, readable_modalities
+from bocage.finetune.evaluation.predict import modalities_to_read, predictable_rows
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.shards.read.patches import Patches, ShardPatches
@@ -26,56 +26,66 @@ from bocage.ssl.engine.parallel.distributed import rank_and_world
 from bocage.ssl.evaluation.confusion import ConfusionMatrix, official_scores, strict_scores
 
 Confusions = dict[str, ConfusionMatrix]
-"""By label."""
+"""Confusion matrices by label."""
 
 
 def labelled_rows(
-    patches: Patches, task: Segmentation, split: str, value: str, *, only: Sequence[str] | None = None
+    patches: Patches, task: Segmentation, split: str, value: str, *, modalities: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Rows of one value of a split, (N,) int64, that have one of a model's labels and at least one of its modalities.
+    """Select the patches of a split that have a label and an input of the model.
 
-    With ``only``, at least one of these. For an official model they have all of its modalities, see ``complete_rows``.
+    Args:
+        patches: patches of shards or of a tree.
+        task: model to evaluate.
+        split: split column, or ``all``.
+        value: value of the split.
+        modalities: inputs of which a patch needs at least one; None means all inputs of the model. A model of the
+            official architecture needs all of its inputs, see ``predictable_rows``.
+
+    Returns:
+        (N,) int64 rows.
 
     Raises:
-        InputError: there is none.
+        InputError: no patch qualifies.
     """
     rows = patches.split(split, value)
-    known = [name for name in (*task.modalities, *task.labels) if name in patches.registry]
-    held = {name: patches.held(name)[rows] for name in known}
-    there = [
-        np.any([held[name] for name in names if name in held] or [np.zeros(len(rows), bool)], axis=0)
-        for names in (task.modalities if only is None else only, task.labels)
-    ]
-    rows = complete_rows(task, patches, rows[there[0] & there[1]])
+    stored = [name for name in (*task.modalities, *task.labels) if name in patches.registry]
+    present = {name: patches.has_modality(name)[rows] for name in stored}
+    has_input, has_label = (
+        np.any([present[name] for name in names if name in present] or [np.zeros(len(rows), bool)], axis=0)
+        for names in (task.modalities if modalities is None else modalities, task.labels)
+    )
+    rows = predictable_rows(task, patches, rows[has_input & has_label])
     if len(rows) == 0:
-        where = "all of them" if split == EVERY_SAMPLE else f"{split}={value}"
-        wanted = " or ".join(task.labels)
-        raise InputError(f"{patches.path}: no patch of {where} has {wanted} and one of the modalities")
+        subset = "the shards" if split == EVERY_SAMPLE else f"{split}={value}"
+        labels = " or ".join(task.labels)
+        raise InputError(f"{patches.path}: no patch of {subset} has both {labels} and one of the modalities")
     return rows
 
 
 @torch.no_grad()
-def confusion(
+def compute_confusions(
     task: Segmentation,
     manifest: Manifest,
     rows: np.ndarray,
     *,
     batch_size: int,
     workers: int,
-    only: Sequence[str] | None = None,
+    modalities: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Confusions:
-    """Confusion matrices of whole patches, shared out over the ranks; the same on all of them. A collective call.
+    """Compute the confusion matrix of each label on whole patches; a collective call.
 
-    They are of the labels that the shards hold.
+    Ranks split the patches and all of them return the merged matrices. Labels that the shards lack are left out.
 
     Args:
-        task: the model, in evaluation mode.
-        manifest: open shards.
-        rows: (N,) int64, of these patches.
-        batch_size, workers: of the reader.
-        only: the modalities that the model may see; all when None.
-        progress: called with the patches that this rank has done so far.
+        task: model in evaluation mode.
+        manifest: manifest of the shards.
+        rows: (N,) int64 rows of the patches.
+        batch_size: patches per batch.
+        workers: DataLoader workers.
+        modalities: inputs that the model reads; None means all of its inputs.
+        progress: callback that receives the number of patches this rank has finished.
     """
     rank, world = rank_and_world()
     device = next(task.parameters()).device
@@ -84,7 +94,7 @@ def confusion(
     batches = evaluation_batches(
         manifest,
         rows,
-        readable_modalities(task, ShardPatches(manifest), labels=list(targets), only=only),
+        modalities_to_read(task, ShardPatches(manifest), labels=list(targets), inputs=modalities),
         batch_size=batch_size,
         workers=workers,
         rank=rank,
@@ -102,46 +112,50 @@ def confusion(
     return {name: matrix.merged() for name, matrix in matrices.items()}
 
 
-def sensor_sets(modalities: Sequence[str], hidden: Sequence[str] = ()) -> dict[str, list[str]]:
-    """What a model may be left with: all but each of its sensors, and each alone; nothing of a single one.
+def sensor_ablations(modalities: Sequence[str], excluded: Sequence[str] = ()) -> dict[str, list[str]]:
+    """List the sets of inputs for a sensor ablation: all but one, and each one alone.
 
     Args:
-        modalities: that it sees.
-        hidden: that it sees in none of the sets; their names tell so.
+        modalities: inputs of the model.
+        excluded: inputs that all sets lack; the names of the leave-one-out sets contain them.
+
+    Returns:
+        Modalities by name of the set (``without A``, ``only A``); empty for fewer than two inputs.
     """
     if len(modalities) < 2:
         return {}
-    without = {
-        f"without {' '.join([*hidden, name])}": [other for other in modalities if other != name] for name in modalities
+    leave_one_out = {
+        f"without {' '.join([*excluded, name])}": [other for other in modalities if other != name]
+        for name in modalities
     }
-    return without | {f"only {name}": [name] for name in modalities}
+    return leave_one_out | {f"only {name}": [name] for name in modalities}
 
 
-def rows_with_all(patches: Patches, rows: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
-    """Those of the rows, (N,) int64, that have each of the modalities: what is compared sees the same patches."""
+def rows_with_all_modalities(patches: Patches, rows: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
+    """Keep the rows, (N,) int64, whose patches have all of the modalities, so that ablations compare equal patches."""
     for name in modalities:
-        rows = rows[patches.held(name)[rows]]
+        rows = rows[patches.has_modality(name)[rows]]
     return rows
 
 
-def monitored(confusions: Confusions) -> dict[str, float]:
-    """Scores to follow while training: with several labels their means, and those of each as ``miou/LABEL``."""
-    found: dict[str, list[float]] = {"miou": [], "oa": [], "official_miou": [], "official_oa": []}
-    # A label of which there is not a pixel has no score, and would count 0.
+def scalar_metrics(confusions: Confusions) -> dict[str, float]:
+    """Return the scalar scores to log: means over labels, and with several labels also ``miou/LABEL`` for each."""
+    by_metric: dict[str, list[float]] = {"miou": [], "oa": [], "official_miou": [], "official_oa": []}
+    # A label without any pixel would count as 0 in the mean.
     confusions = {name: matrix for name, matrix in confusions.items() if matrix.total.any()} or confusions
     for matrix in confusions.values():
         strict, official = strict_scores(matrix.total, matrix.scheme), official_scores(matrix.total, matrix.scheme)
-        for name, value in zip(found, (strict.miou, strict.oa, official.miou, official.oa), strict=True):
-            found[name].append(value)
-    scores = {name: float(np.mean(values)) for name, values in found.items()}
+        for name, value in zip(by_metric, (strict.miou, strict.oa, official.miou, official.oa), strict=True):
+            by_metric[name].append(value)
+    scores = {name: float(np.mean(values)) for name, values in by_metric.items()}
     if len(confusions) > 1:
-        for name, values in found.items():
+        for name, values in by_metric.items():
             scores |= {f"{name}/{label}": value for label, value in zip(confusions, values, strict=True)}
     return scores
 
 
-def summary(matrix: ConfusionMatrix) -> dict[str, Any]:
-    """All scores of one label: ``strict`` and ``official`` ones, ``domains`` (strict), and the ``confusion`` matrix."""
+def classification_report(matrix: ConfusionMatrix) -> dict[str, Any]:
+    """Return all scores of one label as JSON: ``strict``, ``official``, ``domains`` (strict) and ``confusion``."""
     domains = {}
     for domain, counts in matrix.by_domain().items():
         scores = strict_scores(counts, matrix.scheme)
@@ -155,7 +169,7 @@ def summary(matrix: ConfusionMatrix) -> dict[str, Any]:
 
 
 def write_results(folder: Path, parts: Mapping[str, Confusions]) -> None:
-    """Write the tables of ``write_tables`` and a picture a matrix, ``confusions/PART_LABEL.png``."""
+    """Write the tables of ``write_tables`` and one picture per confusion matrix, ``confusions/PART_LABEL.png``."""
     for part, confusions in parts.items():
         for label, matrix in confusions.items():
             path = folder / "confusions" / f"{part.replace(' ', '_')}_{label}.png"
@@ -166,13 +180,13 @@ def write_results(folder: Path, parts: Mapping[str, Confusions]) -> None:
 def write_tables(folder: Path, parts: Mapping[str, Confusions]) -> None:
     """Write ``confusions.parquet`` and ``scores.parquet``.
 
-    The former has the pixels of each ``part``, ``label``, ``domain``, ``roi``, true and predicted class, without rows
-    of no pixel: everything else follows from it. The latter has strict scores in percent by ``part``, ``label``,
-    ``domain`` (``all`` for the whole) and ``class``.
+    ``confusions.parquet`` counts pixels by ``part``, ``label``, ``domain``, ``roi``, true class and predicted class;
+    zero counts have no row. All other scores can be computed from it. ``scores.parquet`` has strict scores in percent
+    by ``part``, ``label``, ``domain`` (``all`` for the total) and ``class``.
 
     Args:
-        folder: where.
-        parts: by part of the split, or whatever was measured.
+        folder: output folder.
+        parts: confusion matrices by part of the split, or by set of sensors.
     """
     counts: dict[str, list[Any]] = {
         key: [] for key in ("part", "label", "domain", "roi", "truth", "predicted", "pixels")
@@ -183,26 +197,26 @@ def write_tables(folder: Path, parts: Mapping[str, Confusions]) -> None:
     for part, confusions in parts.items():
         for label, matrix in confusions.items():
             classes = matrix.scheme.classes
-            for roi, cells in sorted(matrix.by_roi.items()):
-                for truth, predicted in np.argwhere(cells):
-                    pixels = int(cells[truth, predicted])
+            for roi, pixel_counts in sorted(matrix.by_roi.items()):
+                for truth, predicted in np.argwhere(pixel_counts):
+                    pixels = int(pixel_counts[truth, predicted])
                     row = (part, label, matrix.domain(roi), roi, classes[truth], classes[predicted], pixels)
                     for key, value in zip(counts, row, strict=True):
                         counts[key].append(value)
-            for domain, cells in {"all": matrix.total, **matrix.by_domain()}.items():
-                found = asdict(strict_scores(cells, matrix.scheme))
-                for name in found["iou"]:
-                    figures = [found[kind][name] for kind in ("iou", "precision", "recall", "f1")]
-                    row = (part, label, domain, name, *figures, int(cells[classes.index(name)].sum()))
+            for domain, pixel_counts in {"all": matrix.total, **matrix.by_domain()}.items():
+                strict = asdict(strict_scores(pixel_counts, matrix.scheme))
+                for name in strict["iou"]:
+                    values = [strict[metric][name] for metric in ("iou", "precision", "recall", "f1")]
+                    row = (part, label, domain, name, *values, int(pixel_counts[classes.index(name)].sum()))
                     for key, value in zip(scores, row, strict=True):
                         scores[key].append(value)
     for name, columns in (("confusions", counts), ("scores", scores)):
-        with written_atomically(folder / f"{name}.parquet") as path:
+        with atomic_write(folder / f"{name}.parquet") as path:
             pq.write_table(pa.table(columns), path)
 
 
-def region_matrices(folder: Path, part: str, label: str, scheme: ClassScheme) -> dict[str, np.ndarray]:
-    """By region, the (classes, classes) int64 confusion matrix that ``write_tables`` wrote of a part and a label."""
+def read_region_matrices(folder: Path, part: str, label: str, scheme: ClassScheme) -> dict[str, np.ndarray]:
+    """Read one part and label of ``confusions.parquet``: (classes, classes) int64 confusion matrices by region."""
     table = pq.read_table(folder / "confusions.parquet")
     table = table.filter(pc.and_(pc.equal(table["part"], part), pc.equal(table["label"], label)))
     value = {name: index for index, name in enumerate(scheme.classes)}

@@ -1,8 +1,8 @@
-"""A model and patches to label maps: one GeoTIFF a patch, and a picture of some of them."""
+"""Predict label maps: one GeoTIFF per patch, and a picture of the first patches."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,38 +15,41 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.transform import Affine
 
-from bocage.finetune.evaluation.figures import Panel, draw_panels, render
+from bocage.finetune.evaluation.figures import Panel, draw_panels, render_rgb
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.finetune.models.targets import Target
 from bocage.shards.batch import Batch
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.composites import palette
 from bocage.shards.modality import Modality
-from bocage.shards.preprocess.inputs import wanted_modalities
+from bocage.shards.preprocess.inputs import required_modalities
 from bocage.shards.read.patches import Patches, PatchLocation
 from bocage.ssl.engine.parallel.distributed import is_main
 
-_PANELS = 6  # rows of the picture
+logger = logging.getLogger(__name__)
+
+_PREVIEW_PATCHES = 6  # rows of the picture
 
 
 def write_prediction(
     path: Path, predicted: np.ndarray, scheme: ClassScheme, *, crs: str, left: float, top: float, gsd: float
 ) -> None:
-    """Write a class map as a GeoTIFF with the scheme's colours; class names are tags ``CLASS_0``, ``CLASS_1``, ...
+    """Write a class map as a GeoTIFF with the scheme's colours and its class names as tags ``CLASS_0``, ``CLASS_1``...
 
     Args:
-        path: the file; its folder must exist.
+        path: output file; its folder must exist.
         predicted: (H, W) uint8 class values.
-        scheme: the classes.
-        crs: EPSG code or WKT; empty when the source had none.
-        left, top: upper-left corner in the units of ``crs``.
-        gsd: side of a pixel, metres.
+        scheme: classes of the map.
+        crs: EPSG code or WKT; empty when the source has none.
+        left: x coordinate of the upper-left corner, in the units of ``crs``.
+        top: y coordinate of the upper-left corner, in the units of ``crs``.
+        gsd: pixel size in metres.
 
     Raises:
-        InputError: a ``crs`` that cannot be read.
+        InputError: ``crs`` cannot be parsed.
     """
     try:
         reference = CRS.from_user_input(crs) if crs else None
@@ -63,36 +66,40 @@ def write_prediction(
         "compress": "lzw",
     }
     colours = {value: (*map(int, colour), 255) for value, colour in enumerate(palette(scheme))}
-    with written_atomically(path) as temporary, rasterio.open(temporary, "w", **profile) as file:
+    with atomic_write(path) as temporary, rasterio.open(temporary, "w", **profile) as file:
         file.write(predicted, 1)
         file.write_colormap(1, colours)
         file.set_band_description(1, scheme.name)
         file.update_tags(1, **{f"CLASS_{value}": name for value, name in enumerate(scheme.classes)})
 
 
-def readable_modalities(
-    task: Segmentation, patches: Patches, *, labels: Sequence[str], only: Sequence[str] | None = None
+def modalities_to_read(
+    task: Segmentation, patches: Patches, *, labels: Sequence[str], inputs: Sequence[str] | None = None
 ) -> list[Modality]:
-    """What to read of patches for a model: its modalities that are there, their quality masks, these labels.
+    """List the modalities to read for a model: its inputs that are stored, their quality masks, and the labels.
 
-    With ``only``, of its modalities no others than these.
+    Args:
+        task: model.
+        patches: patches of shards or of a tree.
+        labels: label rasters to read.
+        inputs: inputs to read; None means all inputs of the model.
 
     Raises:
-        InputError: the shards hold none of its modalities, or bands other than those it was trained on.
+        InputError: the patches have none of the model's inputs, or other bands than its encoders were trained on.
     """
-    here = [name for name in task.modalities if name in patches.registry and (only is None or name in only)]
-    if not here:
+    stored = [name for name in task.modalities if name in patches.registry and (inputs is None or name in inputs)]
+    if not stored:
         raise InputError(f"{patches.path}: the model reads {', '.join(task.modalities)}; the shards hold none of them")
-    for name in here:
+    for name in stored:
         check_bands(task.model.encoder(name).spec.bands, patches, name)
-    return wanted_modalities(patches.registry, here, list(labels))
+    return required_modalities(patches.registry, stored, list(labels))
 
 
 def check_bands(bands: tuple[str, ...], patches: Patches | Manifest, name: str) -> None:
-    """Check that patches hold these bands of a modality, in this order.
+    """Check that patches store a modality with these bands, in this order.
 
     Raises:
-        InputError: they hold others.
+        InputError: the stored bands differ.
     """
     stored = tuple(band.name for band in patches.registry[name].bands)
     if stored != bands:
@@ -101,60 +108,67 @@ def check_bands(bands: tuple[str, ...], patches: Patches | Manifest, name: str) 
         )
 
 
-def complete_rows(task: Segmentation, patches: Patches, rows: np.ndarray) -> np.ndarray:
-    """Those of the ``rows``, (N,) int64, that a model can predict: with one of its sensors, an official one with all.
+def predictable_rows(task: Segmentation, patches: Patches, rows: np.ndarray) -> np.ndarray:
+    """Keep the rows, (N,) int64, whose patches the model can predict, and log how many are left out.
 
-    How many are left out is told on stderr.
+    A patch needs at least one of the model's sensors. Models of the official architecture need all of them.
 
     Raises:
-        InputError: it can predict none.
+        InputError: the model can predict none of the patches.
     """
     if not task.model.official:
-        held = [patches.held(name)[rows] for name in task.modalities if name in patches.registry]
-        kept = rows[np.any(held, axis=0)] if held else rows
+        present = [patches.has_modality(name)[rows] for name in task.modalities if name in patches.registry]
+        kept = rows[np.any(present, axis=0)] if present else rows
         if len(rows) and not len(kept):
             raise InputError(f"{patches.path}: no patch has one of {', '.join(task.modalities)}, which the model reads")
-        if (left := len(rows) - len(kept)) and is_main():
-            print(f"bocage: {left} of {len(rows)} patches left out: they have none of the sensors", file=sys.stderr)
+        if (dropped := len(rows) - len(kept)) and is_main():
+            logger.warning("%d of %d patches left out: they have none of the model's sensors", dropped, len(rows))
         return kept
     if missing := [name for name in task.modalities if name not in patches.registry]:
         raise InputError(
-            f"{patches.path} has no {', '.join(missing)}, and the official architecture has no stand-in for a missing "
-            "sensor; use a model of bocage's own architecture"
+            f"{patches.path} has no {', '.join(missing)}, and the official architecture cannot replace a missing "
+            "sensor: use a model of bocage's own architecture"
         )
     kept = rows
     for name in task.modalities:
-        kept = kept[patches.held(name)[kept]]
+        kept = kept[patches.has_modality(name)[kept]]
     if len(kept) == 0:
         raise InputError(f"{patches.path}: no patch has all of {', '.join(task.modalities)}, which this model needs")
-    if (left := len(rows) - len(kept)) and is_main():
-        print(
-            f"bocage: {left} of {len(rows)} patches left out: they lack a sensor, and the official architecture has no "
-            "stand-in for one",
-            file=sys.stderr,
+    if (dropped := len(rows) - len(kept)) and is_main():
+        logger.warning(
+            "%d of %d patches left out: they lack a sensor, and the official architecture cannot replace one",
+            dropped,
+            len(rows),
         )
     return kept
 
 
 @dataclass(frozen=True)
-class _Predicted:
-    """One patch: where it lies, what was read of it, and by label its (H, W) uint8 class values."""
+class _PatchPrediction:
+    """Prediction for one patch.
 
-    place: PatchLocation
+    Attributes:
+        location: georeference of the patch.
+        batch: batch that contains the patch.
+        index: position of the patch in the batch.
+        maps: (H, W) uint8 class values by label.
+    """
+
+    location: PatchLocation
     batch: Batch
     index: int
     maps: dict[str, np.ndarray]
 
 
-def _predicted(
+def _predict(
     task: Segmentation, patches: Patches, rows: np.ndarray, modalities: list[Modality], batch_size: int, workers: int
-) -> Iterator[_Predicted]:
-    """Predictions of a model in evaluation mode, on its own device, in the order of ``rows``."""
+) -> Iterator[_PatchPrediction]:
+    """Yield the predictions of a model in evaluation mode, in the order of ``rows``, on the model's device."""
     device = next(task.parameters()).device
-    for batch, places in patches.batches(rows, modalities, batch_size=batch_size, workers=workers):
+    for batch, locations in patches.batches(rows, modalities, batch_size=batch_size, workers=workers):
         maps = {name: values.cpu().numpy() for name, values in task.predict(batch.to(device)).items()}
-        for index, place in enumerate(places):
-            yield _Predicted(place, batch, index, {name: values[index] for name, values in maps.items()})
+        for index, location in enumerate(locations):
+            yield _PatchPrediction(location, batch, index, {name: values[index] for name, values in maps.items()})
 
 
 def predict_patches(
@@ -166,58 +180,59 @@ def predict_patches(
     batch_size: int = 4,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    preview: int = _PANELS,
+    preview: int = _PREVIEW_PATCHES,
     progress: Callable[[int], None] | None = None,
 ) -> Path | None:
-    """Write a map for every row and a picture of the first of them.
+    """Write one map per patch, and a picture of the first patches.
 
-    They are ``OUT/KEY.tif`` and ``OUT/panels.png``, or, of a model of several labels, ``OUT/LABEL/KEY.tif`` and
+    The files are ``OUT/KEY.tif`` and ``OUT/panels.png``. A model with several labels writes ``OUT/LABEL/KEY.tif`` and
     ``OUT/LABEL/panels.png``.
 
     Args:
-        task: the model; put into evaluation mode.
-        patches: of shards or a tree. Modalities and labels that they lack are done without.
-        rows: (N,) int64, of these patches, at least one; for an official model, ``complete_rows``.
-        out: folder, made when missing; files of the same name are replaced.
-        batch_size, workers: of the reader.
-        device: where the model runs.
-        preview: rows of the picture; 0 for none.
-        progress: called with the number of patches done so far.
+        task: model; this function switches it to evaluation mode.
+        patches: patches of shards or of a tree; they may lack some of the model's modalities and labels.
+        rows: (N,) int64 rows of the patches, N >= 1; for a model of the official architecture from
+            ``predictable_rows``.
+        out: output folder, created when missing; files of the same name are replaced.
+        batch_size: patches per batch.
+        workers: DataLoader workers.
+        device: device that runs the model.
+        preview: number of patches in the picture; 0 writes no picture.
+        progress: callback that receives the number of finished patches.
 
     Returns:
-        The path of the picture, of the first label.
+        Path of the first label's picture; None without a picture.
 
     Raises:
-        InputError: no rows, shards that hold none of the modalities (an official model needs them all in a patch), or
-            an ``out`` that cannot be a folder.
+        InputError: ``rows`` is empty, the patches have none of the model's modalities, or ``out`` cannot be created.
     """
     if len(rows) == 0:
         raise InputError(f"{patches.path}: no patch to predict")
     labels = [name for name in task.labels if name in patches.registry]
-    modalities = readable_modalities(task, patches, labels=labels)
+    modalities = modalities_to_read(task, patches, labels=labels)
     if missing := [name for name in task.modalities if name not in patches.registry]:
-        print(f"bocage: {patches.path} has no {', '.join(missing)}: predicting without", file=sys.stderr)
+        logger.warning("%s has no %s: predicting without", patches.path, ", ".join(missing))
     folders = {name: out / name if len(task.targets) > 1 else out for name in task.targets}
     for folder in folders.values():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder}: cannot be made a folder for the maps: {error.strerror}") from error
+            raise InputError(f"{folder}: cannot create the folder for the maps: {error.strerror}") from error
     task = task.to(device).eval()
     panels: dict[str, list[Panel]] = {name: [] for name in task.targets}
-    for done, found in enumerate(_predicted(task, patches, rows, modalities, batch_size, workers), start=1):
+    for done, prediction in enumerate(_predict(task, patches, rows, modalities, batch_size, workers), start=1):
         for name, target in task.targets.items():
             write_prediction(
-                folders[name] / f"{found.place.key}.tif",
-                found.maps[name],
+                folders[name] / f"{prediction.location.key}.tif",
+                prediction.maps[name],
                 target.scheme,
-                crs=found.place.crs,
-                left=found.place.left,
-                top=found.place.top,
+                crs=prediction.location.crs,
+                left=prediction.location.left,
+                top=prediction.location.top,
                 gsd=target.label.gsd,
             )
             if len(panels[name]) < preview:
-                panels[name].append(_panel(found, modalities, target))
+                panels[name].append(_panel(prediction, modalities, target))
         if progress is not None:
             progress(done)
     for name, target in task.targets.items():
@@ -226,18 +241,27 @@ def predict_patches(
     return folders[task.labels[0]] / "panels.png" if preview else None
 
 
-def draw_patches(
+def draw_predictions(
     task: Segmentation, patches: Patches, rows: np.ndarray, folder: Path, name: str, *, batch_size: int
 ) -> dict[str, Path]:
-    """Draw predictions of some labelled patches, by label as ``FOLDER/NAME_LABEL.png``, in evaluation mode.
+    """Draw predictions of labelled patches, one picture ``FOLDER/NAME_LABEL.png`` per label.
 
-    ``rows`` are (N,) int64; the paths are by name, ``predictions/LABEL``.
+    Args:
+        task: model in evaluation mode.
+        patches: patches of shards or of a tree.
+        rows: (N,) int64 rows of the patches.
+        folder: output folder, created when missing.
+        name: first part of the file names.
+        batch_size: patches per batch.
+
+    Returns:
+        Paths by ``predictions/LABEL``.
     """
-    modalities = readable_modalities(task, patches, labels=task.labels)
+    modalities = modalities_to_read(task, patches, labels=task.labels)
     panels: dict[str, list[Panel]] = {label: [] for label in task.targets}
-    for found in _predicted(task, patches, rows, modalities, batch_size, workers=0):
+    for prediction in _predict(task, patches, rows, modalities, batch_size, workers=0):
         for label, target in task.targets.items():
-            panels[label].append(_panel(found, modalities, target))
+            panels[label].append(_panel(prediction, modalities, target))
     folder.mkdir(parents=True, exist_ok=True)
     paths = {f"predictions/{label}": folder / f"{name}_{label}.png" for label in task.targets}
     for path, (label, target) in zip(paths.values(), task.targets.items(), strict=True):
@@ -249,10 +273,10 @@ def _title(target: Target, task: Segmentation) -> str:
     return f"{target.scheme.name} from {', '.join(task.modalities)}"
 
 
-def _panel(found: _Predicted, modalities: list[Modality], target: Target) -> Panel:
-    """The first of the model's modalities that the sample has is the one shown."""
-    batch, index = found.batch, found.index
-    key, predicted = batch.keys[index], found.maps[target.name]
+def _panel(prediction: _PatchPrediction, modalities: list[Modality], target: Target) -> Panel:
+    """Build a row of the picture, whose input is the first of the model's modalities that the patch has."""
+    batch, index = prediction.batch, prediction.index
+    key, predicted = batch.keys[index], prediction.maps[target.name]
     truth = None
     if target.name in batch.present and batch.present[target.name][index]:
         truth = target.truth(batch)[index].cpu().numpy()
@@ -260,8 +284,8 @@ def _panel(found: _Predicted, modalities: list[Modality], target: Target) -> Pan
         if not modality.is_input or not batch.present[modality.name][index]:
             continue
         values = batch.values[modality.name][index].cpu().numpy()
-        if modality.has_dates:
+        if modality.has_time_axis:
             values = values[~batch.padding[modality.name][index].cpu().numpy()]
         if values.size:
-            return Panel(key, render(values, modality), truth, predicted)
+            return Panel(key, render_rgb(values, modality), truth, predicted)
     return Panel(key, None, truth, predicted)

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from bocage.finetune.models.targets import Target
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
-from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks, wanted_modalities
+from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks, required_modalities
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.evaluation.probe import majority_class, present_features
@@ -31,7 +31,7 @@ from bocage.ssl.evaluation.probe import majority_class, present_features
 _PATCHES = 256  # of a file
 
 
-class CellFiles:
+class PatchTensorStore:
     """Tensors of patches by key, in files of some hundred.
 
     Args:
@@ -61,7 +61,7 @@ class CellFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
         final = self.folder / f"{name}.safetensors"
-        with written_atomically(final, contested=True) as path:  # cells of a study may share a folder
+        with atomic_write(final, concurrent=True) as path:  # cells of a study may share a folder
             save_file({"values": values.contiguous()}, path, {"keys": json.dumps(list(keys))})
         self._places |= {key: (final, index) for index, key in enumerate(keys)}
 
@@ -93,7 +93,7 @@ def encoder_digest(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-class DenseFeatures:
+class DenseFeatureCache:
     """Features and labels of patches on a grid of cells.
 
     Args:
@@ -114,7 +114,7 @@ class DenseFeatures:
         batch_size: int,
         workers: int,
         progress: Callable[[int], None] | None = None,
-    ) -> CellFiles:
+    ) -> PatchTensorStore:
         """(C, cells, cells) float16 features of rows of the manifest, zeros for patches without the sensor.
 
         All maps of the encoder, averaged over cells or interpolated to them, each normalised over its channels.
@@ -126,7 +126,7 @@ class DenseFeatures:
 
         @torch.no_grad()
         def of(batch: Batch) -> torch.Tensor:
-            given = encoder_inputs(batch, {name: encoder.spec}, masks, oriented=False)[name]
+            given = encoder_inputs(batch, {name: encoder.spec}, masks, random_orientation=False)[name]
             found = torch.zeros(len(batch), width, self.cells, self.cells, dtype=torch.float16)
             there, values = present_features(encoder, given, self.cells)
             found[there.cpu()] = values.to("cpu", torch.float16)
@@ -134,10 +134,10 @@ class DenseFeatures:
 
         device = next(encoder.parameters()).device
         folder = f"{name}-{encoder_digest(encoder)[:16]}"
-        modalities = wanted_modalities(registry, [name], [])
+        modalities = required_modalities(registry, [name], [])
         return self._of(folder, rows, modalities, of, device, batch_size, workers, progress)
 
-    def labels(self, target: Target, rows: np.ndarray, *, batch_size: int, workers: int) -> CellFiles:
+    def labels(self, target: Target, rows: np.ndarray, *, batch_size: int, workers: int) -> PatchTensorStore:
         """(cells, cells) int16 of rows of the manifest, (N,) int64: the commonest scored class of a cell, or -1."""
 
         def of(batch: Batch) -> torch.Tensor:
@@ -158,9 +158,9 @@ class DenseFeatures:
         batch_size: int,
         workers: int,
         progress: Callable[[int], None] | None,
-    ) -> CellFiles:
+    ) -> PatchTensorStore:
         """Files of what ``of`` says of at least the patches of some rows; what is missing is computed."""
-        files = CellFiles(self.root / self.manifest.digest[:16] / f"{folder}-{self.cells}")
+        files = PatchTensorStore(self.root / self.manifest.digest[:16] / f"{folder}-{self.cells}")
         keys = self.manifest.column("key").take(rows).to_pylist()
         wanted = files.missing(keys)
         done = len(keys) - len(wanted)

@@ -11,33 +11,33 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.evaluation.evaluate import Confusions, summary, write_results
-from bocage.finetune.probes.features import CellFiles, DenseFeatures
-from bocage.finetune.subsets.draw import keys_digest
-from bocage.finetune.train import build_task, parts_of
+from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.finetune.evaluation.evaluate import Confusions, classification_report, write_results
+from bocage.finetune.probes.feature_cache import PatchTensorStore, DenseFeatureCache
+from bocage.finetune.subsets.sampling import keys_digest
+from bocage.finetune.train import build_task, split_rows
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import ShardPatches
 from bocage.ssl.encoders.initialization import weights_digest
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
 from bocage.ssl.evaluation.probe import LabelledCells, knn_probe, linear_probe
 
-Kind = Literal["knn", "linear"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-CELL = 12.8
+ProbeKind = Literal["knn", "linear"]
+PROBE_KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
+CELL_SIZE = 12.8
 """Side of the cells that are told apart, metres."""
 
 _NEIGHBOURS, _PENALTY = 20, 1e-3
-MOST_CELLS = 2**17
+MAX_TRAIN_CELLS = 2**17
 """That teach a probe: more take longer than what they tell is worth."""
 
 _PATCHES = 256  # whose features are in memory at once
 
 
-def probe(
-    config: FinetuneConfig, kind: Kind, cache: Path, progress: Callable[[str, int, int], None] | None = None
+def run_probe(
+    config: FinetuneConfig, kind: ProbeKind, cache: Path, progress: Callable[[str, int, int], None] | None = None
 ) -> dict[str, Any]:
     """Measure what the encoders of a fine-tuning run tell before any training.
 
@@ -59,7 +59,7 @@ def probe(
         131,072, so that probes of large shares of a large dataset learn from as many.
 
     Raises:
-        InputError: see ``train.build_task`` and ``train.parts_of``; no labelled cell to learn from.
+        InputError: see ``train.build_task`` and ``train.split_rows``; no labelled cell to learn from.
     """
     if not config.output:
         raise InputError("output=PATH is missing: give a folder for the scores")
@@ -68,11 +68,11 @@ def probe(
     task = build_task(config, manifest).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.to(device)
-    rows = parts_of(config, ShardPatches(manifest), task)
+    rows = split_rows(config, ShardPatches(manifest), task)
     every = np.unique(np.concatenate(list(rows.values())))
     reading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
-    dense = DenseFeatures(cache, manifest, CELL)
-    features: list[CellFiles] = []
+    dense = DenseFeatureCache(cache, manifest, CELL_SIZE)
+    features: list[PatchTensorStore] = []
     for name in task.modalities:
         told = None if progress is None else partial(progress, name, len(every))
         features.append(dense.features(task.model.encoder(name), every, progress=told, **reading))
@@ -96,30 +96,30 @@ def probe(
         "shards": manifest.digest,
         "split": config.split,
         "taught": taught,
-        "labels": {name: target.facts() for name, target in task.targets.items()},
+        "labels": {name: target.scheme_to_json() for name, target in task.targets.items()},
         "modalities": task.modalities,
         "pretrained": config.encoders,
         "weights": {name: weights_digest(source) for name, source in config.encoders.items()},
         "patches": {part: len(indices) for part, indices in rows.items()},
         "train_keys": keys_digest(keys["train"]),
-        **{part: {name: summary(matrix) for name, matrix in found.items()} for part, found in parts.items()},
+        **{part: {name: classification_report(matrix) for name, matrix in found.items()} for part, found in parts.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
     write_results(output, parts)
-    with written_atomically(output / "metrics.json") as path:
+    with atomic_write(output / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
 
 
-def _labelled_cells(features: Sequence[CellFiles], labels: CellFiles, keys: Sequence[str]) -> tuple[LabelledCells, int]:
+def _labelled_cells(features: Sequence[PatchTensorStore], labels: PatchTensorStore, keys: Sequence[str]) -> tuple[LabelledCells, int]:
     """The labelled cells of some patches, and how many there are: of very many some are taken, spread evenly."""
     truth = labels.read(keys)
     known = (truth.flatten() >= 0).nonzero()[:, 0]
     there = len(known)
     if not there:
         raise InputError("no cell of the training patches has a scored class: take a larger train_fraction")
-    if there > MOST_CELLS:
-        known = known[torch.linspace(0, there - 1, MOST_CELLS).round().long()]
+    if there > MAX_TRAIN_CELLS:
+        known = known[torch.linspace(0, there - 1, MAX_TRAIN_CELLS).round().long()]
     cells = truth[0].numel()
     chosen = []
     for start in range(0, len(keys), _PATCHES):
@@ -129,7 +129,7 @@ def _labelled_cells(features: Sequence[CellFiles], labels: CellFiles, keys: Sequ
 
 
 def _fitted(
-    kind: Kind, train: LabelledCells, classes: int, device: torch.device
+    kind: ProbeKind, train: LabelledCells, classes: int, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What tells classes (N,) of features (N, C), learned and computed on a device."""
     train = LabelledCells(train.features.to(device), train.labels.to(device))
@@ -139,7 +139,7 @@ def _fitted(
     return lambda queries: knn_probe(train, queries.to(device), classes, _NEIGHBOURS).cpu()
 
 
-def _vectors(features: Sequence[CellFiles], keys: Sequence[str]) -> torch.Tensor:
+def _vectors(features: Sequence[PatchTensorStore], keys: Sequence[str]) -> torch.Tensor:
     """Features of all cells of patches, those of all encoders side by side, (N, C) float32."""
     return torch.cat([item.read(keys) for item in features], dim=1).movedim(1, -1).flatten(0, 2).float()
 
@@ -148,8 +148,8 @@ def _count(
     matrix: ConfusionMatrix,
     keys: Sequence[str],
     regions: Sequence[str],
-    labels: CellFiles,
-    features: Sequence[CellFiles],
+    labels: PatchTensorStore,
+    features: Sequence[PatchTensorStore],
     predicted: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Add the labelled cells of patches to a matrix, those of each region apart."""

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.evaluation.evaluate import confusion, rows_with_all, sensor_sets, summary
+from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.finetune.evaluation.evaluate import compute_confusions, rows_with_all_modalities, sensor_ablations, classification_report
 from bocage.finetune.models.segmentation import load_segmentation
-from bocage.finetune.probes.probe import KINDS, probe
-from bocage.finetune.study.grid import StudyConfig, StudyRun, run_config, study_runs
-from bocage.finetune.study.runs import CellFolders
-from bocage.finetune.train import finetune, parts_of
+from bocage.finetune.probes.probe import PROBE_KINDS, run_probe
+from bocage.finetune.study.study_config import StudyConfig, StudyRun, run_config, study_runs
+from bocage.finetune.study.run_folders import RunFolders
+from bocage.finetune.train import finetune, split_rows
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.locks import FileLock
 from bocage.shards.read.patches import ShardPatches
 from bocage.ssl.engine.parallel.distributed import is_main, launcher_rank_and_world, run_on_all_ranks
@@ -28,7 +28,7 @@ from bocage.ssl.engine.parallel.distributed import is_main, launcher_rank_and_wo
 _FEW_STEPS = 5
 
 
-def run_cell(study: StudyConfig, name: str) -> int:
+def execute_run(study: StudyConfig, name: str) -> int:
     """Run the cell of a name, unless it is finished; the exit status.
 
     Raises:
@@ -37,7 +37,7 @@ def run_cell(study: StudyConfig, name: str) -> int:
     found = {cell.name: cell for cell in study_runs(study)}
     if name not in found:
         raise InputError(f"--cell {name}: the study has no such cell; `--dry-run` lists them")
-    cell, folders = found[name], CellFolders(study)
+    cell, folders = found[name], RunFolders(study)
     folders.prepare(cell)
     if not folders.finished(cell):
         began = time.monotonic()
@@ -53,12 +53,12 @@ def run_cell(study: StudyConfig, name: str) -> int:
     return 0
 
 
-def _run(study: StudyConfig, cell: StudyRun, folders: CellFolders) -> int:
+def _run(study: StudyConfig, cell: StudyRun, folders: RunFolders) -> int:
     config = run_config(study, cell, str(folders.of(cell)))
-    if cell.mode in KINDS:
+    if cell.mode in PROBE_KINDS:
         if launcher_rank_and_world()[0] == 0:  # there is nothing that ranks could share
             with FileLock(folders.of(cell) / ".claim", range(1), folders.of(cell)):
-                probe(config, cell.mode, folders.features)
+                run_probe(config, cell.mode, folders.features)
         return 0
     result = finetune(config)
     if not result["stopped"] and study.missing:
@@ -67,7 +67,7 @@ def _run(study: StudyConfig, cell: StudyRun, folders: CellFolders) -> int:
     return int(result["exit_code"])
 
 
-def _measure_missing(config: FinetuneConfig, folders: CellFolders, cell: StudyRun) -> None:
+def _measure_missing(config: FinetuneConfig, folders: RunFolders, cell: StudyRun) -> None:
     """Write ``missing.json``: scores by set of sensors and label, of the reported patches that have all sensors.
 
     Of a single sensor, and where there is no such patch, it is empty.
@@ -75,20 +75,20 @@ def _measure_missing(config: FinetuneConfig, folders: CellFolders, cell: StudyRu
     task = load_segmentation(folders.of(cell) / "model")
     task.to("cuda" if torch.cuda.is_available() else "cpu")
     patches = ShardPatches(folders.manifest)
-    rows = parts_of(config, patches, task)
-    reported = rows_with_all(patches, rows["test" if "test" in rows else "valid"], task.modalities)
+    rows = split_rows(config, patches, task)
+    reported = rows_with_all_modalities(patches, rows["test" if "test" in rows else "valid"], task.modalities)
     found: dict[str, dict[str, Any]] = {}
-    sets = sensor_sets(task.modalities) if len(reported) else {}
+    sets = sensor_ablations(task.modalities) if len(reported) else {}
     for name, only in sets.items():
         if same := next((part for part in found if sets[part] == only), None):  # of two sensors
             found[name] = found[same]
             continue
-        matrices = confusion(
+        matrices = compute_confusions(
             task, folders.manifest, reported, batch_size=config.batch_size, workers=config.workers, only=only
         )
-        found[name] = {label: summary(matrix) for label, matrix in matrices.items()}
+        found[name] = {label: classification_report(matrix) for label, matrix in matrices.items()}
     if is_main():
-        with written_atomically(folders.of(cell) / "missing.json") as path:
+        with atomic_write(folders.of(cell) / "missing.json") as path:
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -107,7 +107,7 @@ class Cost:
     bytes: int
 
 
-def measured_cost(study: StudyConfig, cell: StudyRun) -> Cost | int:
+def measure_cost(study: StudyConfig, cell: StudyRun) -> Cost | int:
     """What a trained cell takes, from a few steps and the measuring after them, in a folder that is deleted.
 
     Stopped by a signal, it is the exit status instead.

@@ -20,14 +20,14 @@ from queue import Queue
 
 import torch
 
-from bocage.finetune.study.grid import StudyConfig, StudyRun
-from bocage.finetune.study.runs import CellFolders
+from bocage.finetune.study.study_config import StudyConfig, StudyRun
+from bocage.finetune.study.run_folders import RunFolders
 from bocage.shards.errors import InputError
-from bocage.shards.pool import HELD_SIGNALS, signals_held
+from bocage.shards.pool import STOP_SIGNALS, block_stop_signals
 
 _GRACE = 60.0  # seconds that interrupted cells have to save a checkpoint
 
-Act = Callable[[StudyConfig, str], int]
+ExecuteRun = Callable[[StudyConfig, str], int]
 """Runs the cell of a name; returns its exit status. A function of a module: other processes import it."""
 
 
@@ -40,7 +40,7 @@ class Failure:
     line: str
 
 
-class Runner:
+class ParallelRunner:
     """Runs cells as processes.
 
     Without a GPU they are forked from a process that has imported ``act``'s module, which spares each the seconds that
@@ -54,7 +54,7 @@ class Runner:
         processes: at a time.
     """
 
-    def __init__(self, folders: CellFolders, act: Act, processes: int) -> None:
+    def __init__(self, folders: RunFolders, act: ExecuteRun, processes: int) -> None:
         self.folders, self.act, self.processes = folders, act, processes
         fresh = torch.cuda.is_available()
         self._context: SpawnContext | ForkServerContext = (
@@ -109,7 +109,7 @@ class Runner:
                 resource_tracker.ensure_running()  # not below: it lets signals through again
                 try:
                     # A signal to all processes of a job must end neither the one that cells are forked from nor these.
-                    with signals_held(), _environment(place):
+                    with block_stop_signals(), _environment(place):
                         process.start()
                 except (EOFError, OSError) as error:
                     return Failure(cell, 1, f"its process could not be started: {error}")
@@ -168,13 +168,13 @@ def _environment(place: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run(act: Act, study: StudyConfig, name: str, log: Path, environment: dict[str, str]) -> None:
+def _run(act: ExecuteRun, study: StudyConfig, name: str, log: Path, environment: dict[str, str]) -> None:
     """What a process does: run a cell in its environment, with a log for a terminal."""
     os.setsid()  # signals to all processes of a terminal or job reach it through the runner, once
     with log.open("ab") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     os.environ.clear()  # what a process is forked from may have started in another one
     os.environ.update(environment)
     torch.set_num_threads(_threads(environment))  # PyTorch has read the variable before

@@ -14,8 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from bocage import recipes
-from bocage.finetune.evaluation.statistics import LEVEL
-from bocage.finetune.probes.probe import MOST_CELLS
+from bocage.finetune.evaluation.statistics import CONFIDENCE
+from bocage.finetune.probes.probe import MAX_TRAIN_CELLS
 from bocage.finetune.study import tables as study_tables
 from bocage.finetune.study.figures import (
     DARK,
@@ -28,11 +28,11 @@ from bocage.finetune.study.figures import (
     png,
     svg,
 )
-from bocage.finetune.study.grid import StudyConfig, study_runs
-from bocage.finetune.study.results import Analysis, analyses
-from bocage.finetune.study.runs import CellFolders
+from bocage.finetune.study.study_config import StudyConfig, study_runs
+from bocage.finetune.study.results import Analysis, analyze_study
+from bocage.finetune.study.run_folders import RunFolders
 from bocage.finetune.study.tables import Table
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.read.open import open_shards
 from bocage.ssl.engine.logging.provenance import git_revision, library_versions
 
@@ -76,18 +76,18 @@ def write_report(study: StudyConfig, out: Path) -> Path:
         The page.
 
     Raises:
-        InputError: see ``study_results.analyses``.
+        InputError: see ``study_results.analyze_study``.
     """
-    found = analyses(study)
+    found = analyze_study(study)
     out.mkdir(parents=True, exist_ok=True)
     sections = [_section(label, analysis, out) for label, analysis in found.items()]
     written = {
-        "cells.csv": study_tables.to_csv(study_tables.cell_rows(found)),
+        "cells.csv": study_tables.to_csv(study_tables.run_rows(found)),
         "curves.csv": study_tables.to_csv(study_tables.curve_rows(found)),
         "classes.csv": study_tables.to_csv(study_tables.class_rows(found)),
         "tables.tex": study_tables.to_latex([table for section in sections for table in section.tables]),
     }
-    grid, folders = study_runs(study), CellFolders(study)
+    grid, folders = study_runs(study), RunFolders(study)
     template = resources.files("bocage.finetune").joinpath("study_report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     written[PAGE] = environment.from_string(template).render(
@@ -102,7 +102,7 @@ def write_report(study: StudyConfig, out: Path) -> Path:
         configuration=recipes.to_yaml(study),
     )
     for name, text in written.items():
-        with written_atomically(out / name) as path:
+        with atomic_write(out / name) as path:
             path.write_text(text, encoding="utf-8")
     return out / PAGE
 
@@ -119,7 +119,7 @@ def _section(label: str, analysis: Analysis, out: Path) -> Section:
             addresses.append("data:image/svg+xml;base64," + base64.b64encode(drawn).decode())
             if theme is LIGHT:
                 for ending, content in (("svg", drawn), ("png", png(figure, theme))):
-                    with written_atomically(out / f"{label}_{name}.{ending}") as path:
+                    with atomic_write(out / f"{label}_{name}.{ending}") as path:
                         path.write_bytes(content)
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
         return Picture(addresses[0], addresses[1], about, width, height)
@@ -140,7 +140,7 @@ def _section(label: str, analysis: Analysis, out: Path) -> Section:
         if any(other == mode for _, other in analysis.differences):
             section.tables.append(study_tables.difference_table(analysis, mode))
         if len(study.shares) > 1 and any(other == mode for _, other in analysis.differences):
-            section.tables.append(study_tables.needed_table(analysis, mode))
+            section.tables.append(study_tables.labels_needed_table(analysis, mode))
         compared = any(other == mode for _, other in analysis.differences)
         what = f"IoU of each class, points above {study.reference}" if compared else "IoU of each class, percent"
         section.detail_figures.append(
@@ -148,7 +148,7 @@ def _section(label: str, analysis: Analysis, out: Path) -> Section:
         )
         for share in dict.fromkeys((shares[0], shares[-1])):
             section.details.append(study_tables.domain_table(analysis, mode, share))
-            missing = study_tables.missing_table(analysis, mode, share)
+            missing = study_tables.sensor_table(analysis, mode, share)
             if missing is not None:
                 section.details.append(missing)
     return section
@@ -158,7 +158,7 @@ def _findings(analysis: Analysis) -> list[str]:
     """What can be said, a sentence a start and mode; that nothing can be said is said, too."""
     found = []
     for (start, mode), curve in analysis.differences.items():
-        sure = [share for share, item in curve.items() if item.corrected < 1 - LEVEL]
+        sure = [share for share, item in curve.items() if item.corrected < 1 - CONFIDENCE]
         single = all(item.estimate.runs == 1 for item in curve.values())
         above = [share for share in sure if curve[share].estimate.value > 0]
         below = [share for share in sure if curve[share].estimate.value < 0]
@@ -188,7 +188,7 @@ def _counted(number: int, what: str) -> str:
 
 def _lead(study: StudyConfig, found: Mapping[str, Analysis]) -> str:
     first = next(iter(found.values()))
-    what = "single patches" if study.track == "patch" else "whole regions"
+    what = "single patches" if study.sampling_unit == "patch" else "whole regions"
     return (
         f"{_counted(len(first.scores), 'run')}: {_counted(len(study.starts), 'start')}, "
         f"{_counted(len(study.shares), 'share')} of the labelled patches ({what}), measured on "
@@ -202,7 +202,7 @@ def _method(study: StudyConfig, found: Mapping[str, Analysis]) -> list[str]:
         f"{percent(share.fraction)}: {_counted(share.draws, 'draw')} of {_counted(share.seeds, 'seed')}"
         for share in sorted(study.shares, key=lambda share: share.fraction)
     )
-    what = "subsets of patches" if study.track == "patch" else "subsets of whole regions"
+    what = "subsets of patches" if study.sampling_unit == "patch" else "subsets of whole regions"
     lines = [
         f"Labels: nested {what}, stratified by domain and rarest class. Runs by share: {runs}; of probes one seed.",
         f"Scores: strict mIoU (a scored pixel predicted as an unscored class is a miss), {mean}; "

@@ -11,33 +11,33 @@ from typing import Any
 
 import numpy as np
 
-from bocage.finetune.evaluation.evaluate import region_matrices
+from bocage.finetune.evaluation.evaluate import read_region_matrices
 from bocage.finetune.evaluation.statistics import (
     BootstrapEstimate,
-    holm,
+    holm_correction,
     labels_needed,
     mean_iou,
-    mean_of,
-    paired,
+    estimate_over_runs,
+    paired_difference,
     region_weights,
     strict_counts,
     strict_iou,
-    trimmed,
+    aggregate,
 )
-from bocage.finetune.models.targets import label_scheme
-from bocage.finetune.probes.probe import KINDS
-from bocage.finetune.study.grid import StudyConfig, StudyRun, study_runs
-from bocage.finetune.study.runs import CellFolders
+from bocage.finetune.models.targets import scheme_from_json
+from bocage.finetune.probes.probe import PROBE_KINDS
+from bocage.finetune.study.study_config import StudyConfig, StudyRun, study_runs
+from bocage.finetune.study.run_folders import RunFolders
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
 
-Curve = tuple[str, str]
+CurveKey = tuple[str, str]
 """A start and a mode."""
 
 
 @dataclass(frozen=True)
-class Score:
+class RunResult:
     """What one cell scored for one label.
 
     Attributes:
@@ -76,7 +76,7 @@ class Analysis:
     """
 
     def __init__(
-        self, study: StudyConfig, scheme: ClassScheme, regions: Sequence[str], scores: Sequence[Score], part: str
+        self, study: StudyConfig, scheme: ClassScheme, regions: Sequence[str], scores: Sequence[RunResult], part: str
     ) -> None:
         self.study, self.scheme, self.regions, self.part = study, scheme, list(regions), part
         self.scores = list(scores)
@@ -120,22 +120,22 @@ class Analysis:
         return chosen
 
     @property
-    def curves_there(self) -> list[Curve]:
+    def curves_there(self) -> list[CurveKey]:
         """Starts and modes of which there are results, in the order of the study."""
         there = {(start, mode) for start, mode, _ in self._measured}
         return [(start, mode) for mode in self.study.modes for start in self.study.starts if (start, mode) in there]
 
     @cached_property
-    def curves(self) -> dict[Curve, dict[float, BootstrapEstimate]]:
+    def curves(self) -> dict[CurveKey, dict[float, BootstrapEstimate]]:
         """By start and mode, the score at each share."""
-        found: dict[Curve, dict[float, BootstrapEstimate]] = {}
+        found: dict[CurveKey, dict[float, BootstrapEstimate]] = {}
         for start, mode in self.curves_there:
             shares = sorted(share for one, other, share in self._measured if (one, other) == (start, mode))
             found[start, mode] = {share: self._estimate(start, mode, share) for share in shares}
         return found
 
     def _estimate(self, start: str, mode: str, share: float) -> BootstrapEstimate:
-        found = mean_of(
+        found = estimate_over_runs(
             self._measured[start, mode, share],
             self._random("curve", start, mode, share),
             interquartile=self.study.interquartile,
@@ -147,15 +147,15 @@ class Analysis:
         return np.random.default_rng(list("/".join(map(str, names)).encode()))
 
     @cached_property
-    def differences(self) -> dict[Curve, dict[float, Difference]]:
+    def differences(self) -> dict[CurveKey, dict[float, Difference]]:
         """By start and mode, what it is above the reference at each share, paired by draw and seed."""
-        found: dict[Curve, dict[float, Difference]] = {}
+        found: dict[CurveKey, dict[float, Difference]] = {}
         for start, mode in self.curves_there:
             if start == self.study.reference:
                 continue
             shares, estimates = [], []
             for share in self.curves[start, mode]:
-                difference = paired(
+                difference = paired_difference(
                     self._measured[start, mode, share],
                     self._measured.get((self.study.reference, mode, share), {}),
                     self._random("difference", start, mode, share),
@@ -165,7 +165,7 @@ class Analysis:
                     shares.append(share)
                     estimates.append(difference)
             told = [item.p_value for item in estimates if item.runs > 1]  # a single run asks no question
-            by_holm = iter(holm(told))
+            by_holm = iter(holm_correction(told))
             corrected = [next(by_holm) if item.runs > 1 else 1.0 for item in estimates]
             if shares:
                 found[start, mode] = {
@@ -188,7 +188,7 @@ class Analysis:
     def classes(self, start: str, mode: str, share: float) -> np.ndarray:
         """(C,) IoU in percent of the scored classes, mean over runs; NaN for those that no pixel tested is of."""
         runs = [strict_iou(score.counts.sum(axis=0)) for score in self._of(start, mode, share)]
-        return trimmed(np.stack(runs), False)
+        return aggregate(np.stack(runs), False)
 
     def domains(self, start: str, mode: str, share: float) -> dict[str, float]:
         """Mean IoU in percent in each domain, mean over runs."""
@@ -204,17 +204,17 @@ class Analysis:
         runs = [score.missing for score in self._of(start, mode, share) if score.missing]
         return {name: float(np.mean([run[name] for run in runs])) for name in (runs[0] if runs else {})}
 
-    def _of(self, start: str, mode: str, share: float) -> list[Score]:
+    def _of(self, start: str, mode: str, share: float) -> list[RunResult]:
         return [score for score in self.chosen if self._key(score.cell) == (start, mode, share)]
 
 
-def analyses(study: StudyConfig) -> dict[str, Analysis]:
+def analyze_study(study: StudyConfig) -> dict[str, Analysis]:
     """By label, what the finished cells of a study scored.
 
     Raises:
         InputError: no cell is finished, or they were measured on different patches.
     """
-    folders = CellFolders(study)
+    folders = RunFolders(study)
     done = [cell for cell in study_runs(study) if folders.finished(cell)]
     if not done:
         raise InputError(f"{study.output}: no cell of this study is finished; run `bocage study run` first")
@@ -222,17 +222,17 @@ def analyses(study: StudyConfig) -> dict[str, Analysis]:
         folders.prepare(cell)  # the scores are those of the configuration that is asked for
     metrics = {cell: json.loads((folders.of(cell) / "metrics.json").read_text(encoding="utf-8")) for cell in done}
     part = "test" if all("test" in found for found in metrics.values()) else "valid"
-    schemes = {name: label_scheme(name, facts) for name, facts in metrics[done[0]]["labels"].items()}
+    schemes = {name: scheme_from_json(name, facts) for name, facts in metrics[done[0]]["labels"].items()}
     found = {}
     for label, scheme in schemes.items():
-        matrices = {cell: region_matrices(folders.of(cell), part, label, scheme) for cell in done}
+        matrices = {cell: read_region_matrices(folders.of(cell), part, label, scheme) for cell in done}
         _check_same_patches(matrices, folders, label)
         regions = sorted({region for found in matrices.values() for region in found})
         if not regions:
             continue  # no tested patch has the label
         none = np.zeros((len(scheme), len(scheme)), np.int64)  # a probe may find no labelled cell in a region
         scores = [
-            Score(
+            RunResult(
                 cell,
                 _valid(metrics[cell], label, study.background),
                 strict_counts(np.stack([matrices[cell].get(region, none) for region in regions]), scheme),
@@ -253,7 +253,7 @@ def analyses(study: StudyConfig) -> dict[str, Analysis]:
 
 
 def _check_same_patches(
-    matrices: Mapping[StudyRun, Mapping[str, np.ndarray]], folders: CellFolders, label: str
+    matrices: Mapping[StudyRun, Mapping[str, np.ndarray]], folders: RunFolders, label: str
 ) -> None:
     """Raises ``InputError`` unless trained cells counted the same true pixels of each region, and so did probes."""
     first: dict[bool, StudyRun] = {}
@@ -262,7 +262,7 @@ def _check_same_patches(
         return {name: counts.sum(axis=1).tolist() for name, counts in matrices[cell].items()}
 
     for cell in matrices:
-        known = first.setdefault(cell.mode in KINDS, cell)
+        known = first.setdefault(cell.mode in PROBE_KINDS, cell)
         if truth(cell) != truth(known):
             both = f"{folders.of(cell)} and {folders.of(known)}"
             raise InputError(f"{both} were measured on different patches of {label}")

@@ -15,11 +15,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from bocage.finetune.probes.probe import CELL, KINDS
-from bocage.finetune.study.grid import StudyConfig, StudyRun, described, differing, run_config, study_runs
+from bocage.finetune.probes.probe import CELL_SIZE, PROBE_KINDS
+from bocage.finetune.study.study_config import StudyConfig, StudyRun, comparable_config, differing_keys, run_config, study_runs
 from bocage.finetune.train import build_task
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.read.open import open_shards
@@ -30,7 +30,7 @@ _digest = cache(weights_digest)  # cells of a study share weights
 _BULKY = ("checkpoints", "model", "predictions", "pictures")
 
 
-class CellFolders:
+class RunFolders:
     """Where the cells of a study lie, and which are done.
 
     Args:
@@ -57,14 +57,14 @@ class CellFolders:
     def finished(self, cell: StudyRun) -> bool:
         """Whether a cell has its scores, and those without sensors where the study wants them."""
         wanted = ["metrics.json"]
-        if self.study.missing and cell.mode not in KINDS:
+        if self.study.missing and cell.mode not in PROBE_KINDS:
             wanted.append("missing.json")
         return all((self.of(cell) / name).is_file() for name in wanted)
 
     def add_seconds(self, cell: StudyRun, seconds: float) -> None:
         """Add to the time that a cell has taken."""
         path = self.of(cell) / _SECONDS
-        with written_atomically(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(f"{self.seconds(cell) + seconds:.1f}\n", encoding="utf-8")
 
     def seconds(self, cell: StudyRun) -> float:
@@ -86,10 +86,10 @@ class CellFolders:
         return {
             "mode": cell.mode,
             "start": cell.start,
-            "missing": self.study.missing and cell.mode not in KINDS,
+            "missing": self.study.missing and cell.mode not in PROBE_KINDS,
             "shards": self.manifest.digest,
             "encoders": {name: _digest(source) for name, source in self.study.starts[cell.start].items()},
-            "config": described(run_config(self.study, cell, "")),
+            "config": comparable_config(run_config(self.study, cell, "")),
         }
 
     def feature_bytes(self) -> int:
@@ -99,11 +99,11 @@ class CellFolders:
         width = {name: sum(encoder.widths) for name, encoder in encoders.items()}  # type: ignore[arg-type]
         kept = set()
         for cell in study_runs(self.study):
-            if cell.mode in KINDS:
+            if cell.mode in PROBE_KINDS:
                 sources = {name: self.study.starts[cell.start].get(name, SCRATCH) for name in width}
                 # A random encoder is another one in every draw.
                 kept |= {(name, source, cell.draw if source == SCRATCH else 0) for name, source in sources.items()}
-        return 2 * sum(width[name] for name, _, _ in kept) * round(PATCH_SIZE / CELL) ** 2 * len(self.manifest)
+        return 2 * sum(width[name] for name, _, _ in kept) * round(PATCH_SIZE / CELL_SIZE) ** 2 * len(self.manifest)
 
     def prepare(self, cell: StudyRun) -> None:
         """Write ``cell.json``.
@@ -118,14 +118,14 @@ class CellFolders:
             # The place of weights may change, what they are may not.
             found_config, wanted_config = ({**item["config"], "encoders": {}} for item in (found, wanted))
             other = [key for key in wanted if key != "config" and found.get(key) != wanted[key]]
-            if keys := [*other, *differing(found_config, wanted_config)]:
+            if keys := [*other, *differing_keys(found_config, wanted_config)]:
                 raise InputError(
                     f"{folder} is a cell of another study ({', '.join(keys)} differ): give another output, or delete "
                     "its folder to run it again"
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path, contested=True) as temporary:  # ranks of one cell write the same
+        with atomic_write(path, concurrent=True) as temporary:  # ranks of one cell write the same
             temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
     def check(self, study_runs: Sequence[StudyRun]) -> None:
@@ -152,7 +152,7 @@ class CellFolders:
 
 
 def slurm_script(
-    folders: CellFolders, study_runs: Sequence[StudyRun], launcher: str, words: Sequence[str], options: Sequence[str]
+    folders: RunFolders, study_runs: Sequence[StudyRun], launcher: str, words: Sequence[str], options: Sequence[str]
 ) -> str:
     """A script for ``sbatch`` whose array runs the cells that are not finished, a task each.
 

@@ -17,9 +17,9 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.probes.probe import KINDS
-from bocage.finetune.subsets.draw import TRACKS, Track
+from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.finetune.probes.probe import PROBE_KINDS
+from bocage.finetune.subsets.sampling import SAMPLING_UNITS, SamplingUnit
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.ssl.engine.config import EngineConfig
@@ -27,7 +27,7 @@ from bocage.ssl.engine.logging.provenance import CHANGEABLE_KEYS, flat, matches
 
 Mode = Literal["knn", "linear", "frozen", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-_OWN = ("recipe", "shards", "output", "train_fraction", "draw", "track", "encoders", "freeze", "engine.seed")
+_OWN = ("recipe", "shards", "output", "train_fraction", "draw", "sampling_unit", "encoders", "freeze", "engine.seed")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACES = ("shards", "cache", "output", "predictions", "pictures")
 _DECISIVE = ("engine.steps", "engine.evaluate_every")  # which a resumed run may change, and which change its result
@@ -75,7 +75,7 @@ class StudyConfig:
         modes: probes of frozen features (``knn``, ``linear``), everything but the encoders trained (``frozen``), or all
             of it (``full``).
         shares: shares of the labelled patches.
-        track: whether patches or whole regions are labelled, see ``finetune.subsets``.
+        sampling_unit: whether patches or whole regions are labelled, see ``finetune.subsets``.
         learning_rates: of trained modes, each tried with every start; the best on validation counts, by start, mode and
             share. None is that of the recipe.
         background: whether the mean IoU counts the background of crops (LPIS), which covers most of the ground.
@@ -98,7 +98,7 @@ class StudyConfig:
     reference: str = "scratch"
     modes: list[str] = field(default_factory=lambda: ["full"])
     shares: list[LabelFraction] = field(default_factory=list)
-    track: Track = "patch"
+    sampling_unit: SamplingUnit = "patch"
     learning_rates: list[float] = field(default_factory=list)
     background: bool = True
     interquartile: bool = False
@@ -122,8 +122,8 @@ class StudyConfig:
         for key, values in (("shares", fractions), ("modes", self.modes), ("learning_rates", self.learning_rates)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: each can be given once")
-        if self.track not in TRACKS:
-            raise ValueError(f"track={self.track} is not one of {', '.join(TRACKS)}")
+        if self.sampling_unit not in SAMPLING_UNITS:
+            raise ValueError(f"sampling_unit={self.sampling_unit} is not one of {', '.join(SAMPLING_UNITS)}")
         if self.replicates < 1000:
             raise ValueError(f"replicates={self.replicates} must be at least 1000")
         if not 0 <= self.watts < math.inf:
@@ -164,9 +164,9 @@ def study_runs(study: StudyConfig) -> list[StudyRun]:
         for share in sorted(study.shares, key=lambda share: share.fraction):
             for mode in study.modes:
                 rates: list[float | None] = [None]
-                if study.learning_rates and mode not in KINDS:
+                if study.learning_rates and mode not in PROBE_KINDS:
                     rates = [*study.learning_rates]
-                seeds = 1 if mode in KINDS else share.seeds  # a probe of the same features gives the same again
+                seeds = 1 if mode in PROBE_KINDS else share.seeds  # a probe of the same features gives the same again
                 for draw in range(share.draws):
                     for seed in range(seeds):
                         for rate in rates:
@@ -192,7 +192,7 @@ def run_config(study: StudyConfig, cell: StudyRun, output: str) -> FinetuneConfi
     if cell.mode == "frozen" and not config.modalities:
         raise InputError("words: name modalities=[...], which mode frozen freezes")
     engine = config.engine
-    if cell.mode in KINDS:  # they are not trained: what is said of training makes no other cell of them
+    if cell.mode in PROBE_KINDS:  # they are not trained: what is said of training makes no other cell of them
         engine = EngineConfig()
     if cell.rate is not None:
         engine = replace(engine, optimizer=replace(engine.optimizer, learning_rate=cell.rate))
@@ -202,7 +202,7 @@ def run_config(study: StudyConfig, cell: StudyRun, output: str) -> FinetuneConfi
         output=output,
         train_fraction=cell.fraction,
         draw=cell.draw,
-        track=study.track,
+        sampling_unit=study.sampling_unit,
         encoders=dict(study.starts[cell.start]),
         freeze=list(config.modalities) if cell.mode == "frozen" else [],
         engine=replace(engine, seed=100 * cell.draw + cell.seed),
@@ -215,19 +215,19 @@ def _resolved(recipe: str, words: tuple[str, ...]) -> FinetuneConfig:
     return recipes.resolve(FinetuneConfig, [f"recipe={recipe}", *words])
 
 
-def described(config: FinetuneConfig) -> dict[str, Any]:
+def comparable_config(config: FinetuneConfig) -> dict[str, Any]:
     """The configuration of a cell in JSON's types, without the places of things."""
     kept = {key: value for key, value in asdict(config).items() if key not in _PLACES}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
 
 
-def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Keys that make two configurations, as ``described`` gives them, give different results.
+def differing_keys(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Keys that make two configurations, as ``comparable_config`` gives them, give different results.
 
     A key that one of them does not know, being of another version of bocage, has its default there.
     """
-    default = flat(described(FinetuneConfig()))
+    default = flat(comparable_config(FinetuneConfig()))
     old, new = default | flat(found), default | flat(wanted)
     return [
         key

@@ -33,7 +33,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def cell_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
+def run_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
     """What every cell scored."""
     return [
         {
@@ -151,7 +151,7 @@ def difference_table(analysis: Analysis, mode: str) -> Table:
     return Table(title, ["", *map(percent, shares)], rows, frozenset(strong))
 
 
-def needed_table(analysis: Analysis, mode: str) -> Table:
+def labels_needed_table(analysis: Analysis, mode: str) -> Table:
     """Labels that each start needs to reach what another has with most of its labels."""
     curves = {start: curve for (start, other), curve in analysis.curves.items() if other == mode}
 
@@ -184,7 +184,7 @@ def domain_table(analysis: Analysis, mode: str, share: float) -> Table:
     return Table(f"mIoU (%) by domain, {mode}, {percent(share)} of labels", ["domain", *starts], rows)
 
 
-def missing_table(analysis: Analysis, mode: str, share: float) -> Table | None:
+def sensor_table(analysis: Analysis, mode: str, share: float) -> Table | None:
     """Scores without each sensor, and with each alone, at one share; None where they were not measured."""
     starts = [start for (start, other), curve in analysis.curves.items() if other == mode and share in curve]
     columns = {start: analysis.missing(start, mode, share) for start in starts}
