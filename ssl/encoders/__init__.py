@@ -1,1 +1,1 @@
-"""One encoder for each sensor: build, load and save it without dataset, recipe or trainer."""
+"""Encoders, one per sensor: build, load and save them without dataset, recipe or trainer."""

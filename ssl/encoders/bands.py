@@ -1,4 +1,4 @@
-"""Published encoders for images whose bands are others: a subset, another order, or more."""
+"""Adapt encoders to other bands: a subset, another order, or additional bands."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from bocage.shards.modality import Quantity
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.encoders.build import build_encoder
 
-_BY_BAND = ("linear", "decibel")
+__all__ = ["NewBand", "adapt_bands"]
+
+_PER_BAND_REPRESENTATIONS = ("linear", "decibel")
 
 
 @dataclass(frozen=True)
 class NewBand:
-    """A band that an encoder has not seen.
+    """Description of a band that an encoder was not trained with.
 
     Attributes:
-        mean, std: of its values, in decibels for an encoder that reads them.
-        quantity: what it measures.
-        wavelength: of an optical band, nm.
+        mean: mean of its values, in decibels for an encoder of decibels.
+        std: standard deviation of its values, in the same unit.
+        quantity: physical quantity that it measures.
+        wavelength: centre wavelength of an optical band, in nm.
 
     Raises:
-        ValueError: a mean or std that is not finite, or std that is not positive.
+        ValueError: mean or std is not finite, or std is not positive.
     """
 
     mean: float
@@ -40,53 +43,57 @@ class NewBand:
             raise ValueError(f"mean={self.mean}, std={self.std}: both must be finite, std positive")
 
 
-def adapt_bands(encoder: Encoder, bands: Sequence[str], new: Mapping[str, NewBand] | None = None) -> Encoder:
-    """An encoder with the weights of another one, for images or series with these bands in this order.
+def adapt_bands(encoder: Encoder, bands: Sequence[str], new_bands: Mapping[str, NewBand] | None = None) -> Encoder:
+    """Adapt an encoder to images or series with other bands; the weights are kept.
 
-    The first convolution is linear in the bands, and standardised bands have mean 0. So a band that the encoder knows
-    keeps its weights and statistics wherever it stands; one that is left out counts as being at its mean, which is
-    exact: the maps are those that the whole encoder gives with that band at its mean. A new band starts with weights of
-    zero, which change nothing until they are trained.
+    The first convolution is linear in the bands, and standardised bands have mean 0. A known band therefore keeps its
+    weights and statistics at any position. A removed band counts as constant at its mean: the feature maps equal those
+    of the original encoder with that band at its mean. A new band starts with zero weights and has no effect before
+    training.
 
     Args:
-        encoder: one that reads its bands as they are (``linear``) or in decibels; left as it is.
-        bands: names, in the order that arrays will hold them; at least one that the encoder knows.
-        new: by name, what the encoder has to know of the others.
+        encoder: encoder that reads stored values (``linear``) or decibels; it is not modified.
+        bands: names of the bands in the order of the arrays; the encoder must know at least one.
+        new_bands: descriptions of the bands that the encoder does not know, by name.
 
     Returns:
-        A new encoder, in evaluation mode, which ``save_encoder`` writes like any other.
+        A new encoder in evaluation mode, which ``save_encoder`` can save.
 
     Raises:
-        InputError: bands that nobody describes, a band twice, none that is known, or an encoder of heights.
+        InputError: a band is repeated or not described, no band is known, or the encoder reads elevation.
     """
-    spec, new = encoder.spec, dict(new or {})
+    spec, new = encoder.spec, dict(new_bands or {})
     known = ", ".join(spec.channels)
-    if spec.representation not in _BY_BAND:
-        raise InputError(f"bands of {spec.modality} are read together, as {known}: none can be left out or added")
+    if spec.representation not in _PER_BAND_REPRESENTATIONS:
+        raise InputError(
+            f"{spec.modality} is read as {known}, from all bands together: bands cannot be added or removed"
+        )
     if len(set(bands)) < len(bands):
-        raise InputError(f"bands {', '.join(bands)}: each can be given once")
-    if described := [name for name in new if name in spec.channels or name not in bands]:
-        raise InputError(f"new band {described[0]}: it is not among {', '.join(bands)}, or the encoder knows it")
+        raise InputError(f"bands {', '.join(bands)}: each band can be given once")
+    if invalid := [name for name in new if name in spec.channels or name not in bands]:
+        raise InputError(f"new band {invalid[0]}: not in bands ({', '.join(bands)}), or the encoder knows it already")
     if unknown := [name for name in bands if name not in spec.channels and name not in new]:
-        raise InputError(f"band {unknown[0]}: the encoder knows {known}; describe others as new, with mean and std")
+        raise InputError(
+            f"band {unknown[0]}: the encoder knows {known}; describe other bands in new_bands, with mean and std"
+        )
     if not set(bands) & set(spec.channels):
         raise InputError(f"bands {', '.join(bands)}: the encoder knows none of them, only {known}")
-    channel = {name: (spec.mean[at], spec.std[at]) for at, name in enumerate(spec.channels)}
-    channel |= {name: (band.mean, band.std) for name, band in new.items()}
-    band = {name: (spec.quantities[at], spec.wavelengths[at]) for at, name in enumerate(spec.bands)}
-    band |= {name: (item.quantity, item.wavelength) for name, item in new.items()}
-    chosen = replace(
+    statistics = {name: (spec.mean[i], spec.std[i]) for i, name in enumerate(spec.channels)}
+    statistics |= {name: (band.mean, band.std) for name, band in new.items()}
+    physics = {name: (spec.quantities[i], spec.wavelengths[i]) for i, name in enumerate(spec.bands)}
+    physics |= {name: (band.quantity, band.wavelength) for name, band in new.items()}
+    adapted_spec = replace(
         spec,
         bands=tuple(bands),
         channels=tuple(bands),
-        quantities=tuple(band[name][0] for name in bands),
-        wavelengths=tuple(band[name][1] for name in bands),
-        mean=tuple(channel[name][0] for name in bands),
-        std=tuple(channel[name][1] for name in bands),
+        quantities=tuple(physics[name][0] for name in bands),
+        wavelengths=tuple(physics[name][1] for name in bands),
+        mean=tuple(statistics[name][0] for name in bands),
+        std=tuple(statistics[name][1] for name in bands),
     )
     with torch.random.fork_rng(devices=[]):
-        adapted = build_encoder(chosen, encoder.config)
-    stem = _stem(encoder)
+        adapted = build_encoder(adapted_spec, encoder.config)
+    stem = _first_convolution(encoder)
     weights = {name: value for name, value in encoder.state_dict().items() if name != "mask_token"}
     old = weights[stem]
     weights[stem] = torch.stack(
@@ -97,6 +104,6 @@ def adapt_bands(encoder: Encoder, bands: Sequence[str], new: Mapping[str, NewBan
     return adapted.eval()
 
 
-def _stem(encoder: Encoder) -> str:
-    """The name of the weights that read the bands."""
+def _first_convolution(encoder: Encoder) -> str:
+    """Return the name of the weights that read the bands."""
     return next(f"{name}.weight" for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d))

@@ -1,29 +1,35 @@
-"""What every encoder is: one sensor in, a pyramid of feature maps out."""
+"""Base class and configuration of encoders: one sensor in, a pyramid of feature maps out."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from bocage.shards.errors import InputError
 from bocage.shards.preprocess.normalize import InputSpec
+
+__all__ = ["Architecture", "Encoder", "EncoderConfig"]
 
 Architecture = Literal["swin", "utae"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """How to build an encoder.
+    """Architecture of an encoder.
 
     Attributes:
-        architecture: ``swin`` for images, ``utae`` for series.
-        name: the timm model name of a Swin, with or without the tag of timm's published weights; unused by U-TAE.
+        architecture: ``swin`` for images, ``utae`` for time series.
+        name: timm model name of a Swin, with or without the tag of timm's pretrained weights; unused by U-TAE.
         options: further constructor arguments: timm model arguments (``embed_dim``, ``depths``, ``num_heads``,
-            ``window_size``, ...) or U-TAE's (``encoder_widths``, ``n_head``, ...).
-        fixed_size: the only image side a Swin shall take, pixels, as the official FLAIR-HUB code builds its encoders;
-            None: any size (see ``SwinEncoder``).
+            ``window_size``, ...) or those of U-TAE (``encoder_widths``, ``n_head``, ...).
+        fixed_size: only image side that a Swin accepts, in pixels; the official FLAIR-HUB code builds its encoders
+            this way. None: any size (see ``SwinEncoder``).
     """
 
     architecture: Architecture = "swin"
@@ -33,23 +39,23 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Base of the encoders.
+    """Base class of encoders.
 
     Attributes:
-        spec: the input it was built for, with the statistics that ``normalize.standardize`` needs.
-        config: how it was built.
+        spec: input that the encoder reads, with the statistics that ``normalize.standardize`` needs.
+        config: architecture and its options.
         widths: channels of each feature map, finest map first.
-        strides: input pixels per feature cell of each map, finest map first. U-TAE's maps all have stride 1 when it
-            is built without down-sampling, as FLAIR-HUB's 10 x 10 series need.
-        runs_always: a batch without the sensor shall involve it all the same (``features_of_none``), because other
-            ranks wait for its weights.
+        strides: input pixels per cell of each feature map, finest map first. All strides of a U-TAE are 1 when it is
+            built without down-sampling, as FLAIR-HUB's 10 x 10 series need.
+        run_without_samples: whether the encoder must also run on batches that lack its sensor (``empty_features``).
+            FSDP sets it, because the other ranks wait in collectives for this rank's part of the weights.
     """
 
     spec: InputSpec
     config: EncoderConfig
     widths: tuple[int, ...]
     strides: tuple[int, ...]
-    runs_always = False
+    run_without_samples = False
 
     def features(
         self,
@@ -58,33 +64,33 @@ class Encoder(nn.Module):
         padding: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Feature maps, finest first.
+        """Compute the feature maps, finest first.
 
         Args:
             values: standardised input without NaN, (B, C, H, W) or (B, T, C, H, W) float.
-            dates: for series, (B, T) days since 15 May.
-            padding: for series, (B, T) bool, True where there is no date to look at: padded or masked.
-            mask: for images, (B, H // p, W // p) bool over patch-embedding tokens (p = 4): True tokens are replaced
-                by the learned mask token before any attention (SimMIM, arXiv 2111.09886). Its parameter is not part
-                of a published encoder.
+            dates: days since 15 May, (B, T); series only.
+            padding: True where a date is padded or masked and therefore ignored, (B, T) bool; series only.
+            mask: True at masked patch-embedding tokens, (B, H // p, W // p) bool with p = 4; images only. The learned
+                mask token replaces them before any attention (SimMIM, arXiv 2111.09886). Published encoders do not
+                contain this token.
 
         Returns:
             (B, widths[i], H / strides[i], W / strides[i]) for each i; sizes round up.
         """
         raise NotImplementedError
 
-    def features_of_none(
+    def empty_features(
         self,
         values: torch.Tensor,
         dates: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Feature maps of no sample, (0, widths[i], ...), whose backward pass gives every weight a gradient of zero.
+        """Compute feature maps of an empty batch, (0, widths[i], ...), whose backward gives all weights zero gradients.
 
-        Arguments as for ``features``, of at least one sample, which leaves no trace in running statistics.
+        The arguments are those of ``features`` for at least one sample. The sample does not change running statistics.
         """
-        modes = {module: module.training for module in self.modules()}  # a frozen part does not train with the rest
+        modes = {module: module.training for module in self.modules()}  # frozen parts stay in evaluation mode
         self.eval()
         try:
             if dates is not None and padding is not None:
@@ -93,3 +99,25 @@ class Encoder(nn.Module):
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def check_options(
+    options: Iterable[str], constructor: Callable[..., Any], *, reserved: Iterable[str], model: str
+) -> None:
+    """Check that a constructor accepts the names of encoder options.
+
+    Args:
+        options: names of the options.
+        constructor: class or function whose parameters are the valid names.
+        reserved: parameters that users may not set.
+        model: name of the model in the error message.
+
+    Raises:
+        InputError: an option is unknown; the message suggests the nearest valid name.
+    """
+    valid = [key for key in inspect.signature(constructor).parameters if key not in set(reserved)]
+    for key in options:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid ones: {', '.join(valid)}"
+            raise InputError(f"encoder option {key!r} is unknown to {model}; {hint}")

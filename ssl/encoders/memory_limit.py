@@ -1,4 +1,4 @@
-"""A bound on the memory of modules while they are built from a description that nobody has checked yet."""
+"""Limit the memory of modules that are built from an untrusted configuration."""
 
 from __future__ import annotations
 
@@ -16,33 +16,38 @@ from torch.nn.modules.module import (
 
 @contextmanager
 def limited_memory(*, parameters: int, buffers: int) -> Iterator[None]:
-    """While it lasts, modules that this thread builds may not register more than so many bytes.
+    """Limit the bytes of parameters and buffers that modules built in this thread may register.
 
-    Tensors are registered before they are filled, and until then take no memory: what is too large is never touched.
-    (Building on the meta device would do as well, but imports SymPy there, which takes longer than a whole U-TAE.)
+    Modules register tensors before they fill them, and memory is only taken when tensors are filled. So tensors that
+    are too large never take memory. (The meta device would also do, but imports SymPy, which takes longer than to build
+    a U-TAE.)
+
+    Args:
+        parameters: bytes of all parameters together.
+        buffers: bytes of all buffers together.
 
     Raises:
-        MemoryError: from the constructor that asks for more.
+        MemoryError: a constructor registers more; raised from that constructor.
     """
     thread = threading.get_ident()
-    left = {"parameters": parameters, "buffers": buffers}
+    remaining = {"parameters": parameters, "buffers": buffers}
 
-    def take(kind: str, tensor: torch.Tensor | None) -> None:
+    def account(kind: str, tensor: torch.Tensor | None) -> None:
         if tensor is None or threading.get_ident() != thread:
             return
-        left[kind] -= tensor.nbytes
-        if left[kind] < 0:
-            raise MemoryError(f"its {kind} take more memory than they should")
+        remaining[kind] -= tensor.nbytes
+        if remaining[kind] < 0:
+            raise MemoryError(f"its {kind} take more memory than allowed")
 
-    def take_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        take("parameters", parameter)
+    def account_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        account("parameters", parameter)
 
-    def take_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> None:
-        take("buffers", buffer)
+    def account_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> None:
+        account("buffers", buffer)
 
     hooks = [
-        register_module_parameter_registration_hook(take_parameter),
-        register_module_buffer_registration_hook(take_buffer),
+        register_module_parameter_registration_hook(account_parameter),
+        register_module_buffer_registration_hook(account_buffer),
     ]
     try:
         yield

@@ -1,8 +1,8 @@
-"""Lightweight temporal attention (L-TAE) over packed dates: the bottleneck of U-TAE.
+"""Lightweight temporal attention (L-TAE) over packed dates, the bottleneck of U-TAE.
 
 Garnot & Landrieu, "Lightweight Temporal Self-Attention" (arXiv 2007.00586) and "Panoptic Segmentation of Satellite
-Image Time Series with Convolutional Temporal Attention Networks" (arXiv 2107.07933). Parameters carry the official
-names; the computation is rearranged so that nothing of size pixels x dates x ``d_model`` is ever built.
+Image Time Series with Convolutional Temporal Attention Networks" (arXiv 2107.07933). Parameters have the official
+names. The computation is rearranged so that no tensor of size pixels x dates x ``d_model`` is built.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ _PERIOD = 1000.0
 
 @dataclass(frozen=True)
 class PackedDates:
-    """Where V rows, one for each valid date of a batch of B series, come from, and where they stand by series.
+    """Index between padded (B, T) dates, V packed rows (one per valid date), and (B, L) slots of the rows by series.
 
-    By series, rows stand in L slots each, the first ones filled. While ``torch.export`` traces, sizes may not depend
-    on values: then nothing is packed, rows are all B x T dates, and empty slots are the padded dates. (It is also why
-    sizes are read from ``shape``: ``len`` of a tensor would fix them.)
+    L is the largest number of valid dates of a series. The rows of each series fill its first slots.
+
+    While ``torch.export`` traces, sizes must not depend on values. So nothing is packed: the rows are all B x T dates,
+    and the padded dates are the empty slots. Sizes are read from ``shape``, because ``len`` would make them constants.
 
     Attributes:
-        dates: (B, T) days, any real dtype.
-        padding: (B, T) bool, True where there is no date, or None.
-        rows: (V,) int64, the place of each row among the B x T dates, ascending; None: all of them.
-        slots: (V,) int64, the place of each row among the B x L slots; None: V = B L, in order.
-        counts: (B,) int64, valid dates of each series.
+        dates: days since 15 May, (B, T), any real dtype.
+        padding: True at padded dates, (B, T) bool, or None.
+        rows: index of each row among the B x T dates, (V,) int64, ascending; None: rows are all dates.
+        slots: index of each row among the B x L slots, (V,) int64; None: V = B L, in order.
+        counts: number of valid dates of each series, (B,) int64.
         length: slots of a series, L.
-        valid: (B, L) bool, True where a slot holds a valid date; None: everywhere.
+        valid: True where a slot holds a valid date, (B, L) bool; None: everywhere.
     """
 
     dates: torch.Tensor
@@ -43,13 +44,17 @@ class PackedDates:
     valid: torch.Tensor | None
 
     @classmethod
-    def of(cls, dates: torch.Tensor, padding: torch.Tensor | None) -> PackedDates:
-        """The valid dates of (B, T) ``dates``; ``padding`` is (B, T) bool, True where there is none, or None."""
+    def from_dates(cls, dates: torch.Tensor, padding: torch.Tensor | None) -> PackedDates:
+        """Pack the valid dates of a batch.
+
+        Args:
+            dates: days since 15 May, (B, T).
+            padding: True at padded dates, (B, T) bool; None equals all False.
+        """
         batch, length = dates.shape
         if padding is None and torch.compiler.is_exporting():
-            padding = torch.zeros_like(
-                dates, dtype=torch.bool
-            )  # one program for every B and T: unpadded strides differ
+            # Unpadded tensors have other strides, which would prevent one program for every B and T.
+            padding = torch.zeros_like(dates, dtype=torch.bool)
         if padding is None:
             counts = torch.full((batch,), length, device=dates.device)
             return cls(dates, None, None, None, counts, length, None)
@@ -66,12 +71,12 @@ class PackedDates:
 
     @property
     def days(self) -> torch.Tensor:
-        """(V,) days of the rows."""
+        """Days of the rows, (V,)."""
         days = self.dates.flatten()
         return days if self.rows is None else days.index_select(0, self.rows)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, T, ...) values of every date as (V, ...) rows; what padded dates hold, NaN included, is not kept."""
+        """Select the (V, ...) rows of (B, T, ...) values; values at padded dates, NaN included, are dropped."""
         rows = values.flatten(0, 1)
         if self.rows is not None:
             return rows.index_select(0, self.rows)
@@ -80,14 +85,14 @@ class PackedDates:
         return rows.masked_fill(self.padding.flatten().view(-1, *(1,) * (rows.ndim - 1)), 0.0)
 
     def scatter(self, rows: torch.Tensor) -> torch.Tensor:
-        """(V, ...) rows as (B, T, ...), zeros at padded dates: the inverse of ``gather``."""
+        """Invert ``gather``: (V, ...) rows to (B, T, ...), with zeros at padded dates."""
         if self.rows is None:
             return self.unpack(rows)
-        dated = rows.new_zeros(self.dates.numel(), *rows.shape[1:]).index_copy(0, self.rows, rows)
-        return dated.unflatten(0, self.dates.shape)
+        scattered = rows.new_zeros(self.dates.numel(), *rows.shape[1:]).index_copy(0, self.rows, rows)
+        return scattered.unflatten(0, self.dates.shape)
 
     def unpack(self, rows: torch.Tensor) -> torch.Tensor:
-        """(V, ...) rows by series, (B, L, ...), zeros in empty slots."""
+        """Arrange (V, ...) rows by series, (B, L, ...), with zeros in empty slots."""
         batch, shape = self.counts.shape[0], rows.shape[1:]
         if self.slots is not None:
             rows = rows.new_zeros(batch * self.length, *shape).index_copy(0, self.slots, rows)
@@ -96,12 +101,12 @@ class PackedDates:
         return rows.reshape(batch, self.length, *shape)
 
     def pack(self, slots: torch.Tensor) -> torch.Tensor:
-        """(B, L, ...) slots as (V, ...) rows: the inverse of ``unpack``."""
+        """Invert ``unpack``: (B, L, ...) slots to (V, ...) rows."""
         rows = slots.flatten(0, 1)
         return rows if self.slots is None else rows.index_select(0, self.slots)
 
-    def total(self, rows: torch.Tensor) -> torch.Tensor:
-        """(V, ...) rows summed over the dates of each series, (B, ...)."""
+    def sum_over_dates(self, rows: torch.Tensor) -> torch.Tensor:
+        """Sum (V, ...) rows over the dates of each series, (B, ...)."""
         if self.slots is None:
             return self.unpack(rows).sum(dim=1)
         series = torch.repeat_interleave(self.counts, output_size=rows.shape[0])
@@ -109,12 +114,12 @@ class PackedDates:
 
 
 class SinusoidalPositions(nn.Module):
-    """Sine and cosine encoding of dates, the same for every head.
+    """Sinusoidal encoding of dates, the same for every head.
 
     Column i of ``width`` has the wavelength 2 pi 1000^(2 floor(i / 2) / width) days (Vaswani et al. 2017).
 
     Attributes:
-        exponents: (N,) int64, the N even numbers below ``width``.
+        exponents: even numbers below ``width``, (N,) int64.
     """
 
     exponents: torch.Tensor
@@ -122,28 +127,28 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        # Integers survive `.bfloat16()`: wavelengths rounded to 8 bits would displace dates by days.
+        # Integers, because `.bfloat16()` does not round them: wavelengths of 8 bits would shift dates by days.
         self.register_buffer("exponents", torch.arange(0, width, 2), persistent=False)
 
     def forward(self, days: torch.Tensor) -> torch.Tensor:
-        """(...) days as a (..., width) table, float32, or float64 when the days are."""
+        """Encode (...) days as (..., width), float32, or float64 if the days are."""
         days = days if days.dtype == torch.float64 else days.to(torch.float32)
         angles = days[..., None] / _PERIOD ** (self.exponents.to(days.dtype) / self.width)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., : self.width]
 
 
 class AttentionHeads(nn.Module):
-    """Parameters of the heads: a learned query each, ``Q`` (n_head, d_k), and the key projection ``fc1_k``."""
+    """Parameters of the heads: one learned query per head, ``Q`` (n_head, d_k), and the key projection ``fc1_k``."""
 
     def __init__(self, n_head: int, d_k: int, d_model: int) -> None:
         super().__init__()
-        self.Q = nn.Parameter(torch.empty(n_head, d_k))  # registered before it is filled: see ``limits``
+        self.Q = nn.Parameter(torch.empty(n_head, d_k))  # registered before it is filled, see ``limited_memory``
         nn.init.normal_(self.Q, 0.0, math.sqrt(2.0 / d_k))
         self.fc1_k = nn.Linear(d_model, n_head * d_k)
         nn.init.normal_(self.fc1_k.weight, 0.0, math.sqrt(2.0 / d_k))
 
-    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scaled score Q K^T / sqrt(d_k) as an affine function of a token: (n_head, d_model) and (n_head,)."""
+    def fold_query(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the score Q K^T / sqrt(d_k) as an affine function of a token: (n_head, d_model) and (n_head,)."""
         n_head, d_k = self.Q.shape
         query = self.Q[:, None] / math.sqrt(d_k)
         weight = torch.bmm(query, self.fc1_k.weight.view(n_head, d_k, -1))[:, 0]
@@ -151,20 +156,23 @@ class AttentionHeads(nn.Module):
 
 
 class TemporalEncoder(nn.Module):
-    """L-TAE at every pixel of a packed series of maps.
+    """L-TAE at every pixel of packed maps.
 
-    With x_t the group-normalised C channels of a pixel, e_t = W x_t + b + p_t its projection plus date encoding and
-    u_h the query of head h folded into the key projection, the head's scores are u_h . e_t = (u_h W) . x_t + time, and
-    its output is its slice of sum_t a_t e_t = W (sum_t a_t x_t) + b sum_t a_t + sum_t a_t p_t. So dates are pooled
-    *before* the projection, exactly, also when dropout makes the attention sum to something else than 1. The group
-    normalisation is an affine map that is constant over dates, hence folded on both sides in the same way.
+    Let x_t be the C group-normalised channels of a pixel at date t, p_t the date encoding, e_t = W x_t + b + p_t the
+    token, and u_h the query of head h folded into the key projection. Head h has the scores
+    u_h . e_t = (u_h W) . x_t + u_h . (b + p_t). It outputs its slice of
+    sum_t a_t e_t = W (sum_t a_t x_t) + b sum_t a_t + sum_t a_t p_t. So the dates are pooled *before* the projection.
+    This is exact, even where dropout makes the sum of the attention differ from 1. The group normalisation is an affine
+    map that is constant over dates, so it is folded into both equations in the same way.
 
     Args:
         in_channels: channels of the maps, C.
-        n_head, d_model, d_k: heads, which divide C and ``d_model``, width of the projection, width of a key.
+        n_head: heads; must divide C and ``d_model``.
+        d_model: width of the projection.
+        d_k: width of a key.
         out_channels: channels of the embedding.
-        masked_norm: whether the statistics of ``in_norm`` leave padded dates out. The official code counts them as
-            maps of ``pad_value``: off for its weights, on for everything else.
+        masked_norm: whether the statistics of ``in_norm`` exclude padded dates. The official code counts them as maps
+            of ``pad_value``, so official weights need False; everything else uses True.
         pad_value: see ``masked_norm``.
     """
 
@@ -195,40 +203,40 @@ class TemporalEncoder(nn.Module):
         self.out_norm = nn.GroupNorm(n_head, out_channels)
 
     def _normalization(self, sequence: torch.Tensor, series: PackedDates) -> tuple[torch.Tensor, torch.Tensor]:
-        """``in_norm`` as x * scale + shift: (B, P, L, C) tokens, empty slots zero, to two (B P, 1, C)."""
+        """Compute ``in_norm`` as x * scale + shift: two (B P, 1, C) of (B, P, L, C) tokens, zero in empty slots."""
         precise = torch.promote_types(sequence.dtype, torch.float32)
         tokens = sequence.to(precise)
-        groups, members = self.n_head, sequence.shape[-1] // self.n_head
-        sums = tokens.sum(dim=2).unflatten(2, (groups, members)).sum(dim=3)
-        squares = (tokens * tokens).sum(dim=2).unflatten(2, (groups, members)).sum(dim=3)
+        groups, group_size = self.n_head, sequence.shape[-1] // self.n_head
+        sums = tokens.sum(dim=2).unflatten(2, (groups, group_size)).sum(dim=3)
+        squares = (tokens * tokens).sum(dim=2).unflatten(2, (groups, group_size)).sum(dim=3)
         counts = series.counts.to(precise)[:, None, None]
         if not self.masked_norm:
             padded = series.dates.shape[1] - counts
-            sums = sums + padded * members * self.pad_value
-            squares = squares + padded * members * self.pad_value**2
+            sums = sums + padded * group_size * self.pad_value
+            squares = squares + padded * group_size * self.pad_value**2
             counts = counts + padded
-        counts = (counts * members).clamp_min(1)
+        counts = (counts * group_size).clamp_min(1)
         mean = sums / counts
         variance = (squares / counts - mean.square()).clamp_min(0)
         inverse = (variance + self.in_norm.eps).rsqrt()
-        scale = inverse[..., None] * self.in_norm.weight.to(precise).view(groups, members)
-        shift = self.in_norm.bias.to(precise).view(groups, members) - mean[..., None] * scale
+        scale = inverse[..., None] * self.in_norm.weight.to(precise).view(groups, group_size)
+        shift = self.in_norm.bias.to(precise).view(groups, group_size) - mean[..., None] * scale
         return scale.flatten(2).flatten(0, 1)[:, None], shift.flatten(2).flatten(0, 1)[:, None]
 
     def _positions(self, days: torch.Tensor) -> torch.Tensor:
-        """Encoding of days in the dtype of the weights, rounded only at the end."""
+        """Encode days in the dtype of the weights, rounding at the end only."""
         precise = torch.promote_types(self.inconv.weight.dtype, torch.float32)
         return self.positional_encoder(days.to(precise)).to(self.inconv.weight.dtype)
 
     def _attention(
         self, sequence: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor, series: PackedDates
     ) -> torch.Tensor:
-        """(B, P, n_head, L) weights from (B, P, L, C) tokens, the scale of their norm and (V, width) positions."""
-        query, constant = self.attention_heads.folded()
+        """Compute (B, P, n_head, L) attention from (B, P, L, C) tokens, their norm's scale and (V, width) positions."""
+        query, constant = self.attention_heads.fold_query()
         bias = self.inconv.bias
         assert bias is not None
-        # All heads see the same encoding, so their slices of the folded query add up. The constant vanishes in the
-        # softmax; it stays so that every parameter has a gradient under DistributedDataParallel.
+        # All heads share the date encoding, so the slices of the folded query add up. The softmax cancels the constant,
+        # which stays because DistributedDataParallel needs a gradient for every parameter.
         shared = query.view(self.n_head, self.n_head, -1).sum(dim=1)
         time = series.unpack(positions @ shared.mT + (query @ bias + constant))
         weight = (query @ self.inconv.weight[:, :, 0])[None] * scale
@@ -241,17 +249,16 @@ class TemporalEncoder(nn.Module):
         return weights.masked_fill(empty, 0.0)
 
     def forward(self, maps: torch.Tensor, series: PackedDates) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summary of each series and the attention that made it.
+        """Pool the maps of each series over dates.
 
         Args:
-            maps: (V, C, H, W) packed maps, fastest in channels-last.
-            series: where they come from.
+            maps: packed maps, (V, C, H, W), fastest in channels-last memory.
+            series: index of the packed dates.
 
         Returns:
-            (B, out_channels, H, W) embedding, and (V, n_head, H, W) attention of every date, after dropout. A series
-            without valid dates gets a constant as embedding: that of attention zero; or without ``masked_norm`` what
-            the official code computes, which attends evenly over the T padded dates. T = 0 leaves nothing to attend
-            to: attention zero in either case.
+            Embedding, (B, out_channels, H, W), and attention of every date after dropout, (V, n_head, H, W). Series
+            without valid dates get a constant embedding, that of zero attention. Without ``masked_norm`` they get the
+            output of the official code, which attends equally to the T padded dates, unless T = 0.
         """
         count, channels, height, width = maps.shape
         batch, pixels = series.counts.shape[0], height * width
@@ -263,20 +270,22 @@ class TemporalEncoder(nn.Module):
 
         pooled = torch.bmm(attention.flatten(0, 1), sequence.flatten(0, 1)).unflatten(0, (batch, pixels))
         total = attention.sum(dim=-1, keepdim=True)
-        dated = torch.bmm(attention.flatten(1, 2), series.unpack(positions).to(attention.dtype))
-        dated = dated.unflatten(1, (pixels, self.n_head))
+        pooled_positions = torch.bmm(attention.flatten(1, 2), series.unpack(positions).to(attention.dtype))
+        pooled_positions = pooled_positions.unflatten(1, (pixels, self.n_head))
         length = series.dates.shape[1]
         if series.padding is not None and not self.masked_norm and length:
-            # Every official score is then -1000, not minus infinity: all T padded dates weigh the same.
+            # The official code masks scores with -1000 instead of minus infinity, so all T padded dates weigh the same.
             empty = (series.counts == 0)[:, None, None, None]
             pooled, total = pooled.masked_fill(empty, self.pad_value), total.masked_fill(empty, 1.0)
-            evenly = self._positions(series.dates).mean(dim=1)
-            dated = torch.where(empty, evenly[:, None, None].to(dated.dtype), dated)
+            mean_position = self._positions(series.dates).mean(dim=1)
+            pooled_positions = torch.where(
+                empty, mean_position[:, None, None].to(pooled_positions.dtype), pooled_positions
+            )
         pooled = pooled.flatten(0, 1) * scale + total.flatten(0, 1) * shift
         bias = self.inconv.bias
         assert bias is not None
         heads = torch.einsum("nhc,hdc->nhd", pooled, self.inconv.weight.view(self.n_head, -1, channels))
-        heads = heads + total.flatten(0, 1) * bias.view(self.n_head, -1) + dated.flatten(0, 1)
+        heads = heads + total.flatten(0, 1) * bias.view(self.n_head, -1) + pooled_positions.flatten(0, 1)
         embedding = self.out_norm(self.dropout(self.mlp(heads.flatten(1))))
         embedding = embedding.view(batch, height, width, self.out_norm.num_channels).permute(0, 3, 1, 2)
         rows = series.pack(attention.permute(0, 3, 1, 2)).unflatten(1, (height, width))

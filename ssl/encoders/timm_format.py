@@ -1,4 +1,4 @@
-"""How a Swin encoder is written so that timm alone loads it: ``timm.create_model("local-dir:FOLDER", ...)``."""
+"""timm's format of a Swin encoder, which ``timm.create_model("local-dir:FOLDER", ...)`` loads without bocage."""
 
 from __future__ import annotations
 
@@ -9,45 +9,47 @@ import torch
 
 from bocage.ssl.encoders.base import Encoder
 
-ANY_SIZE: dict[str, Any] = {"always_partition": True, "strict_img_size": False}
-"""timm arguments that keep the windows whole at every input size, so that one set of weights serves all of them."""
+ANY_SIZE_ARGS: dict[str, Any] = {"always_partition": True, "strict_img_size": False}
+"""timm arguments that keep full windows at every input size, so that one set of weights serves all sizes."""
 
 FINAL_NORM = ("norm.weight", "norm.bias")
-"""timm's plain model ends in a normalisation that feature maps do not pass."""
+"""Parameters of the normalisation that ends timm's classifier. Feature maps do not pass through it."""
 
 
-def architecture_of(name: str) -> str:
-    """A timm model name without the tag of its published weights."""
+def strip_tag(name: str) -> str:
+    """Return a timm model name without the tag of its pretrained weights: ``name.tag`` becomes ``name``."""
     return name.partition(".")[0]
 
 
-def plain_name(name: str) -> str:
-    """timm's name of a parameter of ``SwinEncoder``: ``model.layers_0.x`` is ``layers.0.x`` in the plain model."""
+def timm_parameter_name(name: str) -> str:
+    """Convert a parameter name of ``SwinEncoder`` to timm's: ``model.layers_0.x`` becomes ``layers.0.x``."""
     return name.removeprefix("model.").replace("layers_", "layers.", 1)
 
 
-def plain_weights(encoder: Encoder) -> dict[str, torch.Tensor]:
-    """Weights of a Swin encoder by timm's plain names, the encoder's own tensors, of any shape, but its mask token."""
-    return {plain_name(name): tensor for name, tensor in encoder.state_dict().items() if name != "mask_token"}
+def timm_weights(encoder: Encoder) -> dict[str, torch.Tensor]:
+    """Return the tensors of a Swin encoder by timm's names, without the mask token; not copied, so of any shape."""
+    return {timm_parameter_name(name): tensor for name, tensor in encoder.state_dict().items() if name != "mask_token"}
 
 
-def with_final_norm(weights: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """The weights, of any shape, and the final normalisation, as the identity it starts as.
+def add_final_norm(weights: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    """Add timm's final normalisation at its initial value, the identity.
 
-    ``width`` is that of the last map and of the normalisation's two tensors, (width,).
+    Args:
+        weights: tensors by timm's names, of any shape.
+        width: channels of the last feature map; the two added tensors are (width,).
     """
     one = next(iter(weights.values())).new_ones(width)
     return {**weights, **dict(zip(FINAL_NORM, (one, torch.zeros_like(one)), strict=True))}
 
 
-def timm_description(encoder: Encoder) -> dict[str, Any]:
-    """What timm reads of ``config.json``. Every constructor argument that matters is there: timm's defaults differ."""
+def timm_config(encoder: Encoder) -> dict[str, Any]:
+    """Return timm's part of ``config.json`` with all relevant constructor arguments, because timm's defaults differ."""
     spec, config = encoder.spec, encoder.config
     channels = len(spec.channels)
-    sizes = ANY_SIZE if config.fixed_size is None else {"img_size": config.fixed_size}
+    sizes = ANY_SIZE_ARGS if config.fixed_size is None else {"img_size": config.fixed_size}
     side = config.fixed_size or config.options.get("img_size", 224)
     return {
-        "architecture": architecture_of(config.name),
+        "architecture": strip_tag(config.name),
         "num_classes": 0,
         "num_features": encoder.widths[-1],
         "model_args": {"in_chans": channels, **sizes, **config.options},
