@@ -30,7 +30,7 @@ LEFT_OUT = {
     r"^pip install|^python -m venv": "done before",
     r"^srun|^sbatch|^array=|--merge": "needs SLURM: pytest -m slow tests/faults/test_slurm.py runs the job files",
     r"\$NODE": "needs several machines: pytest -m slow tests/faults/test_slurm.py runs the launcher's files",
-    r"--scheduler tcp://head": "needs that Dask cluster: tests/shards/test_writer_cluster.py starts one",
+    r"--scheduler tcp://head": "needs that Dask cluster: tests/shards/test_write_dask.py starts one",
     r"--split-csv": "needs the official code's lists: tests/shards/test_flairhub.py",
     r"^export HF_TOKEN": "needs an account: tests/finetune/test_publication.py",
     r"^bocage replay": "needs a step that went wrong: tests/tools/test_replay.py",
@@ -87,7 +87,7 @@ ASIDE = {
 OFFICIAL = """
 from pathlib import Path
 from bocage.finetune.official.convert import save_official
-from bocage.finetune.official.model import build_official
+from bocage.finetune.official.official_model import build_official
 arch = "swin_tiny_patch4_window7_224-upernet"
 model = build_official(["AERIAL_RGBI", "SENTINEL2_TS"], ["AERIAL_LABEL-COSIA"], arch, {"AERIAL_RGBI": 512})
 save_official(model, Path("FLAIR-HUB_LC-L.safetensors"))

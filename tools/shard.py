@@ -231,8 +231,8 @@ def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:
     table.add_row("shards", str(estimate.shards))
     table.add_row("estimated size", _size(estimate.bytes))
     table.add_row("free disk space", _size(free.free))
-    if estimate.waiting < estimate.patches:
-        table.add_row("patches still to write", str(estimate.waiting))
+    if estimate.remaining < estimate.patches:
+        table.add_row("patches still to write", str(estimate.remaining))
     if arguments.scheduler is None:
         table.add_row(
             f"estimated time with --workers {arguments.workers}", format_duration(estimate.seconds / arguments.workers)

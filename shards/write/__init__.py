@@ -1,1 +1,1 @@
-"""Write shards from a catalogue of patches, in one process, several, or on a cluster."""
+"""Write shards from a catalogue of patches, in one process, in several, or on a cluster."""

@@ -1,4 +1,4 @@
-"""How large the shards of a catalogue will be and how long they will take, from encoding a few of its patches."""
+"""Estimate size and time of sharding a catalogue by encoding a few of its patches."""
 
 from __future__ import annotations
 
@@ -9,47 +9,46 @@ import numpy as np
 
 from bocage.shards.errors import InputError
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.raster_source import RasterError
-from bocage.shards.source.rasters import gdal_environment
-from bocage.shards.write.jobs import check_source
+from bocage.shards.source.rasters import RasterError, gdal_environment
 from bocage.shards.write.packing import encode_patch
+from bocage.shards.write.tasks import check_source
 
-_PROBES = 8
-_TAR_OVERHEAD = 1024  # bytes a member: its header, and padding of half a block or so
+_SAMPLE_PATCHES = 8
+_TAR_OVERHEAD = 1024  # bytes per member: the header, and about half a block of padding
 
 
 @dataclass(frozen=True)
-class EncodingSample:
-    """What a few patches, read and encoded, tell of all.
+class EncodingCost:
+    """Mean cost of encoding a patch.
 
     Attributes:
-        patch_bytes: in a shard, mean.
-        patch_seconds: of one process, mean.
+        patch_bytes: mean size of a patch in a shard.
+        patch_seconds: mean time of one process per patch.
     """
 
     patch_bytes: float
     patch_seconds: float
 
 
-def encode_sample(catalogue: Catalogue, rows: np.ndarray) -> EncodingSample:
-    """Encodes a few of the patches ``rows``, evenly spread.
+def measure_encoding(catalogue: Catalogue, rows: np.ndarray) -> EncodingCost:
+    """Measure the encoding cost of a few evenly spaced patches among ``rows``.
 
     Args:
-        catalogue: the tree.
-        rows: (N,) int64, catalogue indices.
+        catalogue: source of the patches.
+        rows: catalogue indices, (N,) int64.
 
     Raises:
-        InputError: none of these patches is readable, or the source is gone.
+        InputError: none of the sampled patches is readable, or the source is gone.
     """
     check_source(catalogue.root)
-    tried = rows[:: max(1, len(rows) // _PROBES)][:_PROBES].tolist()
+    sampled = rows[:: max(1, len(rows) // _SAMPLE_PATCHES)][:_SAMPLE_PATCHES].tolist()
     sizes: list[int] = []
     seconds: list[float] = []
     failure: RasterError | None = None
     with gdal_environment():
-        for row in tried:
+        for row in sampled:
             try:
-                # The first is read twice: what a library does once must not count for every patch.
+                # The first patch is encoded twice, so that one-time initialisation of libraries is not measured.
                 for _ in range(1 if sizes else 2):
                     started = time.perf_counter()
                     members = encode_patch(catalogue.patch(row), catalogue.registry).members
@@ -58,24 +57,24 @@ def encode_sample(catalogue: Catalogue, rows: np.ndarray) -> EncodingSample:
             except RasterError as error:
                 failure = error
     if not sizes:
-        raise InputError(f"none of the {len(tried)} patches that were tried can be read, e.g. {failure}") from failure
-    return EncodingSample(float(np.mean(sizes)), float(np.mean(seconds)))
+        raise InputError(f"none of the {len(sampled)} sampled patches can be read, e.g. {failure}") from failure
+    return EncodingCost(float(np.mean(sizes)), float(np.mean(seconds)))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would do.
+    """Estimated size and time of a run.
 
     Attributes:
-        patches: of the catalogue.
-        shards: they make.
-        bytes: of all shards, roughly.
-        waiting: patches in shards that are not written yet.
-        seconds: that ``waiting`` takes one process, roughly.
+        patches: number of patches in the catalogue.
+        shards: number of shards.
+        bytes: approximate size of all shards.
+        remaining: number of patches in shards that are not written yet.
+        seconds: approximate time that one process takes for the remaining patches.
     """
 
     patches: int
     shards: int
     bytes: int
-    waiting: int
+    remaining: int
     seconds: float

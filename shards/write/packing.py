@@ -1,15 +1,15 @@
-"""One shard: patches in, a tar and its part of the manifest out.
+"""Encode patches and write one shard: a tar, and the manifest rows of its patches.
 
-Members of a sample are contiguous: inputs, masks, labels, then ``KEY.json`` with key, ROI, domain, CRS, corner, dates
-and the list of members. A raster's member is ``KEY.MODALITY.bin`` (see ``codec``). Keys hold no dot, so any WebDataset
-reader groups them; the webdataset library itself gives lower-case fields: ``aerial_rgbi.bin``.
+The members of a patch are contiguous in the tar: inputs, masks, labels, then ``KEY.json``. The JSON member holds the
+key, ROI, domain, CRS, upper-left corner, dates and the list of members. A raster is stored as ``KEY.MODALITY.bin`` (see
+``codec``). Keys contain no dot, so any WebDataset reader groups the members into samples; the webdataset library turns
+field names to lower case: ``aerial_rgbi.bin``.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import as_stored, encode
-from bocage.shards.format.manifest import Shard, dated, schema
+from bocage.shards.format.manifest import Shard, has_acquisition_dates, manifest_schema
 from bocage.shards.format.running_stats import RunningStats, compute_stats
 from bocage.shards.format.shard_files import member_name, part_path, shard_path
 from bocage.shards.format.tar import TarWriter
 from bocage.shards.modality import Modality, Registry
+from bocage.shards.pool import ProgressCallback
 from bocage.shards.source import rasters
 from bocage.shards.source.catalogue import Patch
-from bocage.shards.source.raster_source import RasterError, RasterSource
-from bocage.shards.source.rasters import Raster
+from bocage.shards.source.rasters import Raster, RasterError, RasterSource
 
 _METADATA_KEY = b"bocage"
 _EPOCH = datetime.date(1970, 1, 1)
@@ -37,15 +37,15 @@ _EPOCH = datetime.date(1970, 1, 1)
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The work of one shard.
+    """The work of writing one shard.
 
     Attributes:
-        index: of the shard.
-        out: the folder of the shards.
-        registry: what to pack.
+        index: index of the shard.
+        out: folder of the shards.
+        registry: modalities to encode.
         splits: names of the split columns.
-        patches: what the shard holds, in order.
-        tolerated: unreadable patches that may be skipped before the job gives up.
+        patches: patches of the shard, in order.
+        max_skipped: number of unreadable patches that may be skipped before the task fails.
     """
 
     index: int
@@ -53,192 +53,201 @@ class ShardTask:
     registry: Registry
     splits: list[str]
     patches: list[Patch]
-    tolerated: int
+    max_skipped: int
 
     @property
-    def shard(self) -> Path:
-        """The tar."""
+    def shard_path(self) -> Path:
+        """Path of the tar."""
         return shard_path(self.out, self.index)
 
 
 @dataclass(frozen=True)
-class ShardPart:
-    """What one finished shard adds to the dataset.
+class ManifestPart:
+    """The contribution of one finished shard to the manifest, without its rows.
 
     Attributes:
-        shard: the tar.
-        skipped: by key, why a patch was left out.
-        source_bytes: size of the GeoTIFFs that were packed.
-        moments: by input modality, statistics of the representation.
+        shard: name, size and hash of the tar.
+        skipped: reason why a patch was skipped, by key.
+        source_bytes: total size of the GeoTIFFs that were encoded.
+        stats: statistics of the representation, by input modality.
     """
 
     shard: Shard
     skipped: dict[str, str]
     source_bytes: int
-    moments: dict[str, RunningStats]
+    stats: dict[str, RunningStats]
 
 
 @dataclass
 class EncodedPatch:
-    """One patch, encoded.
+    """One encoded patch.
 
     Attributes:
-        members: names and bytes, in the order of the tar.
-        row: its row of the manifest but for ``shard`` and ``offset.M``.
-        source_bytes: size of its GeoTIFFs.
-        moments: by input modality.
+        members: bytes of the tar members by name, in the order of the tar.
+        row: row of the manifest without ``shard`` and ``offset.MODALITY``.
+        source_bytes: total size of the GeoTIFFs.
+        stats: statistics of the representation, by input modality.
     """
 
     members: dict[str, bytes]
     row: dict[str, Any]
     source_bytes: int
-    moments: dict[str, RunningStats]
+    stats: dict[str, RunningStats]
 
 
 def encode_patch(patch: Patch, registry: Registry) -> EncodedPatch:
-    """The members and the manifest row of one patch.
+    """Read the rasters of one patch and encode them.
 
     Raises:
-        RasterError: a file, which is named, is not usable, or does not agree with its dates or with the other files.
+        RasterError: a file cannot be read, or disagrees with its dates or with the position of the other files. The
+            message names the file.
     """
-    read: dict[str, Raster] = {}
+    loaded: dict[str, Raster] = {}
     source_bytes = 0
     for modality in (*registry.inputs, *registry.by_role("mask"), *registry.labels):
         source = patch.sources.get(modality.name)
         if source is not None:
-            read[modality.name] = rasters.read(source, modality)
-            source_bytes += read[modality.name].stored_bytes
-            _check_dates(source, modality, read[modality.name].array, patch.dates.get(modality.name))
-    # The aerial image where there is one: it comes first. Other sensors are resampled onto its grid.
-    first = next(name for name in registry if name in read)
-    reference = read[first]
-    for name, raster in read.items():
-        _check_place(patch, registry[first], reference, registry[name], raster)
+            loaded[modality.name] = rasters.read_raster(source, modality)
+            source_bytes += loaded[modality.name].stored_bytes
+            _check_dates(source, modality, loaded[modality.name].array, patch.dates.get(modality.name))
+    # The reference is the first modality present, the aerial image where there is one: other sensors are resampled onto
+    # its grid.
+    reference_name = next(name for name in registry if name in loaded)
+    reference = loaded[reference_name]
+    for name, raster in loaded.items():
+        _check_position(patch, registry[reference_name], reference, registry[name], raster)
     ground = {"crs": reference.crs, "left": reference.left, "top": reference.top}
     row: dict[str, Any] = {"key": patch.key, "roi": patch.roi, "domain": patch.domain, **ground, **patch.splits}
-    members, shapes = {}, {}
-    moments = {}
-    for name, raster in read.items():
+    members, member_info = {}, {}
+    stats = {}
+    for name, raster in loaded.items():
         modality = registry[name]
         array = as_stored(raster.array, modality.codec)
         data = encode(array, modality.codec)
         member = member_name(patch.key, name)
         members[member] = data
-        shapes[member] = {"modality": name, "dtype": str(array.dtype), "shape": array.shape}
+        member_info[member] = {"modality": name, "dtype": str(array.dtype), "shape": array.shape}
         row[f"length.{name}"] = len(data)
-        if dated(modality) and name in patch.dates:
+        if has_acquisition_dates(modality) and name in patch.dates:
             row[f"dates.{name}"] = patch.dates[name]
         if modality.role == "label":
             for band, values in zip(modality.bands, array):
                 assert band.scheme is not None
-                row[f"histogram.{name}.{band.name}"] = _histogram(values, len(band.scheme))
+                row[f"histogram.{name}.{band.name}"] = _class_histogram(values, len(band.scheme))
         if modality.is_input:
-            moments[name] = compute_stats(array, modality)
-            for what in ("minimum", "maximum", "mean"):
-                row[f"{what}.{name}"] = getattr(moments[name], what)
+            stats[name] = compute_stats(array, modality)
+            for statistic in ("minimum", "maximum", "mean"):
+                row[f"{statistic}.{name}"] = getattr(stats[name], statistic)
     description = {
         **{key: row[key] for key in ("key", "roi", "domain")},
         **ground,
-        "dates": {name: _iso(days) for name, days in patch.dates.items() if name in read},
-        "members": shapes,
+        "dates": {name: _to_iso(days) for name, days in patch.dates.items() if name in loaded},
+        "members": member_info,
     }
     members[f"{patch.key}.json"] = json.dumps(description).encode()
-    return EncodedPatch(members, row, source_bytes, moments)
+    return EncodedPatch(members, row, source_bytes, stats)
 
 
-def write_shard(job: ShardTask, tick: Callable[[int, int], None]) -> ShardPart:
-    """Writes the tar of a job, then its part of the manifest; both appear whole or not at all.
+def write_shard(task: ShardTask, on_progress: ProgressCallback) -> ManifestPart:
+    """Write the tar of a task, then its manifest part. Each file appears under its final name only when complete.
 
     Args:
-        job: what to write.
-        tick: called after each patch with 1 and the bytes written for it; may raise to stop.
+        task: shard to write.
+        on_progress: callback after each patch, with 1 and the bytes written for it; it may raise to stop.
 
     Raises:
-        InputError: more patches were unreadable than the job tolerates.
+        InputError: more patches are unreadable than the task allows.
     """
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    moments: dict[str, RunningStats] = {}
+    stats: dict[str, RunningStats] = {}
     source_bytes = 0
-    with written_atomically(job.shard, contested=True) as temporary:
+    with atomic_write(task.shard_path, concurrent=True) as temporary:
         with temporary.open("wb") as file:
             archive = TarWriter(file)
-            for patch in job.patches:
-                before = archive.size
+            for patch in task.patches:
+                size_before = archive.size
                 try:
-                    packed = encode_patch(patch, job.registry)
+                    encoded = encode_patch(patch, task.registry)
                 except RasterError as error:
                     skipped[patch.key] = str(error)
-                    if len(skipped) > job.tolerated:
-                        raise too_many_skipped(skipped, job.tolerated) from error
+                    if len(skipped) > task.max_skipped:
+                        raise too_many_skipped(skipped, task.max_skipped) from error
                 else:
-                    offsets = {name: archive.add(name, data) for name, data in packed.members.items()}
-                    rows.append(_complete(packed.row, patch.key, job, offsets))
-                    source_bytes += packed.source_bytes
-                    for name, found in packed.moments.items():
-                        moments[name] = moments[name].merged(found) if name in moments else found
-                tick(1, archive.size - before)
+                    offsets = {name: archive.add(name, data) for name, data in encoded.members.items()}
+                    rows.append(_manifest_row(encoded.row, patch.key, task, offsets))
+                    source_bytes += encoded.source_bytes
+                    for name, patch_stats in encoded.stats.items():
+                        stats[name] = stats[name].merge(patch_stats) if name in stats else patch_stats
+                on_progress(1, archive.size - size_before)
             digest = archive.finish()
         size = archive.size
-    part = ShardPart(Shard(job.shard.name, len(rows), size, digest), skipped, source_bytes, moments)
-    _write_part(part_path(job.out, job.index), rows, part, schema(job.registry, job.splits))
+    part = ManifestPart(Shard(task.shard_path.name, len(rows), size, digest), skipped, source_bytes, stats)
+    _write_part(part_path(task.out, task.index), rows, part, manifest_schema(task.registry, task.splits))
     return part
 
 
-def read_part(path: Path) -> ShardPart:
-    """What ``write_shard`` recorded beside the rows."""
+def read_part(path: Path) -> ManifestPart:
+    """Read the manifest part that ``write_shard`` stored in the schema metadata of the rows."""
     description = json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
-    moments = {name: RunningStats.from_json(item) for name, item in description["moments"].items()}
-    return ShardPart(Shard(**description["shard"]), description["skipped"], description["source_bytes"], moments)
+    stats = {name: RunningStats.from_json(values) for name, values in description["moments"].items()}
+    return ManifestPart(Shard(**description["shard"]), description["skipped"], description["source_bytes"], stats)
 
 
-def too_many_skipped(skipped: dict[str, str], tolerated: int) -> InputError:
-    """The error that ends a run; names the first few files."""
+def too_many_skipped(skipped: dict[str, str], max_skipped: int) -> InputError:
+    """The error that stops a run with too many unreadable patches; it names the first three files."""
     reasons = "; ".join(list(skipped.values())[:3])
     return InputError(
-        f"{len(skipped)} patches cannot be read where {tolerated} are tolerated: {reasons}; repair the files, or "
-        "raise the tolerated share (--max-bad)"
+        f"{len(skipped)} patches are unreadable but --max-bad allows {max_skipped}: {reasons}; repair the files, or "
+        "raise --max-bad"
     )
 
 
-def _complete(row: dict[str, Any], key: str, job: ShardTask, offsets: dict[str, int]) -> dict[str, Any]:
-    """The manifest row with shard and offsets; absent modalities have offset and length 0."""
-    complete = {"shard": job.index, **row}
-    for name in job.registry:
+def _manifest_row(row: dict[str, Any], key: str, task: ShardTask, offsets: dict[str, int]) -> dict[str, Any]:
+    """Add shard index and offsets to a row. Absent modalities have offset 0 and length 0."""
+    complete = {"shard": task.index, **row}
+    for name in task.registry:
         complete[f"offset.{name}"] = offsets.get(member_name(key, name), 0)
         complete.setdefault(f"length.{name}", 0)
     return complete
 
 
-def _write_part(path: Path, rows: list[dict[str, Any]], part: ShardPart, columns: pa.Schema) -> None:
-    description = {**asdict(part), "moments": {name: item.to_json() for name, item in part.moments.items()}}
+def _write_part(path: Path, rows: list[dict[str, Any]], part: ManifestPart, columns: pa.Schema) -> None:
+    description = {
+        "shard": asdict(part.shard),
+        "skipped": part.skipped,
+        "source_bytes": part.source_bytes,
+        "moments": {name: stats.to_json() for name, stats in part.stats.items()},
+    }
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata({_METADATA_KEY: json.dumps(description)}))
-    with written_atomically(path, contested=True) as temporary:
+    with atomic_write(path, concurrent=True) as temporary:
         pq.write_table(table, temporary)
 
 
-def _histogram(values: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels by class, (classes,) int64, of uint8 values that are all classes."""
-    # Neighbours are mostly of one class: runs are counted in a quarter of the time that pixels take.
+def _class_histogram(values: np.ndarray, classes: int) -> np.ndarray:
+    """Pixel count of each class, (classes,) int64. ``values`` are uint8 class indices below ``classes``."""
+    # Neighbouring pixels mostly share a class: counting runs of equal values takes a quarter of the time of pixels.
     flat = values.reshape(-1)
-    last = np.append(np.flatnonzero(flat[1:] != flat[:-1]), flat.size - 1)
-    return np.bincount(flat[last], np.diff(last, prepend=-1), minlength=classes).astype(np.int64)
+    run_ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), flat.size - 1)
+    return np.bincount(flat[run_ends], np.diff(run_ends, prepend=-1), minlength=classes).astype(np.int64)
 
 
 def _check_dates(source: RasterSource, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
-    if modality.has_dates and days is not None and len(days) != len(array):
+    if modality.has_time_axis and days is not None and len(days) != len(array):
         raise RasterError(f"{source}: {len(array)} dates in the file, {len(days)} in the metadata")
 
 
-def _check_place(patch: Patch, first: Modality, reference: Raster, modality: Modality, raster: Raster) -> None:
-    """Rasters of a patch share its corner, to a pixel of the coarser one."""
-    tolerance = max(first.gsd, modality.gsd)
+def _check_position(
+    patch: Patch, reference_modality: Modality, reference: Raster, modality: Modality, raster: Raster
+) -> None:
+    """Check that a raster has the upper-left corner of the reference, to within a pixel of the coarser of the two."""
+    tolerance = max(reference_modality.gsd, modality.gsd)
     if abs(raster.left - reference.left) > tolerance or abs(raster.top - reference.top) > tolerance:
         raise RasterError(
             f"{patch.sources[modality.name]}: upper-left corner at ({raster.left:.2f}, {raster.top:.2f}), but "
-            f"{patch.sources[first.name]} has it at ({reference.left:.2f}, {reference.top:.2f})"
+            f"{patch.sources[reference_modality.name]} has it at ({reference.left:.2f}, {reference.top:.2f})"
         )
 
 
-def _iso(days: np.ndarray) -> list[str]:
+def _to_iso(days: np.ndarray) -> list[str]:
     return [(_EPOCH + datetime.timedelta(days=int(day))).isoformat() for day in days]

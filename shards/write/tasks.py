@@ -1,7 +1,7 @@
-"""Running the jobs of a plan, one for each shard, in this process or in several.
+"""Run the shard tasks of a plan, in this process or in several.
 
-A job leaves its tar and then its part of the manifest, each under its final name only when whole. Whatever breaks off a
-run therefore leaves finished shards and nothing else that counts.
+A task writes its tar, then its manifest part. Each file appears under its final name only when complete, so an
+interrupted run leaves finished shards and temporary files, never a damaged shard that counts as finished.
 """
 
 from __future__ import annotations
@@ -17,60 +17,61 @@ import pyarrow as pa
 from bocage.shards.errors import InputError
 from bocage.shards.files import TEMPORARY_SUFFIX
 from bocage.shards.format.shard_files import PARTS_FOLDER, part_path, shard_path
-from bocage.shards.pool import Tick, WorkerKilledError, results
+from bocage.shards.pool import ProgressCallback, WorkerKilledError, run_in_pool
 from bocage.shards.source.catalogue import Catalogue, Patch
-from bocage.shards.source.raster_source import RasterError
-from bocage.shards.source.rasters import gdal_environment
-from bocage.shards.write.packing import ShardPart, ShardTask, encode_patch, read_part, write_shard
+from bocage.shards.source.rasters import RasterError, gdal_environment
+from bocage.shards.write.packing import ManifestPart, ShardTask, encode_patch, read_part, write_shard
 from bocage.shards.write.plan import ShardPlan
 
-Progress = Callable[[int, int, int], None]
-"""Called with patches done, patches in all, bytes of shards written by this run; may raise to stop."""
+WriteProgress = Callable[[int, int, int], None]
+"""Callback with the patches done, the total number of patches, and the bytes that this run wrote. May raise to stop."""
 
-_NOT_WRITABLE = (
+_WRITE_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
     *(errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO),
 )
 
 
 class ShardTasks:
-    """The planned shards; patches of a job are looked up only when it is asked for.
+    """The tasks of a plan by shard index, and the state of their files in the output folder.
+
+    The patches of a task are looked up in the catalogue only when the task is requested.
 
     Args:
-        catalogue: where the patches come from.
-        out: the folder of the shards.
-        plan: which patches go into which shard.
-        tolerated: unreadable patches that may be skipped in the whole dataset.
-        left_out: keys of planned patches that shall not be in the shards.
+        catalogue: source of the patches.
+        out: folder of the shards.
+        plan: assignment of patches to shards.
+        max_skipped: number of unreadable patches that may be skipped in the whole dataset.
+        excluded: keys of planned patches to leave out of the shards.
     """
 
     def __init__(
-        self, catalogue: Catalogue, out: Path, plan: ShardPlan, tolerated: int, left_out: Collection[str] = ()
+        self, catalogue: Catalogue, out: Path, plan: ShardPlan, max_skipped: int, excluded: Collection[str] = ()
     ) -> None:
-        self.catalogue, self.out, self.plan, self.tolerated = catalogue, out, plan, tolerated
-        self._left_out = left_out
+        self.catalogue, self.out, self.plan, self.max_skipped = catalogue, out, plan, max_skipped
+        self._excluded = excluded
 
     def __getitem__(self, index: int) -> ShardTask:
         rows = self.plan.rows[self.plan.bounds[index] : self.plan.bounds[index + 1]]
         patches = [self.catalogue.patch(int(row)) for row in rows]
-        patches = [patch for patch in patches if patch.key not in self._left_out]
+        patches = [patch for patch in patches if patch.key not in self._excluded]
         registry, splits = self.catalogue.registry, list(self.catalogue.splits)
-        return ShardTask(index, self.out, registry, splits, patches, self.tolerated)
+        return ShardTask(index, self.out, registry, splits, patches, self.max_skipped)
 
-    def parts(self, shards: range) -> Iterator[tuple[int, ShardPart | None]]:
-        """The part of each of ``shards``, or None where it is not written."""
-        # Folders are listed, not asked for each file: on NFS that is also what shows the files of other machines.
+    def read_parts(self, shards: range) -> Iterator[tuple[int, ManifestPart | None]]:
+        """Read the manifest part of each of ``shards``; None if the shard is not finished."""
+        # Listing the folders, unlike a stat of each file, also shows the files of other machines on NFS.
         names = {name for folder in (self.out, self.out / PARTS_FOLDER) for name in os.listdir(folder)}
         for index in shards:
-            part, shard = part_path(self.out, index), shard_path(self.out, index)
-            found = _part_or_none(part) if part.name in names and shard.name in names else None
-            yield index, found if found is not None and found.shard.bytes == shard.stat().st_size else None
+            part_file, shard_file = part_path(self.out, index), shard_path(self.out, index)
+            part = _read_part_or_none(part_file) if part_file.name in names and shard_file.name in names else None
+            yield index, part if part is not None and part.shard.bytes == shard_file.stat().st_size else None
 
-    def repaired(self, index: int, part: ShardPart) -> bool:
-        """Whether a patch that a finished shard had to leave out can be read now."""
-        return any(self._readable(patch) for patch in self[index].patches if patch.key in part.skipped)
+    def has_repaired_patch(self, index: int, part: ManifestPart) -> bool:
+        """Whether a patch that a finished shard skipped is readable now."""
+        return any(self._is_readable(patch) for patch in self[index].patches if patch.key in part.skipped)
 
-    def _readable(self, patch: Patch) -> bool:
+    def _is_readable(self, patch: Patch) -> bool:
         try:
             with gdal_environment():
                 encode_patch(patch, self.catalogue.registry)
@@ -79,12 +80,12 @@ class ShardTasks:
         return True
 
     def discard(self, index: int) -> None:
-        """Removes a shard, the part first: a tar without its part does not count."""
+        """Remove a shard. The part goes first, because a tar without its part does not count as finished."""
         part_path(self.out, index).unlink(missing_ok=True)
         shard_path(self.out, index).unlink(missing_ok=True)
 
-    def remove_leftovers(self, shards: range) -> None:
-        """Removes what killed processes left half-written of ``shards``."""
+    def remove_temporary_files(self, shards: range) -> None:
+        """Remove the temporary files of ``shards`` that killed processes left."""
         stems = {shard_path(self.out, index).stem for index in shards}
         for folder in (self.out, self.out / PARTS_FOLDER):
             for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
@@ -92,63 +93,75 @@ class ShardTasks:
                     path.unlink(missing_ok=True)
 
 
-TaskRunner = Callable[[ShardTasks, list[int], Tick], Generator[ShardPart, None, None]]
-"""Writes the shards that the list names and yields their parts in any order; closed early, it stops the work. What it
-ticks are patches done and bytes written."""
+TaskRunner = Callable[[ShardTasks, list[int], ProgressCallback], Generator[ManifestPart, None, None]]
+"""Writes the shards with the given indices and yields their manifest parts in any order. Closing the generator early
+stops the work. Its progress callback receives the patches done and bytes written since the last call."""
 
 
-def counted(progress: Progress | None, plan: ShardPlan, shards: range, missing: list[int]) -> Tick:
-    """A tick that passes ``progress`` on for ``shards``, of which only ``missing`` are to be written."""
-    total = plan.patches(shards)
-    state = [total - sum(plan.patches(range(index, index + 1)) for index in missing), 0]
+def accumulate_progress(
+    progress: WriteProgress | None, plan: ShardPlan, shards: range, missing: list[int]
+) -> ProgressCallback:
+    """Make a progress callback that sums up its counts and passes the totals to ``progress``.
 
-    def tick(patches: int, written: int) -> None:
-        state[0] += patches
-        state[1] += written
+    Args:
+        progress: callback, or None.
+        plan: plan of the shards.
+        shards: shards of this run; their patches make up the total.
+        missing: shards among them that are still to be written; the patches of the others count as done.
+    """
+    total = plan.count_patches(shards)
+    done = total - sum(plan.count_patches(range(index, index + 1)) for index in missing)
+    bytes_written = 0
+
+    def on_progress(patches: int, written: int) -> None:
+        nonlocal done, bytes_written
+        done += patches
+        bytes_written += written
         if progress is not None:
-            progress(state[0], total, state[1])
+            progress(done, total, bytes_written)
 
-    tick(0, 0)
-    return tick
+    on_progress(0, 0)
+    return on_progress
 
 
-def _part_or_none(path: Path) -> ShardPart | None:
+def _read_part_or_none(path: Path) -> ManifestPart | None:
     try:
         return read_part(path)
-    except (pa.ArrowException, ValueError, KeyError, TypeError):  # damaged: written again
+    except (pa.ArrowException, ValueError, KeyError, TypeError):  # a damaged part: the shard is written again
         return None
 
 
 @contextmanager
-def faults_of(out: Path) -> Iterator[None]:
-    """What the system refuses inside, where only ``out`` is written, becomes one sentence that names it.
+def explain_write_errors(out: Path) -> Iterator[None]:
+    """Turn an ``OSError`` about the folder ``out`` into an ``InputError`` that names it.
 
-    Readers of the source raise ``RasterError`` or ``InputError``, which pass; so do faults that name other files.
+    The context must write nothing but ``out``. Other exceptions pass: readers of the source raise ``RasterError`` or
+    ``InputError``, and an ``OSError`` that names a file elsewhere is not about ``out``.
 
     Raises:
-        InputError: the system refuses to write ``out``.
+        InputError: the operating system cannot write ``out``.
     """
     try:
         yield
     except OSError as error:
         if error.filename is None:
-            blamed = error.errno in _NOT_WRITABLE
+            concerns_out = error.errno in _WRITE_ERRNOS
         else:
-            named = Path(os.fsdecode(error.filename))
-            blamed = out in (named, *named.parents) or named in out.parents
-        if not blamed:
+            path = Path(os.fsdecode(error.filename))
+            concerns_out = out in (path, *path.parents) or path in out.parents
+        if not concerns_out:
             raise
         reason = os.strerror(error.errno) if error.errno else str(error)
         hint = " (is the file system mounted?)" if error.errno in (errno.ENOTCONN, errno.ESTALE) else ""
         raise InputError(
-            f"{out}: cannot be written: {reason}{hint}; finished shards are kept, the same command resumes"
+            f"{out}: cannot be written: {reason}{hint}; finished shards are kept: the same command resumes"
         ) from error
 
 
 def check_source(root: Path, patches: Collection[Patch] = ()) -> None:
-    """Check that the tree, and folders and zips of ``patches``, are there still.
+    """Check that the source tree, and the folders and zips of ``patches``, still exist.
 
-    Where they are not, as when a disk is unmounted, no patch is to blame.
+    This distinguishes an unmounted disk from unreadable patches.
 
     Raises:
         InputError: the tree is empty or cannot be listed, or a folder or zip is gone.
@@ -160,50 +173,54 @@ def check_source(root: Path, patches: Collection[Patch] = ()) -> None:
         reason = error.strerror or str(error)
     if reason is None:
         sources = [source for patch in patches for source in patch.sources.values()]
-        holders = {source.path.parent if source.member is None else source.path for source in sources}
-        lost = next((holder for holder in sorted(holders) if not holder.exists()), None)
-        reason = None if lost is None else f"{lost} is not there any more"
+        containers = {source.path.parent if source.member is None else source.path for source in sources}
+        missing = next((container for container in sorted(containers) if not container.exists()), None)
+        reason = None if missing is None else f"{missing} no longer exists"
     if reason is not None:
         raise InputError(
-            f"{root}: the source is gone ({reason}); finished shards are kept, bring it back and run the same command"
+            f"{root}: the source is gone ({reason}); finished shards are kept: bring it back and run the same command"
         )
 
 
-def run_job(job: ShardTask, root: Path, tick: Tick) -> ShardPart:
-    """Writes one shard from the tree at ``root``.
+def run_task(task: ShardTask, root: Path, on_progress: ProgressCallback) -> ManifestPart:
+    """Write one shard from the tree at ``root``.
 
     Raises:
-        InputError: the shards' folder cannot be written, the tree is gone, or too many patches are unreadable.
+        InputError: the output folder cannot be written, the source is gone, or too many patches are unreadable.
     """
 
-    def watched(patches: int, written: int) -> None:
-        if written == 0:  # the patch was left out
-            check_source(root, job.patches)
-        tick(patches, written)
+    def check_and_report(patches: int, written: int) -> None:
+        if written == 0:  # the patch was skipped
+            check_source(root, task.patches)
+        on_progress(patches, written)
 
     try:
-        with gdal_environment(), faults_of(job.out):
-            return write_shard(job, watched)
+        with gdal_environment(), explain_write_errors(task.out):
+            return write_shard(task, check_and_report)
     except InputError:
-        check_source(root, job.patches)
+        check_source(root, task.patches)
         raise
 
 
-def run_local(workers: int, jobs: ShardTasks, missing: list[int], tick: Tick) -> Generator[ShardPart, None, None]:
-    """Parts of the shards ``missing`` as ``workers`` processes finish them; 1 works in this one, in order.
+def run_locally(
+    workers: int, tasks: ShardTasks, missing: list[int], on_progress: ProgressCallback
+) -> Generator[ManifestPart, None, None]:
+    """Write the shards ``missing`` in ``workers`` processes and yield their parts as they finish.
+
+    With one worker the tasks run in this process, in order.
 
     Raises:
-        InputError: as ``run_job``, or a worker was killed.
+        InputError: as ``run_task``, or a worker process was killed.
     """
-    root = jobs.catalogue.root
-    tasks = ((jobs[index], root) for index in missing)
+    root = tasks.catalogue.root
+    jobs = ((tasks[index], root) for index in missing)
     try:
-        with closing(results(_run_task, tasks, min(workers, max(1, len(missing))), tick)) as parts:
-            for _, part in parts:
+        with closing(run_in_pool(_run_job, jobs, min(workers, max(1, len(missing))), on_progress)) as results:
+            for _, part in results:
                 yield part
     except WorkerKilledError as error:
-        raise InputError(f"{jobs.out}: {error}; finished shards are kept") from error
+        raise InputError(f"{tasks.out}: {error}; finished shards are kept") from error
 
 
-def _run_task(task: tuple[ShardTask, Path], tick: Tick) -> ShardPart:
-    return run_job(*task, tick)
+def _run_job(job: tuple[ShardTask, Path], on_progress: ProgressCallback) -> ManifestPart:
+    return run_task(*job, on_progress)

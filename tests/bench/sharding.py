@@ -35,13 +35,12 @@ import rasterio
 import tifffile
 from rasterio.io import MemoryFile
 
-from bocage.shards.format.codec import EncodedArray, decode, encode, lossy_dem
+from bocage.shards.format.codec import EncodedArray, decode, encode, with_lossy_dem
 from bocage.shards.format.shard_files import PARTS_FOLDER
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.source import rasters
 from bocage.shards.source.catalogue import Catalogue, Patch
-from bocage.shards.source.raster_source import RasterSource
-from bocage.shards.source.rasters import Raster
+from bocage.shards.source.rasters import Raster, RasterSource
 from bocage.shards.write.packing import ShardTask, write_shard
 
 _GDAL = {"GDAL_CACHEMAX": 64, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": 1}
@@ -53,13 +52,13 @@ def lengthened(catalogue: Catalogue, row: int, dates: int, folder: Path) -> Patc
     patch = catalogue.patch(row)
     sources = dict(patch.sources)
     for modality in catalogue.registry.values():
-        if not modality.has_dates or modality.name not in sources:
+        if not modality.has_time_axis or modality.name not in sources:
             continue
         parts: list[np.ndarray] = []
         following = row
         while sum(map(len, parts)) < dates:
             source = catalogue.patch(following % len(catalogue)).sources.get(modality.name)
-            parts += [rasters.read(source, modality).array] if source is not None else []
+            parts += [rasters.read_raster(source, modality).array] if source is not None else []
             following += 1
         bands = np.concatenate(parts)[:dates].reshape(-1, modality.size, modality.size)
         with rasterio.open(sources[modality.name].path) as file:
@@ -104,7 +103,7 @@ def encodings(patches: list[Patch], registry: Registry, repeats: int) -> None:
         sources = [patch.sources[modality.name] for patch in patches if modality.name in patch.sources]
         if not sources:
             continue
-        arrays = [rasters.read(source, modality).array for source in sources]
+        arrays = [rasters.read_raster(source, modality).array for source in sources]
         before = sum(lzw_bytes(source.read(), array) for source, array in zip(sources, arrays))
         members = [encode(array, modality.codec) for array in arrays]
         for array, member in zip(arrays, members):
@@ -122,7 +121,7 @@ def encodings(patches: list[Patch], registry: Registry, repeats: int) -> None:
 
 
 def _decode_into(member: bytes, place: np.ndarray) -> None:
-    EncodedArray(member).array(out=place)
+    EncodedArray(member).decode(out=place)
 
 
 def _row(name: str, row: np.ndarray) -> str:
@@ -134,7 +133,7 @@ def read_with_rasterio(source: RasterSource, modality: Modality) -> Raster:
     """What a loader that opens each file with rasterio does."""
     with rasterio.open(source.path) as file:
         bands, transform, crs = file.read(), file.transform, file.crs.to_string() if file.crs else ""
-    if modality.has_dates:
+    if modality.has_time_axis:
         bands = bands.reshape(-1, len(modality.bands), modality.size, modality.size)
     return Raster(bands, crs, transform.c, transform.f, source.path.stat().st_size)
 
@@ -154,9 +153,9 @@ def _peer() -> Iterator[None]:
 def shard(patches: list[Patch], registry: Registry, splits: list[str], folder: Path) -> Path:
     """One shard of these patches; the tar."""
     (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    job = ShardTask(0, folder, registry, splits, patches, tolerated=0)
+    job = ShardTask(0, folder, registry, splits, patches, max_skipped=0)
     write_shard(job, lambda _patches, _written: None)
-    return job.shard
+    return job.shard_path
 
 
 def against_rasterio(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
@@ -229,7 +228,7 @@ def main() -> None:
     parser.add_argument("--lossy-dem", action="store_true", help="heights rounded by at most 5 mm")
     arguments = parser.parse_args()
     catalogue = Catalogue.open(arguments.tree)
-    registry = lossy_dem(catalogue.registry) if arguments.lossy_dem else catalogue.registry
+    registry = with_lossy_dem(catalogue.registry) if arguments.lossy_dem else catalogue.registry
     splits = list(catalogue.splits)
     rows = range(0, len(catalogue), max(1, len(catalogue) // arguments.patches))[: arguments.patches]
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from bocage.shards.format.codec import decode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.format.running_stats import RunningStats, merge_stats
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.preprocess.inputs import wanted_modalities
+from bocage.shards.preprocess.inputs import required_modalities
 from bocage.shards.preprocess.normalize import represent
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.shards.source import rasters
@@ -40,7 +40,7 @@ def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_shards(Catalogue.open(tree), tmp_path_factory.mktemp("shards") / "out", samples_per_shard=3)
 
 
-def test_every_raster_comes_back_by_offset(tree: Path, shards: Manifest) -> None:
+def test_every_raster_is_stored_losslessly_at_its_offset(tree: Path, shards: Manifest) -> None:
     catalogue = Catalogue.open(tree)
     patches = {patch.key: patch for patch in map(catalogue.patch, range(len(catalogue)))}
     assert len(shards) == 4
@@ -55,7 +55,7 @@ def test_every_raster_comes_back_by_offset(tree: Path, shards: Manifest) -> None
             offset, length = row[f"offset.{name}"], row[f"length.{name}"]
             assert (length > 0) == (name in patch.sources)
             if length:
-                raster = rasters.read(patch.sources[name], modality)
+                raster = rasters.read_raster(patch.sources[name], modality)
                 array = decode(data[offset : offset + length])
                 assert array.dtype == raster.array.dtype
                 assert np.array_equal(array, raster.array)
@@ -68,29 +68,29 @@ def test_every_raster_comes_back_by_offset(tree: Path, shards: Manifest) -> None
     assert not patches
 
 
-def test_values_in_the_manifest_are_those_of_the_rasters(tree: Path, shards: Manifest) -> None:
+def test_manifest_statistics_match_the_rasters(tree: Path, shards: Manifest) -> None:
     labels, heights = [], []
     catalogue = Catalogue.open(tree)
     for index in range(4):
         row = shards.row(index)
         patch = next(patch for patch in map(catalogue.patch, range(4)) if patch.key == row["key"])
-        label = rasters.read(patch.sources["ALL_LABEL-LPIS"], FLAIR_HUB["ALL_LABEL-LPIS"]).array
+        label = rasters.read_raster(patch.sources["ALL_LABEL-LPIS"], FLAIR_HUB["ALL_LABEL-LPIS"]).array
         for band, (level, scheme) in enumerate(zip((1, 2, 3), FLAIR_HUB["ALL_LABEL-LPIS"].schemes)):
             histogram = row[f"histogram.ALL_LABEL-LPIS.level-{level}"]
             assert histogram == [int((label[band] == value).sum()) for value in range(len(scheme))]
         labels.append(sum(histogram))
         if "DEM_ELEV" in patch.sources:
-            dem = rasters.read(patch.sources["DEM_ELEV"], FLAIR_HUB["DEM_ELEV"]).array.astype(np.float64)
+            dem = rasters.read_raster(patch.sources["DEM_ELEV"], FLAIR_HUB["DEM_ELEV"]).array.astype(np.float64)
             relief = np.stack((dem[0] - dem[0].mean(), dem[0] - dem[1]))
             heights.append(relief)
             assert np.allclose(row["mean.DEM_ELEV"], relief.mean((1, 2)), atol=1e-4)
             assert np.allclose(row["minimum.DEM_ELEV"], relief.min((1, 2)), atol=1e-4)
             assert np.allclose(row["maximum.DEM_ELEV"], relief.max((1, 2)), atol=1e-4)
     assert labels == [512 * 512] * 4
-    every = np.stack(heights)
+    all_heights = np.stack(heights)
     mean, std = shards.statistics["DEM_ELEV"]
-    assert np.allclose(mean, every.mean((0, 2, 3)), atol=1e-4)
-    assert np.allclose(std, every.std((0, 2, 3)), rtol=1e-5)
+    assert np.allclose(mean, all_heights.mean((0, 2, 3)), atol=1e-4)
+    assert np.allclose(std, all_heights.std((0, 2, 3)), rtol=1e-5)
 
 
 def test_stock_webdataset_reads_the_shards(shards: Manifest) -> None:
@@ -134,7 +134,7 @@ def _grouped(keys: list[str]) -> list[tuple[str, int]]:
     return runs
 
 
-def test_an_infinite_pixel_does_not_disable_its_sensor(tmp_path: Path) -> None:
+def test_an_infinite_pixel_counts_as_nodata(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree", KEYS[:1], ["DEM_ELEV"])
     bands = np.full((2, 512, 512), 100.0, np.float32)
     bands[0, 5, 5] = np.inf
@@ -148,13 +148,13 @@ def test_a_patch_with_a_mask_and_no_series_can_be_read(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree", KEYS[:2], SMALL)
     raster_path(root, FLAIR_HUB["SENTINEL2_TS"], KEYS[0]).unlink()
     manifest = write_shards(Catalogue.open(root), tmp_path / "out")
-    modalities = wanted_modalities(manifest.registry, ["SPOT_RGBI", "SENTINEL2_TS"], [])
+    modalities = required_modalities(manifest.registry, ["SPOT_RGBI", "SENTINEL2_TS"], [])
     (batch,) = evaluation_batches(manifest, np.arange(2), modalities, batch_size=2)
     for name in ("SENTINEL2_TS", "SENTINEL2_MSK-SC"):
         assert dict(zip(batch.keys, batch.present[name].tolist())) == {KEYS[0]: False, KEYS[1]: True}
 
 
-def test_dates_must_be_as_many_as_the_raster_holds(tmp_path: Path) -> None:
+def test_number_of_dates_must_match_the_raster(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree", KEYS[:1], SMALL, dates=3)
     other = write_tree(tmp_path / "other", KEYS[:1], SMALL, dates=4)
     path = raster_path(root, FLAIR_HUB["SENTINEL2_TS"], KEYS[0])
@@ -163,7 +163,7 @@ def test_dates_must_be_as_many_as_the_raster_holds(tmp_path: Path) -> None:
         write_shards(Catalogue.open(root), tmp_path / "out", max_bad=0)
 
 
-def test_modality_that_the_registry_learns_is_written_like_the_others(tmp_path: Path) -> None:
+def test_a_new_modality_is_written_like_the_others(tmp_path: Path) -> None:
     thermal = dataclasses.replace(FLAIR_HUB["SPOT_RGBI"], name="THERMAL-X")
     registry = FLAIR_HUB.with_modality(thermal)
     root = write_tree(tmp_path / "tree", KEYS[:2], ["SPOT_RGBI"])
@@ -177,17 +177,19 @@ def test_modality_that_the_registry_learns_is_written_like_the_others(tmp_path: 
     assert manifest.statistics["THERMAL-X"] == manifest.statistics["SPOT_RGBI"]
 
 
-def test_moments_merge_to_those_of_everything() -> None:
+def test_merged_statistics_equal_those_of_all_values() -> None:
     generator = torch.Generator().manual_seed(0)
     chunks = [torch.randn((3, 2, size, 7), generator=generator) * 50 + 1e4 for size in (1, 5, 9)]
     chunks[1][:, 0, :2] = torch.nan
     empty = torch.full((1, 2, 2, 2), torch.nan)
-    total = merge_stats(RunningStats.of(represent(chunk.numpy(), "linear")) for chunk in (empty, *chunks, empty))
+    total = merge_stats(
+        RunningStats.from_array(represent(chunk.numpy(), "linear")) for chunk in (empty, *chunks, empty)
+    )
     assert total is not None
     for channel in range(2):
         values = np.concatenate([chunk[:, channel].double().numpy().ravel() for chunk in chunks])
         values = values[~np.isnan(values)]
-        found = (total.count, total.mean, total.std, total.minimum, total.maximum)
+        computed = (total.count, total.mean, total.std, total.minimum, total.maximum)
         expected = (len(values), values.mean(), values.std(), values.min(), values.max())
-        assert np.allclose([item[channel] for item in found], expected, rtol=1e-12)
+        assert np.allclose([item[channel] for item in computed], expected, rtol=1e-12)
     assert json.loads(json.dumps(total.to_json())) == RunningStats.from_json(total.to_json()).to_json()

@@ -13,15 +13,15 @@ from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 
 
-# Two spawned processes import rasterio and the codecs.
+# Slow: two spawned processes import rasterio and the codecs.
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
-    seen: list[tuple[int, int, int]] = []
-    write_shards(catalogue, tmp_path / "one", samples_per_shard=2, progress=lambda *counts: seen.append(counts))
+    counts: list[tuple[int, int, int]] = []
+    write_shards(catalogue, tmp_path / "one", samples_per_shard=2, progress=lambda *values: counts.append(values))
     write_shards(catalogue, tmp_path / "two", samples_per_shard=2, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert (seen[0][:2], seen[-1][:2]) == ((0, 6), (6, 6))
-    assert seen == sorted(seen)
+    assert (counts[0][:2], counts[-1][:2]) == ((0, 6), (6, 6))
+    assert counts == sorted(counts)
 
 
 def test_order(tmp_path: Path) -> None:
@@ -40,20 +40,20 @@ def test_order(tmp_path: Path) -> None:
     assert sorted(orders["first"]) == sorted(orders["second"]) == sorted(catalogue.keys())
 
 
-class _KilledError(Exception):
+class _StopError(Exception):
     pass
 
 
-def test_interrupted_run_keeps_whole_shards_and_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_finished_shards_and_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
     write_shards(catalogue, tmp_path / "whole", samples_per_shard=2)
 
     def stop_at(patches: int) -> None:
         def progress(done: int, total: int, written: int) -> None:
             if done == patches:
-                raise _KilledError
+                raise _StopError
 
-        with pytest.raises(_KilledError):
+        with pytest.raises(_StopError):
             write_shards(catalogue, tmp_path / "out", samples_per_shard=2, progress=progress)
 
     stop_at(3)
@@ -61,7 +61,7 @@ def test_interrupted_run_keeps_whole_shards_and_resumes_to_the_same_bytes(tmp_pa
     with pytest.raises(InputError, match="not finished"):
         Manifest.open(tmp_path / "out")
     first = (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns
-    (tmp_path / "out" / "shard-000001.tar").write_bytes(b"half of it")  # a tar whose part was never written
+    (tmp_path / "out" / "shard-000001.tar").write_bytes(b"half of it")  # a tar without its part
     (tmp_path / "out" / "shard-000002.tar.tmp").write_bytes(b"rubbish")
     stop_at(5)
     write_shards(catalogue, tmp_path / "out", samples_per_shard=2)
@@ -70,7 +70,7 @@ def test_interrupted_run_keeps_whole_shards_and_resumes_to_the_same_bytes(tmp_pa
     assert not (tmp_path / "out" / "parts").exists()
 
 
-def test_finished_run_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_run_writes_nothing(tmp_path: Path) -> None:
     catalogue = small(tmp_path, patches=2)
     write_shards(catalogue, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -78,7 +78,7 @@ def test_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
-def test_other_plans_and_strangers_are_refused(tmp_path: Path) -> None:
+def test_folders_of_other_plans_or_other_content_are_rejected(tmp_path: Path) -> None:
     catalogue = small(tmp_path, patches=2)
     write_shards(catalogue, tmp_path / "out")
     with pytest.raises(InputError, match="seed"):
@@ -92,7 +92,7 @@ def test_other_plans_and_strangers_are_refused(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_unreadable_patch_is_named_left_out_and_tolerated_once(tmp_path: Path) -> None:
+def test_one_unreadable_patch_is_skipped_and_recorded(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
     broken = [raster_path(tmp_path / "tree", FLAIR_HUB["SPOT_RGBI"], key) for key in KEYS]
     broken[2].write_bytes(broken[2].read_bytes()[:900])
@@ -100,17 +100,17 @@ def test_unreadable_patch_is_named_left_out_and_tolerated_once(tmp_path: Path) -
     assert len(manifest) == 5
     assert list(manifest.skipped) == [KEYS[2]]
     assert str(broken[2]) in manifest.skipped[KEYS[2]]
-    with pytest.raises(InputError, match=r"1 patches cannot be read where 0 are tolerated.*_0-2\.tif"):
+    with pytest.raises(InputError, match=r"1 patches are unreadable but --max-bad allows 0.*_0-2\.tif"):
         write_shards(catalogue, tmp_path / "strict", samples_per_shard=2, max_bad=0)
 
 
-def test_too_many_unreadable_patches_end_the_run_until_they_are_repaired(tmp_path: Path) -> None:
+def test_too_many_unreadable_patches_end_the_run_which_resumes_after_repair(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
     write_shards(catalogue, tmp_path / "whole", samples_per_shard=1)
     broken = {path: path.read_bytes() for path in (tmp_path / "tree").glob("*SPOT_RGBI/*/*.tif")}
     for path in list(broken)[:3]:
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="2 patches cannot be read where 1 are tolerated"):
+    with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
         write_shards(catalogue, tmp_path / "out", samples_per_shard=1)
     for path, data in broken.items():
         path.write_bytes(data)
@@ -118,8 +118,8 @@ def test_too_many_unreadable_patches_end_the_run_until_they_are_repaired(tmp_pat
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-# The patch that is broken stands in a shard that is finished when the run is broken off.
-def test_repaired_patches_enter_when_an_unfinished_run_goes_on(tmp_path: Path) -> None:
+# The broken patch is in a shard that is finished when the run is interrupted.
+def test_a_resumed_run_adds_repaired_patches_to_finished_shards(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
     write_shards(catalogue, tmp_path / "whole", samples_per_shard=2, order="roi")
     path = raster_path(tmp_path / "tree", FLAIR_HUB["SPOT_RGBI"], KEYS[0])
@@ -128,9 +128,9 @@ def test_repaired_patches_enter_when_an_unfinished_run_goes_on(tmp_path: Path) -
 
     def stop(done: int, total: int, written: int) -> None:
         if done == 5:
-            raise _KilledError
+            raise _StopError
 
-    with pytest.raises(_KilledError):
+    with pytest.raises(_StopError):
         write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi", progress=stop)
     path.write_bytes(data)
     manifest = write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi")
@@ -138,14 +138,14 @@ def test_repaired_patches_enter_when_an_unfinished_run_goes_on(tmp_path: Path) -
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_second_broken_shard_ends_the_run_and_the_first_may_be_repaired(tmp_path: Path) -> None:
+def test_skipped_patches_count_across_shards_and_may_be_repaired(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
     broken = {raster_path(tmp_path / "tree", FLAIR_HUB["SPOT_RGBI"], KEYS[index]): b"" for index in (0, 2, 3)}
     for path in broken:
         broken[path] = path.read_bytes()
         path.write_bytes(b"")
-    # Two in one shard: the tolerance ends the run inside it, after the first shard was finished with a gap.
-    with pytest.raises(InputError, match="2 patches cannot be read where 1 are tolerated"):
+    # The first shard finishes and skips one patch; the second exceeds the limit.
+    with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
         write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi")
     for path, data in broken.items():
         path.write_bytes(data)
@@ -153,7 +153,7 @@ def test_a_second_broken_shard_ends_the_run_and_the_first_may_be_repaired(tmp_pa
     assert (len(manifest), manifest.skipped) == (6, {})
 
 
-# Statistics come from large rasters: torch splits only these among its threads. Two processes start.
+# Large rasters, because torch uses several threads only for these. Two processes start.
 def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", KEYS[:2], ["AERIAL_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"], dates=40)
     catalogue = Catalogue.open(tree)
@@ -169,7 +169,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     assert contents(tmp_path / "threads1") == contents(tmp_path / "threads2") == contents(tmp_path / "workers")
 
 
-def test_small_dataset_gets_several_shards(tmp_path: Path) -> None:
+def test_a_small_dataset_gets_several_shards(tmp_path: Path) -> None:
     keys = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(5) for column in range(8)]
     catalogue = Catalogue.open(write_tree(tmp_path / "tree", keys, ["SPOT_RGBI"]))
     assert [shard.samples for shard in write_shards(catalogue, tmp_path / "out").shards] == [16, 16, 8]
@@ -178,7 +178,7 @@ def test_small_dataset_gets_several_shards(tmp_path: Path) -> None:
     assert max(shard.bytes for shard in tiny.shards) < 150_000
 
 
-def test_no_place_left_is_one_sentence(tmp_path: Path) -> None:
+def test_write_errors_name_the_folder_and_the_cause(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
     write_shards(catalogue, tmp_path / "whole", samples_per_shard=2)
     (tmp_path / "file").touch()

@@ -14,7 +14,7 @@ import rasterio
 
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3
 from bocage.shards.errors import InputError
-from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Band, Modality, Sensor
+from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Band, Modality, SimulatedSensor
 from bocage.shards.simulate.noise import generator
 from bocage.shards.simulate.surfaces import Palette, cultivated
 from bocage.shards.simulate.tree import SPLITS, image_date, plan_patches, render, series_dates, write_tree
@@ -35,7 +35,7 @@ def read(root: Path, index: int, name: str) -> np.ndarray:
     modality = FLAIR_HUB[name]
     with rasterio.open(plan_patches(PATCHES, SEED)[index].path(root, modality)) as file:
         array = file.read()
-    return array.reshape(-1, len(modality.bands), *array.shape[1:]) if modality.has_dates else array
+    return array.reshape(-1, len(modality.bands), *array.shape[1:]) if modality.has_time_axis else array
 
 
 def read_all(root: Path, name: str) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_names_shapes_dtypes_and_georeferencing(tree: Path) -> None:
                 expected = (modality.gsd, 0.0, patch.corner[0], 0.0, -modality.gsd, patch.corner[1])
                 assert file.transform[:6] == pytest.approx(expected, abs=1e-6)
                 source = FLAIR_HUB[modality.mask_of] if modality.mask_of else modality
-                dates = len(series_dates(patch, source, DATES)) if modality.has_dates else 1
+                dates = len(series_dates(patch, source, DATES)) if modality.has_time_axis else 1
                 assert file.count == dates * len(modality.bands)
 
 
@@ -309,7 +309,7 @@ def test_new_sensors_need_only_a_registry_entry(tmp_path: Path) -> None:
         codec="reflectance",
         groups=(("G", "R"),),
         dates_table="NEW-IMAGE",
-        sensor=Sensor(gain=10_000.0, noise=20.0),
+        sensor=SimulatedSensor(gain=10_000.0, noise=20.0),
     )
     revisit = Modality(
         name="NEW-RADAR_TS",
