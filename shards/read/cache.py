@@ -1,9 +1,10 @@
-"""A local cache of remote shards, bounded in bytes and shared by all processes of a machine.
+"""Local cache of remote shards, bounded in bytes and shared by all processes of a machine.
 
-``FOLDER/DIGEST/`` holds the files of one version of a dataset. A shard being fetched is ``NAME.SIZE.part``: it counts
-with its full size from the moment it exists, and whoever holds its ``flock`` fetches it, so a dead process's part is
-free to be taken over. Room is made under one lock of the folder. Readers hold a shard open only under a shared
-``flock`` and only a shard nobody reads is removed, so what is removed leaves the disk at once.
+``FOLDER/DIGEST/`` holds the files of one version of a dataset. A shard being downloaded is ``NAME.SIZE.part``. It
+counts with its full size as soon as it exists, and the process that holds its ``flock`` downloads it. If that process
+dies, another one takes the part over and resumes it. One lock on the cache folder guards the removal of old shards.
+Readers open a shard only under a shared ``flock``, and only shards without readers are removed, so a removal frees
+disk space at once.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import flush, written_atomically
+from bocage.shards.files import atomic_write, fsync
 from bocage.shards.read.object_store import ObjectStore
 
-_FRESH = 20.0  # seconds since its last use in which a shard is not removed for one that nobody waits for
+_RECENT = 20.0  # seconds; prefetching does not remove shards used within this time
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _UNITS["TIB"] = 1 << 40
 _PART = re.compile(r".+\.tar\.(\d+)\.part")
@@ -32,12 +33,13 @@ _PART = re.compile(r".+\.tar\.(\d+)\.part")
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Where remote shards are kept, and how many; local folders are read where they are.
+    """Folder and size of the cache of remote shards; shards in local folders are read in place.
 
     Attributes:
-        folder: shared by all processes of the machine; empty for ``$XDG_CACHE_HOME/bocage/shards`` (``~/.cache``).
-        size: what the shards in it may occupy, with a unit (``MB``, ``GB``, ``TB``, ``GiB``) or in bytes. Index and
-            table of a dataset lie beside them and do not count.
+        folder: cache folder, shared by all processes of the machine; empty for ``$XDG_CACHE_HOME/bocage/shards``
+            (``~/.cache``).
+        size: maximum size of the cached shards, with a unit (``MB``, ``GB``, ``TB``, ``GiB``) or in bytes. Indices and
+            tables of datasets lie beside the shards and do not count.
 
     Raises:
         ValueError: ``size`` is not a size such as ``100GB``.
@@ -47,29 +49,29 @@ class CacheConfig:
     size: str = "100GB"
 
     def __post_init__(self) -> None:
-        if self._parsed() is None:
+        if self._parse_size() is None:
             raise ValueError(f"size={self.size!r} is not a size such as 100GB")
 
-    def _parsed(self) -> int | None:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?B)?", str(self.size).strip().upper())
-        return int(float(found[1]) * _UNITS[found[2] or ""]) if found else None
+    def _parse_size(self) -> int | None:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?B)?", str(self.size).strip().upper())
+        return int(float(match[1]) * _UNITS[match[2] or ""]) if match else None
 
     @property
     def bytes(self) -> int:
-        """``size`` as a number."""
-        return self._parsed() or 0
+        """``size`` as a number of bytes."""
+        return self._parse_size() or 0
 
     @property
     def path(self) -> Path:
-        """The folder, whether named or not."""
+        """Cache folder, with the default resolved."""
         if self.folder:
             return Path(self.folder).expanduser().absolute()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "bocage" / "shards"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A file to have: plain name, size in bytes, SHA-256 in hexadecimal."""
+class RemoteFile:
+    """Name, size in bytes, and SHA-256 in hexadecimal of a file of the dataset."""
 
     name: str
     bytes: int
@@ -77,219 +79,225 @@ class Wanted:
 
 
 class Cache:
-    """The files of one version of a dataset, fetched when they are missing. Picklable; holds nothing open.
+    """Files of one version of a dataset, downloaded when they are missing. Picklable: it keeps no file open.
 
     Args:
-        place: where the files come from.
-        config: folder and bound.
-        digest: of the dataset's description: versions never mix.
+        store: where the files come from.
+        config: folder and maximum size.
+        digest: digest of the dataset's description; each version has its own folder.
 
     Raises:
         InputError: the folder cannot be written.
     """
 
-    def __init__(self, place: ObjectStore, config: CacheConfig, digest: str) -> None:
-        self.place, self.bound = place, config.bytes
+    def __init__(self, store: ObjectStore, config: CacheConfig, digest: str) -> None:
+        self.store, self.max_bytes = store, config.bytes
         self._root, self.folder = config.path, config.path / digest[:32]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._accounts():
-                # What the file system makes of now: some keep whole seconds.
+            with self._space_lock():
+                # Take the time from the file system, because some store whole seconds.
                 os.utime(self._root / "lock")
-                self._since = (self._root / "lock").stat().st_mtime_ns
+                self._opened_at = (self._root / "lock").stat().st_mtime_ns
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unusable(error) from error
 
-    def _unwritable(self, error: OSError) -> InputError:
+    def _unusable(self, error: OSError) -> InputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return InputError(f"{self._root}: the disk of the cache is full; lower cache.size or move cache.folder")
         return InputError(f"{self._root}: the cache cannot be used: {error.strerror}; set cache.folder")
 
-    def read(self, wanted: Wanted, offset: int, length: int) -> bytes:
-        """Bytes of a shard, fetched first if it is not here; fewer where it ends.
+    def read(self, file: RemoteFile, offset: int, length: int) -> bytes:
+        """Read bytes of a shard, downloading it first if needed; fewer bytes at its end.
 
         Raises:
-            InputError: it cannot be had, or is damaged where it comes from.
+            InputError: the shard cannot be downloaded or is damaged at its origin, or the cache cannot be used.
         """
         while True:
             try:
-                data = self._kept(wanted, offset, length)
+                data = self._read_cached(file, offset, length)
             except OSError as error:
-                raise self._unwritable(error) from error
+                raise self._unusable(error) from error
             if data is None:
-                data = self._fetch(wanted, (offset, length))
+                data = self._fetch(file, (offset, length))
             if data is not None:
                 return data
 
-    def _kept(self, wanted: Wanted, offset: int, length: int) -> bytes | None:
-        """Bytes of a shard that is here; None if it is not, or no longer as it was."""
-        path = self.folder / wanted.name
+    def _read_cached(self, file: RemoteFile, offset: int, length: int) -> bytes | None:
+        """Bytes of a cached shard; None if it is missing or damaged."""
+        path = self.folder / file.name
         with suppress(FileNotFoundError), _locked(path, os.O_RDONLY, fcntl.LOCK_SH) as descriptor:
-            if not _is_at(descriptor, path):
+            if not _still_at(descriptor, path):
                 return None
             status = os.fstat(descriptor)
-            # A shard of an earlier run is verified once in this one; the time of the check is its mtime.
-            known = status.st_mtime_ns >= self._since and status.st_size == wanted.bytes
-            if known or _is_right(descriptor, wanted):
-                # The other time is that of its last use.
-                os.utime(descriptor, ns=(time.time_ns(), max(status.st_mtime_ns, self._since)))
+            # Each run verifies a shard of an earlier run once. The mtime records the verification.
+            verified = status.st_mtime_ns >= self._opened_at and status.st_size == file.bytes
+            if verified or _is_intact(descriptor, file):
+                # The atime records the last use.
+                os.utime(descriptor, ns=(time.time_ns(), max(status.st_mtime_ns, self._opened_at)))
                 return os.pread(descriptor, length, offset)
             path.unlink()
         return None
 
-    def fetch(self, wanted: Wanted, keep: Collection[str]) -> bool:
-        """Fetch a shard that nobody waits for yet; False if there is no room for it now.
+    def prefetch(self, file: RemoteFile, protected: Collection[str]) -> bool:
+        """Download a shard before it is read; False if the cache has no room for it now.
 
         Args:
-            wanted: the shard.
-            keep: names of shards that are not to be removed for it.
+            file: shard to download.
+            protected: names of shards that must not be removed to make room.
 
         Raises:
-            InputError: it cannot be had, or is damaged where it comes from; or the cache cannot be written.
+            InputError: the shard cannot be downloaded or is damaged at its origin, or the cache cannot be written.
         """
-        return (self.folder / wanted.name).exists() or self._fetch(wanted, None, keep) is not None
+        return (self.folder / file.name).exists() or self._fetch(file, None, protected) is not None
 
     def _fetch(
-        self, wanted: Wanted, window: tuple[int, int] | None, keep: Collection[str] | None = None
+        self, file: RemoteFile, window: tuple[int, int] | None, protected: Collection[str] | None = None
     ) -> bytes | None:
-        """A window of the shard, read before anyone can remove it; None if there is no room or it is here already."""
-        path, part = self.folder / wanted.name, self.folder / f"{wanted.name}.{wanted.bytes}.part"
+        """Download a shard and return its bytes in ``window`` (offset, length), read before anyone can remove it.
+
+        Without ``protected`` this waits for room; else it returns None if there is none. It also returns None if a
+        ``window`` is given and the shard is already cached.
+        """
+        path, part = self.folder / file.name, self.folder / f"{file.name}.{file.bytes}.part"
         try:
             while True:
-                with self._accounts():
+                with self._space_lock():
                     if path.exists():
                         return None if window else b""
-                    room = part.exists() or self._make_room(wanted.bytes, keep)
-                    if room:
+                    has_room = part.exists() or self._make_room(file.bytes, protected)
+                    if has_room:
                         os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-                if room:
+                if has_room:
                     with suppress(FileNotFoundError), _locked(part, os.O_RDWR, fcntl.LOCK_EX) as descriptor:
-                        if _is_at(descriptor, part):
-                            self._complete(descriptor, part, wanted, path)
+                        if _still_at(descriptor, part):
+                            self._download(descriptor, part, file, path)
                             return os.pread(descriptor, window[1], window[0]) if window else b""
-                elif keep is not None:
+                elif protected is not None:
                     return None
                 else:
-                    time.sleep(0.02)  # every byte is being fetched or read by others, who will finish
+                    time.sleep(0.02)  # other processes download or read every cached shard, and will finish
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unusable(error) from error
 
-    def bring(self, wanted: Wanted) -> None:
-        """Have one of the files that lie beside the shards; they do not count for the bound.
+    def download_metadata(self, file: RemoteFile) -> None:
+        """Download a file that lies beside the shards, if needed; it does not count towards the maximum size.
 
         Raises:
-            InputError: it cannot be had, or is damaged where it comes from; or the cache cannot be written.
+            InputError: the file cannot be downloaded or is damaged at its origin, or the cache cannot be written.
         """
-        path, part = self.folder / wanted.name, self.folder / f"{wanted.name}.part"
+        path, part = self.folder / file.name, self.folder / f"{file.name}.part"
         try:
-            while not self._has(wanted):
+            while not self._has_intact(file):
                 with _locked(part, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as descriptor:
-                    if _is_at(descriptor, part):
-                        self._complete(descriptor, part, wanted, path)
+                    if _still_at(descriptor, part):
+                        self._download(descriptor, part, file, path)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unusable(error) from error
 
-    def _has(self, wanted: Wanted) -> bool:
-        with suppress(FileNotFoundError), _locked(self.folder / wanted.name, os.O_RDONLY, fcntl.LOCK_SH) as descriptor:
-            return _is_right(descriptor, wanted)
+    def _has_intact(self, file: RemoteFile) -> bool:
+        with suppress(FileNotFoundError), _locked(self.folder / file.name, os.O_RDONLY, fcntl.LOCK_SH) as descriptor:
+            return _is_intact(descriptor, file)
         return False
 
-    def write(self, name: str, content: bytes) -> None:
-        """Put a file that is here already in memory beside the shards.
+    def write_metadata(self, name: str, content: bytes) -> None:
+        """Write a file beside the shards.
 
         Raises:
             InputError: the cache cannot be written.
         """
         try:
             path = self.folder / name
-            with self._accounts():
+            with self._space_lock():
                 if not path.exists() or path.read_bytes() != content:
-                    with written_atomically(path) as temporary:
+                    with atomic_write(path) as temporary:
                         temporary.write_bytes(content)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unusable(error) from error
 
-    def _complete(self, descriptor: int, part: Path, wanted: Wanted, path: Path) -> None:
-        """Fetch what the locked part lacks, verify it, and give it its name."""
+    def _download(self, descriptor: int, part: Path, file: RemoteFile, path: Path) -> None:
+        """Download the rest of the locked ``part``, verify it, and rename it to ``path``."""
         try:
             with os.fdopen(descriptor, "rb+", buffering=0, closefd=False) as out:
                 for _ in range(2):
-                    self.place.download(wanted.name, wanted.bytes, out)
-                    if _is_right(descriptor, wanted):
+                    self.store.download(file.name, file.bytes, out)
+                    if _is_intact(descriptor, file):
                         break
                     out.truncate(0)
                 else:
                     part.unlink()
                     raise InputError(
-                        f"{self.place.name_of(wanted.name)}: damaged: its SHA-256 is not the one in the dataset's "
-                        "description; copy it there again"
+                        f"{self.store.redacted_file_url(file.name)}: damaged: its SHA-256 is not the one in the "
+                        "dataset's description; copy it there again"
                     )
             os.fsync(descriptor)
-            with self._accounts():
+            with self._space_lock():
                 os.utime(descriptor)
                 os.replace(part, path)
         except OSError:
-            # Only here, under its lock, is the part this process's to remove.
+            # This process may remove the part only here, where it holds the part's lock.
             with suppress(OSError):
                 part.unlink()
             raise
-        flush(path.parent)
+        fsync(path.parent)
 
-    def _make_room(self, size: int, keep: Collection[str] | None) -> bool:
+    def _make_room(self, size: int, protected: Collection[str] | None) -> bool:
         """Remove the least recently used shards until ``size`` bytes fit; False if they cannot."""
         entries = []
         for path in self._root.glob("*/*"):
-            found = _PART.fullmatch(path.name)
-            if found is None and not path.name.endswith(".tar"):
+            match = _PART.fullmatch(path.name)
+            if match is None and not path.name.endswith(".tar"):
                 continue
             with suppress(FileNotFoundError):
                 status = path.stat()
-                entries.append((status.st_atime, int(found[1]) if found else status.st_size, path))
+                entries.append((status.st_atime, int(match[1]) if match else status.st_size, path))
         occupied = sum(entry[1] for entry in entries)
-        newest = time.time() - (_FRESH if keep is not None else -1e9)
-        for used, counted, path in sorted(entries):
-            if occupied + size <= self.bound:
+        used_before = time.time() - (_RECENT if protected is not None else -1e9)
+        for last_use, nbytes, path in sorted(entries):
+            if occupied + size <= self.max_bytes:
                 break
-            if used < newest and not (keep and path.parent == self.folder and path.name in keep) and _remove(path):
-                occupied -= counted
-        return occupied + size <= self.bound
+            is_protected = protected and path.parent == self.folder and path.name in protected
+            if last_use < used_before and not is_protected and _remove(path):
+                occupied -= nbytes
+        return occupied + size <= self.max_bytes
 
     @contextmanager
-    def _accounts(self) -> Iterator[None]:
-        """The lock under which bytes are reserved and removed, by all processes of the machine."""
+    def _space_lock(self) -> Iterator[None]:
+        """Lock of all processes of the machine under which bytes are reserved and removed."""
         with _locked(self._root / "lock", os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX):
             yield
 
 
-_held: set[int] = set()
+_lock_descriptors: set[int] = set()
 
 
-def _forget_held() -> None:
-    """A lock belongs to parent and child of a fork alike: the child lets go of those its parent's threads held."""
-    for descriptor in _held:
+def _close_inherited_locks() -> None:
+    """Close the locks that threads of the parent held at a fork, because parent and child would share them."""
+    for descriptor in _lock_descriptors:
         with suppress(OSError):
             os.close(descriptor)
-    _held.clear()
+    _lock_descriptors.clear()
 
 
-os.register_at_fork(after_in_child=_forget_held)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @contextmanager
 def _locked(path: Path, flags: int, lock: int) -> Iterator[int]:
+    """Open a file under a ``flock``; yields its descriptor."""
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    _held.add(descriptor)
+    _lock_descriptors.add(descriptor)
     try:
         fcntl.flock(descriptor, lock)
         yield descriptor
     finally:
-        if descriptor in _held:
-            _held.discard(descriptor)
+        if descriptor in _lock_descriptors:
+            _lock_descriptors.discard(descriptor)
             os.close(descriptor)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has this name: it may have been renamed or removed before its lock was had."""
+def _still_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has this path: another process may have renamed or removed it before the lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -297,7 +305,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file unless someone holds its lock."""
+    """Remove a file unless a process holds its lock."""
     try:
         # Open for writing: NFS grants no exclusive lock otherwise (flock(2)).
         with _locked(path, os.O_RDWR, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -309,10 +317,11 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _is_right(descriptor: int, wanted: Wanted) -> bool:
-    if os.fstat(descriptor).st_size != wanted.bytes:
+def _is_intact(descriptor: int, file: RemoteFile) -> bool:
+    """Whether an open file has the expected size and SHA-256."""
+    if os.fstat(descriptor).st_size != file.bytes:
         return False
-    file: BinaryIO
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest() == wanted.sha256
+    content: BinaryIO
+    with os.fdopen(os.dup(descriptor), "rb") as content:
+        content.seek(0)
+        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256

@@ -1,7 +1,9 @@
-"""Samples to one batch in one block of memory: native dtypes, zeros where something is missing, and masks that say so.
+"""Collate samples into a batch that lies in one block of memory.
 
-A reading process fills the block where it decodes, in shared memory; to the training process travel one file
-descriptor and a short description, however many tensors the batch has.
+Arrays keep their native dtypes. Missing modalities and padded dates are zeros, and masks mark them.
+
+A DataLoader worker decodes straight into a block of shared memory. Only one file descriptor and a short description
+travel to the training process, however many tensors the batch has.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from torch.utils.data import get_worker_info
 from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.modality import Modality
 from bocage.shards.read.windows import pixel_slices
+from bocage.shards.sample_seed import sample_id
 
 _ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an array lies in the block."""
+class _TensorSlot:
+    """Offset, dtype and shape of one tensor in the block."""
 
     offset: int
     dtype: str
@@ -36,43 +39,48 @@ class _Place:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A ``Batch`` as it travels: all its tensors in one block.
+    """A ``Batch`` packed for transport between processes: all its tensors lie in one block.
 
     Attributes:
-        keys, rois: B names each.
-        places: by field of ``Batch`` and modality (none for ``seeds`` and ``windows``), where the tensor lies.
-        memory: (bytes,) uint8, the block; shared memory when it was made in a reading process.
+        keys: B sample keys.
+        rois: B names of regions of interest.
+        layout: slot of each tensor, by (field of ``Batch``, modality); the modality is empty for ``seeds``,
+            ``sample_ids`` and ``windows``.
+        memory: (bytes,) uint8, the block; shared memory if a DataLoader worker made it.
     """
 
     keys: list[str]
     rois: list[str]
-    places: dict[tuple[str, str], _Place]
+    layout: dict[tuple[str, str], _TensorSlot]
     memory: torch.Tensor
 
     def pin_memory(self) -> PackedBatch:
-        """The batch in pinned memory, one copy (the DataLoader calls this)."""
+        """Copy the batch into pinned memory at once (the DataLoader calls this)."""
         return replace(self, memory=self.memory.pin_memory())
 
-    def batch(self) -> Batch:
-        """The tensors, views of the block."""
+    def unpack(self) -> Batch:
+        """The batch, whose tensors are views of the block."""
         fields: dict[str, dict[str, torch.Tensor]] = {"values": {}, "present": {}, "dates": {}, "padding": {}}
         single: dict[str, torch.Tensor] = {}
-        for (field, name), place in self.places.items():
-            flat = self.memory[place.offset : place.offset + place.bytes]
-            fields.get(field, single)[name or field] = flat.view(getattr(torch, place.dtype)).view(place.shape)
-        return Batch(self.keys, self.rois, seeds=single["seeds"], windows=single["windows"], **fields)
+        for (field, name), slot in self.layout.items():
+            flat = self.memory[slot.offset : slot.offset + slot.bytes]
+            fields.get(field, single)[name or field] = flat.view(getattr(torch, slot.dtype)).view(slot.shape)
+        return Batch(self.keys, self.rois, **single, **fields)
 
 
 class BatchWriter:
-    """A batch in the making: ``put`` or ``leave_out`` every modality of every sample.
+    """Fill a batch sample by sample: call ``add`` or ``add_missing`` for every modality of every sample.
 
     Args:
-        keys, rois, seeds, windows: of each sample; the windows have one size.
-        modalities: what the batch holds.
-        longest: by modality with dates, the most dates that a sample has.
+        keys: key of each sample.
+        rois: region of interest of each sample.
+        seeds: seed of each sample.
+        windows: ground window of each sample; all windows have one size.
+        modalities: modalities of the batch.
+        max_dates: largest number of dates of any sample, by modality with dates.
 
     Attributes:
-        packed: the batch.
+        packed: the batch; complete once every modality of every sample was added.
     """
 
     def __init__(
@@ -82,42 +90,47 @@ class BatchWriter:
         seeds: Sequence[int],
         windows: Sequence[GroundWindow],
         modalities: Sequence[Modality],
-        longest: Mapping[str, int],
+        max_dates: Mapping[str, int],
     ) -> None:
         count = len(keys)
-        places: dict[tuple[str, str], _Place] = {}
+        layout: dict[tuple[str, str], _TensorSlot] = {}
         end = 0
 
-        def add(field: str, name: str, dtype: str, *shape: int) -> None:
+        def reserve(field: str, name: str, dtype: str, *shape: int) -> None:
             nonlocal end
-            place = places[field, name] = _Place(end, dtype, shape)
-            end += -(-place.bytes // _ALIGNMENT) * _ALIGNMENT
+            slot = layout[field, name] = _TensorSlot(end, dtype, shape)
+            end += -(-slot.bytes // _ALIGNMENT) * _ALIGNMENT
 
-        add("seeds", "", "int64", count)
-        add("windows", "", "float32", count, 3)
+        reserve("seeds", "", "int64", count)
+        reserve("sample_ids", "", "int64", count)
+        reserve("windows", "", "float32", count, 3)
         for modality in modalities:
             name = modality.name
             rows, columns = pixel_slices(modality, windows[0])
             shape: tuple[int, ...] = (len(modality.bands), rows.stop - rows.start, columns.stop - columns.start)
-            add("present", name, "bool", count)
-            if modality.has_dates:
-                add("dates", name, "int32", count, longest[name])
-                add("padding", name, "bool", count, longest[name])
-                shape = (longest[name], *shape)
-            add("values", name, modality.dtype, count, *shape)
-        self.packed = PackedBatch(keys, rois, places, _block(end))
+            reserve("present", name, "bool", count)
+            if modality.has_time_axis:
+                reserve("dates", name, "int32", count, max_dates[name])
+                reserve("padding", name, "bool", count, max_dates[name])
+                shape = (max_dates[name], *shape)
+            reserve("values", name, modality.dtype, count, *shape)
+        self.packed = PackedBatch(keys, rois, layout, _allocate(end))
         block = self.packed.memory.numpy()
-        self._arrays = {key: np.ndarray(place.shape, place.dtype, block, place.offset) for key, place in places.items()}
+        self._arrays = {key: np.ndarray(slot.shape, slot.dtype, block, slot.offset) for key, slot in layout.items()}
         self._arrays["seeds", ""][:] = seeds
+        self._arrays["sample_ids", ""][:] = [sample_id(key) for key in keys]
         self._arrays["windows", ""][:] = [(window.left, window.top, window.side) for window in windows]
 
-    def put(self, index: int, modality: Modality, days: np.ndarray | None) -> np.ndarray:
-        """The place of the values of sample ``index``, (C, H, W) or (T, C, H, W), to be written; the rest is padded.
+    def add(self, index: int, modality: Modality, days: np.ndarray | None) -> np.ndarray:
+        """Mark a modality of a sample as present, and pad its series.
 
         Args:
-            index: of the sample in the batch.
-            modality: which of its modalities.
-            days: (T,) for a modality with dates.
+            index: index of the sample in the batch.
+            modality: modality to add.
+            days: (T,) dates of a modality with dates, else None.
+
+        Returns:
+            View of the block, (C, H, W) or (T, C, H, W); the caller writes the values into it.
         """
         name = modality.name
         values = self._arrays["values", name][index]
@@ -131,35 +144,35 @@ class BatchWriter:
         values[count:] = 0
         return values[:count]
 
-    def leave_out(self, index: int, modality: Modality) -> None:
-        """Sample ``index`` lacks the modality: zeros and no date."""
+    def add_missing(self, index: int, modality: Modality) -> None:
+        """Mark a modality of sample ``index`` as missing: zeros and no date."""
         name = modality.name
         self._arrays["values", name][index] = 0
         self._arrays["present", name][index] = False
-        if modality.has_dates:
+        if modality.has_time_axis:
             self._arrays["dates", name][index] = 0
             self._arrays["padding", name][index] = True
 
 
-def _block(size: int) -> torch.Tensor:
-    """Memory for a batch, not cleared; in a reading process, memory that the training process will share."""
+def _allocate(size: int) -> torch.Tensor:
+    """Uninitialised memory for a batch; shared with the training process if this is a DataLoader worker."""
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
-    # As torch's own collation does it: `share_memory_` would copy an ordinary block.
+    # torch's default_collate does the same; `share_memory_` would copy an ordinary block.
     storage = torch.UntypedStorage._new_shared(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def collate(samples: Sequence[Sample], modalities: Sequence[Modality]) -> Batch:
-    """One batch of samples that share a window size.
+    """Collate samples that share a window size into one batch.
 
-    A modality that no sample has is there all the same, with zeros (and no date), so that objectives and tasks need
-    not ask which modalities a batch happens to hold.
+    The batch holds every modality of ``modalities``. One that no sample has is all zeros without dates, so objectives
+    and tasks need not check which modalities a batch holds.
     """
-    longest = {
+    max_dates = {
         item.name: max(len(sample.dates[item.name]) if item.name in sample.arrays else 0 for sample in samples)
         for item in modalities
-        if item.has_dates
+        if item.has_time_axis
     }
     writer = BatchWriter(
         [sample.key for sample in samples],
@@ -167,12 +180,12 @@ def collate(samples: Sequence[Sample], modalities: Sequence[Modality]) -> Batch:
         [sample.seed for sample in samples],
         [sample.window for sample in samples],
         modalities,
-        longest,
+        max_dates,
     )
     for index, sample in enumerate(samples):
         for modality in modalities:
             if modality.name in sample.arrays:
-                writer.put(index, modality, sample.dates.get(modality.name))[:] = sample.arrays[modality.name]
+                writer.add(index, modality, sample.dates.get(modality.name))[:] = sample.arrays[modality.name]
             else:
-                writer.leave_out(index, modality)
-    return writer.packed.batch()
+                writer.add_missing(index, modality)
+    return writer.packed.unpack()

@@ -1,7 +1,7 @@
-"""Shards to batches: exact epochs in a computed order, resume by position, and reads at known offsets.
+"""Read shards as batches: exact epochs in a deterministic order, resume by position, reads at known offsets.
 
-The order is `order.py`'s. A batch is decoded and cropped into one block of memory (`collate.py`), by a reading process
-or here. Nothing is to be prepared by Accelerate: the batches of a rank are that rank's alone as they come.
+``sampler.py`` computes the order. A DataLoader worker, or this process, decodes and crops a batch into one block of
+memory (``collate.py``). Do not pass the batches to Accelerate's ``prepare``: they are already split across ranks.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import PATCH_SIZE, Modality
 from bocage.shards.read.collate import BatchWriter, PackedBatch
 from bocage.shards.read.sampler import BatchRequest, DistributedBatchSampler, EvaluationBatchSampler, GlobalShuffle
-from bocage.shards.read.windows import check_side, draw_windows, lattice, pixel_slices
+from bocage.shards.read.windows import check_side, draw_windows, lattice_step, pixel_slices
 from bocage.shards.sample_seed import sample_seed
 
-_BRIDGED = 1024
-"""Bytes between two members that are read with them: the padding of one and the tar header of the next."""
+_MAX_GAP = 1024
+"""Bytes between two members up to which one read covers both: the padding of one and the tar header of the next."""
 
 
 def days_since_may(days: np.ndarray) -> np.ndarray:
-    """Days since 15 May of the date's own year, the time axis of the official FLAIR-HUB code.
+    """Days since 15 May of the same year, the time axis of the official FLAIR-HUB code.
 
     Args:
-        days: integer days since 1970-01-01, of any shape; int32 of the same shape is returned.
+        days: integer days since 1970-01-01, of any shape.
+
+    Returns:
+        int32 array of the same shape.
     """
     dates = days.astype("datetime64[D]")
     may = dates.astype("datetime64[Y]").astype("datetime64[M]") + np.timedelta64(4, "M")
@@ -45,19 +48,20 @@ def days_since_may(days: np.ndarray) -> np.ndarray:
 
 
 class ShardDataset(Dataset[Sample]):
-    """Map-style access to the samples of shards at the offsets of the index.
+    """Map-style dataset over the samples of shards, read at the offsets of the index.
 
-    Items are addressed by (epoch, row): the epoch only decides the sample's random view. Only the members of the
-    wanted modalities are read and decoded. It holds nothing by sample: the index is mapped.
+    An item is addressed by (epoch, row); the epoch only changes the random window and the seed of the sample. Only
+    members of ``modalities`` are read and decoded. Memory does not grow with the number of samples, because the index
+    is memory-mapped.
 
     Args:
         manifest: an open manifest.
-        modalities: what to read.
-        window: side of the ground window, metres.
-        seed: of windows and of everything else that is drawn for a sample.
+        modalities: modalities to read.
+        window: side of the ground window, in metres.
+        seed: seed of the windows and of all other random numbers of a sample.
 
     Raises:
-        InputError: a window that is not whole pixels, or a modality that the shards do not hold.
+        InputError: the window is not whole pixels, or the shards lack a modality.
     """
 
     def __init__(self, manifest: Manifest, modalities: Sequence[Modality], window: float, seed: int) -> None:
@@ -69,9 +73,9 @@ class ShardDataset(Dataset[Sample]):
             )
         self.modalities = list(modalities)
         self._window, self._seed = window, seed
-        self._step = lattice(modalities)
+        self._lattice_step = lattice_step(modalities)
         self._index, self._files = manifest.index, manifest.files
-        self._told: list[int] = []
+        self._prefetched: list[int] = []
 
     def __len__(self) -> int:
         return len(self._index)
@@ -80,92 +84,95 @@ class ShardDataset(Dataset[Sample]):
         epoch, row = item
         key = self._index.key(row)
         seed = sample_seed(self._seed, epoch, key)
-        [window] = draw_windows([seed], self._window, self._step)
+        [window] = draw_windows([seed], self._window, self._lattice_step)
         arrays, dates = {}, {}
-        for modality, data in self._members(row):
-            arrays[modality.name] = self._decoded(row, modality, data, window)
-            if modality.has_dates:
+        for modality, data in self._read_members(row):
+            arrays[modality.name] = self._decode(row, modality, data, window)
+            if modality.has_time_axis:
                 dates[modality.name] = self._dates(row, modality)
         return Sample(key, self._index.roi(row), seed, window, arrays, dates)
 
     def __getitems__(self, request: BatchRequest) -> PackedBatch:
-        """The samples of a batch, decoded and cropped into one block of memory."""
-        if request.ahead != self._told:
-            self._files.ahead(request.ahead)
-            self._told = request.ahead
+        """Read the samples of a batch, decoded and cropped into one block of memory."""
+        if request.upcoming_shards != self._prefetched:
+            self._files.prefetch(request.upcoming_shards)
+            self._prefetched = request.upcoming_shards
         rows = [row for _, row in request.samples]
         keys = [self._index.key(row) for row in rows]
         seeds = [sample_seed(self._seed, epoch, key) for key, (epoch, _) in zip(keys, request.samples)]
-        windows = draw_windows(seeds, self._window, self._step)
+        windows = draw_windows(seeds, self._window, self._lattice_step)
         dates = {
             item.name: [self._dates(row, item) if self._index.length[item.name][row] else None for row in rows]
             for item in self.modalities
-            if item.has_dates
+            if item.has_time_axis
         }
-        longest = {name: max(0 if days is None else len(days) for days in lists) for name, lists in dates.items()}
+        max_dates = {name: max(0 if days is None else len(days) for days in lists) for name, lists in dates.items()}
         rois = [self._index.roi(row) for row in rows]
-        writer = BatchWriter(keys, rois, seeds, windows, self.modalities, longest)
+        writer = BatchWriter(keys, rois, seeds, windows, self.modalities, max_dates)
 
-        def fill(place: int, members: list[tuple[Modality, memoryview]]) -> None:
-            absent = {modality.name: modality for modality in self.modalities}
+        def fill(index: int, members: list[tuple[Modality, memoryview]]) -> None:
+            missing = {modality.name: modality for modality in self.modalities}
             for modality, data in members:
-                del absent[modality.name]
-                days = dates[modality.name][place] if modality.has_dates else None
-                out = writer.put(place, modality, days)
-                self._decoded(rows[place], modality, data, windows[place], out)
-            for modality in absent.values():
-                writer.leave_out(place, modality)
+                del missing[modality.name]
+                days = dates[modality.name][index] if modality.has_time_axis else None
+                out = writer.add(index, modality, days)
+                self._decode(rows[index], modality, data, windows[index], out)
+            for modality in missing.values():
+                writer.add_missing(index, modality)
 
-        # Decoders leave Python alone, so threads share the work; a reading process has one, as torch does there.
+        # Decoders release the GIL, so threads share the work. torch gives a DataLoader worker one thread.
         threads = min(torch.get_num_threads(), len(rows))
         with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
-            spread = map if pool is None else pool.map
-            for _ in spread(fill, range(len(rows)), (list(self._members(row)) for row in rows)):
+            map_samples = map if pool is None else pool.map
+            for _ in map_samples(fill, range(len(rows)), (list(self._read_members(row)) for row in rows)):
                 pass
         return writer.packed
 
-    def _members(self, row: int) -> Iterator[tuple[Modality, memoryview]]:
-        """The wanted modalities that a sample has, encoded, in the order of the tar; neighbours are read at once."""
+    def _read_members(self, row: int) -> Iterator[tuple[Modality, memoryview]]:
+        """Read the encoded members of a sample, in the order of the tar; one read covers neighbouring members."""
         shard = int(self._index.shard[row])
-        found = [
+        members = [
             (int(self._index.offset[item.name][row]), length, item)
             for item in self.modalities
             if (length := int(self._index.length[item.name][row]))
         ]
-        found.sort(key=lambda member: member[0])
-        while found:
-            start, end, count = found[0][0], 0, 0
-            for offset, length, _ in found:
-                if count and offset - end > _BRIDGED:
+        members.sort(key=lambda member: member[0])
+        while members:
+            start, end, count = members[0][0], 0, 0
+            for offset, length, _ in members:
+                if count and offset - end > _MAX_GAP:
                     break
                 end, count = max(end, offset + length), count + 1
             data = memoryview(self._files.read(shard, start, end - start))
-            for offset, length, modality in found[:count]:
+            for offset, length, modality in members[:count]:
                 yield modality, data[offset - start : offset - start + length]
-            found = found[count:]
+            members = members[count:]
 
-    def _decoded(
+    def _decode(
         self, row: int, modality: Modality, data: memoryview, window: GroundWindow, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """The pixels of one member under the window, in ``out`` if it is given."""
+        """Decode the pixels of one member under ``window``, into ``out`` if given."""
         expected: tuple[int, ...] = (len(modality.bands), modality.size, modality.size)
-        if modality.has_dates:
+        if modality.has_time_axis:
             expected = (len(self._index.dates(modality.mask_of or modality.name, row)), *expected)
         try:
             member = EncodedArray(data)
             if (member.shape, member.dtype) == (expected, modality.dtype):
-                return member.array(pixel_slices(modality, window), out)
+                return member.decode(pixel_slices(modality, window), out)
         except ValueError as error:
-            raise InputError(f"{self._name(row, modality)} is damaged: {error}") from error
-        if modality.has_dates and member.shape[1:] == expected[1:] and member.dtype == modality.dtype:
+            raise InputError(f"{self._member_name(row, modality)} is damaged: {error}") from error
+        if modality.has_time_axis and member.shape[1:] == expected[1:] and member.dtype == modality.dtype:
             raise InputError(
-                f"{self._name(row, modality)} has {member.shape[0]} dates in its shard but {expected[0]} in the index"
+                f"{self._member_name(row, modality)} has {member.shape[0]} dates in its shard but {expected[0]} in the "
+                "index"
             )
         raise InputError(
-            f"{self._name(row, modality)} is {member.dtype} of shape {member.shape}, not {modality.dtype} of {expected}"
+            f"{self._member_name(row, modality)} is {member.dtype} of shape {member.shape}, not {modality.dtype} of "
+            f"{expected}"
         )
 
-    def _name(self, row: int, modality: Modality) -> str:
+    def _member_name(self, row: int, modality: Modality) -> str:
+        """Name of a member for messages."""
         return f"{self._files.name(int(self._index.shard[row]))}: {modality.name} of {self._index.key(row)}"
 
     def _dates(self, row: int, modality: Modality) -> np.ndarray:
@@ -173,8 +180,11 @@ class ShardDataset(Dataset[Sample]):
         return days_since_may(self._index.dates(modality.mask_of or modality.name, row))
 
 
-class _Reader(Dataset[Any]):
-    """What a reading process runs. A wrong file goes back as an answer: raised there, torch would wrap its sentence."""
+class _WorkerDataset(Dataset[Any]):
+    """Dataset of a DataLoader worker that returns an ``InputError`` instead of raising it.
+
+    torch would wrap the message of a raised exception in its own text.
+    """
 
     def __init__(self, dataset: ShardDataset) -> None:
         self._dataset = dataset
@@ -186,59 +196,67 @@ class _Reader(Dataset[Any]):
             return error
 
 
-def _as_it_is(batch: Any) -> Any:
-    """What the loader does with a batch: it is collated already."""
+def _identity(batch: Any) -> Any:
+    """``collate_fn`` of the loader: batches are already collated."""
     return batch
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """Ctrl-C and SLURM's signals reach every process of a job; the training process decides when its readers end."""
+def _init_worker(_: int) -> None:
+    """Make a DataLoader worker ignore SIGINT, SIGUSR1, and every SIGTERM that its training process did not send.
+
+    Ctrl-C and SLURM's signals reach every process of a job, but the training process decides when its workers end.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     trainer = parent_process()
     assert trainer is not None
 
-    def end_on_request() -> None:
+    def exit_on_sigterm() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
             pass
         os._exit(0)
 
-    # SIGTERM is also how a reader that hangs is ended, by the training process alone. A reader that was spawned, not
-    # forked, may have threads of libraries that receive it before this one.
+    # The training process also ends a hanging worker by SIGTERM, so a thread waits for the signal. In a spawned
+    # worker, threads that libraries started earlier do not block SIGTERM and may receive it instead.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_on_request, name="SIGTERM", daemon=True).start()
+    threading.Thread(target=exit_on_sigterm, name="SIGTERM", daemon=True).start()
 
 
-def _read(dataset: ShardDataset, requests: Iterable[BatchRequest], workers: int) -> Iterator[Batch]:
+def _load(dataset: ShardDataset, requests: Iterable[BatchRequest], workers: int) -> Iterator[Batch]:
+    """Read the requested batches through a DataLoader."""
     loader: DataLoader[Any] = DataLoader(
-        _Reader(dataset),
+        _WorkerDataset(dataset),
         batch_sampler=requests,  # type: ignore[arg-type]  # torch types it as Sampler; any iterable of batches works
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        collate_fn=_identity,
+        worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that starting a loader leaves the global state as it was
+        generator=torch.Generator(),  # a separate one, because starting a loader draws from the global generator
     )
-    for answer in loader:
-        if isinstance(answer, InputError):
-            raise answer
-        yield answer.batch()
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch.unpack()
 
 
 class TrainingStream:
-    """The endless stream of training batches; what the training loop calls a batch source.
+    """Endless stream of training batches.
 
     Args:
         manifest: an open manifest.
         rows: (N,) int64, manifest rows to train on.
-        modalities: what to read.
+        modalities: modalities to read.
         batch_size: samples per rank and batch.
-        window: side of the ground window, metres.
-        seed: of order, windows and views.
-        workers: reading processes; 0 reads in the training process.
+        window: side of the ground window, in metres.
+        seed: seed of the order, the windows and the augmentations.
+        workers: number of DataLoader workers; 0 reads in the training process.
+
+    Attributes:
+        batch_size: samples per rank and batch.
+        order: global order of the samples.
 
     Raises:
-        InputError: no rows, a window that is not whole pixels, or a modality that the shards do not hold.
+        InputError: there are no rows, the window is not whole pixels, or the shards lack a modality.
     """
 
     def __init__(
@@ -260,9 +278,9 @@ class TrainingStream:
         self.order = GlobalShuffle(rows, manifest.index.shard, seed)
 
     def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
-        """Batches of one rank from a position of the global order on, for ever."""
+        """Endless batches of one rank, from ``position`` of the global order on."""
         requests = DistributedBatchSampler(self.order, self.batch_size, position, rank, world)
-        yield from _read(self._dataset, requests, self._workers)
+        yield from _load(self._dataset, requests, self._workers)
 
 
 def evaluation_batches(
@@ -276,13 +294,14 @@ def evaluation_batches(
     world: int = 1,
     window: float = PATCH_SIZE,
 ) -> Iterator[Batch]:
-    """Patches, each exactly once over all ranks, in the order of ``rows``, (N,) int64; the last batch may be short.
+    """Read each patch exactly once over all ranks, in the order of ``rows``, (N,) int64; the last batch may be short.
 
-    They are whole, or of each a ``window`` of so many metres, drawn once and for all.
+    Patches are whole unless ``window``, in metres, is smaller: then each patch has one random window, the same in
+    every evaluation.
 
     Raises:
-        InputError: a window that is not whole pixels, or a modality that the shards do not hold.
+        InputError: the window is not whole pixels, or the shards lack a modality.
     """
     dataset = ShardDataset(manifest, modalities, window, seed=0)
     requests = EvaluationBatchSampler(rows, manifest.index.shard, batch_size, rank, world)
-    yield from _read(dataset, requests, workers)
+    yield from _load(dataset, requests, workers)

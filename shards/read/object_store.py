@@ -1,4 +1,4 @@
-"""Files at an address (``s3://``, ``hf://``, ``http(s)://``), fetched through fsspec, retried and resumed."""
+"""Download files from ``s3://``, ``hf://`` and ``http(s)://`` through fsspec, with retries and resume."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import fsspec
 
 from bocage.shards.errors import InputError
 
-_REQUEST = 16 << 20  # bytes asked for at once: what an interrupted download loses at most
-_LONGEST_WAIT = 30.0
-_DESCRIPTION = 1 << 30  # bytes that a description may have at most
+_REQUEST_BYTES = 16 << 20  # bytes per range request; an interrupted download loses at most this much
+_MAX_BACKOFF = 30.0
+_MAX_READ_BYTES = 1 << 30
 
-_NEEDS = {
+_INSTALL_COMMANDS = {
     "s3": "pip install 'bocage[remote]'",
     "http": "pip install 'bocage[remote]'",
     "https": "pip install 'bocage[remote]'",
@@ -27,60 +27,67 @@ _NEEDS = {
 }
 
 
-def is_remote(where: str) -> bool:
-    """Whether ``where`` is an address of another machine, not a local folder."""
-    return re.match(r"(?i:(?!file:)[a-z][a-z0-9+]*://)", where) is not None
+def is_remote(location: str) -> bool:
+    """Whether ``location`` is a remote address rather than a local folder."""
+    return re.match(r"(?i:(?!file:)[a-z][a-z0-9+]*://)", location) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """When a place is given up.
+    """Retries of failed requests.
 
     Attributes:
-        attempts: failures in a row, without a byte gained, after which it is.
-        wait: seconds before the second attempt; doubled before each further one, at most 30, and drawn by half.
-        stall: seconds without a byte after which an attempt has failed.
+        attempts: consecutive failed attempts without progress before giving up.
+        backoff: seconds before the second attempt. The wait doubles before each further attempt, up to 30 s; a random
+            factor between 0.5 and 1 scales it.
+        timeout: seconds without data after which an attempt fails.
     """
 
     attempts: int = 6
-    wait: float = 1.0
-    stall: float = 30.0
+    backoff: float = 1.0
+    timeout: float = 30.0
 
 
 class ObjectStore:
-    """A folder at an address. Picklable and usable after a fork: connections are made by the process that uses them.
+    """A folder at a remote address.
+
+    It is picklable and usable after a fork, because each process opens its own connections.
 
     Args:
-        address: ``s3://bucket/prefix``, ``hf://datasets/org/name/...`` or ``http(s)://host/path``; the query string of
-            an HTTP address, a signature say, is sent with every file. Credentials and endpoint of S3 come from the
-            environment (``AWS_ENDPOINT_URL`` and the like).
-        patience: when to give up.
+        address: ``s3://bucket/prefix``, ``hf://datasets/org/name/...`` or ``http(s)://host/path``. The query string of
+            an HTTP address, such as a signature, is sent with every request. The environment holds the credentials
+            and the endpoint of S3 (``AWS_ENDPOINT_URL`` etc.).
+        retry_policy: when to retry and when to give up.
+
+    Attributes:
+        redacted_url: the address without user, password and query string, for messages.
 
     Raises:
-        InputError: an address of another kind, or the package for it is missing.
+        InputError: the address has another scheme, or the package for its scheme is missing.
     """
 
-    def __init__(self, address: str, patience: RetryPolicy | None = None) -> None:
+    def __init__(self, address: str, retry_policy: RetryPolicy | None = None) -> None:
         try:
             self._parts = urlsplit(address)
             host = self._parts.netloc.rpartition("@")[2]
         except ValueError as error:
             raise InputError("shards: not a valid address") from error
         path = self._parts.path.rstrip("/")
-        self.name = urlunsplit((self._parts.scheme, host, path, "", ""))
-        """The address without user, password and query string."""
-        if self._parts.scheme not in _NEEDS:
-            raise InputError(f"{self.name}: shards are read from a folder, file://, s3://, hf://, http:// or https://")
-        self._patience = patience or RetryPolicy()
-        self._system: tuple[int, Any] | None = None
-        self._connected()  # a missing package is told here, not by a reading process
+        self.redacted_url = urlunsplit((self._parts.scheme, host, path, "", ""))
+        if self._parts.scheme not in _INSTALL_COMMANDS:
+            raise InputError(
+                f"{self.redacted_url}: shards are read from a folder, file://, s3://, hf://, http:// or https://"
+            )
+        self._retry_policy = retry_policy or RetryPolicy()
+        self._connection: tuple[int, Any] | None = None  # process id and fsspec file system
+        self._filesystem()  # report a missing package here rather than in a DataLoader worker
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_system": None}
+        return {**self.__dict__, "_connection": None}
 
-    def name_of(self, file: str) -> str:
-        """Address of a file for messages: it holds no secret."""
-        return f"{self.name}/{file}"
+    def redacted_file_url(self, file: str) -> str:
+        """Address of a file for messages, without secrets."""
+        return f"{self.redacted_url}/{file}"
 
     def _address(self, file: str) -> str:
         path = f"{self._parts.path.rstrip('/')}/{file}"
@@ -88,69 +95,76 @@ class ObjectStore:
             return urlunsplit(self._parts._replace(path=path, fragment=""))
         return f"{self._parts.scheme}://{self._parts.netloc}{path}"
 
-    def _connected(self) -> Any:
-        if self._system is None or self._system[0] != os.getpid():
-            scheme, stall = self._parts.scheme, self._patience.stall
+    def _filesystem(self) -> Any:
+        """fsspec file system of this process."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            scheme, timeout = self._parts.scheme, self._retry_policy.timeout
             options: dict[str, Any] = {}
             try:
                 if scheme == "s3":
-                    # Retrying is done here, where it can resume.
+                    # botocore must not retry: a retry here can resume the download.
                     retries = {"max_attempts": 1, "mode": "standard"}
-                    options = {"config_kwargs": {"read_timeout": stall, "connect_timeout": stall, "retries": retries}}
+                    options = {
+                        "config_kwargs": {"read_timeout": timeout, "connect_timeout": timeout, "retries": retries}
+                    }
                 elif scheme in ("http", "https"):
                     import aiohttp
 
-                    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
-                    options = {"client_kwargs": {"timeout": timeout}}
+                    client_timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+                    options = {"client_kwargs": {"timeout": client_timeout}}
                 system = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
             except ImportError as error:
-                raise InputError(f"{self.name}: {scheme}:// needs a package: {_NEEDS[scheme]}") from error
+                raise InputError(
+                    f"{self.redacted_url}: {scheme}:// needs a package: {_INSTALL_COMMANDS[scheme]}"
+                ) from error
             if scheme == "s3":
                 system.retries = 1
-            self._system = (os.getpid(), system)
-        return self._system[1]
+            self._connection = (os.getpid(), system)
+        return self._connection[1]
 
     def read(self, file: str) -> bytes:
-        """The whole of a small file.
+        """Read a small file completely.
 
         Raises:
-            InputError: it is not there, may not be read, or could not be had in bounded time.
+            InputError: the file does not exist, access is refused, or all retries failed.
         """
         content: list[bytes] = []
 
         def attempt() -> bool:
-            content.append(self._connected().cat_file(self._address(file), start=0, end=_DESCRIPTION))
+            content.append(self._filesystem().cat_file(self._address(file), start=0, end=_MAX_READ_BYTES))
             return True
 
-        self._persist(file, attempt)
+        self._retry(file, attempt)
         return content[-1]
 
     def download(self, file: str, size: int, out: BinaryIO) -> None:
-        """Append to ``out`` what it lacks of a file of ``size`` bytes.
+        """Download a file, or the rest of it, into ``out``.
 
         Args:
-            out: unbuffered; what it holds is taken for the beginning of the file. A server without ranges makes it
-                start again. It never grows over ``size``.
+            file: name of the file.
+            size: size of the file, in bytes.
+            out: unbuffered local file. Its content counts as the beginning of the download. If the server does not
+                support range requests, the download starts over. ``out`` never grows beyond ``size``.
 
         Raises:
-            InputError: the file is not there, may not be read, or could not be had in bounded time.
-            OSError: of ``out``.
+            InputError: the file does not exist, access is refused, or all retries failed.
+            OSError: writing to ``out`` failed.
         """
         sink = _Sink(out, size)
-        ranges = True
+        use_ranges = True
 
         def attempt() -> bool:
-            nonlocal ranges
-            system, address, start = self._connected(), self._address(file), sink.position
-            if ranges:
-                end = min(start + _REQUEST, size)
+            nonlocal use_ranges
+            system, address, start = self._filesystem(), self._address(file), sink.position
+            if use_ranges:
+                end = min(start + _REQUEST_BYTES, size)
                 data = system.cat_file(address, start=start, end=end)
                 if len(data) <= end - start:
                     sink.write(data)
                     if len(data) < end - start:
                         raise EOFError("truncated")
                     return sink.position == size
-                ranges = False  # the server sent more than was asked for
+                use_ranges = False  # the server sent more than the requested range
             sink.restart()
             system.get_file(address, sink)
             if sink.position < size:
@@ -158,16 +172,16 @@ class ObjectStore:
             return True
 
         if size > sink.position:
-            self._persist(file, attempt, lambda: sink.furthest, sink)
+            self._retry(file, attempt, lambda: sink.furthest, sink)
 
-    def _persist(
+    def _retry(
         self,
         file: str,
         attempt: Callable[[], bool],
         progress: Callable[[], int] = lambda: 0,
         sink: _Sink | None = None,
     ) -> None:
-        """Call ``attempt`` until it says that all is done."""
+        """Call ``attempt`` until it returns True; False means that it made progress and is not done."""
         failures, reached = 0, progress()
         while True:
             try:
@@ -175,25 +189,25 @@ class ObjectStore:
                     return
                 failures, reached = 0, progress()
                 continue
-            except TypeError:  # a call that fits no signature is a fault of ours, not of the network
+            except TypeError:  # a bug in our own call, not a network failure
                 raise
-            except Exception as error:  # the transports share no base class
+            except Exception as error:  # exceptions of the transports share no base class
                 if sink is not None and sink.error is not None:
                     raise sink.error from None
-                # The text of a transport's error may hold the whole address: it is never shown or chained.
-                reason, final = _reason(error)
+                # The text of a transport error may hold the full address with its secrets: never show or chain it.
+                reason, is_final = _classify_error(error)
             failures = 1 if progress() > reached else failures + 1
             reached = progress()
-            if final:
-                raise InputError(f"{self.name_of(file)}: {reason}")
-            if failures >= self._patience.attempts:
-                raise InputError(f"{self.name_of(file)}: given up after {failures} attempts: {reason}")
-            wait = min(self._patience.wait * 2 ** (failures - 1), _LONGEST_WAIT)
-            time.sleep(wait * random.uniform(0.5, 1.0))  # nothing about samples depends on it
+            if is_final:
+                raise InputError(f"{self.redacted_file_url(file)}: {reason}")
+            if failures >= self._retry_policy.attempts:
+                raise InputError(f"{self.redacted_file_url(file)}: given up after {failures} attempts: {reason}")
+            wait = min(self._retry_policy.backoff * 2 ** (failures - 1), _MAX_BACKOFF)
+            time.sleep(wait * random.uniform(0.5, 1.0))  # the global generator is fine here: no sample depends on it
 
 
 class _Sink:
-    """A file that a transport writes to and that never grows over its size; remembers its own errors."""
+    """File-like wrapper that a transport writes to: it never exceeds ``size`` and keeps its own write errors."""
 
     def __init__(self, out: BinaryIO, size: int) -> None:
         self._out, self._size = out, size
@@ -220,18 +234,18 @@ class _Sink:
         self.furthest = max(self.furthest, self.position)
         return len(data)
 
-    def tell(self) -> int:  # fsspec asks for this and for ``read`` before it believes that this is a file
+    def tell(self) -> int:  # fsspec accepts an object as a file only if it has ``tell`` and ``read``
         return self.position
 
     def read(self) -> bytes:
         raise OSError("write only")
 
     def close(self) -> None:
-        """It is closed by whoever opened it."""
+        """Does nothing: the caller that opened the file closes it."""
 
 
-def _reason(error: Exception) -> tuple[str, bool]:
-    """Why an attempt failed, in words without secrets, and whether another one is futile."""
+def _classify_error(error: Exception) -> tuple[str, bool]:
+    """Reason of a failed attempt, without secrets, and whether a retry is futile."""
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "there is no such file", True
@@ -254,13 +268,13 @@ def _reason(error: Exception) -> tuple[str, bool]:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """HTTP status of an error of aiohttp, httpx or botocore, or of what caused it."""
+    """HTTP status of an error of aiohttp, httpx or botocore, or of its cause."""
     while error is not None:
         response = getattr(error, "response", None)
-        found = getattr(error, "status", None) or getattr(response, "status_code", None)
-        if found is None and isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if isinstance(found, int):
-            return found
+        status = getattr(error, "status", None) or getattr(response, "status_code", None)
+        if status is None and isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if isinstance(status, int):
+            return status
         error = error.__cause__
     return None

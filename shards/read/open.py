@@ -1,4 +1,4 @@
-"""Opening a dataset anywhere: a local folder as it is, another place through the cache."""
+"""Open the shards of a dataset, local or remote."""
 
 from __future__ import annotations
 
@@ -15,140 +15,145 @@ from urllib.parse import unquote, urlsplit
 from bocage.shards.errors import InputError
 from bocage.shards.format.index import INDEX_FILE
 from bocage.shards.format.manifest import DATASET_FILE, TABLE_FILE, Manifest, Shard
-from bocage.shards.read.cache import Cache, CacheConfig, Wanted
+from bocage.shards.read.cache import Cache, CacheConfig, RemoteFile
 from bocage.shards.read.object_store import ObjectStore, RetryPolicy, is_remote
-from bocage.shards.read.sampler import BLOCK
+from bocage.shards.read.sampler import SHUFFLE_BLOCK
 
 
-def open_shards(where: str | Path, cache: CacheConfig | None = None, patience: RetryPolicy | None = None) -> Manifest:
-    """The manifest of the shards at ``where``, what the key ``shards`` of a recipe names.
+def open_shards(
+    location: str | Path, cache: CacheConfig | None = None, retry_policy: RetryPolicy | None = None
+) -> Manifest:
+    """Open the manifest of the shards at ``location``, the value of a recipe's key ``shards``.
 
     Args:
-        where: a folder, ``file://``, ``s3://bucket/prefix``, ``hf://datasets/org/name/...`` or ``http(s)://host/path``.
-        cache: where the shards of another machine are kept; unused for a folder.
-        patience: when another machine is given up.
+        location: a folder, ``file://``, ``s3://bucket/prefix``, ``hf://datasets/org/name/...`` or
+            ``http(s)://host/path``.
+        cache: local cache of remote shards; unused for a folder.
+        retry_policy: when to retry failed downloads and when to give up.
 
     Raises:
-        InputError: nothing there, it cannot be had or contradicts itself, or the cache is too small for one shard.
+        InputError: there are no shards, they cannot be read or are inconsistent, or one shard exceeds the cache.
     """
-    text = str(where)
+    text = str(location)
     if not is_remote(text):
-        return Manifest.open(unquote(urlsplit(text).path) if text.lower().startswith("file://") else where)
-    place, cache = ObjectStore(text, patience), cache or CacheConfig()
-    content = place.read(DATASET_FILE)
-    files = _files_beside(place, content)
-    kept = Cache(place, cache, hashlib.sha256(content).hexdigest())
+        return Manifest.open(unquote(urlsplit(text).path) if text.lower().startswith("file://") else location)
+    store, config = ObjectStore(text, retry_policy), cache or CacheConfig()
+    description = store.read(DATASET_FILE)
+    files = _index_and_table(store, description)
+    local = Cache(store, config, hashlib.sha256(description).hexdigest())
     for file in files:
-        kept.bring(file)
-    kept.write(DATASET_FILE, content)
-    manifest = Manifest.open(kept.folder)
+        local.download_metadata(file)
+    local.write_metadata(DATASET_FILE, description)
+    manifest = Manifest.open(local.folder)
     largest = max(manifest.shards, key=lambda shard: shard.bytes, default=None)
-    if largest is not None and largest.bytes > cache.bytes:
+    if largest is not None and largest.bytes > config.bytes:
         raise InputError(
-            f"cache.size={cache.size} is less than one shard of {place.name} ({largest.name}: {largest.bytes} bytes); "
-            "raise it to several shards"
+            f"cache.size={config.size} is less than one shard of {store.redacted_url} ({largest.name}: "
+            f"{largest.bytes} bytes); raise it to several shards"
         )
-    held = cache.bytes // max(largest.bytes, 1) if largest is not None else 0
-    if held < min(BLOCK, manifest.shard_count):
+    capacity = config.bytes // max(largest.bytes, 1) if largest is not None else 0
+    if capacity < min(SHUFFLE_BLOCK, manifest.shard_count):
         warnings.warn(
-            f"cache.size={cache.size} holds {held} shards of {place.name}, but training mixes {BLOCK} at a time: they "
-            "will be fetched again and again",
+            f"cache.size={config.size} holds {capacity} shards of {store.redacted_url}, but training shuffles "
+            f"{SHUFFLE_BLOCK} together: shards will be downloaded again and again",
             stacklevel=2,
         )
-    manifest.files = RemoteShards(kept, manifest.shards)
+    manifest.files = RemoteShards(local, manifest.shards)
     return manifest
 
 
-def _files_beside(place: ObjectStore, content: bytes) -> list[Wanted]:
-    """Size and hash of index and table, from the description that everything else is checked against."""
+def _index_and_table(store: ObjectStore, description: bytes) -> list[RemoteFile]:
+    """Size and hash of index and table, read from the dataset's description."""
     try:
-        files = json.loads(content)["files"]
-        found = [Wanted(name, files[name]["bytes"], files[name]["sha256"]) for name in (INDEX_FILE, TABLE_FILE)]
-        if any(type(file.bytes) is not int or file.bytes < 0 for file in found):
+        entries = json.loads(description)["files"]
+        files = [RemoteFile(name, entries[name]["bytes"], entries[name]["sha256"]) for name in (INDEX_FILE, TABLE_FILE)]
+        if any(type(file.bytes) is not int or file.bytes < 0 for file in files):
             raise ValueError("a size is not a number")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{place.name_of(DATASET_FILE)}: not a description of shards of this version") from error
-    return found
+        raise InputError(
+            f"{store.redacted_file_url(DATASET_FILE)}: not a description of shards of this version"
+        ) from error
+    return files
 
 
 class RemoteShards:
-    """``ShardFiles`` of another place, through a cache; shards that come next are fetched by a thread.
+    """``ShardFiles`` of a remote dataset, read through a cache; a thread prefetches upcoming shards.
 
-    Each process that reads has its own thread, started when it first says what comes next: forked and pickled copies
-    begin without one.
+    Each process starts its own thread at its first ``prefetch``. Forked and pickled copies begin without a thread.
     """
 
     def __init__(self, cache: Cache, shards: Sequence[Shard]) -> None:
         self._cache = cache
-        self._shards = [Wanted(shard.name, shard.bytes, shard.sha256) for shard in shards]
-        self._queue: _Queue | None = None
+        self._shards = [RemoteFile(shard.name, shard.bytes, shard.sha256) for shard in shards]
+        self._prefetcher: _Prefetcher | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_queue": None}
+        return {**self.__dict__, "_prefetcher": None}
 
     def name(self, shard: int) -> str:
-        """Address of a shard, without secrets."""
-        return self._cache.place.name_of(self._shards[shard].name)
+        """Address of a shard for messages, without secrets."""
+        return self._cache.store.redacted_file_url(self._shards[shard].name)
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """See ``ShardFiles``; waits for a shard that is not here yet.
+        """See ``ShardFiles``; waits for a shard that is not cached yet.
 
         Raises:
-            InputError: the shard cannot be fetched or read, or ends before.
+            InputError: the shard cannot be downloaded or read, or ends too early.
         """
         data = self._cache.read(self._shards[shard], offset, length)
         if len(data) != length:
             raise InputError(
-                f"{self.name(shard)}: truncated: {length} bytes wanted at {offset}, {len(data)} there; copy it again"
+                f"{self.name(shard)}: truncated: read {len(data)} of {length} bytes at offset {offset}; copy the shard again"
             )
         return data
 
-    def ahead(self, shards: Sequence[int]) -> None:
-        """See ``ShardFiles``; of these, as many are fetched as the cache holds at once."""
-        if self._queue is None or self._queue.process != os.getpid():
-            self._queue = _Queue(self._cache)
-        chosen, total = [], 0
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See ``ShardFiles``; downloads as many of the shards, from the first on, as fit into the cache together."""
+        if self._prefetcher is None or self._prefetcher.process != os.getpid():
+            self._prefetcher = _Prefetcher(self._cache)
+        files, total = [], 0
         for shard in shards:
             total += self._shards[shard].bytes
-            if total > self._cache.bound:
+            if total > self._cache.max_bytes:
                 break
-            chosen.append(self._shards[shard])
-        self._queue.replace(chosen)
+            files.append(self._shards[shard])
+        self._prefetcher.replace(files)
 
 
-class _Queue:
-    """The thread that fetches ahead. A daemon: it never keeps a process from ending."""
+class _Prefetcher:
+    """Thread that downloads upcoming shards. It is a daemon, so it never keeps a process alive."""
 
     def __init__(self, cache: Cache) -> None:
         self.process = os.getpid()
         self._cache = cache
         self._changed = threading.Condition()
-        self._shards: list[Wanted] = []
+        self._files: list[RemoteFile] = []
         self._failed: set[str] = set()
-        threading.Thread(target=self._run, name="shards ahead", daemon=True).start()
+        threading.Thread(target=self._run, name="shard prefetch", daemon=True).start()
 
-    def replace(self, shards: list[Wanted]) -> None:
+    def replace(self, files: list[RemoteFile]) -> None:
+        """Replace the files to download."""
         with self._changed:
-            self._shards = shards
+            self._files = files
             self._changed.notify()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._shards)
-                shards = self._shards
-            names = {shard.name for shard in shards}
-            for shard in shards:
+                self._changed.wait_for(lambda: self._files)
+                files = self._files
+            names = {file.name for file in files}
+            for file in files:
                 try:
-                    room = shard.name in self._failed or self._cache.fetch(shard, names)
+                    has_room = file.name in self._failed or self._cache.prefetch(file, names)
                 except InputError:
-                    self._failed.add(shard.name)  # whoever reads it meets the error
-                    room = True
-                if not room:
+                    self._failed.add(file.name)  # reading the shard will raise the error
+                    has_room = True
+                if not has_room:
                     time.sleep(0.5)
-                if not room or self._shards is not shards:
+                if not has_room or self._files is not files:
                     break
             else:
                 with self._changed:
-                    if self._shards is shards:
-                        self._shards = []
+                    if self._files is files:
+                        self._files = []

@@ -1,4 +1,4 @@
-"""Whole patches to be looked at once, as batches: from shards, or straight from a FLAIR-HUB tree."""
+"""Read whole patches in batches, with their location, from shards or directly from a FLAIR-HUB tree."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ from bocage.shards.read.dataset import days_since_may, evaluation_batches
 from bocage.shards.read.windows import WHOLE_PATCH
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.rasters import gdal_environment, read
+from bocage.shards.source.rasters import gdal_environment, read_raster
 
 
 @dataclass(frozen=True)
 class PatchLocation:
-    """Where a patch lies: EPSG code or WKT (empty without one), and its upper-left corner there."""
+    """Position of a patch.
+
+    Attributes:
+        key: key of the patch.
+        crs: coordinate reference system as EPSG code or WKT; empty if unknown.
+        left: x coordinate of the upper-left corner, in the CRS.
+        top: y coordinate of the upper-left corner, in the CRS.
+    """
 
     key: str
     crs: str
@@ -33,48 +40,52 @@ class PatchLocation:
 
 
 class Patches(Protocol):
-    """Patches by row."""
+    """Source of patches, addressed by row."""
 
     @property
     def path(self) -> Path:
-        """What they come from, for messages."""
+        """Folder or address of the patches, for messages."""
 
     @property
     def registry(self) -> Registry:
-        """The modalities that occur."""
+        """Modalities of the patches."""
 
     def __len__(self) -> int: ...
 
     def split(self, column: str, value: str) -> np.ndarray:
-        """Rows whose split has a value, (N,) int64 ascending; every row for the column ``all``.
+        """Rows with ``value`` in split ``column``, (N,) int64 ascending; every row for the column ``all``.
 
         Raises:
-            InputError: there is no such column, or no such row.
+            InputError: the column does not exist, or no row has the value.
         """
 
-    def held(self, name: str) -> np.ndarray:
-        """(patches,) bool: which have a modality, a series with at least one date."""
+    def has_modality(self, name: str) -> np.ndarray:
+        """Whether each patch has modality ``name``, (patches,) bool; a series counts if it has at least one date."""
 
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
     ) -> Iterator[tuple[Batch, list[PatchLocation]]]:
-        """Whole patches in the order of ``rows``, (N,) int64, and where they lie; the last batch may be short."""
+        """Read whole patches and their locations in the order of ``rows``, (N,) int64; the last batch may be short."""
 
 
 class ShardPatches:
-    """The samples of shards."""
+    """Patches of shards.
+
+    Args:
+        manifest: an open manifest.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
 
     @property
     def path(self) -> Path:
-        """The folder of the shards, or their address."""
+        """Folder or address of the shards."""
         return self.manifest.path
 
     @property
     def registry(self) -> Registry:
-        """The modalities of the shards."""
+        """Modalities of the shards."""
         return self.manifest.registry
 
     def __len__(self) -> int:
@@ -84,13 +95,13 @@ class ShardPatches:
         """See ``Patches``: (N,) int64."""
         return self.manifest.split(column, value)
 
-    def held(self, name: str) -> np.ndarray:
+    def has_modality(self, name: str) -> np.ndarray:
         """See ``Patches``: (patches,) bool."""
-        there: np.ndarray = self.manifest.column(f"length.{name}").to_numpy() > 0
-        if self.registry[name].has_dates:
+        present: np.ndarray = self.manifest.column(f"length.{name}").to_numpy() > 0
+        if self.registry[name].has_time_axis:
             counts = pc.fill_null(pc.list_value_length(self.manifest.column(f"dates.{name}")), 0).to_numpy()
-            there = there & (counts > 0)
-        return there
+            present = present & (counts > 0)
+        return present
 
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
@@ -98,25 +109,29 @@ class ShardPatches:
         """See ``Patches``; ``rows`` are (N,) int64."""
         done = 0
         for batch in evaluation_batches(self.manifest, rows, modalities, batch_size=batch_size, workers=workers):
-            found = [self.manifest.row(int(row)) for row in rows[done : done + len(batch)]]
-            yield batch, [PatchLocation(row["key"], row["crs"] or "", row["left"], row["top"]) for row in found]
+            records = [self.manifest.row(int(row)) for row in rows[done : done + len(batch)]]
+            yield batch, [PatchLocation(row["key"], row["crs"] or "", row["left"], row["top"]) for row in records]
             done += len(batch)
 
 
 class TreePatches:
-    """The patches of a FLAIR-HUB tree, read in this process: enough to predict, too slow to train."""
+    """Patches of a FLAIR-HUB tree, read in this process: fast enough to predict, too slow to train.
+
+    Args:
+        catalogue: catalogue of the tree.
+    """
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
 
     @property
     def path(self) -> Path:
-        """The folder of the tree."""
+        """Folder of the tree."""
         return self.catalogue.root
 
     @property
     def registry(self) -> Registry:
-        """The modalities that occur in the tree."""
+        """Modalities of the tree."""
         return self.catalogue.registry
 
     def __len__(self) -> int:
@@ -126,7 +141,7 @@ class TreePatches:
         """See ``Patches``: (N,) int64.
 
         Raises:
-            InputError: there is no such column, or no such patch.
+            InputError: the column does not exist, or no patch has the value.
         """
         if column == EVERY_SAMPLE:
             return np.arange(len(self), dtype=np.int64)
@@ -138,30 +153,30 @@ class TreePatches:
             raise InputError(f"{self.path}: no patch has {column} = {value!r}")
         return rows.astype(np.int64)
 
-    def held(self, name: str) -> np.ndarray:
+    def has_modality(self, name: str) -> np.ndarray:
         """See ``Patches``: (patches,) bool."""
         return np.array([name in self.catalogue.patch(row).sources for row in range(len(self))])
 
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
     ) -> Iterator[tuple[Batch, list[PatchLocation]]]:
-        """See ``Patches``; ``rows`` are (N,) int64, ``workers`` is not heeded."""
+        """See ``Patches``; ``rows`` are (N,) int64, ``workers`` is ignored."""
         for start in range(0, len(rows), batch_size):
             with gdal_environment():
-                found = [self._read(int(row), modalities) for row in rows[start : start + batch_size]]
-            yield collate([sample for sample, _ in found], modalities), [place for _, place in found]
+                patches = [self._read(int(row), modalities) for row in rows[start : start + batch_size]]
+            yield collate([sample for sample, _ in patches], modalities), [location for _, location in patches]
 
     def _read(self, row: int, modalities: Sequence[Modality]) -> tuple[Sample, PatchLocation]:
         patch = self.catalogue.patch(row)
-        arrays, dates, place = {}, {}, None
+        arrays, dates, location = {}, {}, None
         for modality in modalities:
             if modality.name not in patch.sources:
                 continue
-            raster = read(patch.sources[modality.name], modality)
+            raster = read_raster(patch.sources[modality.name], modality)
             arrays[modality.name] = raster.array
-            place = place or PatchLocation(patch.key, raster.crs, raster.left, raster.top)
-            if modality.has_dates:
+            location = location or PatchLocation(patch.key, raster.crs, raster.left, raster.top)
+            if modality.has_time_axis:
                 dates[modality.name] = days_since_may(patch.dates[modality.name])
         seed = sample_seed(0, 0, patch.key)
         sample = Sample(patch.key, patch.roi, seed, WHOLE_PATCH, arrays, dates)
-        return sample, place or PatchLocation(patch.key, "", 0.0, 0.0)
+        return sample, location or PatchLocation(patch.key, "", 0.0, 0.0)

@@ -20,30 +20,30 @@ from faulty_server import FaultyServer
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Shard
 from bocage.shards.read import cache as cache_module
-from bocage.shards.read import object_store as places
-from bocage.shards.read.cache import Cache, CacheConfig, Wanted
+from bocage.shards.read import object_store
+from bocage.shards.read.cache import Cache, CacheConfig, RemoteFile
 from bocage.shards.read.object_store import ObjectStore, RetryPolicy
 from bocage.shards.read.open import RemoteShards
 
 SIZE = 200_000
-QUICK = RetryPolicy(attempts=3, wait=0.01, stall=1.0)
+QUICK = RetryPolicy(attempts=3, backoff=0.01, timeout=1.0)
 # Tests with processes take some seconds: each process imports the reader.
 SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Wanted]]:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RemoteFile]]:
     """Eight files of random bytes, and what they are."""
     folder, wanted = tmp_path_factory.mktemp("origin"), []
     for index in range(8):
         data = np.random.default_rng(index).bytes(SIZE)
         (folder / f"s{index}.tar").write_bytes(data)
-        wanted.append(Wanted(f"s{index}.tar", SIZE, hashlib.sha256(data).hexdigest()))
+        wanted.append(RemoteFile(f"s{index}.tar", SIZE, hashlib.sha256(data).hexdigest()))
     return folder, wanted
 
 
 @pytest.fixture
-def server(shards: tuple[Path, list[Wanted]]) -> Iterator[FaultyServer]:
+def server(shards: tuple[Path, list[RemoteFile]]) -> Iterator[FaultyServer]:
     with FaultyServer(shards[0]) as server:
         yield server
 
@@ -107,7 +107,7 @@ def test_the_folder_is_the_users_cache_unless_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_bytes_are_those_of_the_origin_and_fetched_once(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     cache = make_cache(server, tmp_path)
     for offset in (0, 77, SIZE - 5):
@@ -118,7 +118,7 @@ def test_bytes_are_those_of_the_origin_and_fetched_once(
 
 
 def test_the_least_recently_used_shard_goes_and_the_bound_is_kept(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     cache = make_cache(server, tmp_path)
     with Watch(tmp_path) as watch:
@@ -129,7 +129,7 @@ def test_the_least_recently_used_shard_goes_and_the_bound_is_kept(
 
 
 def test_shards_of_other_versions_count_and_go_first(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     old, new = make_cache(server, tmp_path, 2, "a" * 64), make_cache(server, tmp_path, 2, "b" * 64)
     for index in (0, 1):
@@ -140,7 +140,7 @@ def test_shards_of_other_versions_count_and_go_first(
 
 
 def test_a_shard_being_read_is_not_removed(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     import fcntl
 
@@ -152,7 +152,7 @@ def test_a_shard_being_read_is_not_removed(
         assert sorted(path.name for path in cache.folder.iterdir()) == ["s0.tar", "s2.tar"]
 
 
-def _read_all(address: str, folder: Path, wanted: list[Wanted], seed: int, results: object) -> None:
+def _read_all(address: str, folder: Path, wanted: list[RemoteFile], seed: int, results: object) -> None:
     cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
     random, right = np.random.default_rng(seed), True
     for _ in range(60):
@@ -162,7 +162,7 @@ def _read_all(address: str, folder: Path, wanted: list[Wanted], seed: int, resul
 
 
 def test_two_processes_share_a_cache_that_must_remove(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     results = SPAWN.Queue()
     readers = [
@@ -179,13 +179,13 @@ def test_two_processes_share_a_cache_that_must_remove(
     assert watch.samples > 50 and watch.most <= 3 * (SIZE + 4096)
 
 
-def _read_one(address: str, folder: Path, wanted: Wanted) -> None:
+def _read_one(address: str, folder: Path, wanted: RemoteFile) -> None:
     cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
     cache.read(wanted, 0, 10)
 
 
 def test_processes_that_want_the_same_shard_fetch_it_once(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     server.pause = 0.1
     readers = [SPAWN.Process(target=_read_one, args=(server.address, tmp_path, shards[1][0])) for _ in range(2)]
@@ -198,7 +198,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(
 
 
 def test_the_part_of_a_killed_process_is_taken_over_and_resumed(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.pause = 0.2
     reader = SPAWN.Process(target=_read_one_in_small_requests, args=(server.address, tmp_path, shards[1][0]))
@@ -219,14 +219,14 @@ def test_the_part_of_a_killed_process_is_taken_over_and_resumed(
     assert not part.exists()
 
 
-def _read_one_in_small_requests(address: str, folder: Path, wanted: Wanted) -> None:
-    places._REQUEST = 30_000
+def _read_one_in_small_requests(address: str, folder: Path, wanted: RemoteFile) -> None:
+    object_store._REQUEST_BYTES = 30_000
     _read_one(address, folder, wanted)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_a_shard_damaged_in_the_cache_is_fetched_again(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, damage: str
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, damage: str
 ) -> None:
     cache = make_cache(server, tmp_path)
     cache.read(shards[1][0], 0, 1)
@@ -244,25 +244,25 @@ def test_a_shard_damaged_in_the_cache_is_fetched_again(
 
 
 def test_a_shard_damaged_at_its_origin_is_named(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     cache = make_cache(server, tmp_path)
     with pytest.raises(InputError, match=r"http://127.*/s0\.tar: damaged"):
-        cache.read(Wanted("s0.tar", SIZE, "0" * 64), 0, 1)
+        cache.read(RemoteFile("s0.tar", SIZE, "0" * 64), 0, 1)
     assert server.sent["s0.tar"] == 2 * SIZE and not list(cache.folder.iterdir())
 
 
-def make_remote(cache: Cache, wanted: list[Wanted]) -> RemoteShards:
+def make_remote(cache: Cache, wanted: list[RemoteFile]) -> RemoteShards:
     return RemoteShards(cache, [Shard(item.name, 1, item.bytes, item.sha256) for item in wanted])
 
 
 def test_what_comes_next_is_fetched_behind_the_readers_back(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     server.pause = 0.05
     files = make_remote(make_cache(server, tmp_path), shards[1])
     started = time.monotonic()
-    files.ahead([4, 5, 6, 7])  # four, where three fit
+    files.prefetch([4, 5, 6, 7])  # four, where three fit
     assert time.monotonic() - started < 0.1
     assert files.read(5, 0, 20) == (shards[0] / "s5.tar").read_bytes()[:20]
     deadline = time.monotonic() + 10
@@ -273,18 +273,18 @@ def test_what_comes_next_is_fetched_behind_the_readers_back(
 
 
 def _fetch_in_the_background(files: RemoteShards) -> None:
-    files.ahead([0, 1, 2])
+    files.prefetch([0, 1, 2])
     files.read(0, 0, 1)
-    files.ahead([3, 4, 5])
+    files.prefetch([3, 4, 5])
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_process_ends_at_once_whatever_its_thread_does(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, start: str
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, start: str
 ) -> None:
     server.pause = 0.3
     files = make_remote(make_cache(server, tmp_path), shards[1])
-    files.ahead([7])  # a thread, a connection and a lock of the parent, which the child must not mind
+    files.prefetch([7])  # a thread, a connection and a lock of the parent, which the child must not mind
     time.sleep(0.1)
     pickle.loads(pickle.dumps(files))
     reader = multiprocessing.get_context(start).Process(target=_fetch_in_the_background, args=(files,))
@@ -294,12 +294,12 @@ def test_a_process_ends_at_once_whatever_its_thread_does(
 
 
 def _fetch_for_ever(files: RemoteShards) -> None:
-    files.ahead([1, 2])
+    files.prefetch([1, 2])
     files.read(0, 0, 1)
 
 
 def test_a_process_that_waits_for_a_shard_ends_when_told(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     server.pause = 5.0
     files = make_remote(make_cache(server, tmp_path), shards[1])
@@ -317,19 +317,19 @@ def test_a_process_that_waits_for_a_shard_ends_when_told(
 _READ_ONTO_A_FULL_DISK = """
 import sys
 from pathlib import Path
-from test_cache import QUICK, SIZE, Cache, CacheConfig, InputError, ObjectStore, Wanted
+from test_cache import QUICK, SIZE, Cache, CacheConfig, InputError, ObjectStore, RemoteFile
 
 address, folder, digest = sys.argv[1:]
 cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=folder, size="1MB"), "d" * 64)
 try:
-    cache.read(Wanted("s0.tar", SIZE, digest), 0, 1)
+    cache.read(RemoteFile("s0.tar", SIZE, digest), 0, 1)
 except InputError as error:
     print(error, [path.name for path in cache.folder.iterdir()])
 """
 
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_left(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
     inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path)]
@@ -344,7 +344,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(
 
 def test_recipes_have_keys_for_the_cache() -> None:
     from bocage import recipes
-    from bocage.finetune.config import FinetuneConfig
+    from bocage.finetune.finetune_config import FinetuneConfig
     from bocage.ssl.pretrain import PretrainConfig
 
     words = ["cache.size=2GB", "cache.folder=/somewhere"]
@@ -357,7 +357,7 @@ def test_recipes_have_keys_for_the_cache() -> None:
 
 
 def test_a_shard_is_verified_once_where_times_are_whole_seconds(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Lustre and ext3 keep them; SMB keeps 100 ns."""
     precise, digest, verified = os.utime, hashlib.file_digest, []
@@ -381,7 +381,7 @@ def test_a_shard_is_verified_once_where_times_are_whole_seconds(
 
 
 def test_room_is_made_where_exclusive_locks_need_a_file_open_for_writing(
-    server: FaultyServer, shards: tuple[Path, list[Wanted]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on NFS."""
     flock = fcntl.flock

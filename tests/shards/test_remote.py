@@ -17,7 +17,7 @@ from faulty_server import FaultyServer
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.read import object_store as places
+from bocage.shards.read import object_store
 from bocage.shards.read.cache import CacheConfig
 from bocage.shards.read.dataset import TrainingStream, evaluation_batches
 from bocage.shards.read.object_store import ObjectStore, RetryPolicy, is_remote
@@ -28,7 +28,7 @@ from bocage.shards.write.writer import write_shards
 pytestmark = pytest.mark.filterwarnings("ignore:cache.size")  # these caches are small so that they must remove
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
-QUICK = RetryPolicy(attempts=3, wait=0.01, stall=0.5)
+QUICK = RetryPolicy(attempts=3, backoff=0.01, timeout=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_epochs_over_http_equal_local_ones(local: Manifest, tmp_path: Path, work
 def test_a_server_without_ranges_sends_shards_larger_than_a_request(
     local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "_REQUEST", 10_000)
+    monkeypatch.setattr(object_store, "_REQUEST_BYTES", 10_000)
     with FaultyServer(local.path, ranges=False) as server:
         assert_same_epochs(local, open_shards(server.address, cache_of(tmp_path, local), QUICK), workers=0)
 
@@ -200,7 +200,7 @@ def test_servers_without_ranges_are_started_over(local: Manifest, tmp_path: Path
 def test_an_interrupted_download_goes_on_where_it_was(
     local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "_REQUEST", 100_000)
+    monkeypatch.setattr(object_store, "_REQUEST_BYTES", 100_000)
     tar = local.shards[0]
     assert tar.bytes > 400_000
     with FaultyServer(local.path) as server:
@@ -313,6 +313,6 @@ def test_the_hub_offline_is_one_sentence(tmp_path: Path) -> None:
 def test_an_open_remote_dataset_can_be_pickled(local: Manifest, tmp_path: Path) -> None:
     with FaultyServer(local.path) as server:
         files = open_shards(server.address, cache_of(tmp_path, local), QUICK).files
-        files.ahead([0, 1])
+        files.prefetch([0, 1])
         copy = pickle.loads(pickle.dumps(files))
         assert copy.read(2, 0, 512) == local.files.read(2, 0, 512)
