@@ -1,9 +1,9 @@
-"""The manifest of a folder of shards: one row a sample, and what the dataset is as a whole.
+"""Read the manifest of a folder of shards: one table row per sample, and a description of the dataset.
 
-``manifest.parquet`` has the columns of ``schema``: where each member's bytes are, ground position, splits, dates, class
-histograms and value statistics. ``index.arrow`` repeats what readers need of it in a form that is mapped, not loaded
-(``index.py``). ``dataset.json`` holds the registry, channel statistics, and hash and size of both files and of every
-shard; it is written last, so a folder that has it is complete.
+``manifest.parquet`` has the columns of ``manifest_schema``: byte offsets of each member, ground position, splits,
+dates, class histograms and value statistics. ``index.arrow`` repeats the columns that DataLoader workers need, in a
+memory-mapped file (``index.py``). ``dataset.json`` holds the modality registry, the channel statistics, and the size
+and SHA-256 of both files and of every shard. It is written last: a folder with a ``dataset.json`` is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,38 +24,51 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bocage.shards.errors import InputError
-from bocage.shards.format.index import INDEX_FILE, LONGEST_SERIES, Index
-from bocage.shards.format.local_shards import LocalShards, ShardFiles
+from bocage.shards.format.index import INDEX_FILE, MAX_SERIES_LENGTH, Index
+from bocage.shards.format.shard_files import LocalShards, ShardFiles
 from bocage.shards.modality import Modality, Registry
+from bocage.shards.preprocess.normalize import InputSpec
 
-if TYPE_CHECKING:
-    from bocage.shards.preprocess.normalize import InputSpec
+__all__ = [
+    "DATASET_FILE",
+    "EVERY_SAMPLE",
+    "SCHEMA_VERSION",
+    "TABLE_FILE",
+    "Manifest",
+    "SchemaVersionError",
+    "Shard",
+    "has_acquisition_dates",
+    "manifest_schema",
+]
+
 
 SCHEMA_VERSION = 2
 TABLE_FILE = "manifest.parquet"
 DATASET_FILE = "dataset.json"
 
 EVERY_SAMPLE = "all"
-"""Name of the split that every sample belongs to, whatever its value; the only one of a tree without split files."""
+"""Name of the split that holds every sample. A tree without split files has no other split."""
 
-_ROWS = 1 << 12  # of the table, read at a time
-_VALUES = 1 << 11  # of a list, on the average of a group of rows: ninety dates are usual
+_BATCH_ROWS = 1 << 12  # table rows read at a time
+_MAX_MEAN_LIST_LENGTH = 1 << 11  # values per list, averaged over a row group; a usual series has ninety dates
 
+_STATISTICS = ("minimum", "maximum", "mean")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def dated(modality: Modality) -> bool:
-    """Whether the manifest holds dates of the modality: one for an image, one for each step of a series."""
-    return modality.has_dates or modality.dates_table is not None
+def has_acquisition_dates(modality: Modality) -> bool:
+    """Whether the manifest holds acquisition dates of the modality: one per image, or one per step of a series."""
+    return modality.has_time_axis or modality.dates_table is not None
 
 
-def schema(registry: Registry, splits: list[str]) -> pa.Schema:
-    """The columns of ``manifest.parquet``.
+def manifest_schema(registry: Registry, splits: list[str]) -> pa.Schema:
+    """Columns of ``manifest.parquet``.
 
-    ``offset.M`` and ``length.M`` locate the bytes of modality M in its shard (length 0: absent); ``dates.M`` are days
-    since 1970-01-01; ``histogram.M.BAND`` counts pixels by class; ``minimum.M``, ``maximum.M`` and ``mean.M`` are by
-    channel of the representation (``normalize.represent``), holes left out, NaN where nothing is left.
+    ``offset.M`` and ``length.M`` locate the bytes of modality M in its shard; length 0 means absent. ``dates.M`` are
+    days since 1970-01-01. ``histogram.M.BAND`` counts pixels by class. ``minimum.M``, ``maximum.M`` and ``mean.M`` have
+    one value per channel of the representation (``normalize.represent``). They ignore nodata, and are NaN for a channel
+    without valid values.
     """
     fields = [
         pa.field("key", pa.string(), nullable=False),
@@ -71,18 +84,25 @@ def schema(registry: Registry, splits: list[str]) -> pa.Schema:
         name = modality.name
         fields.append(pa.field(f"offset.{name}", pa.int64(), nullable=False))
         fields.append(pa.field(f"length.{name}", pa.int32(), nullable=False))
-        if dated(modality):
+        if has_acquisition_dates(modality):
             fields.append(pa.field(f"dates.{name}", pa.list_(pa.int32())))
         if modality.role == "label":
             fields += [pa.field(f"histogram.{name}.{band.name}", pa.list_(pa.int32())) for band in modality.bands]
         if modality.is_input:
-            fields += [pa.field(f"{what}.{name}", pa.list_(pa.float32())) for what in ("minimum", "maximum", "mean")]
+            fields += [pa.field(f"{statistic}.{name}", pa.list_(pa.float32())) for statistic in _STATISTICS]
     return pa.schema(fields)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: plain file name beside the manifest, number of samples, size in bytes, SHA-256 in hexadecimal."""
+    """One tar file of samples.
+
+    Attributes:
+        name: file name, in the folder of the manifest.
+        samples: number of samples.
+        bytes: size of the tar.
+        sha256: SHA-256 of the tar, in hexadecimal.
+    """
 
     name: str
     samples: int
@@ -90,13 +110,13 @@ class Shard:
     sha256: str
 
 
-class OtherVersionError(InputError):
-    """The shards are of another version of the format."""
+class SchemaVersionError(InputError):
+    """The shards have another version of the format."""
 
 
 @dataclass(frozen=True)
 class _File:
-    """Size and SHA-256 of one of the files beside ``dataset.json``."""
+    """Size and SHA-256 of a file in the folder of ``dataset.json``."""
 
     bytes: int
     sha256: str
@@ -107,20 +127,24 @@ class _File:
 
 
 class Manifest:
-    """An open manifest. The index is mapped; columns of the table are read when asked for.
+    """An open manifest. The index is memory-mapped; table columns are read on request.
+
+    Args:
+        path: folder of the shards.
+        description: content of ``dataset.json``.
 
     Attributes:
-        path: the folder.
-        registry: the modalities that the shards hold.
+        path: folder of the shards.
+        registry: modalities that the shards hold.
         splits: names of the split columns.
         shards: the tars, by shard index.
         counts: ``samples``, ``skipped``, ``source_bytes`` and, by modality, ``present``.
-        skipped: by key, why a patch of the tree is not in the shards.
-        files: the bytes of the shards; another place's may be set.
+        skipped: reason why a patch of the tree is not in the shards, by key.
+        files: byte access to the shards. Local by default; ``open_shards`` replaces it for remote shards.
 
     Raises:
-        OtherVersionError: the description is of shards of another version.
-        InputError: it is no description of shards, or contradicts itself.
+        SchemaVersionError: the shards have another schema version.
+        InputError: the description is not one of shards, or contradicts itself.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
@@ -128,13 +152,13 @@ class Manifest:
         try:
             version = description["schema_version"]
             if version != SCHEMA_VERSION:
-                raise OtherVersionError(
+                raise SchemaVersionError(
                     f"{source}: schema version {version}, but this bocage reads {SCHEMA_VERSION}; shard the tree again "
                     "or use the bocage that wrote it"
                 )
             self.registry = Registry(tuple(Modality.from_json(item) for item in description["registry"]))
             for item in self.registry.values():
-                np.dtype(item.dtype)  # a TypeError for what is none
+                np.dtype(item.dtype)  # raises TypeError for an unknown dtype
             self.splits = [str(name) for name in description["splits"]]
             self.shards = [Shard(**item) for item in description["shards"]]
             self.counts: dict[str, Any] = dict(description["counts"])
@@ -149,29 +173,30 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{source}: not a description of shards: {error!r}; shard the tree again") from error
         self.path = path
-        self._opened: pq.ParquetFile | None = None
-        self._group: tuple[int, pa.Table] | None = None  # the row group that a row was last asked from
+        self._row_group: tuple[int, pa.Table] | None = None  # first row and content of the row group read last
         self._check_shards()
         self.files: ShardFiles = LocalShards([path / shard.name for shard in self.shards])
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
-        """The manifest in the folder ``path``, what the key ``shards`` of a recipe names.
+        """Open the manifest in the folder ``path``, the value of ``shards`` in a recipe.
 
         Raises:
-            InputError: the path is empty, there is no manifest, it is of another version, or it contradicts itself.
+            SchemaVersionError: the shards have another schema version.
+            InputError: the path is empty, the folder has no manifest, or the manifest contradicts itself.
         """
-        manifest = cls.described(path)
+        manifest = cls.open_lazy(path)
         manifest._check_size(TABLE_FILE)
         _ = manifest.index
         return manifest
 
     @classmethod
-    def described(cls, path: str | Path) -> Manifest:
-        """As ``open``, but index and table may be damaged: each is checked when it is first asked for.
+    def open_lazy(cls, path: str | Path) -> Manifest:
+        """Open the manifest as ``open`` does, but check index and table only at their first use.
 
         Raises:
-            InputError: the path is empty, or holds no description of shards that can be read.
+            SchemaVersionError: the shards have another schema version.
+            InputError: the path is empty, or the folder has no readable description of shards.
         """
         if not str(path):
             raise InputError(
@@ -180,7 +205,7 @@ class Manifest:
             )
         path = Path(path)
         if not (path / DATASET_FILE).is_file():
-            raise InputError(_why_none(path))
+            raise InputError(_explain_missing_manifest(path))
         try:
             description = json.loads((path / DATASET_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -190,75 +215,73 @@ class Manifest:
         return cls(path, description)
 
     def _check_shards(self) -> None:
-        """No name may lead a reader outside the folder."""
+        """Check the list of shards; in particular, no name may lead outside the folder."""
         for shard in self.shards:
             if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
                 raise InputError(f"{self.path / DATASET_FILE}: shard name {shard.name!r} is not a plain name of a tar")
             if not _SHA256.fullmatch(str(shard.sha256)) or not (_is_size(shard.bytes) and _is_size(shard.samples)):
                 raise InputError(f"{self.path / DATASET_FILE}: the entry of {shard.name} is not valid")
         if not _is_size(sum(shard.samples for shard in self.shards)):
-            raise InputError(f"{self.path / DATASET_FILE}: more samples than there can be")
+            raise InputError(f"{self.path / DATASET_FILE}: more samples than 63 bits can count")
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise InputError(f"{self.path / DATASET_FILE}: a shard is listed twice")
 
     def _check_size(self, name: str) -> None:
-        path, wanted = self.path / name, self._files[name].bytes
+        path, expected = self.path / name, self._files[name].bytes
         try:
-            found = path.stat().st_size
+            size = path.stat().st_size
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}; shard the tree again") from error
-        if found != wanted:
-            raise InputError(f"{path}: {found} bytes where {DATASET_FILE} says {wanted}; copy or shard it again")
+        if size != expected:
+            raise InputError(f"{path}: {size} bytes, but {DATASET_FILE} says {expected}; copy or shard it again")
 
     def _check_file(self, name: str) -> None:
         self._check_size(name)
         path = self.path / name
         try:
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}; shard the tree again") from error
-        if found != self._files[name].sha256:
+        if digest != self._files[name].sha256:
             raise InputError(f"{path}: damaged: its SHA-256 is not the one in {DATASET_FILE}; copy or shard it again")
 
     @cached_property
     def index(self) -> Index:
-        """What readers need of each sample; raises ``InputError`` when the file is not the one described."""
+        """The index of the samples. Raises ``InputError`` if the file is damaged or not the one in ``dataset.json``."""
         self._check_file(INDEX_FILE)
         index = Index(self.path / INDEX_FILE, self.registry)
         index.validate([shard.samples for shard in self.shards], [shard.bytes for shard in self.shards])
         return index
 
-    @property
+    @cached_property
     def _parquet(self) -> pq.ParquetFile:
-        """The open table; its hash is checked once, when it is first needed."""
-        if self._opened is None:
-            path = self.path / TABLE_FILE
-            self._check_file(TABLE_FILE)
-            try:
-                file = pq.ParquetFile(path, memory_map=True)
-                found = file.schema_arrow
-            except (OSError, pa.ArrowException) as error:
-                raise InputError(f"{path}: cannot be read: {error}; shard the tree again") from error
-            columns, expected = (
-                dict(zip(item.names, item.types)) for item in (found, schema(self.registry, self.splits))
-            )
-            wrong = [name for name in sorted({*columns, *expected}) if columns.get(name) != expected.get(name)]
-            if wrong or len(columns) != len(found):
-                names = ", ".join(wrong) or "twice the same"
-                raise InputError(f"{path}: columns {names} are not as {DATASET_FILE} says; shard the tree again")
-            if file.metadata.num_rows != len(self):
-                raise InputError(f"{path}: {file.metadata.num_rows} rows for {len(self)} samples; shard the tree again")
-            _check_lists(path, file.metadata)
-            self._opened = file
-        return self._opened
+        """The open table. Its hash is checked once, at the first use."""
+        path = self.path / TABLE_FILE
+        self._check_file(TABLE_FILE)
+        try:
+            file = pq.ParquetFile(path, memory_map=True)
+            schema = file.schema_arrow
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path}: cannot be read: {error}; shard the tree again") from error
+        expected_schema = manifest_schema(self.registry, self.splits)
+        columns, expected = (dict(zip(item.names, item.types)) for item in (schema, expected_schema))
+        wrong = [name for name in sorted({*columns, *expected}) if columns.get(name) != expected.get(name)]
+        if wrong:
+            raise InputError(f"{path}: columns {', '.join(wrong)} do not match {DATASET_FILE}; shard the tree again")
+        if len(columns) != len(schema):
+            raise InputError(f"{path}: a column is listed twice; shard the tree again")
+        if file.metadata.num_rows != len(self):
+            raise InputError(f"{path}: {file.metadata.num_rows} rows for {len(self)} samples; shard the tree again")
+        _check_list_lengths(path, file.metadata)
+        return file
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the dataset's description, which holds the hash of every shard: the same wherever it lies."""
+        """SHA-256 of ``dataset.json``, which holds the hash of every shard. Copies have the same."""
         return hashlib.sha256((self.path / DATASET_FILE).read_bytes()).hexdigest()
 
     @property
@@ -268,7 +291,10 @@ class Manifest:
 
     @property
     def table(self) -> pa.Table:
-        """All columns of all samples, read anew: some kB a sample; prefer ``column``, ``row`` or ``batches``."""
+        """All columns of all samples, read on each access.
+
+        The table takes some kB a sample: prefer ``column``, ``row`` or ``batches``.
+        """
         return self._read(self._parquet.read)
 
     def _read(self, read: Callable[..., pa.Table], *arguments: object, **options: object) -> pa.Table:
@@ -278,10 +304,10 @@ class Manifest:
             raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column.
+        """Read one column of the table.
 
         Raises:
-            InputError: there is no such column, and the message names those there are; or the table is damaged.
+            InputError: the table has no such column (the message lists its columns), or it is damaged.
         """
         names = self._parquet.schema_arrow.names
         if name not in names:
@@ -289,21 +315,24 @@ class Manifest:
         return self._read(self._parquet.read, columns=[name])[name]
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows of the table in order, some thousands at a time; memory holds no more of it.
+        """Read the table in order, some thousand rows at a time.
+
+        Args:
+            columns: names of the columns to read; all by default.
 
         Raises:
             InputError: the table is damaged.
         """
         try:
-            yield from self._parquet.iter_batches(_ROWS, columns=columns)
+            yield from self._parquet.iter_batches(_BATCH_ROWS, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.path / TABLE_FILE}: damaged: {error}; shard the tree again") from error
 
     def split(self, column: str, value: str) -> np.ndarray:
-        """Rows whose split ``column`` has ``value``, (N,) int64 ascending; all rows for the column ``all``.
+        """Row numbers of the samples whose split ``column`` has ``value``, (N,) int64 ascending; all rows for ``all``.
 
         Raises:
-            InputError: no such split column, or no sample has the value; the message names those there are.
+            InputError: the split column does not exist, or no sample has the value. The message lists the valid ones.
         """
         if column == EVERY_SAMPLE:
             return np.arange(len(self), dtype=np.int64)
@@ -319,19 +348,15 @@ class Manifest:
 
     @property
     def statistics(self) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
-        """By input modality, mean and standard deviation of each channel of the representation, holes left out."""
+        """Mean and standard deviation of each channel of the representation, without nodata, by input modality."""
         return dict(self._statistics)
 
     def input_spec(self, modality: str) -> InputSpec:
-        """What an encoder of ``modality`` needs to know, with the statistics of these shards.
+        """Input description of an encoder of ``modality``, with the channel statistics of these shards.
 
         Raises:
-            InputError: the shards do not hold the modality, it is not an input, or a channel has no valid value.
+            InputError: the shards lack the modality, it is not an encoder input, or a channel has no valid value.
         """
-        from bocage.shards.preprocess.normalize import (
-            InputSpec,  # brings torch, which whoever writes shards does without
-        )
-
         if modality not in self.registry:
             raise InputError(f"{self.path}: the shards hold no {modality}; they hold {', '.join(self.registry)}")
         if not self.registry[modality].is_input:
@@ -339,46 +364,46 @@ class Manifest:
         mean, std = self.statistics[modality]
         if None in mean or None in std:
             raise InputError(f"{self.path}: {modality} has no valid value in any sample")
-        return InputSpec.of(self.registry[modality], mean, std)
+        return InputSpec.from_modality(self.registry[modality], mean, std)
 
     def row(self, index: int) -> dict[str, Any]:
-        """All columns of one sample as Python values.
+        """Read all columns of one sample, as Python values.
 
         Raises:
-            IndexError: there is no such row; negative ones do not count from the end.
+            IndexError: the row does not exist. Negative indices are not allowed.
             InputError: the table is damaged.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        if self._group is None or not 0 <= index - self._group[0] < len(self._group[1]):
+        if self._row_group is None or not 0 <= index - self._row_group[0] < len(self._row_group[1]):
             metadata = self._parquet.metadata
             first = number = 0
             while index - first >= (count := metadata.row_group(number).num_rows):
                 first, number = first + count, number + 1
-            self._group = first, self._read(self._parquet.read_row_group, number)
-        first, group = self._group
+            self._row_group = first, self._read(self._parquet.read_row_group, number)
+        first, group = self._row_group
         return group.slice(index - first, 1).to_pylist()[0]
 
     def shard_path(self, shard: int) -> Path:
-        """The tar of a shard index."""
+        """Path of the tar of shard ``shard``."""
         return self.path / self.shards[shard].name
 
 
 def _channel_statistics(description: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by channel, None where a channel has no value; raises ``ValueError``."""
+    """Mean and standard deviation by channel; None for a channel without valid values. Raises ``ValueError``."""
     mean, std = description["mean"], description["std"]
     for values in (mean, std):
-        numbers = isinstance(values, list) and all(value is None or _is_number(value) for value in values)
-        if not numbers or len(values) != channels:
+        are_numbers = isinstance(values, list) and all(value is None or _is_number(value) for value in values)
+        if not are_numbers or len(values) != channels:
             raise ValueError(f"statistics {values!r} are not {channels} numbers")
     return tuple(mean), tuple(std)
 
 
-def _check_lists(path: Path, metadata: pq.FileMetaData) -> None:
-    """A few bytes of Parquet can stand for lists that no memory holds."""
+def _check_list_lengths(path: Path, metadata: pq.FileMetaData) -> None:
+    """Refuse lists of implausible length before reading them: a few bytes of Parquet can expand beyond the memory."""
     for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
-        most = max(_VALUES * group.num_rows, LONGEST_SERIES)
-        if any(group.column(index).num_values > most for index in range(group.num_columns)):
+        max_values = max(_MAX_MEAN_LIST_LENGTH * group.num_rows, MAX_SERIES_LENGTH)
+        if any(group.column(index).num_values > max_values for index in range(group.num_columns)):
             raise InputError(f"{path}: lists of more values than a sample can have; shard the tree again")
 
 
@@ -390,8 +415,8 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _why_none(path: Path) -> str:
-    """One sentence on why ``path`` holds no manifest."""
+def _explain_missing_manifest(path: Path) -> str:
+    """Explain in one sentence why ``path`` holds no manifest, and what to do."""
     if not path.is_dir():
         return f"{path}: no such folder; make shards with `bocage shard SRC {path}`"
     names = sorted(entry.name for entry in path.iterdir())

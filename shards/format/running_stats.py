@@ -1,6 +1,6 @@
-"""Running statistics by channel: exact counts, mean and sum of squared deviations, merged in a fixed order.
+"""Running statistics by channel: count, mean, sum of squared deviations, minimum and maximum.
 
-Merging follows Chan, Golub & LeVeque (1979), so that nothing is lost to cancellation at billions of values.
+Merging follows Chan, Golub & LeVeque (1979): it loses no precision to cancellation at billions of values.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from bocage.shards.modality import Modality
 from bocage.shards.preprocess.normalize import represent
 
-_BLOCK = 1 << 15  # values whose deviations are squared together: they stay in the cache
+_BLOCK = 1 << 15  # values whose deviations are squared together: they fit in the CPU cache
 
 
 @dataclass(frozen=True)
 class RunningStats:
-    """Count, mean, sum of squared deviations, minimum and maximum of each channel, (C,) float64 each.
+    """Count, mean, sum of squared deviations, minimum and maximum by channel, (C,) float64 each.
 
-    A channel without values has mean NaN, minimum NaN and maximum NaN.
+    The mean, minimum and maximum of a channel without valid values are NaN.
     """
 
     count: np.ndarray
@@ -31,18 +31,18 @@ class RunningStats:
     maximum: np.ndarray
 
     @classmethod
-    def of(cls, values: np.ndarray) -> RunningStats:
-        """Moments of ``values``, (..., C, H, W) float32, NaN being holes that do not count, or ``exact`` ones.
+    def from_array(cls, values: np.ndarray) -> RunningStats:
+        """Statistics of ``values``, (..., C, H, W): uint8, uint16, or float32 in which NaN is nodata.
 
-        The same bits whatever the number of threads: NumPy has one.
+        The result has the same bits for any number of threads, because NumPy sums in one thread.
         """
         columns = []
         for channel in np.moveaxis(values, -3, 0):
             channel = channel.reshape(-1)
-            if cls.exact(values) and channel.size:
-                columns.append(_of_integers(channel))
+            if cls._has_exact_sums(values) and channel.size:
+                columns.append(_integer_stats(channel))
                 continue
-            # A minimum shows whether there are holes; without, the usual case, selecting would copy for nothing.
+            # The minimum is NaN if any value is. Without nodata, the usual case, no copy is made.
             valid = channel[~np.isnan(channel)] if channel.size and np.isnan(channel.min()) else channel
             if len(valid) == 0:
                 columns.append((0.0, math.nan, 0.0, math.nan, math.nan))
@@ -50,29 +50,30 @@ class RunningStats:
             mean = valid.mean(dtype=np.float64)
             squares = 0.0
             for start in range(0, len(valid), _BLOCK):
-                apart = valid[start : start + _BLOCK] - mean  # float64, as the mean is
-                squares += float(np.square(apart, out=apart).sum())
+                deviations = valid[start : start + _BLOCK] - mean  # float64, like the mean
+                squares += float(np.square(deviations, out=deviations).sum())
             mean = float(mean)
             columns.append((float(len(valid)), mean, squares, float(valid.min()), float(valid.max())))
         return cls(*np.array(columns, np.float64).reshape(-1, 5).T)
 
     @staticmethod
-    def exact(values: np.ndarray) -> bool:
-        """Whether these, of any shape, are integers of which sums are exact: unsigned ones of 8 or 16 bits."""
+    def _has_exact_sums(values: np.ndarray) -> bool:
+        """Whether sums of these values are exact: true for unsigned integers of 8 or 16 bits."""
         return values.dtype.kind == "u" and values.dtype.itemsize <= 2
 
-    def merged(self, other: RunningStats) -> RunningStats:
-        """Moments of both sets of values together."""
+    def merge(self, other: RunningStats) -> RunningStats:
+        """Statistics of the union of both sets of values."""
         count = self.count + other.count
-        share = other.count / np.maximum(count, 1.0)
-        mean, apart = np.nan_to_num(self.mean), np.nan_to_num(other.mean) - np.nan_to_num(self.mean)
-        # A side without values has no mean: the other's stands as it is.
-        mean = np.where(self.count == 0, other.mean, np.where(other.count == 0, self.mean, mean + apart * share))
-        apart = np.where((self.count == 0) | (other.count == 0), 0.0, apart)
+        fraction = other.count / np.maximum(count, 1.0)
+        mean, difference = np.nan_to_num(self.mean), np.nan_to_num(other.mean) - np.nan_to_num(self.mean)
+        # If one side has no values, take the mean of the other side unchanged.
+        merged_mean = mean + difference * fraction
+        mean = np.where(self.count == 0, other.mean, np.where(other.count == 0, self.mean, merged_mean))
+        difference = np.where((self.count == 0) | (other.count == 0), 0.0, difference)
         return RunningStats(
             count=count,
             mean=mean,
-            squares=self.squares + other.squares + apart**2 * self.count * share,
+            squares=self.squares + other.squares + difference**2 * self.count * fraction,
             minimum=np.fmin(self.minimum, other.minimum),
             maximum=np.fmax(self.maximum, other.maximum),
         )
@@ -83,7 +84,7 @@ class RunningStats:
         return np.sqrt(np.divide(self.squares, self.count, out=np.full_like(self.mean, np.nan), where=self.count > 0))
 
     def to_json(self) -> dict[str, list[float | None]]:
-        """JSON-serialisable; ``from_json`` reads it back, bit for bit. NaN becomes null."""
+        """JSON-serialisable form, which ``from_json`` reads back bit for bit. NaN becomes null."""
         return {
             name: [None if math.isnan(value) else value for value in getattr(self, name).tolist()]
             for name in ("count", "mean", "squares", "minimum", "maximum")
@@ -91,7 +92,7 @@ class RunningStats:
 
     @classmethod
     def from_json(cls, description: dict[str, list[float | None]]) -> RunningStats:
-        """What ``to_json`` wrote."""
+        """Statistics from the output of ``to_json``."""
         return cls(
             **{
                 name: np.array([math.nan if value is None else value for value in values], np.float64)
@@ -101,27 +102,27 @@ class RunningStats:
 
 
 def compute_stats(array: np.ndarray, modality: Modality) -> RunningStats:
-    """Moments of the representation of a stored array of ``modality``, (..., C, H, W)."""
-    if modality.representation == "linear" and modality.nodata_below is None and RunningStats.exact(array):
-        return RunningStats.of(array)  # the representation holds the same numbers
-    # Heights that are nodata may be too large to be subtracted: the difference is a hole.
+    """Statistics of the representation of ``array``, a stored array (..., C, H, W) of ``modality``."""
+    if modality.representation == "linear" and modality.nodata_below is None and RunningStats._has_exact_sums(array):
+        return RunningStats.from_array(array)  # the linear representation equals the stored values
+    # A nodata height may be so large that the subtraction overflows. The difference is nodata, so ignore the warning.
     with np.errstate(over="ignore"):
-        return RunningStats.of(represent(array, modality.representation, modality.nodata_below))
+        return RunningStats.from_array(represent(array, modality.representation, modality.nodata_below))
 
 
-def _of_integers(channel: np.ndarray) -> tuple[float, float, float, float, float]:
-    """A column of ``RunningStats``, each number the float next to the true one; half the time of floats."""
+def _integer_stats(channel: np.ndarray) -> tuple[float, float, float, float, float]:
+    """Statistics of integers, each rounded correctly to float64, in half the time of the float path."""
     count, total = channel.size, int(channel.sum(dtype=np.uint64))
     wide = channel.astype(np.uint32)
     squares = int(np.square(wide, out=wide).sum(dtype=np.uint64))
-    # Python's integers do not overflow, and their quotient is rounded once.
-    apart = (squares * count - total * total) / count
-    return float(count), total / count, apart, float(channel.min()), float(channel.max())
+    # Python integers do not overflow, and their quotient is rounded once.
+    squared_deviations = (squares * count - total * total) / count
+    return float(count), total / count, squared_deviations, float(channel.min()), float(channel.max())
 
 
 def merge_stats(parts: Iterable[RunningStats]) -> RunningStats | None:
-    """All parts together, merged from first to last; None when there is none."""
+    """Merge all parts from first to last; None without parts. The fixed order fixes the rounding."""
     total: RunningStats | None = None
     for part in parts:
-        total = part if total is None else total.merged(part)
+        total = part if total is None else total.merge(part)
     return total

@@ -1,8 +1,8 @@
-"""Write and check the plain POSIX ustar archives of shards.
+"""Write and check the POSIX ustar archives of shards.
 
 ``TarWriter`` writes bytes that depend on the members only, and returns the offset of each member's data. ``TarReader``
-checks a tar header by header: nothing is extracted, and no declared size is trusted. The writer uses plain ustar
-headers, so the reader refuses links, devices, folders, sparse files, and pax and GNU headers for long names or sizes.
+checks a tar header by header: it extracts nothing and trusts no declared size. The writer uses plain ustar headers, so
+the reader refuses links, devices, folders, sparse files, and pax and GNU headers for long names or sizes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ _TYPES = {
 
 
 class TarWriter:
-    """Writes POSIX ustar members to ``file``; times, owners and modes are fixed.
+    """Write POSIX ustar members with fixed times, owners and modes.
+
+    Args:
+        file: binary file to write to.
 
     Attributes:
         size: bytes written so far.
@@ -45,7 +48,7 @@ class TarWriter:
         self.size = 0
 
     def add(self, name: str, data: bytes) -> int:
-        """Appends a member and returns the offset of its data in the tar.
+        """Append a member and return the offset of its data in the tar.
 
         Raises:
             ValueError: the name is too long or the data too large for ustar.
@@ -59,7 +62,7 @@ class TarWriter:
         return offset
 
     def finish(self) -> str:
-        """Appends the end-of-archive blocks and returns the SHA-256 of the whole, hexadecimal."""
+        """Append the end-of-archive blocks and return the SHA-256 of the archive, in hexadecimal."""
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self.size + end) % tarfile.RECORDSIZE))
         return self._digest.hexdigest()
@@ -71,102 +74,117 @@ class TarWriter:
 
 
 class TarError(ValueError):
-    """What stands at a place of a tar is not what must stand there."""
+    """The tar does not have the expected content at an offset."""
 
 
-class Header(NamedTuple):
-    """What a header says of its member: name, kind of member, and bytes of data; nothing of it is to be trusted."""
+class TarHeader(NamedTuple):
+    """Untrusted content of a member's header.
+
+    Attributes:
+        name: name of the member.
+        type: type flag of the member, e.g. ``tarfile.REGTYPE``.
+        size: declared size of the data, in bytes.
+    """
 
     name: str
     type: bytes
     size: int
 
-    def described(self) -> str:
-        """Name and kind, safe to print."""
+    def describe(self) -> str:
+        """Name and type of the member, safe to print."""
         kind = _TYPES.get(self.type, "" if self.type == tarfile.REGTYPE else f"of type {self.type!r}")
         return " ".join(filter(None, (printable(self.name), kind and f"({kind})")))
 
 
 def printable(name: str) -> str:
-    """A name from an untrusted file without control characters, and not too long."""
+    """Escape control characters of a name from an untrusted file, and shorten it."""
     name = name if name.isascii() and name.isprintable() else ascii(name)
     return name if len(name) <= 220 else f"{name[:200]}... ({len(name)} characters)"
 
 
 class TarReader:
-    """Reads an open tar at given places.
+    """Read an open tar at given offsets.
 
     Args:
-        descriptor: of the open file.
-        size: its bytes.
+        descriptor: file descriptor of the tar.
+        size: size of the tar, in bytes.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
         self._descriptor = descriptor
         self.size = size
 
-    def data(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` on.
+    def read(self, offset: int, length: int) -> bytes:
+        """Read ``length`` bytes, starting at ``offset``.
 
         Raises:
-            TarError: the tar ends before; nothing is read where its size says so.
+            TarError: the range exceeds the tar. A range beyond ``size`` is refused without reading.
         """
         if not (offset >= 0 and 0 <= length <= self.size - offset):
-            raise TarError(f"cut off: it would end at byte {offset + length} of a shard of {self.size}")
+            raise TarError(f"cut off: it ends at byte {offset + length}, but the shard has {self.size}")
         data = os.pread(self._descriptor, length, offset)
         if len(data) != length:
-            raise TarError(f"cut off: {len(data)} of {length} bytes at {offset}")
+            raise TarError(f"cut off: read {len(data)} of {length} bytes at offset {offset}")
         return data
 
-    def header(self, place: int) -> Header | None:
-        """The header at ``place``, None for an empty block.
+    def read_header(self, offset: int) -> TarHeader | None:
+        """Read the header at ``offset``; None for an empty block.
 
         Raises:
-            TarError: it is neither, or the tar ends before.
+            TarError: the block is neither a header nor empty, or the tar ends before its end.
         """
-        block = self.data(place, BLOCK)
+        block = self.read(offset, BLOCK)
         if not any(block):
             return None
         try:
-            # Parses these 512 bytes and no more: what pax and GNU headers would make it read stays unread.
+            # frombuf parses these 512 bytes only: it does not follow pax and GNU headers to further blocks.
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError, OverflowError) as error:
-            raise TarError(f"no tar header at byte {place}: {error}") from error
-        return Header(info.name, info.type, info.size)
+            raise TarError(f"no tar header at byte {offset}: {error}") from error
+        return TarHeader(info.name, info.type, info.size)
 
-    def check_member(self, place: int, name: str, size: int | None) -> int:
-        """The size of the member that begins at ``place``.
+    def check_member(self, offset: int, name: str, size: int | None) -> int:
+        """Check the member whose header is at ``offset``, and return its size.
+
+        Args:
+            offset: offset of the header.
+            name: expected name.
+            size: expected size, in bytes; None accepts any.
 
         Raises:
-            TarError: it is not a regular file of this name and, unless None, this size, or is longer than the tar.
+            TarError: the member is not a regular file of this name and size, or exceeds the tar.
         """
-        header = self.header(place)
+        header = self.read_header(offset)
         if header is None:
-            raise TarError(f"an empty block at byte {place} in place of its header")
+            raise TarError(f"an empty block instead of its header at byte {offset}")
         if header.name != name:
-            raise TarError(f"{header.described()} stands in its place at byte {place}")
+            raise TarError(f"{header.describe()} instead of it at byte {offset}")
         if header.type != tarfile.REGTYPE:
-            raise TarError(f"the tar says that it is {_TYPES.get(header.type, 'no regular file')}")
+            raise TarError(f"the tar stores it as {_TYPES.get(header.type, 'no regular file')}")
         if size is not None and header.size != size:
             raise TarError(f"the tar says {header.size} bytes, the manifest {size}")
-        end = place + BLOCK + header.size
-        if not place + BLOCK <= end <= self.size:
-            raise TarError(f"cut off: it would end at byte {end} of a shard of {self.size}")
-        if any(self.data(end, min(-end % BLOCK, self.size - end))):
-            raise TarError("the bytes that fill its last block are not zero")
+        end = offset + BLOCK + header.size
+        if not offset + BLOCK <= end <= self.size:
+            raise TarError(f"cut off: it ends at byte {end}, but the shard has {self.size}")
+        if any(self.read(end, min(-end % BLOCK, self.size - end))):
+            raise TarError("the padding of its last block is not zero")
         return header.size
 
-    def check_end(self, place: int, tick: Callable[[], None]) -> None:
-        """Check that only the empty blocks of an end stand from ``place`` on; ``tick`` is called for each piece read.
+    def check_end(self, offset: int, on_chunk: Callable[[], None]) -> None:
+        """Check that the tar ends at ``offset``, with empty blocks only.
+
+        Args:
+            offset: end of the last member.
+            on_chunk: callback before each chunk is read.
 
         Raises:
-            TarError: the end is not whole, or something stands there.
+            TarError: the end-of-archive blocks are incomplete or not empty.
         """
-        if self.size - place < 2 * BLOCK or self.size % tarfile.RECORDSIZE:
-            raise TarError(f"cut off: the tar has no whole end after byte {place}")
-        for start in range(place, self.size, _CHUNK):
-            tick()
-            if any(self.data(start, min(_CHUNK, self.size - start))):
-                header = self.header(place)
-                what = "bytes" if header is None else header.described()
-                raise TarError(f"{what} after its last sample, at byte {place}: not in the manifest")
+        if self.size - offset < 2 * BLOCK or self.size % tarfile.RECORDSIZE:
+            raise TarError(f"cut off: the end-of-archive blocks after byte {offset} are incomplete")
+        for start in range(offset, self.size, _CHUNK):
+            on_chunk()
+            if any(self.read(start, min(_CHUNK, self.size - start))):
+                header = self.read_header(offset)
+                content = "bytes" if header is None else header.describe()
+                raise TarError(f"{content} after its last sample, at byte {offset}: not in the manifest")

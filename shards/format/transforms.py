@@ -1,15 +1,15 @@
-"""Steps that an array goes through before an entropy coder: reversible ones, and rounding for named lossy modes.
+"""Transform arrays before entropy coding: reversible predictors, and rounding for the lossy codec.
 
-Every step is a JSON object with an ``id``; the rest are its parameters. What is applied is what a member's header
-lists, so that ``restored`` needs nothing else.
+A step is a JSON object with an ``id`` and its parameters. The header of a member lists the steps that were applied, so
+``undo_step`` needs no other information.
 
-- ``delta``: differences of neighbours along ``axis``, modulo the integer's range.
-- ``interpolate``: odd rows as differences from the mean of the rows above and below, even rows as differences of
-  neighbours in the row; even rows come first. A mean of two carries less noise than one neighbour: genuine aerial
-  images took 6 % less than with ``delta``.
-- ``bands``: from a band's residuals, some quarters of those of an earlier band; ``terms`` holds [band, earlier band,
-  quarters], fitted to each array. How much bands have in common differs between images more than between sensors.
-- ``round``: to multiples of ``step``, a power of two, between ``lowest`` and ``highest``; not reversible.
+- ``delta``: replace values by differences of neighbours along ``axis``, modulo the integer's range.
+- ``interpolate``: replace odd rows by differences from the mean of the rows above and below, and even rows by
+  differences of neighbours in the row. Even rows come first. A mean of two has less noise than one neighbour: genuine
+  aerial images took 6 % less space than with ``delta``.
+- ``bands``: subtract some quarters of the residuals of an earlier band. ``terms`` lists [band, earlier band, quarters],
+  fitted to each array, because band correlations differ more between images than between sensors.
+- ``round``: round to multiples of ``step``, a power of two, between ``lowest`` and ``highest``. Not reversible.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import numpy as np
 
 Step = dict[str, Any]
 
-KNOWN = ("delta", "interpolate", "bands", "round")
-_BLOCK = 1 << 18  # bytes of the planes that are worked on together: they stay in the cache
-_SAMPLED = 1 << 12  # values of a band that its terms are fitted to
-_EARLIER = 3  # bands that are tried as the earlier one
-_MOST_BANDS = 64
+STEP_IDS = ("delta", "interpolate", "bands", "round")
+_BLOCK = 1 << 18  # bytes of planes that are processed together: they fit in the CPU cache
+_FIT_SAMPLES = 1 << 12  # values of a band that its terms are fitted to
+_MAX_BAND_DISTANCE = 3  # how many preceding bands are tried as the earlier band
+_MAX_BANDS = 64
 
 
-def fits(step: Step, values: np.ndarray) -> bool:
-    """Whether the step can be applied to ``values``, of any shape, or undone on them, with these parameters."""
+def is_applicable(step: Step, values: np.ndarray) -> bool:
+    """Whether the step, with its parameters, can be applied to or undone on ``values``, of any shape."""
     match step["id"]:
         case "delta":
             axis = step.get("axis")
@@ -38,54 +38,62 @@ def fits(step: Step, values: np.ndarray) -> bool:
             return values.dtype.kind in "iu" and values.ndim >= 2
         case "bands":
             bands = values.shape[-3] if values.ndim >= 3 else 0
-            return values.dtype.kind in "iu" and 0 < bands <= _MOST_BANDS and _are_terms(step.get("terms", []), bands)
+            return (
+                values.dtype.kind in "iu" and 0 < bands <= _MAX_BANDS and _are_valid_terms(step.get("terms", []), bands)
+            )
         case "round":
             return values.dtype.name in ("float32", "float64")
     return False
 
 
-def applied(step: Step, values: np.ndarray) -> tuple[np.ndarray, Step | None]:
-    """The transformed values, and the step with the parameters that undo it; None when it changed nothing.
+def apply_step(step: Step, values: np.ndarray) -> tuple[np.ndarray, Step | None]:
+    """Apply a step.
 
     Args:
-        step: one that ``fits``.
-        values: of any shape, C-contiguous and not empty; never changed.
+        step: a step that ``is_applicable``.
+        values: array of any shape, C-contiguous and not empty. It is never modified.
+
+    Returns:
+        The transformed values, and the step with the parameters that undo it, or None if nothing changed.
     """
     match step["id"]:
         case "delta":
             return imagecodecs.delta_encode(values, axis=step["axis"]), step
         case "interpolate":
-            return _interpolated(values), step
+            return _interpolate(values), step
         case "bands":
-            terms = _fitted_terms(values)
-            return (_without_earlier(values, terms), {**step, "terms": terms}) if terms else (values, None)
+            terms = _fit_terms(values)
+            return (_subtract_bands(values, terms), {**step, "terms": terms}) if terms else (values, None)
         case _:
-            return rounded(values, step), step
+            return round_values(values, step), step
 
 
-def restored(step: Step, values: np.ndarray) -> np.ndarray:
-    """Undoes ``applied`` on values of the same shape; may work in place. Rounding stays."""
+def undo_step(step: Step, values: np.ndarray) -> np.ndarray:
+    """Undo ``apply_step`` on values of the same shape, possibly in place. Rounding is not undone."""
     match step["id"]:
         case "delta":
             return imagecodecs.delta_decode(values, axis=step["axis"], out=values)
         case "interpolate":
-            return _uninterpolated(values)
+            return _undo_interpolate(values)
         case "bands":
-            signed = _signed(values)
+            signed = _view_signed(values)
             for band, earlier, quarters in step["terms"]:
-                signed[..., band, :, :] += _part(signed[..., earlier, :, :], quarters)
+                signed[..., band, :, :] += _scale_by_quarters(signed[..., earlier, :, :], quarters)
     return values
 
 
-def narrowed(
+def crop_encoded(
     steps: list[Step], values: np.ndarray, rows: slice, columns: slice
 ) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """A part of transformed values that ``restored`` turns into the pixels under a window, and the window in it.
+    """Crop transformed values to what is needed to restore a window.
 
     Args:
-        steps: those that were applied, in order; each fits ``values``.
-        values: (..., H, W), transformed.
-        rows, columns: the window, within H and W, not empty.
+        steps: applied steps, in order; each ``is_applicable`` to ``values``.
+        values: transformed values, (..., H, W).
+        rows, columns: window, within H and W, not empty.
+
+    Returns:
+        The crop, and the window inside it after ``undo_step``.
     """
     if (rows, columns) == (slice(0, values.shape[-2]), slice(0, values.shape[-1])):
         return values, (rows, columns)
@@ -93,45 +101,45 @@ def narrowed(
     if len(spatial) > 1:
         return values, (rows, columns)
     if not spatial:
-        part = values[..., rows, columns]
-        return np.ascontiguousarray(part) if steps else part, (slice(None), slice(None))
+        crop = values[..., rows, columns]
+        return np.ascontiguousarray(crop) if steps else crop, (slice(None), slice(None))
     if spatial[0]["id"] == "interpolate":
         height = values.shape[-2]
         even = (height + 1) // 2
-        # Odd rows stand on both neighbours: the part ends with an even row, unless the image ends before.
+        # Odd rows depend on both neighbouring rows: the crop ends with an even row, unless the image ends before.
         first, last = rows.start // 2, min(rows.stop | 1, height)
         above, between = values[..., first : (last + 1) // 2, :], values[..., even + first : even + last // 2, :]
-        # Differences along a row add up from its first pixel.
-        part = np.concatenate([above[..., : columns.stop], between[..., : columns.stop]], axis=-2)
-        return part, (slice(rows.start - 2 * first, rows.stop - 2 * first), columns)
+        # Differences along a row are summed from its first pixel, so the crop starts at column 0.
+        crop = np.concatenate([above[..., : columns.stop], between[..., : columns.stop]], axis=-2)
+        return crop, (slice(rows.start - 2 * first, rows.stop - 2 * first), columns)
     if _axis(spatial[0], values) == -1:
         return np.ascontiguousarray(values[..., rows, : columns.stop]), (slice(None), columns)
     return np.ascontiguousarray(values[..., : rows.stop, columns]), (rows, slice(None))
 
 
 def _axis(step: Step, values: np.ndarray) -> int:
-    """The axis of a difference, counted from the end; 0 for other steps."""
+    """Axis of a ``delta`` step, counted from the end (negative); 0 for other steps."""
     return step["axis"] % values.ndim - values.ndim if step["id"] == "delta" else 0
 
 
-def rounded(values: np.ndarray, step: Step) -> np.ndarray:
-    """The nearest multiples of the step, in the same shape and dtype.
+def round_values(values: np.ndarray, step: Step) -> np.ndarray:
+    """Round to the nearest multiples of the step, in the same shape and dtype.
 
-    NaN, infinities and what lies beyond the limits keep their bits.
+    NaN, infinities and values beyond the limits keep their bits.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         inside = (values >= step["lowest"]) & (values <= step["highest"])
-        # The step is a power of two: scaling is exact.
+        # Scaling is exact because the step is a power of two.
         return np.where(inside, np.rint(values / step["step"]) * step["step"], values).astype(values.dtype, copy=False)
 
 
-def _signed(values: np.ndarray) -> np.ndarray:
-    """The same memory as signed integers: small negative differences are then small."""
+def _view_signed(values: np.ndarray) -> np.ndarray:
+    """View the same memory as signed integers, so that small negative differences have small magnitudes."""
     return values.view(np.dtype(f"i{values.dtype.itemsize}"))
 
 
 def _mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Means of two integers, rounded down, without a wider type."""
+    """Mean of two integer arrays, rounded down, without a wider dtype."""
     mean = first ^ second
     mean >>= 1
     mean += first & second
@@ -139,13 +147,13 @@ def _mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _blocks(values: np.ndarray) -> tuple[np.ndarray, range, int]:
-    """Planes (N, H, W), where blocks of them start, and how many planes a block has."""
+    """Planes (N, H, W), the start of each block of planes, and the number of planes per block."""
     planes = values.reshape(-1, *values.shape[-2:])
     count = max(1, _BLOCK // planes[0].nbytes)
     return planes, range(0, len(planes), count), count
 
 
-def _interpolated(values: np.ndarray) -> np.ndarray:
+def _interpolate(values: np.ndarray) -> np.ndarray:
     target = np.empty_like(values)
     planes, starts, count = _blocks(values)
     targets, _, _ = _blocks(target)
@@ -155,12 +163,12 @@ def _interpolated(values: np.ndarray) -> np.ndarray:
         rows, between = even.shape[1], even.shape[1] - 1
         out[:, :rows] = imagecodecs.delta_encode(even, axis=-1)
         np.subtract(odd[:, :between], _mean(even[:, :-1], even[:, 1:]), out=out[:, rows : rows + between])
-        # With an even number of rows the last has none below.
+        # With an even number of rows, the last row has no row below: subtract the row above.
         np.subtract(odd[:, between:], even[:, between : odd.shape[1]], out=out[:, rows + between :])
     return target
 
 
-def _uninterpolated(values: np.ndarray) -> np.ndarray:
+def _undo_interpolate(values: np.ndarray) -> np.ndarray:
     target = np.empty_like(values)
     planes, starts, count = _blocks(values)
     targets, _, _ = _blocks(target)
@@ -176,52 +184,51 @@ def _uninterpolated(values: np.ndarray) -> np.ndarray:
     return target
 
 
-def _part(residuals: np.ndarray, quarters: int) -> np.ndarray:
-    """One to four quarters of signed residuals, rounded; never out of range."""
+def _scale_by_quarters(residuals: np.ndarray, quarters: int) -> np.ndarray:
+    """One to four quarters of signed residuals, rounded. The result cannot overflow."""
     if quarters == 4:
         return residuals
     return residuals - (residuals >> 2) if quarters == 3 else residuals >> (3 - quarters)
 
 
-def _without_earlier(values: np.ndarray, terms: list[list[int]]) -> np.ndarray:
+def _subtract_bands(values: np.ndarray, terms: list[list[int]]) -> np.ndarray:
     values = values.copy()
-    signed = _signed(values)
+    signed = _view_signed(values)
     for band, earlier, quarters in reversed(terms):
-        signed[..., band, :, :] -= _part(signed[..., earlier, :, :], quarters)
+        signed[..., band, :, :] -= _scale_by_quarters(signed[..., earlier, :, :], quarters)
     return values
 
 
-def _fitted_terms(values: np.ndarray) -> list[list[int]]:
-    """For each band the term that leaves the smallest residuals on a sample of rows, where one helps."""
+def _fit_terms(values: np.ndarray) -> list[list[int]]:
+    """For each band that a term helps, the term with the smallest residuals on a sample of rows."""
     bands = values.shape[-3]
-    rows = np.moveaxis(_signed(values), -3, 0).reshape(bands, -1, values.shape[-1])
-    sample = rows[:, :: max(1, rows[0].size // _SAMPLED)].reshape(bands, -1)
+    rows = np.moveaxis(_view_signed(values), -3, 0).reshape(bands, -1, values.shape[-1])
+    sample = rows[:, :: max(1, rows[0].size // _FIT_SAMPLES)].reshape(bands, -1)
     terms = []
     for band in range(1, bands):
-        smallest, best = _size(sample[band]), None
-        for earlier in range(max(0, band - _EARLIER), band):
+        smallest, best = _absolute_sum(sample[band]), None
+        for earlier in range(max(0, band - _MAX_BAND_DISTANCE), band):
             for quarters in (1, 2, 3, 4):
-                size = _size(sample[band] - _part(sample[earlier], quarters))
-                if size < smallest:
-                    smallest, best = size, [band, earlier, quarters]
+                residual = _absolute_sum(sample[band] - _scale_by_quarters(sample[earlier], quarters))
+                if residual < smallest:
+                    smallest, best = residual, [band, earlier, quarters]
         if best is not None:
             terms.append(best)
     return terms
 
 
-def _size(residuals: np.ndarray) -> int:
-    """Sum of absolute values."""
+def _absolute_sum(residuals: np.ndarray) -> int:
     return int(np.abs(residuals).view(np.dtype(f"u{residuals.dtype.itemsize}")).sum())
 
 
-def _are_terms(terms: Any, bands: int) -> bool:
-    """Whether they can be undone from first to last: bands rise, and each refers to an earlier one."""
-    before = 0
+def _are_valid_terms(terms: Any, bands: int) -> bool:
+    """Whether terms can be undone from first to last: bands increase, and each refers to an earlier band."""
+    previous = 0
     for term in terms if isinstance(terms, list) else [None]:
         if not (isinstance(term, list) and len(term) == 3 and all(type(number) is int for number in term)):
             return False
         band, earlier, quarters = term
-        if not (before < band < bands and 0 <= earlier < band and 1 <= quarters <= 4):
+        if not (previous < band < bands and 0 <= earlier < band and 1 <= quarters <= 4):
             return False
-        before = band
+        previous = band
     return True

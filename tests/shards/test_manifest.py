@@ -13,7 +13,7 @@ import pytest
 from small_tree import write_tree
 
 from bocage.shards.errors import InputError
-from bocage.shards.format.manifest import Manifest, schema
+from bocage.shards.format.manifest import Manifest, manifest_schema
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.source.catalogue import Catalogue
@@ -69,7 +69,7 @@ def with_index_column(shards: Path, name: str, values: Any) -> None:
 def test_reads_back_what_was_written(shards: Path) -> None:
     manifest = Manifest.open(shards)
     assert len(manifest) == manifest.table.num_rows == 4
-    assert manifest.table.schema.equals(schema(manifest.registry, ["split_1", "split_toy"]))
+    assert manifest.table.schema.equals(manifest_schema(manifest.registry, ["split_1", "split_toy"]))
     assert {name: manifest.registry[name] for name in manifest.registry} == {
         name: FLAIR_HUB[name] for name in ("SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC")
     }
@@ -103,7 +103,7 @@ def test_input_spec_has_the_statistics_of_the_shards(shards: Path) -> None:
     manifest = Manifest.open(shards)
     mean, std = manifest.statistics["SENTINEL2_TS"]
     assert len(mean) == len(std) == 10
-    assert manifest.input_spec("SENTINEL2_TS") == InputSpec.of(FLAIR_HUB["SENTINEL2_TS"], mean, std)
+    assert manifest.input_spec("SENTINEL2_TS") == InputSpec.from_modality(FLAIR_HUB["SENTINEL2_TS"], mean, std)
     with pytest.raises(InputError, match=r"no DEM_ELEV; they hold SPOT_RGBI"):
         manifest.input_spec("DEM_ELEV")
     with pytest.raises(InputError, match="mask"):
@@ -255,7 +255,7 @@ def test_indexes_of_another_make_are_refused(shards: Path) -> None:
     with pytest.raises(InputError, match="2 record batches"):
         Manifest.open(shards)
     write_index(shards, batch.select(batch.schema.names[:-1]))
-    with pytest.raises(InputError, match="not those of the modalities"):
+    with pytest.raises(InputError, match="do not match the modalities"):
         Manifest.open(shards)
     write_index(shards, batch, compression="zstd")
     with pytest.raises(InputError, match="compressed"):
@@ -314,7 +314,7 @@ def test_the_table_must_be_the_one_described(shards: Path) -> None:
         Manifest.open(shards).column("key")
     pq.write_table(table.drop_columns(["roi"]), path)
     with_files_described(shards)
-    with pytest.raises(InputError, match=r"manifest\.parquet: columns roi are not"):
+    with pytest.raises(InputError, match=r"manifest\.parquet: columns roi do not match"):
         Manifest.open(shards).split("split_1", "train")
 
 
@@ -334,7 +334,7 @@ def test_damaged_pages_are_named(shards: Path) -> None:
 def test_damaged_files_are_named(shards: Path, name: str) -> None:
     data = (shards / name).read_bytes()
     (shards / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=rf"{name}: {len(data) // 2} bytes where"):
+    with pytest.raises(InputError, match=rf"{name}: {len(data) // 2} bytes, but"):
         Manifest.open(shards)
     with_files_described(shards)
     with pytest.raises(InputError, match=rf"{name}: cannot be read"):
