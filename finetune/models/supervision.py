@@ -1,4 +1,4 @@
-"""How a segmentation model learns, which a finished one need not know: losses, frozen stages, sensors left out."""
+"""Training settings of a segmentation model: losses of the labels, frozen stages, and modality dropout."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from bocage.ssl.encoders.base import Encoder
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """One label of a run.
+    """Settings of one label.
 
     Attributes:
-        level: which band of the label raster, from 1; LPIS has three.
-        grouping: what its classes are put together into (``shards.classes.GROUPINGS``), e.g. ``flair_challenge``.
-        weight: weight of its loss beside those of other labels.
-        loss: how it is learned.
+        level: band of the label raster, counted from 1; LPIS has three.
+        grouping: name of a class grouping (``shards.classes.GROUPINGS``), e.g. ``flair_challenge``; empty for none.
+        weight: weight of the label's loss in the sum over labels.
+        loss: loss of the label.
 
     Raises:
-        ValueError: ``weight`` is not positive.
+        ValueError: ``weight`` is not a positive finite number.
     """
 
     level: int = 1
@@ -39,19 +39,19 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight={self.weight} must be a positive number")
+            raise ValueError(f"weight={self.weight} must be positive and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """What ``FinetuneConfig`` says of learning, by its keys.
+    """Training settings of a segmentation model; the attributes are keys of ``FinetuneConfig``.
 
     Attributes:
-        freeze: encoders that do not learn, ``MODALITY``, or only from some stage on, ``MODALITY:STAGES``.
-        modality_dropout: by modality, the probability that a sample is learned from without it.
-        auxiliary_weight: weight of the mean of the auxiliary decoders' losses beside the main one.
-        label_stride: every which pixel of labels, along both axes, is learned from.
-        tasks: by label; those not named are as ``TaskConfig`` has it.
+        freeze: frozen encoders: ``MODALITY`` freezes all of one, ``MODALITY:STAGES`` its stem and first stages.
+        modality_dropout: probability of dropping a modality from a training sample, by modality.
+        auxiliary_weight: weight of the mean loss of the auxiliary decoders in the total loss.
+        label_stride: stride of the label pixels, along both axes, that the training loss uses.
+        tasks: settings by label; a label that is not listed has the defaults of ``TaskConfig``.
     """
 
     freeze: Collection[str] = ()
@@ -61,21 +61,21 @@ class Supervision:
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
 
 
-def freeze(encoders: Mapping[str, Encoder], words: Collection[str]) -> None:
-    """Let parameters of encoders have no gradient.
+def freeze_encoders(encoders: Mapping[str, Encoder], entries: Collection[str]) -> None:
+    """Set ``requires_grad`` to False for parameters of encoders.
 
     Args:
-        encoders: by modality.
-        words: ``MODALITY`` freezes all of an encoder, ``MODALITY:2`` its stem and first two stages: those of Swin, or
-            of U-TAE the way down, attention over dates, and the way up.
+        encoders: encoders by modality.
+        entries: encoders to freeze. ``MODALITY`` freezes all of an encoder, ``MODALITY:2`` its stem and first two
+            stages. Stages of a U-TAE are the down path, the attention over dates, and the up path.
 
     Raises:
-        InputError: a modality without encoder, or a number of stages that it does not have.
+        InputError: an entry names a modality without encoder, or more stages than the encoder has.
     """
-    for word in words:
-        name, separator, count = word.partition(":")
+    for entry in entries:
+        name, separator, count = entry.partition(":")
         if name not in encoders:
-            raise InputError(f"freeze: {name} not among the modalities {', '.join(encoders)}")
+            raise InputError(f"freeze: {name} is not among the modalities {', '.join(encoders)}")
         if not separator:
             encoders[name].requires_grad_(False)
             continue
@@ -83,41 +83,44 @@ def freeze(encoders: Mapping[str, Encoder], words: Collection[str]) -> None:
         layers = group_parameters(encoder, encoder.group_matcher(coarse=True), reverse=True)
         stages = max(layers.values())
         if not count.isdecimal() or not 0 <= int(count) <= stages:
-            raise InputError(f"freeze: {word}: the encoder of {name} has 0 to {stages} stages after its stem")
+            raise InputError(f"freeze: {entry}: the encoder of {name} has 0 to {stages} stages after its stem")
         for parameter, layer in layers.items():
             if layer <= int(count):
                 encoders[name].get_parameter(parameter).requires_grad_(False)
 
 
-def frozen_parts(module: nn.Module) -> list[nn.Module]:
-    """The largest modules in ``module`` that have parameters and learn none of them."""
+def frozen_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules in ``module`` that have parameters, all of them frozen."""
     parameters = list(module.parameters())
     if not parameters:
         return []
     if not any(parameter.requires_grad for parameter in parameters):
         return [module]
-    return [part for child in module.children() for part in frozen_parts(child)]
+    return [frozen for child in module.children() for frozen in frozen_modules(child)]
 
 
-def without_some(
+def apply_modality_dropout(
     inputs: Mapping[str, EncoderInput], seeds: torch.Tensor, rates: Mapping[str, float]
 ) -> dict[str, EncoderInput]:
-    """Inputs of which each sample lacks some more, drawn from its seed; one that it has always stays.
+    """Drop modalities of each sample at random, but never all of them.
 
-    Modality dropout (ModDrop, Neverova et al., arXiv 1501.00102), but where all that a sample has would go, the one
-    nearest to staying stays.
+    The method is ModDrop (Neverova et al., arXiv 1501.00102), with one change. Where every modality of a sample would
+    be dropped, the one whose random number exceeds its rate most (or falls short least) is kept.
 
     Args:
-        inputs: by modality.
-        seeds: (B,) int64.
-        rates: by modality, the probability that it goes; those not named stay.
+        inputs: encoder inputs by modality.
+        seeds: (B,) int64 sample seeds, which determine the random numbers.
+        rates: dropout probability by modality; a modality that is not listed is never dropped.
+
+    Returns:
+        The inputs with an updated ``present``.
     """
     names = list(inputs)
     present = torch.stack([inputs[name].present for name in names], dim=1)
-    draws = torch.stack([uniform(seeds, f"modality_dropout/{name}") for name in names], dim=1).to(present.device)
-    margin = draws - torch.tensor([rates.get(name, 0.0) for name in names], device=present.device)
+    random = torch.stack([uniform(seeds, f"modality_dropout/{name}") for name in names], dim=1).to(present.device)
+    margin = random - torch.tensor([rates.get(name, 0.0) for name in names], device=present.device)
     kept = present & (margin >= 0)
-    last = torch.where(present, margin, -torch.inf).argmax(dim=1)
-    spare = torch.zeros_like(present).scatter_(1, last[:, None], True) & present
-    kept = torch.where(kept.any(dim=1, keepdim=True), kept, spare)
+    best = torch.where(present, margin, -torch.inf).argmax(dim=1)
+    only_best = torch.zeros_like(present).scatter_(1, best[:, None], True) & present
+    kept = torch.where(kept.any(dim=1, keepdim=True), kept, only_best)
     return {name: replace(inputs[name], present=kept[:, column]) for column, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""What a segmentation model tells: the classes of one band of a label raster, as they are or grouped."""
+"""Prediction targets: one band of a label raster, with its own classes or with grouped ones."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Target:
     """One label to predict.
 
     Attributes:
-        label: the label raster.
-        band: which of its bands, from 0; LPIS has one a level.
-        grouping: which of ``classes.GROUPINGS`` its classes are put together by; empty leaves them as they are.
+        label: modality of the label raster.
+        band: band of the raster, counted from 0; LPIS has one per level.
+        grouping: name in ``classes.GROUPINGS`` of the grouping of its classes; empty keeps the raster's classes.
 
     Raises:
-        InputError: a band that the label does not have, or a grouping that is none or of other classes.
+        InputError: the label has no such band, or the grouping is unknown or made for other classes.
     """
 
     label: Modality
@@ -39,32 +39,32 @@ class Target:
             raise InputError(f"tasks.{self.name}.grouping={self.grouping} is not one of {', '.join(GROUPINGS)}")
         source = GROUPINGS[self.grouping].source
         if source.classes != self.label.schemes[self.band].classes:
-            raise InputError(f"tasks.{self.name}.grouping={self.grouping} is of the classes of {source.name} only")
+            raise InputError(f"tasks.{self.name}.grouping={self.grouping} groups the classes of {source.name} only")
 
     @property
     def name(self) -> str:
-        """The name of the label, by which its decoder, loss and scores are known."""
+        """Name of the label, which identifies its decoder, loss and scores."""
         return self.label.name
 
     @property
     def scheme(self) -> ClassScheme:
-        """The classes that are told apart."""
+        """Classes to predict."""
         return GROUPINGS[self.grouping].scheme if self.grouping else self.label.schemes[self.band]
 
     @property
     def groups(self) -> tuple[int, ...] | None:
-        """For each class of the label its class in ``scheme``; None where they are the same."""
+        """Class in ``scheme`` of each class of the raster; None without grouping."""
         return GROUPINGS[self.grouping].groups if self.grouping else None
 
     def truth(self, batch: Batch) -> torch.Tensor:
-        """The label of each sample, (B, H, W) uint8, zeros where a sample lacks it."""
+        """Return the ground truth of each sample, (B, H, W) uint8; zeros for a sample without the label."""
         values = batch.values[self.name][:, self.band]
         if self.groups is None:
             return values
         return torch.tensor(self.groups, dtype=torch.uint8, device=values.device)[values.long()]
 
-    def facts(self) -> dict[str, Any]:
-        """What scores of it mean, for files of scores: ``label_scheme`` makes its classes of this."""
+    def scheme_to_json(self) -> dict[str, Any]:
+        """Return the level, grouping and classes, which files of scores store; see ``scheme_from_json``."""
         scheme = self.scheme
         return {
             "level": self.band + 1,
@@ -75,26 +75,26 @@ class Target:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """What ``from_json`` reads."""
+        """Return the fields for ``from_json``."""
         return {"label": self.label.to_json(), "band": self.band, "grouping": self.grouping}
 
     @classmethod
     def from_json(cls, item: dict[str, Any]) -> Target:
-        """What ``to_json`` gave.
+        """Build the target that ``to_json`` described.
 
         Raises:
-            InputError, or what Python says of a key or value that is not as ``to_json`` writes it.
+            InputError: a value is invalid. Malformed entries also raise KeyError, TypeError or other built-in errors.
         """
         return cls(label=Modality.from_json(item["label"]), band=item["band"], grouping=item["grouping"])
 
 
-def label_scheme(name: str, facts: dict[str, Any]) -> ClassScheme:
-    """The classes that ``Target.facts`` describes, without their colours."""
-    classes = tuple(facts["classes"])
+def scheme_from_json(name: str, item: dict[str, Any]) -> ClassScheme:
+    """Build the class scheme that ``Target.scheme_to_json`` described; all colours are black."""
+    classes = tuple(item["classes"])
     return ClassScheme(
         name=name,
         classes=classes,
         colours=("000000",) * len(classes),
-        unscored=tuple(facts["unscored"]),
-        background=facts["background"],
+        unscored=tuple(item["unscored"]),
+        background=item["background"],
     )

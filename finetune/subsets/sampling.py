@@ -1,10 +1,11 @@
-"""Which patches are labelled in a study of few labels: nested subsets, stratified, the same on any machine.
+"""Draw nested, stratified subsets of labelled patches, identical on every machine.
 
-Nothing but keys, regions, domains and class histograms decides. A draw is a number; its hash of a key stands where a
-random number would, so that no library's generator matters. Patches (or whole ROIs) are put in one order, of which
-each subset is a beginning: subsets are nested and their sizes exact. The order is that of systematic sampling within
-strata of domain and rarest class: each stratum is spread evenly over it, so that every beginning holds each in its
-share, up to one patch or so.
+A subset depends only on the number of the draw and on the patches' keys, regions, domains and class histograms. Hashes
+of (draw, key) replace random numbers, so no library's random generator matters. Each draw sorts the patches (or whole
+ROIs) into one order, and a subset is the first patches of that order: subsets are nested and have exact sizes.
+
+The order comes from systematic sampling within strata of domain and rarest class. It spreads each stratum evenly, so
+that every subset contains each stratum in proportion, up to about one patch.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ from bocage.finetune.models.targets import Target
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 
-Track = Literal["patch", "roi"]
-"""What annotators label: single patches, or all patches of regions of interest."""
+SamplingUnit = Literal["patch", "roi"]
+"""Unit that is drawn: single patches, or all patches of a region of interest."""
 
-TRACKS: tuple[Track, ...] = get_args(Track)
-_ALMOST = 1e-9  # below a whole number of patches still counts as it
+SAMPLING_UNITS: tuple[SamplingUnit, ...] = get_args(SamplingUnit)
+_TOLERANCE = 1e-9  # excess over a whole number of patches that is rounding error
 
 
 @dataclass(frozen=True)
 class LabelledPatches:
-    """What subsets are drawn from.
+    """Labelled patches to draw subsets from.
 
     Attributes:
-        keys, rois, domains: (N,) names each; regions are named with their domain.
-        classes: (label, class) of each of the C scored classes.
-        pixels: (N, C) int64, how many of each a patch has.
+        keys: (N,) patch keys.
+        rois: (N,) names of regions of interest; they include the domain.
+        domains: (N,) names of domains.
+        classes: pairs (label, class) of the C scored classes.
+        pixels: (N, C) int64 pixel counts of each class in each patch.
     """
 
     keys: Sequence[str]
@@ -46,32 +49,32 @@ class LabelledPatches:
 
     @classmethod
     def read(cls, manifest: Manifest, rows: np.ndarray, targets: Sequence[Target]) -> LabelledPatches:
-        """The patches of some rows of a manifest, (N,) int64, and what they have of the classes of some labels."""
-        parts, names = [], []
+        """Read the patches at ``rows``, (N,) int64, of a manifest and their pixel counts of the targets' classes."""
+        counts, names = [], []
         for target in targets:
             scheme = target.scheme
             histograms = _histograms(manifest, rows, target)
-            parts.append(histograms[:, list(scheme.scored)])
+            counts.append(histograms[:, list(scheme.scored)])
             names += [(target.name, scheme.classes[value]) for value in scheme.scored]
         keys, rois, domains = (manifest.column(name).take(rows).to_pylist() for name in ("key", "roi", "domain"))
-        return cls(keys, np.array(rois), np.array(domains), tuple(names), np.concatenate(parts, axis=1))
+        return cls(keys, np.array(rois), np.array(domains), tuple(names), np.concatenate(counts, axis=1))
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def take(self, index: np.ndarray) -> LabelledPatches:
-        """Those at the places ``index``, (n,) int64."""
-        keys = [self.keys[place] for place in index]
+        """Select the patches at the indices ``index``, (n,) int64."""
+        keys = [self.keys[position] for position in index]
         return LabelledPatches(keys, self.rois[index], self.domains[index], self.classes, self.pixels[index])
 
 
 def _histograms(manifest: Manifest, rows: np.ndarray, target: Target) -> np.ndarray:
-    """(N, classes) int64 pixels of each class of a target, 0 where a patch lacks the label."""
+    """Read the (N, classes) int64 pixel counts of a target; 0 for a patch without the label."""
     band = target.label.bands[target.band].name
     column = manifest.column(f"histogram.{target.name}.{band}").take(rows).combine_chunks()
-    there = column.is_valid().to_numpy(zero_copy_only=False)
+    has_label = column.is_valid().to_numpy(zero_copy_only=False)
     stored = np.zeros((len(rows), len(target.label.schemes[target.band])), np.int64)
-    stored[there] = column.flatten().to_numpy().reshape(-1, stored.shape[1])
+    stored[has_label] = column.flatten().to_numpy().reshape(-1, stored.shape[1])
     if target.groups is None:
         return stored
     grouped = np.zeros((len(rows), len(target.scheme)), np.int64)
@@ -80,86 +83,89 @@ def _histograms(manifest: Manifest, rows: np.ndarray, target: Target) -> np.ndar
     return grouped
 
 
-def subset(patches: LabelledPatches, fraction: float, *, draw: int, track: Track) -> np.ndarray:
-    """Places of the patches of a subset, (N,) int64 ascending.
+def draw_subset(patches: LabelledPatches, fraction: float, *, draw: int, sampling_unit: SamplingUnit) -> np.ndarray:
+    """Draw a subset and return the indices of its patches, int64, ascending.
 
     Args:
-        patches: what to draw from.
-        fraction: of them, in (0, 1]. Of patches as many as it says, rounded up; regions are taken while that brings
-            their patches nearer to it. At least one.
-        draw: which of the subsets of that size; those of one draw are nested.
-        track: whether to draw patches or whole regions.
+        patches: patches to draw from.
+        fraction: size of the subset as a fraction of the patches, in (0, 1]. A number of patches is rounded up. Whole
+            regions are added while that brings the number of patches closer to the fraction; there is at least one.
+        draw: number of the draw; subsets of one draw are nested.
+        sampling_unit: ``patch`` to draw single patches, ``roi`` to draw whole regions.
 
     Raises:
-        InputError: there is nothing to draw from.
+        InputError: ``patches`` is empty.
     """
-    order = _order(patches, draw, track)
-    return np.sort(order[: _count(patches.rois[order], fraction, track)])
+    order = _sampling_order(patches, draw, sampling_unit)
+    return np.sort(order[: _subset_size(patches.rois[order], fraction, sampling_unit)])
 
 
-def smallest_fractions(patches: LabelledPatches, fractions: Sequence[float], *, draw: int, track: Track) -> np.ndarray:
-    """(N,) float64: the smallest of the ``fractions`` whose subset holds each patch, NaN where none does.
+def smallest_fractions(
+    patches: LabelledPatches, fractions: Sequence[float], *, draw: int, sampling_unit: SamplingUnit
+) -> np.ndarray:
+    """Return the smallest of ``fractions`` whose subset contains each patch, (N,) float64; NaN if none does.
 
     Raises:
-        InputError: there is nothing to draw from.
+        InputError: ``patches`` is empty.
     """
-    order = _order(patches, draw, track)
+    order = _sampling_order(patches, draw, sampling_unit)
     rois = patches.rois[order]
-    found = np.full(len(patches), np.nan)
+    smallest = np.full(len(patches), np.nan)
     for fraction in sorted(fractions, reverse=True):
-        found[order[: _count(rois, fraction, track)]] = fraction
-    return found
+        smallest[order[: _subset_size(rois, fraction, sampling_unit)]] = fraction
+    return smallest
 
 
-def _count(rois: np.ndarray, fraction: float, track: Track) -> int:
-    """How many patches of the order a subset takes; ``rois`` are their regions in that order."""
-    wanted = fraction * len(rois)
-    if track == "patch":
-        return max(1, math.ceil(wanted - _ALMOST))
+def _subset_size(rois: np.ndarray, fraction: float, sampling_unit: SamplingUnit) -> int:
+    """Number of patches in a subset; ``rois`` are the regions of all patches in sampling order."""
+    target = fraction * len(rois)
+    if sampling_unit == "patch":
+        return max(1, math.ceil(target - _TOLERANCE))
     ends = np.flatnonzero(np.append(rois[1:] != rois[:-1], True)) + 1
-    return int(ends[np.abs(ends - wanted).argmin()])
+    return int(ends[np.abs(ends - target).argmin()])
 
 
-def _order(patches: LabelledPatches, draw: int, track: Track) -> np.ndarray:
-    """(N,) int64: places of all patches, in the order in which subsets take them."""
+def _sampling_order(patches: LabelledPatches, draw: int, sampling_unit: SamplingUnit) -> np.ndarray:
+    """Return the indices of all patches, (N,) int64, in the order in which subsets add them."""
     if not len(patches):
-        raise InputError("no labelled patch to draw from")
+        raise InputError("there is no labelled patch to draw from")
     present = patches.pixels > 0
-    if track == "patch":
-        return _systematic([f"{draw}/{key}" for key in patches.keys], patches.domains, present)
+    if sampling_unit == "patch":
+        return _systematic_order([f"{draw}/{key}" for key in patches.keys], patches.domains, present)
     names, first, region = np.unique(patches.rois, return_index=True, return_inverse=True)
-    held = np.zeros((len(names), present.shape[1]), bool)
-    np.logical_or.at(held, region, present)
-    regions = _systematic([f"{draw}/{name}" for name in names], patches.domains[first], held)
+    region_classes = np.zeros((len(names), present.shape[1]), bool)
+    np.logical_or.at(region_classes, region, present)
+    regions = _systematic_order([f"{draw}/{name}" for name in names], patches.domains[first], region_classes)
     rank = np.empty(len(names), np.int64)
     rank[regions] = np.arange(len(names))
     keys = np.array(patches.keys)
     return np.lexsort((keys, rank[region]))
 
 
-def _systematic(names: Sequence[str], domains: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """The order of systematic sampling within strata of domain and rarest class present.
+def _systematic_order(names: Sequence[str], domains: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return the order of systematic sampling within strata of domain and rarest class present.
 
-    Within its stratum, the r-th of n units by hash stands at (r + offset) / n, between 0 and 1; sorting these positions
-    merges the strata. Offsets are spread evenly, within and over domains, so that roundings of strata cancel out.
+    Within a stratum of n units, the r-th unit by hash has the position (r + offset) / n, between 0 and 1. Sorting by
+    position merges the strata. Offsets are spread evenly within and across domains, so that rounding errors of the
+    strata cancel out.
 
     Args:
-        names: of the units, what is hashed.
-        domains: (N,) of each.
-        present: (N, C) bool.
+        names: names of the N units, which are hashed.
+        domains: (N,) domain of each unit.
+        present: (N, C) bool, classes that each unit has.
     """
     rarest_first = np.argsort(present.sum(axis=0), kind="stable")
     ranked = present[:, rarest_first]
-    kind = np.where(ranked.any(axis=1), ranked.argmax(axis=1), present.shape[1])
+    rarest_class = np.where(ranked.any(axis=1), ranked.argmax(axis=1), present.shape[1])
     digests = np.array([_digest(name) for name in names], np.uint64)
     strata, stratum = np.unique(
-        np.stack([np.unique(domains, return_inverse=True)[1], kind]), axis=1, return_inverse=True
+        np.stack([np.unique(domains, return_inverse=True)[1], rarest_class]), axis=1, return_inverse=True
     )
     stratum = stratum.reshape(-1)
-    # The least hash of its units stands for a stratum, and that of its strata for a domain.
-    least = np.full(strata.shape[1], np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(least, stratum, digests)
-    offsets = _offsets(strata[0], least)
+    # Strata are sorted by the smallest hash of their units, and domains by the smallest hash of their strata.
+    smallest = np.full(strata.shape[1], np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(smallest, stratum, digests)
+    offsets = _offsets(strata[0], smallest)
     order = np.lexsort((digests, stratum))
     sizes = np.bincount(stratum)
     rank = np.arange(len(names)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -168,14 +174,14 @@ def _systematic(names: Sequence[str], domains: np.ndarray, present: np.ndarray) 
     return np.lexsort((digests, position))
 
 
-def _offsets(domain: np.ndarray, least: np.ndarray) -> np.ndarray:
-    """An offset in (0, 1) of each stratum, (S,): evenly spread within its domain, domains evenly shifted."""
+def _offsets(domain: np.ndarray, digest: np.ndarray) -> np.ndarray:
+    """Return an offset in (0, 1) for each stratum, (S,): evenly spaced within a domain, domains evenly shifted."""
     groups = [np.flatnonzero(domain == name) for name in np.unique(domain)]
-    groups.sort(key=lambda group: int(least[group].min()))
+    groups.sort(key=lambda group: int(digest[group].min()))
     offsets = np.empty(len(domain))
     for number, group in enumerate(groups):
         shift = (number + 0.5) / len(groups)
-        offsets[group[np.argsort(least[group], kind="stable")]] = (np.arange(len(group)) + shift) / len(group)
+        offsets[group[np.argsort(digest[group], kind="stable")]] = (np.arange(len(group)) + shift) / len(group)
     return offsets
 
 
@@ -183,25 +189,30 @@ def _digest(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def disjoint_regions(rois: np.ndarray, domains: np.ndarray, share: float) -> np.ndarray:
-    """Patches of whole regions to validate on, (N,) bool, so that training and validation share no region.
+def disjoint_validation_mask(rois: np.ndarray, domains: np.ndarray, fraction: float) -> np.ndarray:
+    """Choose whole regions for validation, so that training and validation share no region.
 
-    Regions are taken by hash within each domain, while that brings their patches nearer to the share; a domain of one
-    region has none. (Of the 46 regions that FLAIR-HUB's toy split validates on, 24 are trained on, too.)
+    Within each domain, regions are added in the order of their hashes while that brings the number of patches closer to
+    the fraction. A domain with a single region has no validation patches. (In FLAIR-HUB's toy split, 24 of the 46
+    validation regions are also in the training set.)
 
     Args:
-        rois, domains: of all patches of training and validation.
-        share: of the patches to validate on.
+        rois: (N,) regions of all patches of training and validation.
+        domains: (N,) domains of these patches.
+        fraction: fraction of the patches to validate on.
+
+    Returns:
+        (N,) bool, True for validation patches.
     """
     chosen: set[str] = set()
     for domain in np.unique(domains):
         names, sizes = np.unique(rois[domains == domain], return_counts=True)
         order = np.argsort([_digest(f"validation/{name}") for name in names], kind="stable")
-        ends = np.concatenate(([0], np.cumsum(sizes[order])))[: len(names)]  # one region stays
-        chosen.update(names[order[: int(np.abs(ends - share * sizes.sum()).argmin())]])
+        ends = np.concatenate(([0], np.cumsum(sizes[order])))[: len(names)]  # one region remains for training
+        chosen.update(names[order[: int(np.abs(ends - fraction * sizes.sum()).argmin())]])
     return np.isin(rois, sorted(chosen))
 
 
 def keys_digest(keys: Sequence[str]) -> str:
-    """SHA-256 of keys, sorted, one a line: what two runs that learn from the same patches have in common."""
+    """SHA-256 of the sorted keys, one per line; equal for two runs that train on the same patches."""
     return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
