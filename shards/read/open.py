@@ -103,7 +103,8 @@ class RemoteShards:
         data = self._cache.read(self._shards[shard], offset, length)
         if len(data) != length:
             raise InputError(
-                f"{self.name(shard)}: truncated: read {len(data)} of {length} bytes at offset {offset}; copy the shard again"
+                f"{self.name(shard)}: truncated: read {len(data)} of {length} bytes at offset {offset}; "
+                "copy the shard again"
             )
         return data
 

@@ -1,7 +1,7 @@
-"""Dates and splits of FLAIR-HUB: the GeoPackages of GLOBAL_ALL_MTD and the CSV files of the official code.
+"""Read the dates and splits of FLAIR-HUB from the GeoPackages of GLOBAL_ALL_MTD and the CSV files of the official code.
 
-GeoPackages are streamed by columns and batches, because at full size one of them holds 240,000 JSON texts; a text that
-many patches share is parsed and kept once. They are read where they are, in ``GLOBAL_ALL_MTD.zip`` too.
+GeoPackages are streamed in batches of the needed columns, because at full size one of them holds 240,000 JSON texts. A
+text that many patches share is parsed and stored once. GeoPackages inside ``GLOBAL_ALL_MTD.zip`` are read in place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
 from bocage.shards.source import zips
 
-FOLDER = "GLOBAL_ALL_MTD"
+METADATA_FOLDER = "GLOBAL_ALL_MTD"
 SPLIT_FILE = "GLOBAL_ALL_MTD_SPLIT.gpkg"
 
 _EPOCH = datetime.date(1970, 1, 1).toordinal()
@@ -32,11 +32,11 @@ _EPOCH = datetime.date(1970, 1, 1).toordinal()
 
 @dataclass(frozen=True)
 class TableFile:
-    """One GeoPackage, in a folder or in a zip. As text it is the name that messages give.
+    """One GeoPackage, in a folder or in a zip; ``str()`` gives its name for messages.
 
     Attributes:
-        path: the GeoPackage, or the zip that holds it.
-        member: its name in the zip; None when ``path`` is the GeoPackage.
+        path: path of the GeoPackage, or of the zip that holds it.
+        member: name in the zip; None if ``path`` is the GeoPackage.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class TableFile:
 
     @property
     def gdal_path(self) -> str:
-        """What GDAL calls it."""
+        """Path for GDAL."""
         return str(self.path) if self.member is None else f"/vsizip/{{{self.path.absolute()}}}/{self.member}"
 
 
@@ -56,12 +56,12 @@ class Dates:
     """Acquisition dates of one modality.
 
     Attributes:
-        days: (N,) int32 days since 1970-01-01, the distinct lists of dates one after the other, each in the order of
-            the raster's bands.
+        days: (N,) int32 days since 1970-01-01: the distinct lists of dates, concatenated, each in the order of the
+            raster's bands.
         bounds: (lists + 1,) int64; list k is ``days[bounds[k]:bounds[k + 1]]``.
-        index: (patches,) int32, the list of each patch; -1 where the dates are unknown.
-        duplicates: rows for a patch that already had one; the first counts.
-        unreadable: rows whose dates could not be parsed; their patches stay without.
+        index: (patches,) int32, index of the list of each patch; -1 for unknown dates.
+        duplicates: number of rows for a patch that already had one; the first row counts.
+        unreadable: number of rows whose dates cannot be parsed; the dates of their patches are unknown.
     """
 
     days: np.ndarray
@@ -70,58 +70,58 @@ class Dates:
     duplicates: int = 0
     unreadable: int = 0
 
-    def of(self, patch: int) -> np.ndarray | None:
-        """Dates of a patch, (T,) int32 days since 1970-01-01; None where they are unknown."""
-        chosen = self.index[patch]
-        return None if chosen < 0 else self.days[self.bounds[chosen] : self.bounds[chosen + 1]]
+    def of_patch(self, patch: int) -> np.ndarray | None:
+        """Dates of a patch, (T,) int32 days since 1970-01-01; None if unknown."""
+        index = self.index[patch]
+        return None if index < 0 else self.days[self.bounds[index] : self.bounds[index + 1]]
 
 
-def find(root: Path, name: str) -> TableFile | None:
-    """The metadata file ``name`` in ``root/GLOBAL_ALL_MTD``, ``root`` or the zip; None when there is none.
+def find_table(root: Path, name: str) -> TableFile | None:
+    """Find the metadata file ``name`` in ``root/GLOBAL_ALL_MTD``, ``root`` or the zip; None if it does not exist.
 
     Raises:
-        InputError: the zip is looked into and cannot be read.
+        InputError: the zip is needed and cannot be read.
     """
-    for path in (root / FOLDER / name, root / name):
+    for path in (root / METADATA_FOLDER / name, root / name):
         if path.is_file():
             return TableFile(path)
-    archive = root / f"{FOLDER}.zip"
+    archive = root / f"{METADATA_FOLDER}.zip"
     if not archive.is_file():
         return None
-    held = {member.name.decode("utf-8", "replace") for member in zips.members(archive)}
-    return next((TableFile(archive, inner) for inner in (f"{FOLDER}/{name}", name) if inner in held), None)
+    members = {member.name.decode("utf-8", "replace") for member in zips.members(archive)}
+    return next((TableFile(archive, path) for path in (f"{METADATA_FOLDER}/{name}", name) if path in members), None)
 
 
 def read_dates(table: TableFile, modality: Modality, keys: pa.Array) -> Dates:
-    """Dates of the patches ``keys`` of ``modality`` in ``GLOBAL_{NAME}_MTD_DATES.gpkg``.
+    """Read the dates of the patches ``keys`` of ``modality`` from ``GLOBAL_{NAME}_MTD_DATES.gpkg``.
 
-    A day (or month) ``00`` means that it is unknown and is taken as the first.
+    An unknown day or month (``00``) is read as the first.
 
     Raises:
         InputError: the file cannot be read or lacks a column.
     """
-    column = "acquisition_dates" if modality.has_dates else "date"
-    parse = _series_dates if modality.has_dates else _image_date
+    column = "acquisition_dates" if modality.has_time_axis else "date"
+    parse = _series_dates if modality.has_time_axis else _image_date
     index = np.full(len(keys), -1, np.int32)
     days, bounds = array("i"), array("q", [0])
-    known: dict[bytes, int] = {}  # by hash: texts are long, and perhaps no two patches share one
-    seen = np.zeros(len(keys), bool)
+    list_of_text: dict[bytes, int] = {}  # by hash of the text, because texts are long and may all differ
+    has_row = np.zeros(len(keys), bool)
     duplicates = unreadable = 0
     for batch in _batches(table, ["patch_id", column]):
-        rows, first = _matched(batch["patch_id"], keys, seen)
+        rows, first = _matched(batch["patch_id"], keys, has_row)
         duplicates += len(first) - int(first.sum())
         texts = pc.cast(batch[column], pa.string()).dictionary_encode()
         lists = np.full(len(texts.dictionary) + 1, -1, np.int32)  # the last entry is for null
         for code, text in enumerate(texts.dictionary):
             content = text.as_py()
             digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-            if digest not in known:
+            if digest not in list_of_text:
                 parsed = parse(content)
-                known[digest] = -1 if parsed is None else len(bounds) - 1
+                list_of_text[digest] = -1 if parsed is None else len(bounds) - 1
                 if parsed is not None:
                     days.extend(parsed)
                     bounds.append(len(days))
-            lists[code] = known[digest]
+            lists[code] = list_of_text[digest]
         codes = lists[pc.fill_null(texts.indices, len(texts.dictionary)).to_numpy(zero_copy_only=False)]
         codes = codes[rows >= 0][first]
         index[rows[rows >= 0][first]] = codes
@@ -130,29 +130,29 @@ def read_dates(table: TableFile, modality: Modality, keys: pa.Array) -> Dates:
 
 
 def read_splits(table: TableFile, keys: pa.Array) -> dict[str, pa.DictionaryArray]:
-    """The ``split_*`` columns of ``GLOBAL_ALL_MTD_SPLIT.gpkg``: for each of ``keys`` train, valid, test or null.
+    """Read the ``split_*`` columns of ``GLOBAL_ALL_MTD_SPLIT.gpkg``: train, valid, test or null for each of ``keys``.
 
     Raises:
-        InputError: the file cannot be read, or has no such column.
+        InputError: the file cannot be read or has no such column.
     """
     names = [name for name in _columns(table) if name.startswith("split_")]
     if not names:
         raise InputError(f"{table}: no column is named split_...; columns: {', '.join(_columns(table))}")
     batches = list(_batches(table, ["patch_id", *names]))
-    if not batches:  # a table without rows: the splits exist and no patch is in them
+    if not batches:  # a table without rows: the splits exist, but hold no patch
         return {name: pa.nulls(len(keys), pa.string()).dictionary_encode() for name in names}
-    held = pa.Table.from_batches(batches)
-    rows = pc.index_in(keys, value_set=held["patch_id"].combine_chunks())
+    content = pa.Table.from_batches(batches)
+    rows = pc.index_in(keys, value_set=content["patch_id"].combine_chunks())
     splits = {}
     for name in names:
-        values = pc.cast(held[name].combine_chunks().take(rows), pa.string())
+        values = pc.cast(content[name].combine_chunks().take(rows), pa.string())
         empty = pc.equal(values, "")
         splits[name] = pc.if_else(empty, pa.scalar(None, pa.string()), values).dictionary_encode()
     return splits
 
 
 def read_csv_paths(path: Path) -> Iterator[list[str]]:
-    """Rows of a split CSV of the official code: a column a modality, each cell a path that starts with ``../``.
+    """Read the rows of a split CSV of the official code: one column per modality, each cell a path from ``../``.
 
     The separator is a comma (toy files) or a semicolon (full files).
 
@@ -174,17 +174,17 @@ def read_csv_paths(path: Path) -> Iterator[list[str]]:
         raise InputError(f"{path}: holds no patch; expected a header and one row for each patch")
 
 
-def _matched(ids: pa.Array, keys: pa.Array, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row of ``keys`` for each id (-1: none), and which of the matched ones come for the first time.
+def _matched(ids: pa.Array, keys: pa.Array, has_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row in ``keys`` of each id (-1 for none), and whether each matched id appears for the first time.
 
-    Marks these in ``seen``, (patches,) bool.
+    Marks matched rows in ``has_row``, (patches,) bool.
     """
     rows = pc.fill_null(pc.index_in(ids, value_set=keys), -1).to_numpy(zero_copy_only=False)
     matched = rows[rows >= 0]
     first = np.zeros(len(matched), bool)
     first[np.unique(matched, return_index=True)[1]] = True
-    first &= ~seen[matched]
-    seen[matched] = True
+    first &= ~has_row[matched]
+    has_row[matched] = True
     return rows, first
 
 
@@ -196,7 +196,7 @@ def _columns(table: TableFile) -> list[str]:
 
 
 def _batches(table: TableFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Record batches of the wanted columns of the default layer."""
+    """Read ``columns`` of the default layer in record batches."""
     available = _columns(table)
     for column in columns:
         if column not in available:
@@ -225,7 +225,7 @@ def _image_date(text: str) -> list[int] | None:
 def _series_dates(text: str) -> list[int] | None:
     """Dates of ``{"1": "20210114", ...}``, in the order of the numbers."""
     try:
-        listed = {int(number): _day(str(day)) for number, day in json.loads(text).items()}
+        days = {int(number): _day(str(day)) for number, day in json.loads(text).items()}
     except (ValueError, AttributeError):
         return None
-    return [listed[number] for number in sorted(listed)]
+    return [days[number] for number in sorted(days)]

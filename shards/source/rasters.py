@@ -1,14 +1,16 @@
-"""Reading one GeoTIFF of a patch with the reader that is fastest for its layout, and checking it against the registry.
+"""Read one GeoTIFF of a patch, from a file or a zip, and check it against the registry.
 
-Measured: GDAL's cost for a series grows with the square of its dates (35 ms at 91 dates of 10 bands), tifffile reads
-the same file in 2 to 7 ms; large images are faster through GDAL (5.4 ms against 7.8 for an aerial image), labels
-through tifffile (2.3 against 3.6).
+The reader depends on the modality, because measured times differ. For a series, GDAL's time grows with the square of
+the number of dates: 35 ms for 91 dates of 10 bands, where tifffile takes 2 to 7 ms. Large images are faster with GDAL
+(5.4 ms against 7.8 ms for an aerial image), labels with tifffile (2.3 ms against 3.6 ms).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,20 +18,54 @@ import rasterio
 import tifffile
 from rasterio.io import MemoryFile
 
+from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
-from bocage.shards.source.raster_source import RasterError, RasterSource
+from bocage.shards.source import zips
 
-_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order; the last two are BigTIFF's
+_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF, in either byte order
 _GSD_TOLERANCE = 0.01  # relative
-_SMALL = 400_000  # bytes of an array under which opening a file costs more than decoding it
+_SMALL = 400_000  # bytes of an array below which opening a file takes longer than decoding it
 _PROJECTED_CRS, _USER_DEFINED = 3072, 32767  # GeoTIFF key and value (OGC 19-008r4)
 _RASTER_TYPE, _PIXEL_IS_POINT = 1025, 2
-# Lambert-93 over the realisations of RGF93, which are centimetres apart.
+# Lambert-93 on three realisations of RGF93, which differ by centimetres.
 _LAMBERT_93 = ("EPSG:2154", "EPSG:9793", "EPSG:9794")
 
 
+class RasterError(InputError):
+    """A raster that is unreadable or contradicts the registry; the message names the file and the value."""
+
+
+@dataclass(frozen=True)
+class RasterSource:
+    """File of one raster; ``str()`` gives its name for messages.
+
+    Attributes:
+        path: path of the GeoTIFF, or of the zip that holds it.
+        member: member of the zip; None if ``path`` is the GeoTIFF.
+    """
+
+    path: Path
+    member: zips.ZipMember | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.member is None else f"{self.path}/{self.member.name.decode('utf-8', 'replace')}"
+
+    def read(self) -> bytes:
+        """Read the bytes of the GeoTIFF.
+
+        Raises:
+            RasterError: the file or the zip cannot be read, or the zip is refused.
+        """
+        try:
+            return self.path.read_bytes() if self.member is None else zips.read(self.path, self.member)
+        except zips.ZipError as error:
+            raise RasterError(str(error)) from error
+        except OSError as error:
+            raise RasterError(f"{self}: cannot be read: {error.strerror}") from error
+
+
 def gdal_reason(error: Exception) -> str:
-    """Why a raster cannot be read, in one line; rasterio's errors point to GDAL's own words, which are their cause."""
+    """Why a raster cannot be read, in one line; the cause of a rasterio error holds GDAL's own message."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     return " ".join(str(cause).split()) or type(error).__name__
 
@@ -38,12 +74,13 @@ class Raster(NamedTuple):
     """One raster of a patch.
 
     Attributes:
-        array: (C, H, W) for images and labels, (T, C, H, W) for series and masks, in the modality's dtype. Pixels of a
-            float raster that have its declared nodata value are NaN; integer rasters are as they are stored.
-        crs: ``EPSG:2154`` where the file says so, else WKT; empty when the file has none. Some FLAIR-HUB rasters carry
-            a local Lambert-93 without a code: compare coordinates, never these strings.
-        left, top: outer corner of the upper-left pixel, in the CRS.
-        stored_bytes: size of the GeoTIFF.
+        array: (C, H, W) for images and labels, (T, C, H, W) for series and masks, in the modality's dtype. Pixels with
+            the declared nodata value are NaN in float rasters, and unchanged in integer rasters.
+        crs: ``EPSG:2154`` if the file has this code, else WKT; empty if the file has no CRS. Some FLAIR-HUB rasters
+            have a local Lambert-93 without a code: compare coordinates, never these strings.
+        left: x coordinate of the outer corner of the upper-left pixel, in the CRS.
+        top: y coordinate of this corner.
+        stored_bytes: size of the GeoTIFF, in bytes.
     """
 
     array: np.ndarray
@@ -53,41 +90,40 @@ class Raster(NamedTuple):
     stored_bytes: int
 
 
-def read(source: RasterSource, modality: Modality) -> Raster:
-    """The raster of ``modality`` in the file ``source``.
+def read_raster(source: RasterSource, modality: Modality) -> Raster:
+    """Read the raster of ``modality`` from ``source``.
 
     Raises:
-        RasterError: the file cannot be read, blocks of it were never written, its coordinates are those of another
-            system than Lambert-93, or its dtype, size, number of bands, pixel size or class values are not those of
-            ``modality``.
+        RasterError: the file cannot be read, some blocks were never written, its CRS is not Lambert-93, or its dtype,
+            size, number of bands, pixel size or class values contradict ``modality``.
     """
     content = source.read()
     nbytes = len(modality.bands) * modality.size**2 * np.dtype(modality.dtype).itemsize
-    large = modality.role == "image" and nbytes > _SMALL  # labels compress to little: opening costs more
+    is_large = modality.role == "image" and nbytes > _SMALL  # opening dominates for labels, which compress well
     try:
-        _refuse_what_is_no_tiff(content)
-        reader = _read_gdal if large else _read_tifffile
+        _check_signature(content)
+        reader = _read_gdal if is_large else _read_tifffile
         bands, pixel, crs, left, top, nodata = reader(content)
-    # tifffile and its codecs raise whatever their parsing meets in a damaged file: ValueError, IndexError, KeyError,
-    # struct.error, ZeroDivisionError, codec errors; all of them mean the same here.
+    # For a damaged file, tifffile and its codecs raise ValueError, IndexError, KeyError, struct.error,
+    # ZeroDivisionError or codec errors.
     except Exception as error:
         if isinstance(error, MemoryError):
             raise
         raise RasterError(f"{source}: cannot be read: {gdal_reason(error)}") from error
     _check_crs(source, crs)
-    _check(source, modality, bands, pixel)
+    _check_bands(source, modality, bands, pixel)
     if not (math.isfinite(left) and math.isfinite(top)):
-        raise RasterError(f"{source}: its position ({left}, {top}) is no place")
+        raise RasterError(f"{source}: its position ({left}, {top}) is not finite")
     if nodata is not None and bands.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # a value beyond the dtype is infinity there
+        with np.errstate(over="ignore"):  # a nodata value beyond the dtype becomes infinity
             bands = np.where(bands == bands.dtype.type(nodata), bands.dtype.type(np.nan), bands)
-    if modality.has_dates:
+    if modality.has_time_axis:
         bands = bands.reshape(-1, len(modality.bands), modality.size, modality.size)
     return Raster(np.ascontiguousarray(bands), crs, left, top, len(content))
 
 
 _Read = tuple[np.ndarray, tuple[float, float], str, float, float, float | None]
-"""Bands (N, H, W), pixel width and height, CRS, left, top, declared nodata value (GeoTIFF has one for all bands)."""
+"""Bands (N, H, W), pixel width and height, CRS, left, top, declared nodata value (one for all bands in a GeoTIFF)."""
 
 
 def _read_gdal(content: bytes) -> _Read:
@@ -95,33 +131,33 @@ def _read_gdal(content: bytes) -> _Read:
         pixel, crs, left, top = _georeference(source)
         bands = source.read()
         nodata = source.nodata
-        tiled = source.block_shapes[0][1] < source.width
-    # GDAL reads blocks that a file lacks as nodata or zeros: a row of zeros is suspect, and so is what cannot be told
-    # from rows.
-    if tiled or nodata is not None or not bands.any(axis=2).all():
+        is_tiled = source.block_shapes[0][1] < source.width
+    # GDAL reads missing blocks as nodata or zeros. Without nodata and tiles, a missing block shows as rows of zeros.
+    # Files with nodata or tiles are always checked.
+    if is_tiled or nodata is not None or not bands.any(axis=2).all():
         with tifffile.TiffFile(BytesIO(content)) as file:
-            _refuse_holes(file.pages.first)
+            _check_blocks(file.pages.first)
     return bands, pixel, crs, left, top, nodata
 
 
 def _georeference(source: Any) -> tuple[tuple[float, float], str, float, float]:
-    """Pixel width and height, CRS, left, top of an open dataset of rasterio."""
+    """Pixel width and height, CRS, left and top of an open rasterio dataset."""
     transform = source.transform
     if transform.b or transform.d:
-        raise ValueError("its grid is turned against north")
+        raise ValueError("its grid is rotated against north")
     return (transform.a, -transform.e), source.crs.to_string() if source.crs else "", transform.c, transform.f
 
 
-def _refuse_what_is_no_tiff(content: bytes) -> None:
-    """GDAL would say that it needs a driver."""
+def _check_signature(content: bytes) -> None:
+    """Check that the content is a TIFF, because GDAL's own error would only mention a missing driver."""
     if not content:
         raise ValueError("it is empty")
     if not content.startswith(_SIGNATURES):
-        raise ValueError(f"it begins with {content[:4]!r}, which is no TIFF")
+        raise ValueError(f"it begins with {content[:4]!r}, so it is no TIFF")
 
 
-def _refuse_holes(page: Any) -> None:
-    """A writer that was killed may leave blocks without data."""
+def _check_blocks(page: Any) -> None:
+    """Check that every block has data; a killed writer may leave some without."""
     if 0 in page.databytecounts:
         raise ValueError("some of its blocks were never written")
 
@@ -129,41 +165,41 @@ def _refuse_holes(page: Any) -> None:
 def _read_tifffile(content: bytes) -> _Read:
     with tifffile.TiffFile(BytesIO(content)) as file:
         page = file.pages.first
-        _refuse_holes(page)
+        _check_blocks(page)
         bands = page.asarray(maxworkers=1)
         if page.axes == "YXS":
             bands = bands.transpose(2, 0, 1)
         elif page.axes == "YX":
             bands = bands[None]
         elif page.axes != "SYX":
-            raise ValueError(f"axes {page.axes} are not those of an image")
+            raise ValueError(f"its axes {page.axes} are not those of an image")
         declared = page.tags.get("GDAL_NODATA")
         nodata = None if declared is None else float(declared.value)
         scale, tie = page.tags.get("ModelPixelScaleTag"), page.tags.get("ModelTiepointTag")
         directory = page.tags.get("GeoKeyDirectoryTag")
-    # Entries of four numbers after a header of four: key, where its value is, count, value.
+    # Four numbers of header, then entries of four numbers: key, location of the value, count, value.
     entries = zip(*[iter(directory.value[4:])] * 4) if directory is not None else ()
-    keys = {key: value for key, place, _, value in entries if place == 0}
+    keys = {key: value for key, location, _, value in entries if location == 0}
     code = keys.get(_PROJECTED_CRS, _USER_DEFINED)
-    if scale is None or tie is None or code == _USER_DEFINED:  # the rare ways of saying it are GDAL's to understand
+    if scale is None or tie is None or code == _USER_DEFINED:  # leave rare encodings to GDAL
         with MemoryFile(content) as memory, memory.open() as source:
             pixel, crs, left, top = _georeference(source)
         return bands, pixel, crs, left, top, nodata
     width, height, _ = scale.value
     column, row, _, easting, northing, _ = tie.value[:6]
-    centre = 0.5 if keys.get(_RASTER_TYPE) == _PIXEL_IS_POINT else 0.0
-    left, top = easting - (column + centre) * width, northing + (row + centre) * height
+    half_pixel = 0.5 if keys.get(_RASTER_TYPE) == _PIXEL_IS_POINT else 0.0
+    left, top = easting - (column + half_pixel) * width, northing + (row + half_pixel) * height
     return bands, (width, height), f"EPSG:{code}", left, top, nodata
 
 
 def _check_crs(source: RasterSource, crs: str) -> None:
-    """A local system, a projected one without a code and none at all may be Lambert-93: positions will tell."""
+    """Refuse other systems than Lambert-93; accept local systems and files without a code, which may be Lambert-93."""
     if crs.startswith("GEOG") or (crs.startswith("EPSG:") and crs not in _LAMBERT_93):
-        named = "geographic coordinates" if crs.startswith("GEOG") else f"coordinates in {crs}"
-        raise RasterError(f"{source}: {named}, but patches are in Lambert-93 ({_LAMBERT_93[0]})")
+        description = "geographic coordinates" if crs.startswith("GEOG") else f"coordinates in {crs}"
+        raise RasterError(f"{source}: {description}, but patches are in Lambert-93 ({_LAMBERT_93[0]})")
 
 
-def _check(source: RasterSource, modality: Modality, bands: np.ndarray, pixel: tuple[float, float]) -> None:
+def _check_bands(source: RasterSource, modality: Modality, bands: np.ndarray, pixel: tuple[float, float]) -> None:
     expected, size = len(modality.bands), modality.size
     if bands.dtype != np.dtype(modality.dtype):
         raise RasterError(f"{source}: dtype {bands.dtype}, but {modality.name} is {modality.dtype}")
@@ -171,10 +207,10 @@ def _check(source: RasterSource, modality: Modality, bands: np.ndarray, pixel: t
         height, width = bands.shape[1:]
         raise RasterError(f"{source}: {width} x {height} pixels, but {modality.name} has {size} x {size}")
     count = len(bands)
-    if count % expected != 0 if modality.has_dates else count != expected:
-        multiple = "a multiple of " if modality.has_dates else ""
+    if count % expected != 0 if modality.has_time_axis else count != expected:
+        multiple = "a multiple of " if modality.has_time_axis else ""
         raise RasterError(f"{source}: {count} bands, but {modality.name} has {multiple}{expected}")
-    # Not "any is larger": a NaN is larger than nothing.
+    # Test with "all are close", because NaN compares as False.
     if not all(abs(side - modality.gsd) <= _GSD_TOLERANCE * modality.gsd for side in pixel):
         raise RasterError(
             f"{source}: pixels of {pixel[0]:g} x {pixel[1]:g} m, but {modality.name} has {modality.gsd:g} m"
@@ -188,5 +224,5 @@ def _check(source: RasterSource, modality: Modality, bands: np.ndarray, pixel: t
 
 
 def gdal_environment() -> rasterio.Env:
-    """The context in which patches are read: little memory, one thread, no listing of folders."""
+    """GDAL settings for reading patches: small cache, one thread, no listing of folders."""
     return rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS=1)

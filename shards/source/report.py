@@ -1,35 +1,35 @@
-"""What is missing, repeated, unreadable or not understood in a FLAIR-HUB tree."""
+"""Report on a FLAIR-HUB tree: counts by modality, and missing, duplicate, unreadable or unparsable files."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_EXAMPLES = 5
-_UNREADABLE_LISTED = 100  # each a file that somebody has to download again
+_MAX_EXAMPLES = 5
+_MAX_UNREADABLE_LISTED = 100  # more than other examples, because somebody has to download each file again
 
 
 @dataclass
-class Report:
-    """What a tree holds and what is wrong with it. Lists of examples are bounded, whatever the tree holds.
+class CatalogueReport:
+    """Counts of the files of a tree and of its problems, with a bounded number of examples.
 
     Attributes:
         patches: number of patches.
-        present: by modality, patches that have it.
-        missing_examples: by modality that some patches have and some lack, keys of a few that lack it.
-        undated: by series and mask, files left out because the metadata give no dates for them.
-        lone: by mask, files left out because their patch lacks the series.
-        orphans: historical files whose place has no patch of any year.
+        present: patches that have a modality, by modality.
+        missing_examples: keys of a few patches that lack a modality, by modality that other patches have.
+        undated: files left out because the metadata hold no dates for them, by series and mask.
+        masks_without_series: files left out because their patch lacks the series, by mask.
+        historical_without_patch: historical files whose location has no patch of any year.
         unparsable: files and folders inside modality folders and zips whose names do not follow the pattern.
-        examples: a few of these, relative to the root.
-        duplicates: rasters found a second time; a folder counts before a zip, then the first by name.
+        unparsable_examples: a few of these, relative to the root.
+        duplicates: further files of the same raster; a folder takes precedence over a zip, then the first by name.
         duplicate_examples: a few of these.
-        empty: files of 0 bytes. They stay in the catalogue, where reading them fails.
+        empty: files of 0 bytes; they stay in the catalogue, and reading them fails.
         empty_examples: a few of these.
-        unreadable: folders and zips that cannot be read, and are left out as a whole.
-        unreadable_examples: a sentence on each, up to 100.
-        unknown_folders: folders and zips named like a modality's that the registry does not list.
-        duplicate_rows: metadata rows about a patch that already had one; the first counts.
+        unreadable: folders and zips that cannot be read; they are left out completely.
+        unreadable_examples: one message for each of these, up to 100.
+        unknown_folders: folders and zips named like those of a modality that the registry does not list.
+        duplicate_rows: metadata rows about a patch that already had one; the first row counts.
         unreadable_dates: metadata rows whose dates cannot be parsed.
     """
 
@@ -37,10 +37,10 @@ class Report:
     present: dict[str, int] = field(default_factory=dict)
     missing_examples: dict[str, list[str]] = field(default_factory=dict)
     undated: dict[str, int] = field(default_factory=dict)
-    lone: dict[str, int] = field(default_factory=dict)
-    orphans: int = 0
+    masks_without_series: dict[str, int] = field(default_factory=dict)
+    historical_without_patch: int = 0
     unparsable: int = 0
-    examples: list[str] = field(default_factory=list)
+    unparsable_examples: list[str] = field(default_factory=list)
     duplicates: int = 0
     duplicate_examples: list[str] = field(default_factory=list)
     empty: int = 0
@@ -53,64 +53,69 @@ class Report:
 
     @property
     def missing(self) -> dict[str, int]:
-        """By modality, patches that lack it."""
+        """Patches that lack a modality, by modality."""
         return {name: self.patches - count for name, count in self.present.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, JSON-serialisable."""
+        """The report as a JSON-serialisable dictionary."""
         return {**asdict(self), "missing": self.missing}
 
-    def remarks(self) -> list[str]:
-        """A sentence on everything that is not as in a complete tree; none when all is well."""
+    def warnings(self) -> list[str]:
+        """One message for each way in which the tree is not complete; empty for a complete tree."""
         total, missing = self.patches, self.missing
-        remarks = [f"{count} of {total} patches without {name}" for name, count in missing.items() if 0 < count < total]
+        messages = [
+            f"{count} of {total} patches without {name}" for name, count in missing.items() if 0 < count < total
+        ]
         absent = [name for name, count in missing.items() if count == total]
-        remarks += [f"no patch has {', '.join(absent)}"] if absent else []
-        remarks += [f"left out: {sentence}" for sentence in self.unreadable_examples]
+        messages += [f"no patch has {', '.join(absent)}"] if absent else []
+        messages += [f"left out: {message}" for message in self.unreadable_examples]
         if self.unreadable > len(self.unreadable_examples):
-            remarks.append(f"left out: {self.unreadable - len(self.unreadable_examples)} more that cannot be read")
+            messages.append(f"left out: {self.unreadable - len(self.unreadable_examples)} more that cannot be read")
         if self.empty:
-            remarks.append(f"{self.empty} files are empty, e.g. {', '.join(self.empty_examples)}")
+            messages.append(f"{self.empty} files are empty, e.g. {', '.join(self.empty_examples)}")
         if self.duplicates:
-            remarks.append(f"{self.duplicates} rasters are there twice, e.g. {', '.join(self.duplicate_examples)}")
-        remarks += [f"{count} files of {name} left out: no dates known" for name, count in self.undated.items()]
-        remarks += [f"{count} files of {name} left out: no series beside them" for name, count in self.lone.items()]
+            messages.append(f"{self.duplicates} duplicate rasters ignored, e.g. {', '.join(self.duplicate_examples)}")
+        messages += [f"{count} files of {name} left out: no dates known" for name, count in self.undated.items()]
+        messages += [
+            f"{count} files of {name} left out: no series beside them"
+            for name, count in self.masks_without_series.items()
+        ]
         if self.unparsable:
-            remarks.append(f"{self.unparsable} names not understood, e.g. {', '.join(self.examples)}")
+            messages.append(f"{self.unparsable} names not understood, e.g. {', '.join(self.unparsable_examples)}")
         if self.unknown_folders:
-            remarks.append(f"unknown modalities: {', '.join(self.unknown_folders)}")
-        if self.orphans:
-            remarks.append(f"{self.orphans} historical images without a patch")
+            messages.append(f"unknown modalities: {', '.join(self.unknown_folders)}")
+        if self.historical_without_patch:
+            messages.append(f"{self.historical_without_patch} historical images without a patch")
         if self.duplicate_rows:
-            remarks.append(f"{self.duplicate_rows} repeated metadata rows ignored")
+            messages.append(f"{self.duplicate_rows} repeated metadata rows ignored")
         if self.unreadable_dates:
-            remarks.append(f"{self.unreadable_dates} metadata rows without readable dates")
-        return remarks
+            messages.append(f"{self.unreadable_dates} metadata rows without readable dates")
+        return messages
 
-    def not_understood(self, name: str) -> None:
-        """Counts a name that does not follow the pattern."""
+    def add_unparsable(self, name: str) -> None:
+        """Count a name that does not follow the pattern."""
         self.unparsable += 1
-        _keep(self.examples, name)
+        _append_example(self.unparsable_examples, name)
 
-    def found_again(self, count: int, names: list[str]) -> None:
-        """Counts rasters found a second time; ``names`` may hold only the first few."""
+    def add_duplicates(self, count: int, names: list[str]) -> None:
+        """Count duplicate rasters; ``names`` may hold only the first few."""
         self.duplicates += count
         for name in names:
-            _keep(self.duplicate_examples, name)
+            _append_example(self.duplicate_examples, name)
 
-    def found_empty(self, name: str) -> None:
-        """Counts a file of 0 bytes."""
+    def add_empty(self, name: str) -> None:
+        """Count a file of 0 bytes."""
         self.empty += 1
-        _keep(self.empty_examples, name)
+        _append_example(self.empty_examples, name)
 
-    def cannot_be_read(self, sentence: str) -> None:
-        """Counts a folder or zip that is left out."""
+    def add_unreadable(self, message: str) -> None:
+        """Count a folder or zip that is left out."""
         self.unreadable += 1
-        _keep(self.unreadable_examples, sentence, _UNREADABLE_LISTED)
+        _append_example(self.unreadable_examples, message, _MAX_UNREADABLE_LISTED)
 
 
-def _keep(examples: list[str], text: str, most: int = _EXAMPLES) -> None:
-    if len(examples) < most:
-        # One line that any terminal and any JSON can take, whatever bytes a file name holds.
+def _append_example(examples: list[str], text: str, limit: int = _MAX_EXAMPLES) -> None:
+    if len(examples) < limit:
+        # File names may hold any bytes: replace those that a terminal or JSON could not take.
         text = text.encode("utf-8", "replace").decode("utf-8")
         examples.append("".join(character if character.isprintable() else "?" for character in text))

@@ -1,4 +1,7 @@
-"""What lies in a FLAIR-HUB tree, folders and zips alike, as NumPy columns: no Python object for a raster is kept."""
+"""Scan the folders and zips of a FLAIR-HUB tree, and join their rasters into patches.
+
+The results are NumPy columns, because a Python object for each of millions of rasters would take too much memory.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ import numpy as np
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, Modality, Registry
 from bocage.shards.source import naming, zips
-from bocage.shards.source.report import Report
+from bocage.shards.source.report import CatalogueReport
 
-# A raster in a zip: number of the zip, whether names in it begin with the folder, and what the zip's directory says.
-ENTRY = np.dtype(
+# Entry of a raster in a zip: index of the zip, whether member names begin with the folder, and fields of ``ZipMember``.
+ZIP_ENTRY = np.dtype(
     [
         ("zip", np.uint32),
         ("nested", np.uint8),
@@ -29,25 +32,26 @@ ENTRY = np.dtype(
     ]
 )
 _ZIP = ".zip"
-_MOST_DATES = 4096
-# A raster's file holds its values, at worst doubled by a failed compression, and tags of some 100 bytes a band.
-_GROWTH, _TAGS = 2, 1 << 20
-_IN_ZIP = re.compile(rb"(?:(?P<folder>[^/]+)/)?(?P<roi>[A-Za-z0-9-]+)/(?P<file>[^/]+)\.tif")
-_FOLDER_FIRST, _ZIP_NEXT = 0, 1
+_MAX_DATES = 4096
+# A GeoTIFF holds its values, at worst doubled by a failed compression, and tags of some 100 bytes per band.
+_MAX_GROWTH, _MAX_TAG_BYTES = 2, 1 << 20
+_MEMBER_NAME = re.compile(rb"(?:(?P<folder>[^/]+)/)?(?P<roi>[A-Za-z0-9-]+)/(?P<file>[^/]+)\.tif")
+_FOLDER_KIND, _ZIP_KIND = 0, 1  # candidates sort by kind: folders take precedence over zips
 
 
 @dataclass(frozen=True)
-class Found:
+class ModalityRasters:
     """Rasters of one modality in one folder or zip.
 
     Attributes:
-        place: ``D012``.
-        year: ``2019``, or ``195X``.
+        department: department, such as ``D012``.
+        year: image year, such as ``2019``; ``195X`` for historical images.
+        modality: name of the modality.
         cells: (rasters,) int64, ROI number << 28 | row << 14 | column.
-        entries: (rasters,) ``ENTRY`` in a zip, None in a folder.
+        entries: (rasters,) ``ZIP_ENTRY`` of a zip; None for a folder.
     """
 
-    place: str
+    department: str
     year: str
     modality: str
     cells: np.ndarray
@@ -55,22 +59,26 @@ class Found:
 
 
 class Scan:
-    """Walks the tree at ``root``; counts what is not understood or cannot be read in ``report``.
+    """Rasters of a FLAIR-HUB tree, found by walking its folders and zips.
+
+    Args:
+        root: folder of the tree.
+        registry: modalities to look for.
+        report: report that receives unparsable, unreadable and empty files.
 
     Attributes:
-        found: folders first, then zips, each by name.
-        rois: names of ROIs by their number, in no order.
-        zips: file names of zips by their number.
+        sources: rasters of each folder and zip: folders first, then zips, each by name.
+        zips: file names of the zips; ``ZIP_ENTRY`` refers to them by index.
 
     Raises:
         InputError: ``root`` is no folder or cannot be listed.
     """
 
-    def __init__(self, root: Path, registry: Registry, report: Report) -> None:
-        self.found: list[Found] = []
+    def __init__(self, root: Path, registry: Registry, report: CatalogueReport) -> None:
+        self.sources: list[ModalityRasters] = []
         self.zips: list[str] = []
         self._root, self._registry, self._report = root, registry, report
-        self._numbers: dict[str, int] = {}
+        self._roi_numbers: dict[str, int] = {}
         try:
             candidates = sorted(_candidates(root))
         except (FileNotFoundError, NotADirectoryError):
@@ -86,83 +94,84 @@ class Scan:
                 continue
             modality = registry[match["modality"]]
             if modality.historical != (match["year"] == naming.HISTORICAL_YEAR):
-                report.not_understood(name + suffix)
+                report.add_unparsable(name + suffix)
             elif suffix not in ("", _ZIP):
-                report.cannot_be_read(f"{root / (name + suffix)}: part of a download that has not ended")
+                report.add_unreadable(f"{root / (name + suffix)}: unfinished download")
             else:
-                cells, entries = self._zip(name, modality) if kind == _ZIP_NEXT else (self._folder(name), None)
-                self.found.append(Found(match["place"], match["year"], modality.name, cells, entries))
+                is_zip = kind == _ZIP_KIND
+                cells, entries = self._scan_zip(name, modality) if is_zip else (self._scan_folder(name), None)
+                self.sources.append(ModalityRasters(match["department"], match["year"], modality.name, cells, entries))
 
     @property
     def rois(self) -> list[str]:
-        """Names of ROIs by their number, in no order."""
-        return list(self._numbers)
+        """Names of ROIs by their number, unsorted."""
+        return list(self._roi_numbers)
 
-    def _number(self, roi: str) -> int:
-        number = self._numbers.setdefault(roi, len(self._numbers))
-        if number >= naming.MOST_ROIS:
-            raise InputError(f"{self._root}: more than {naming.MOST_ROIS} names of ROIs are too many for one catalogue")
+    def _roi_number(self, roi: str) -> int:
+        number = self._roi_numbers.setdefault(roi, len(self._roi_numbers))
+        if number >= naming.MAX_ROIS:
+            raise InputError(f"{self._root}: more than {naming.MAX_ROIS} ROI names, the limit of a catalogue")
         return number
 
-    def _folder(self, name: str) -> np.ndarray:
-        """Cells of the rasters in a modality's folder."""
+    def _scan_folder(self, name: str) -> np.ndarray:
+        """Cells of the rasters in the folder of a modality."""
         cells = array("q")
         report = self._report
-        for roi in self._listed(self._root / name):
+        for roi in self._list(self._root / name):
             if not _is_folder(roi) or not naming.ROI.fullmatch(roi.name):
-                report.not_understood(f"{name}/{roi.name}")
+                report.add_unparsable(f"{name}/{roi.name}")
                 continue
-            base = self._number(roi.name) << naming.ROI_SHIFT
+            base = self._roi_number(roi.name) << naming.ROI_SHIFT
             prefix = f"{name}_{roi.name}_"
-            for file in self._listed(Path(roi.path)):
+            for file in self._list(Path(roi.path)):
                 cell = _cell(file.name, prefix)
                 if cell is None:
-                    report.not_understood(f"{name}/{roi.name}/{file.name}")
+                    report.add_unparsable(f"{name}/{roi.name}/{file.name}")
                     continue
                 cells.append(base | cell)
                 if _is_empty(file):
-                    report.found_empty(f"{name}/{roi.name}/{file.name}")
+                    report.add_empty(f"{name}/{roi.name}/{file.name}")
         return np.frombuffer(cells, np.int64) if cells else np.zeros(0, np.int64)
 
-    def _listed(self, folder: Path) -> Iterator[os.DirEntry[str]]:
+    def _list(self, folder: Path) -> Iterator[os.DirEntry[str]]:
         try:
             with os.scandir(folder) as entries:
                 yield from entries
         except OSError as error:
-            self._report.cannot_be_read(f"{folder}: cannot be read: {error.strerror}")
+            self._report.add_unreadable(f"{folder}: cannot be read: {error.strerror}")
 
-    def _zip(self, folder: str, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
-        """Cells and entries of the rasters in a modality's zip; none of them when it is refused."""
+    def _scan_zip(self, folder: str, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
+        """Cells and entries of the rasters in the zip of a modality; empty if the zip cannot be used."""
         path = self._root / (folder + _ZIP)
-        report, limit = self._report, _largest_file(modality)
+        report, limit = self._report, _max_file_bytes(modality)
         cells = array("q")
         columns = {name: array("Q") for name in ("nested", "method", "crc", "stored", "size", "offset")}
         expected = folder.encode()
         try:
             for member in zips.members(path):
-                match = _IN_ZIP.fullmatch(member.name)
+                match = _MEMBER_NAME.fullmatch(member.name)
                 cell = None
                 if match is not None and match["folder"] in (None, expected):
                     roi = match["roi"].decode("ascii")
                     cell = _cell(f"{match['file'].decode('utf-8', 'replace')}.tif", f"{folder}_{roi}_")
                 if match is None or cell is None:
-                    report.not_understood(f"{path.name}/{member.name.decode('utf-8', 'replace')}")
+                    report.add_unparsable(f"{path.name}/{member.name.decode('utf-8', 'replace')}")
                     continue
                 if member.size > limit or member.stored > limit:
                     raise zips.ZipError(
                         f"{path}: member {member.name.decode('ascii', 'replace')} declares {member.size} bytes, but a "
-                        f"raster of {modality.name} takes at most {limit}; such a zip is not read"
+                        f"raster of {modality.name} takes at most {limit}; the zip is not read"
                     )
-                cells.append(self._number(roi) << naming.ROI_SHIFT | cell)
+                cells.append(self._roi_number(roi) << naming.ROI_SHIFT | cell)
                 columns["nested"].append(match["folder"] is not None)
                 for field in ("method", "crc", "stored", "size", "offset"):
                     columns[field].append(getattr(member, field))
                 if member.size == 0:
-                    report.found_empty(f"{path.name}/{member.name.decode('ascii', 'replace')}")
+                    report.add_empty(f"{path.name}/{member.name.decode('ascii', 'replace')}")
         except zips.ZipError as error:
-            report.cannot_be_read(str(error))
-            return np.zeros(0, np.int64), np.zeros(0, ENTRY)
-        entries = np.zeros(len(cells), ENTRY)
+            report.add_unreadable(str(error))
+            return np.zeros(0, np.int64), np.zeros(0, ZIP_ENTRY)
+        entries = np.zeros(len(cells), ZIP_ENTRY)
         entries["zip"] = len(self.zips)
         self.zips.append(path.name)
         for field, column in columns.items():
@@ -171,145 +180,149 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Patches, sorted, and which rasters there are of each.
+class PatchTable:
+    """Sorted patches and the rasters of each.
 
     Attributes:
-        domains: names by index.
+        domains: names of domains by index.
         rois: names of ROIs by index.
-        codes: (patches,) int64, see ``naming``.
-        presence: (patches,) uint64, bit k for the registry's k-th modality.
-        places: (patches, modalities) int32 into ``entries``; -1 for a file in a folder, or none.
-        entries: (rasters in zips,) ``ENTRY``.
+        codes: (patches,) int64 patch codes, see ``naming``.
+        presence: (patches,) uint64, bit k for the k-th modality of the registry.
+        entry_index: (patches, modalities) int32, index into ``zip_entries``; -1 for a file in a folder, or no file.
+        zip_entries: (rasters in zips,) ``ZIP_ENTRY``.
     """
 
     domains: list[str]
     rois: list[str]
     codes: np.ndarray
     presence: np.ndarray
-    places: np.ndarray
-    entries: np.ndarray
+    entry_index: np.ndarray
+    zip_entries: np.ndarray
 
 
-def join(scan: Scan, registry: Registry, report: Report) -> Joined:
-    """Brings together what folders and zips hold of each patch. Of a raster that is there twice the first counts.
+def join_rasters(scan: Scan, registry: Registry, report: CatalogueReport) -> PatchTable:
+    """Join the rasters of all folders and zips into patches. Of duplicate rasters, the first counts.
 
     Raises:
-        InputError: there are more domains than a patch's number can tell apart.
+        InputError: there are more domains or departments than patch codes can number.
     """
-    names = scan.rois
-    rois = sorted(names, key=naming.natural)
+    rois = sorted(scan.rois, key=naming.natural_sort_key)
     index_of = {roi: index for index, roi in enumerate(rois)}
-    ranks = np.array([index_of[name] for name in names], np.int64)
-    dated = [found for found in scan.found if found.year != naming.HISTORICAL_YEAR]
-    domains = sorted({f"{found.place}-{found.year}" for found in dated})
-    places = sorted({found.place for found in scan.found})
-    if len(domains) >= naming.MOST_DOMAINS or len(places) >= naming.MOST_DOMAINS:
+    roi_index = np.array([index_of[name] for name in scan.rois], np.int64)  # by number of the ROI
+    with_year = [source for source in scan.sources if source.year != naming.HISTORICAL_YEAR]
+    domains = sorted({f"{source.department}-{source.year}" for source in with_year})
+    departments = sorted({source.department for source in scan.sources})
+    if len(domains) >= naming.MAX_DOMAINS or len(departments) >= naming.MAX_DOMAINS:
         raise InputError(f"{len(domains)} domains are too many for one catalogue")
-    owner = {name: index for names in (domains, places) for index, name in enumerate(names)}
+    # Historical rasters belong to a department, all others to a domain.
+    area_index = {name: index for names in (domains, departments) for index, name in enumerate(names)}
 
-    held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    rasters: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by modality: codes, and indices into the zip entries
     start = 0
     for name in registry:
-        codes, wheres = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for found in scan.found:
-            if found.modality != name:
+        codes, entry_indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for source in scan.sources:
+            if source.modality != name:
                 continue
-            number = owner[found.place if found.year == naming.HISTORICAL_YEAR else f"{found.place}-{found.year}"]
-            within = found.cells & (1 << naming.ROI_SHIFT) - 1
-            ranked = ranks[found.cells >> naming.ROI_SHIFT] if len(found.cells) else found.cells
-            codes.append(number << naming.DOMAIN_SHIFT | ranked << naming.ROI_SHIFT | within)
-            count = len(found.cells)
-            wheres.append(np.full(count, -1) if found.entries is None else np.arange(start, start + count))
-            start += 0 if found.entries is None else count
-        held[name] = _first_of_each(
+            is_historical = source.year == naming.HISTORICAL_YEAR
+            area = area_index[source.department if is_historical else f"{source.department}-{source.year}"]
+            cells = source.cells & (1 << naming.ROI_SHIFT) - 1
+            roi = roi_index[source.cells >> naming.ROI_SHIFT] if len(source.cells) else source.cells
+            codes.append(area << naming.DOMAIN_SHIFT | roi << naming.ROI_SHIFT | cells)
+            count = len(source.cells)
+            entry_indices.append(np.full(count, -1) if source.entries is None else np.arange(start, start + count))
+            start += 0 if source.entries is None else count
+        rasters[name] = _drop_duplicates(
             np.concatenate(codes),
-            np.concatenate(wheres).astype(np.int32),
+            np.concatenate(entry_indices).astype(np.int32),
             report,
-            (places if registry[name].historical else domains, rois, registry[name]),
+            (departments if registry[name].historical else domains, rois, registry[name]),
         )
 
-    images = [held[name][0] for name, modality in registry.items() if not modality.historical]
-    codes_all = np.unique(np.concatenate([np.zeros(0, np.int64), *images]))
-    presence = np.zeros(len(codes_all), np.uint64)
-    table = np.full((len(codes_all), len(registry)), -1, np.int32)
+    images = [rasters[name][0] for name, modality in registry.items() if not modality.historical]
+    patch_codes = np.unique(np.concatenate([np.zeros(0, np.int64), *images]))
+    presence = np.zeros(len(patch_codes), np.uint64)
+    entry_index = np.full((len(patch_codes), len(registry)), -1, np.int32)
     for bit, (name, modality) in enumerate(registry.items()):
-        codes_held, where = held[name]
-        attached = np.zeros(len(codes_held), bool)
-        for wanted, chosen in _owners(codes_held, modality, places, domains):
-            rows = np.searchsorted(codes_all, wanted)
-            there = rows < len(codes_all)
-            there[there] = codes_all[rows[there]] == wanted[there]
-            presence[rows[there]] |= np.uint64(1 << bit)
-            table[rows[there], bit] = where[chosen][there]
-            attached[chosen] |= there
-        report.orphans += int((~attached).sum())
-    entries = [found.entries for name in registry for found in scan.found if found.modality == name]
-    joined = np.concatenate([np.zeros(0, ENTRY), *(entry for entry in entries if entry is not None)])
-    return Joined(domains, rois, codes_all, presence, table, joined)
+        raster_codes, entries = rasters[name]
+        has_patch = np.zeros(len(raster_codes), bool)
+        for owners, chosen in _owners(raster_codes, modality, departments, domains):
+            rows = np.searchsorted(patch_codes, owners)
+            exists = rows < len(patch_codes)
+            exists[exists] = patch_codes[rows[exists]] == owners[exists]
+            presence[rows[exists]] |= np.uint64(1 << bit)
+            entry_index[rows[exists], bit] = entries[chosen][exists]
+            has_patch[chosen] |= exists
+        report.historical_without_patch += int((~has_patch).sum())
+    zip_entries = [source.entries for name in registry for source in scan.sources if source.modality == name]
+    joined = np.concatenate([np.zeros(0, ZIP_ENTRY), *(entries for entries in zip_entries if entries is not None)])
+    return PatchTable(domains, rois, patch_codes, presence, entry_index, joined)
 
 
-def _first_of_each(
-    codes: np.ndarray, where: np.ndarray, report: Report, names: tuple[list[str], list[str], Modality]
+def _drop_duplicates(
+    codes: np.ndarray,
+    entry_index: np.ndarray,
+    report: CatalogueReport,
+    names: tuple[list[str], list[str], Modality],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes without repetitions, sorted, and where the first of each is."""
+    """Sorted unique codes, and the entry index of the first raster of each; counts the other rasters."""
     unique, first = np.unique(codes, return_index=True)
     if len(unique) < len(codes):
-        again = np.ones(len(codes), bool)
-        again[first] = False
-        owners, rois, modality = names
+        is_duplicate = np.ones(len(codes), bool)
+        is_duplicate[first] = False
+        areas, rois, modality = names
         examples = []
-        for code in codes[again][:5].tolist():
-            owner, roi, cell = naming.unpacked(code)
-            folder = naming.folder_of(owners[owner], modality)
-            examples.append(f"{folder}/{naming.file_of(folder, rois[roi], cell)}")
-        report.found_again(len(codes) - len(unique), examples)
-    return unique, where[first]
+        for code in codes[is_duplicate][:5].tolist():
+            area, roi, cell = naming.unpack_code(code)
+            folder = naming.modality_folder(areas[area], modality)
+            examples.append(f"{folder}/{naming.raster_file(folder, rois[roi], cell)}")
+        report.add_duplicates(len(codes) - len(unique), examples)
+    return unique, entry_index[first]
 
 
 def _owners(
-    codes: np.ndarray, modality: Modality, places: list[str], domains: list[str]
+    codes: np.ndarray, modality: Modality, departments: list[str], domains: list[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Codes of the patches that the rasters ``codes`` belong to, and which of these rasters they are.
+    """Codes of the patches that own rasters, and the indices of these rasters in ``codes``.
 
-    A historical raster belongs to the patches of all years of its place.
+    A historical raster belongs to the patches of all years of its department.
     """
     if not modality.historical:
         yield codes, np.arange(len(codes))
         return
-    owners = codes >> naming.DOMAIN_SHIFT
+    department_of = codes >> naming.DOMAIN_SHIFT
     for index, domain in enumerate(domains):
-        chosen = np.flatnonzero(owners == places.index(domain.split("-")[0]))
+        chosen = np.flatnonzero(department_of == departments.index(domain.split("-")[0]))
         yield codes[chosen] & (1 << naming.DOMAIN_SHIFT) - 1 | index << naming.DOMAIN_SHIFT, chosen
 
 
 def _candidates(root: Path) -> Iterator[tuple[int, str, str]]:
-    """Folders and zips of ``root``: kind, name without ``.zip``, and what follows the name."""
+    """Folders and zips of ``root``: kind, name without ``.zip``, and the rest of the file name."""
     with os.scandir(root) as entries:
         for entry in entries:
             if _is_folder(entry):
-                yield _FOLDER_FIRST, entry.name, ""
+                yield _FOLDER_KIND, entry.name, ""
             elif _ZIP in entry.name:
                 name, _, rest = entry.name.partition(_ZIP)
-                yield _ZIP_NEXT, name, _ZIP + rest
+                yield _ZIP_KIND, name, _ZIP + rest
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads nowhere good
+    except OSError:  # a link with an invalid target
         return False
 
 
 def _is_empty(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.stat().st_size == 0
-    except OSError:  # a broken link: reading it will tell
+    except OSError:  # a broken link: reading it fails later
         return True
 
 
 def _cell(file: str, prefix: str) -> int | None:
-    """row << 14 | column of a file's name; None when it does not follow the pattern."""
+    """row << 14 | column from a file name; None if the name does not follow the pattern."""
     inner = file.removeprefix(prefix).removesuffix(".tif")
     match = naming.CELL.fullmatch(inner)
     if match is None or len(inner) + len(prefix) + 4 != len(file):
@@ -317,7 +330,7 @@ def _cell(file: str, prefix: str) -> int | None:
     return int(match[1]) << naming.ROW_SHIFT | int(match[2])
 
 
-def _largest_file(modality: Modality) -> int:
-    """Bytes that a GeoTIFF of ``modality`` can take."""
-    values = len(modality.bands) * modality.size**2 * (_MOST_DATES if modality.has_dates else 1)
-    return _GROWTH * values * np.dtype(modality.dtype).itemsize + _TAGS
+def _max_file_bytes(modality: Modality) -> int:
+    """Largest plausible size of a GeoTIFF of ``modality``, in bytes."""
+    values = len(modality.bands) * modality.size**2 * (_MAX_DATES if modality.has_time_axis else 1)
+    return _MAX_GROWTH * values * np.dtype(modality.dtype).itemsize + _MAX_TAG_BYTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bocage.shards.preprocess.augment import AugmentConfig, fewer_dates, jittered, radiometry
+from bocage.shards.preprocess.augment import AugmentConfig, subsample_dates, jitter_dates, jitter_radiometry
 from bocage.shards.sample_seed import sample_seed
 
 SEEDS = torch.tensor([sample_seed(0, 3, str(index)) for index in range(200)])
@@ -14,8 +14,8 @@ BOTH = AugmentConfig(gain=0.2, offset=0.5)
 
 def test_radiometry_is_a_gain_and_an_offset_of_each_sample_and_channel() -> None:
     values = torch.randn(200, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    found = radiometry(values, SEEDS, "AERIAL_RGBI", "linear", BOTH)
-    zero = radiometry(torch.zeros_like(values), SEEDS, "AERIAL_RGBI", "linear", BOTH)
+    found = jitter_radiometry(values, SEEDS, "AERIAL_RGBI", "linear", BOTH)
+    zero = jitter_radiometry(torch.zeros_like(values), SEEDS, "AERIAL_RGBI", "linear", BOTH)
     offsets, gains = zero[..., 0, 0], ((found - zero) / values)[..., 0, 0]
     assert torch.allclose(found, values * gains[..., None, None] + offsets[..., None, None], atol=1e-5)
     assert 0.8 <= gains.min() < 0.81 and 1.19 < gains.max() <= 1.2
@@ -25,53 +25,53 @@ def test_radiometry_is_a_gain_and_an_offset_of_each_sample_and_channel() -> None
 
 
 def test_all_dates_of_a_series_have_the_same_light() -> None:
-    found = radiometry(torch.ones(200, 5, 3, 2, 2), SEEDS, "SENTINEL2_TS", "linear", BOTH)
+    found = jitter_radiometry(torch.ones(200, 5, 3, 2, 2), SEEDS, "SENTINEL2_TS", "linear", BOTH)
     assert (found == found[:, :1, :, :1, :1]).all()
 
 
 def test_radar_has_no_gain_and_heights_stay() -> None:
     values = torch.randn(200, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    shifted = radiometry(values, SEEDS, "SENTINEL1-ASC_TS", "decibel", BOTH)
+    shifted = jitter_radiometry(values, SEEDS, "SENTINEL1-ASC_TS", "decibel", BOTH)
     assert torch.allclose(shifted - values, (shifted - values)[..., :1, :1].expand_as(values), atol=1e-6)
     for representation in ("relief", "elevation"):
-        assert radiometry(values, SEEDS, "DEM_ELEV", representation, BOTH) is values  # type: ignore[arg-type]
-    assert radiometry(values, SEEDS, "AERIAL_RGBI", "linear", AugmentConfig()) is values
+        assert jitter_radiometry(values, SEEDS, "DEM_ELEV", representation, BOTH) is values  # type: ignore[arg-type]
+    assert jitter_radiometry(values, SEEDS, "AERIAL_RGBI", "linear", AugmentConfig()) is values
 
 
 def test_a_sample_changes_alike_in_every_batch_but_not_in_every_epoch() -> None:
     values = torch.ones(200, 4, 1, 1)
-    whole = radiometry(values, SEEDS, "SPOT_RGBI", "linear", BOTH)
+    whole = jitter_radiometry(values, SEEDS, "SPOT_RGBI", "linear", BOTH)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:50]
-    assert torch.equal(radiometry(values[order], SEEDS[order], "SPOT_RGBI", "linear", BOTH), whole[order])
+    assert torch.equal(jitter_radiometry(values[order], SEEDS[order], "SPOT_RGBI", "linear", BOTH), whole[order])
     next_epoch = torch.tensor([sample_seed(0, 4, str(index)) for index in range(200)])
-    assert not (radiometry(values, next_epoch, "SPOT_RGBI", "linear", BOTH) == whole).any()
-    assert not (radiometry(values, SEEDS, "AERIAL_RGBI", "linear", BOTH) == whole).any()
+    assert not (jitter_radiometry(values, next_epoch, "SPOT_RGBI", "linear", BOTH) == whole).any()
+    assert not (jitter_radiometry(values, SEEDS, "AERIAL_RGBI", "linear", BOTH) == whole).any()
 
 
 def test_dates_are_drawn_among_those_there_are() -> None:
     padding = torch.zeros(200, 9, dtype=torch.bool)
     padding[::2, 5:] = True  # four of every other sample are padded already
     padding[1, 1:] = True
-    found = fewer_dates(padding, SEEDS, "SENTINEL2_TS", 3)
+    found = subsample_dates(padding, SEEDS, "SENTINEL2_TS", 3)
     assert (found | ~padding).all()  # what was padded stays padded
     kept = (~found).sum(dim=1)
     assert kept[1] == 1 and (kept[2:] == 3).all()
     shares = (~found)[3::2].float().mean(dim=0)
     assert (shares - 1 / 3).abs().max() < 0.15
-    assert fewer_dates(padding, SEEDS, "SENTINEL2_TS", 0) is padding
-    assert fewer_dates(padding, SEEDS, "SENTINEL2_TS", 9) is padding
+    assert subsample_dates(padding, SEEDS, "SENTINEL2_TS", 0) is padding
+    assert subsample_dates(padding, SEEDS, "SENTINEL2_TS", 9) is padding
 
 
 def test_dates_move_by_whole_days_and_no_further() -> None:
     dates = torch.arange(9, dtype=torch.int32).expand(200, -1) * 10
-    moved = jittered(dates, SEEDS, "SENTINEL2_TS", 2) - dates
+    moved = jitter_dates(dates, SEEDS, "SENTINEL2_TS", 2) - dates
     assert moved.dtype == torch.int32
     assert sorted(moved.unique().tolist()) == [-2, -1, 0, 1, 2]
     assert (torch.bincount(moved.flatten() + 2) / moved.numel() - 0.2).abs().max() < 0.05
-    assert jittered(dates, SEEDS, "SENTINEL2_TS", 0) is dates
+    assert jitter_dates(dates, SEEDS, "SENTINEL2_TS", 0) is dates
 
 
-@pytest.mark.parametrize("keys", [{"gain": 1.0}, {"gain": -0.1}, {"offset": -1.0}, {"dates": -1}, {"jitter": -1}])
+@pytest.mark.parametrize("keys", [{"gain": 1.0}, {"gain": -0.1}, {"offset": -1.0}, {"max_dates": -1}, {"date_jitter": -1}])
 def test_wrong_values_name_their_key(keys: dict[str, float]) -> None:
     (key,) = keys
     with pytest.raises(ValueError, match=rf"augment\.{key}="):

@@ -345,7 +345,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(
 def test_recipes_have_keys_for_the_cache() -> None:
     from bocage import recipes
     from bocage.finetune.finetune_config import FinetuneConfig
-    from bocage.ssl.pretrain import PretrainConfig
+    from bocage.ssl.pretrain_config import PretrainConfig
 
     words = ["cache.size=2GB", "cache.folder=/somewhere"]
     assert recipes.resolve(PretrainConfig, ["recipe=quickstart", *words]).cache.bytes == 2 * 10**9

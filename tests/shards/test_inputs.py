@@ -11,7 +11,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.running_stats import RunningStats
 from bocage.shards.modality import FLAIR_HUB, Modality
 from bocage.shards.preprocess.augment import orient
-from bocage.shards.preprocess.inputs import cloudy_dates, encoder_inputs, quality_masks, wanted_modalities
+from bocage.shards.preprocess.inputs import cloudy_dates, encoder_inputs, quality_masks, required_modalities
 from bocage.shards.preprocess.normalize import InputSpec, represent, standardize
 from bocage.shards.read.collate import collate
 from bocage.shards.read.windows import WHOLE_PATCH
@@ -24,7 +24,7 @@ def sample(key: str, seed: int, **arrays: np.ndarray) -> Sample:
     dates = {
         name: np.arange(len(array), dtype=np.int32) * 5 - 20
         for name, array in named.items()
-        if FLAIR_HUB[name].has_dates
+        if FLAIR_HUB[name].has_time_axis
     }
     return Sample(key, "D001-2020/AA", seed, WHOLE_PATCH, named, dates)
 
@@ -35,7 +35,7 @@ def series(length: int, fill: int = 7) -> np.ndarray:
 
 def spec(name: str) -> InputSpec:
     channels = len(FLAIR_HUB[name].channels)
-    return InputSpec.of(FLAIR_HUB[name], (0.0,) * channels, (1.0,) * channels)
+    return InputSpec.from_modality(FLAIR_HUB[name], (0.0,) * channels, (1.0,) * channels)
 
 
 def test_collate_pads_series_and_marks_what_is_missing() -> None:
@@ -73,7 +73,7 @@ def test_cloudy_and_snowy_dates_are_left_out_with_the_official_fallbacks() -> No
 
 def test_quality_masks_reach_the_series_they_belong_to() -> None:
     assert quality_masks(FLAIR_HUB, [S2]) == {S2: CLOUDS}
-    names = [modality.name for modality in wanted_modalities(FLAIR_HUB, ["AERIAL_RGBI", S2], ["AERIAL_LABEL-COSIA"])]
+    names = [modality.name for modality in required_modalities(FLAIR_HUB, ["AERIAL_RGBI", S2], ["AERIAL_LABEL-COSIA"])]
     assert names == ["AERIAL_RGBI", S2, CLOUDS, "AERIAL_LABEL-COSIA"]
     cloudy = np.zeros((4, 2, 10, 10), np.uint16)
     cloudy[1, 1] = 100
@@ -82,7 +82,7 @@ def test_quality_masks_reach_the_series_they_belong_to() -> None:
         [sample("a", 1, SENTINEL2_TS=series(4), SENTINEL2_MSK__SC=cloudy), sample("b", 2, SENTINEL2_TS=series(6))],
         wanted,
     )
-    given = encoder_inputs(batch, {S2: spec(S2)}, quality_masks(FLAIR_HUB, [S2]), oriented=False)[S2]
+    given = encoder_inputs(batch, {S2: spec(S2)}, quality_masks(FLAIR_HUB, [S2]), random_orientation=False)[S2]
     assert given.padding is not None
     assert given.padding.tolist() == [[False, True, False, False, True, True], [False] * 6]
 
@@ -92,7 +92,7 @@ def test_holes_become_the_mean_and_are_marked() -> None:
     heights[0, :10] = -9999.0
     heights[1, 0, 0] = np.nan
     batch = collate([sample("a", 1, DEM_ELEV=heights)], [FLAIR_HUB["DEM_ELEV"]])
-    given = encoder_inputs(batch, {"DEM_ELEV": spec("DEM_ELEV")}, {}, oriented=False)["DEM_ELEV"]
+    given = encoder_inputs(batch, {"DEM_ELEV": spec("DEM_ELEV")}, {}, random_orientation=False)["DEM_ELEV"]
     assert torch.isfinite(given.values).all()
     assert not given.valid[0, 0, :10].any()
     assert given.valid[0, 0, 10:].all()
@@ -112,7 +112,7 @@ def test_one_value_that_is_no_number_costs_no_more_than_its_place(name: str, val
     stored[0, 0, 2, 3] = value
     represented = represent(stored, modality.representation, modality.nodata_below)
     assert not represented.isinf().any()
-    moments = RunningStats.of(represented.numpy())
+    moments = RunningStats.from_array(represented.numpy())
     assert np.isfinite([moments.mean[1], moments.squares[1]]).all()
     if abs(value) != 3e38:
         assert moments.count[0] == 63
@@ -124,7 +124,7 @@ def test_one_value_that_is_no_number_costs_no_more_than_its_place(name: str, val
 @pytest.mark.parametrize("dates", [0, 3])
 def test_numpy_and_torch_represent_the_same(name: str, dates: int) -> None:
     modality = FLAIR_HUB[name]
-    shape = (dates, len(modality.bands), 8, 9) if modality.has_dates else (len(modality.bands), 8, 9)
+    shape = (dates, len(modality.bands), 8, 9) if modality.has_time_axis else (len(modality.bands), 8, 9)
     random = np.random.default_rng(5)
     stored = random.uniform(0, 200, shape).astype(modality.dtype)
     if modality.dtype == "float32":
@@ -140,18 +140,18 @@ def test_numpy_and_torch_represent_the_same(name: str, dates: int) -> None:
 
 def test_a_channel_of_holes_or_a_series_without_dates_has_no_mean() -> None:
     holed = np.stack([np.full((8, 8), np.nan, np.float32), np.arange(64, dtype=np.float32).reshape(8, 8)])
-    moments = RunningStats.of(represent(holed, "linear"))
+    moments = RunningStats.from_array(represent(holed, "linear"))
     assert moments.count.tolist() == [0, 64]
     assert moments.mean[1] == 31.5
     assert moments.squares.tolist() == [0.0, 64 * (64**2 - 1) / 12]
     assert np.isnan([moments.mean[0], moments.minimum[0], moments.maximum[0], moments.std[0]]).all()
     for representation in ("relief", "elevation"):
-        assert RunningStats.of(represent(holed, representation)).count.tolist() == [0, 0]
-    empty = RunningStats.of(represent(np.zeros((0, 2, 10, 10), np.float32), "decibel"))
+        assert RunningStats.from_array(represent(holed, representation)).count.tolist() == [0, 0]
+    empty = RunningStats.from_array(represent(np.zeros((0, 2, 10, 10), np.float32), "decibel"))
     assert empty.count.tolist() == [0, 0]
-    merged = empty.merged(moments)
+    merged = empty.merge(moments)
     assert merged.to_json() == moments.to_json()
-    assert moments.merged(empty).to_json() == moments.to_json()
+    assert moments.merge(empty).to_json() == moments.to_json()
 
 
 def test_orientation_is_shared_by_modalities_and_covers_the_square() -> None:
@@ -166,7 +166,7 @@ def test_orientation_is_shared_by_modalities_and_covers_the_square() -> None:
 
 def test_a_mask_is_of_no_use_without_its_series() -> None:
     with pytest.raises(InputError, match=r"SENTINEL2_MSK-SC.*SENTINEL2_TS.*name both"):
-        wanted_modalities(FLAIR_HUB, ["AERIAL_RGBI"], [CLOUDS])
+        required_modalities(FLAIR_HUB, ["AERIAL_RGBI"], [CLOUDS])
     assert list(FLAIR_HUB.subset([CLOUDS, S2])) == [S2, CLOUDS]
 
 
@@ -192,7 +192,7 @@ def test_an_encoder_may_read_some_channels_in_its_own_order() -> None:
     baseline = modality.baseline
     assert baseline is not None
     spec = replace(
-        InputSpec.of(modality, (0.0,) * 4, (1.0,) * 4),
+        InputSpec.from_modality(modality, (0.0,) * 4, (1.0,) * 4),
         channels=baseline.channels,
         mean=(1.0, 2.0, 3.0),
         std=(1.0, 2.0, 4.0),
@@ -223,7 +223,7 @@ def test_statistics_of_integers_are_the_numbers_next_to_the_true_ones(dtype: str
     values = np.full((3, 2, 500, 500), largest, dtype)
     values[0, 0, 0, :3] = 0, 1, 2
     values[:, 1] = np.random.default_rng(0).integers(0, largest, (3, 500, 500), endpoint=True)
-    moments = RunningStats.of(values)
+    moments = RunningStats.from_array(values)
     for channel in range(2):
         numbers = values[:, channel].reshape(-1).tolist()
         mean = Fraction(sum(numbers), len(numbers))

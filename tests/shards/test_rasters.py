@@ -8,7 +8,7 @@ from small_tree import write_raster
 
 from bocage.shards.modality import FLAIR_HUB, Modality
 from bocage.shards.source import rasters
-from bocage.shards.source.raster_source import RasterError, RasterSource
+from bocage.shards.source.rasters import RasterError, RasterSource
 
 
 def layouts() -> list[tuple[str, dict[str, object]]]:
@@ -28,12 +28,12 @@ def layouts() -> list[tuple[str, dict[str, object]]]:
 @pytest.mark.parametrize(("name", "options"), layouts())
 def test_every_layout_reads_the_same(tmp_path: Path, name: str, options: dict[str, object]) -> None:
     modality = FLAIR_HUB[name]
-    count = len(modality.bands) * (3 if modality.has_dates else 1)
+    count = len(modality.bands) * (3 if modality.has_time_axis else 1)
     bands = np.random.default_rng(0).integers(0, 18, (count, modality.size, modality.size)).astype(modality.dtype)
     path = tmp_path / "raster.tif"
     write_raster(path, bands, modality.gsd, **options)
-    raster = rasters.read(RasterSource(path), modality)
-    shape = (3, -1, modality.size, modality.size) if modality.has_dates else bands.shape
+    raster = rasters.read_raster(RasterSource(path), modality)
+    shape = (3, -1, modality.size, modality.size) if modality.has_time_axis else bands.shape
     assert np.array_equal(raster.array, bands.reshape(shape))
     assert raster.array.flags.c_contiguous
     assert raster[1:4] == ("EPSG:2154", 650_000.0, 6_860_000.0)
@@ -45,7 +45,7 @@ def test_lambert_without_a_code_is_accepted(tmp_path: Path, name: str) -> None:
     path = tmp_path / "local.tif"
     bands = np.zeros((len(modality.bands), modality.size, modality.size), modality.dtype)
     write_raster(path, bands, modality.gsd, crs='LOCAL_CS["RGF93 / Lambert-93",UNIT["metre",1]]')
-    raster = rasters.read(RasterSource(path), modality)
+    raster = rasters.read_raster(RasterSource(path), modality)
     assert "Lambert-93" in raster.crs
     assert (raster.left, raster.top) == (650_000.0, 6_860_000.0)
 
@@ -73,7 +73,7 @@ def test_rasters_that_are_not_what_the_registry_says_are_named(tmp_path: Path, n
     path = tmp_path / "wrong.tif"
     wrong(FLAIR_HUB[name], path, what)
     with pytest.raises(RasterError, match=said) as error:
-        rasters.read(RasterSource(path), FLAIR_HUB[name])
+        rasters.read_raster(RasterSource(path), FLAIR_HUB[name])
     assert str(path) in str(error.value)
 
 
@@ -84,10 +84,10 @@ def test_blocks_that_were_never_written_are_not_zeros(tmp_path: Path, name: str)
     bands = np.ones((4, modality.size, modality.size), modality.dtype)
     bands[:, modality.size // 2 :] = 0
     write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=False)
-    assert np.array_equal(rasters.read(RasterSource(path), modality).array, bands)
+    assert np.array_equal(rasters.read_raster(RasterSource(path), modality).array, bands)
     write_raster(path, bands, modality.gsd, blockysize=8, sparse_ok=True)
     with pytest.raises(RasterError, match="never written"):
-        rasters.read(RasterSource(path), modality)
+        rasters.read_raster(RasterSource(path), modality)
 
 
 @pytest.mark.parametrize("nodata", [None, -9999.0, float("nan")])
@@ -99,11 +99,11 @@ def test_tiles_that_were_never_written_are_not_heights(tmp_path: Path, nodata: f
         if "tiled" not in options:
             bands[:, :256] = 0 if nodata is None else nodata
         write_raster(path, bands, 0.2, nodata=nodata, sparse_ok=False, **options)
-        found = rasters.read(RasterSource(path), FLAIR_HUB["DEM_ELEV"]).array
+        found = rasters.read_raster(RasterSource(path), FLAIR_HUB["DEM_ELEV"]).array
         assert np.isnan(found).sum() == (0 if nodata is None else (bands != 120).sum())
         write_raster(path, bands, 0.2, nodata=nodata, sparse_ok=True, **options)
         with pytest.raises(RasterError, match="never written"):
-            rasters.read(RasterSource(path), FLAIR_HUB["DEM_ELEV"])
+            rasters.read_raster(RasterSource(path), FLAIR_HUB["DEM_ELEV"])
 
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"])
@@ -123,7 +123,7 @@ def test_other_coordinate_systems_are_named(tmp_path: Path, name: str, crs: str,
         path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd, crs=crs
     )
     with pytest.raises(RasterError, match=said) as error:
-        rasters.read(RasterSource(path), modality)
+        rasters.read_raster(RasterSource(path), modality)
     assert str(path) in str(error.value)
 
 
@@ -135,7 +135,7 @@ def test_lambert_by_another_code_and_no_system_are_accepted(tmp_path: Path, name
     write_raster(
         path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd, crs=crs
     )
-    raster = rasters.read(RasterSource(path), modality)
+    raster = rasters.read_raster(RasterSource(path), modality)
     assert raster[1:4] == (crs or "", 650_000.0, 6_860_000.0)
 
 
@@ -146,8 +146,8 @@ def test_turned_rasters_are_named(tmp_path: Path, name: str) -> None:
     bands = np.ones((len(modality.bands), modality.size, modality.size), modality.dtype)
     turned = Affine(0, modality.gsd, 650_000, modality.gsd, 0, 6_860_000)
     write_raster(path, bands, modality.gsd, transform=turned)
-    with pytest.raises(RasterError, match="turned against north"):
-        rasters.read(RasterSource(path), modality)
+    with pytest.raises(RasterError, match="rotated against north"):
+        rasters.read_raster(RasterSource(path), modality)
 
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
@@ -160,14 +160,14 @@ def test_numbers_that_are_none_are_no_position(tmp_path: Path, name: str, tag: i
         entry = file.pages.first.tags[tag]
         entry.overwrite([*entry.value[:-3], *[float("nan")] * 3])
     with pytest.raises(RasterError, match=r"nowhere\.tif: (pixels of nan|its position)"):
-        rasters.read(RasterSource(path), modality)
+        rasters.read_raster(RasterSource(path), modality)
 
 
 def test_what_the_system_says_about_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RasterError, match=r"gone\.tif: cannot be read: No such file"):
-        rasters.read(RasterSource(tmp_path / "gone.tif"), FLAIR_HUB["DEM_ELEV"])
+        rasters.read_raster(RasterSource(tmp_path / "gone.tif"), FLAIR_HUB["DEM_ELEV"])
     with pytest.raises(RasterError, match="cannot be read: Is a directory"):
-        rasters.read(RasterSource(tmp_path), FLAIR_HUB["DEM_ELEV"])
+        rasters.read_raster(RasterSource(tmp_path), FLAIR_HUB["DEM_ELEV"])
 
 
 def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
     path = tmp_path / "label.tif"
     write_raster(path, bands, 0.2)
     with pytest.raises(RasterError, match=r"value 31 in band level-2.*0 to 30"):
-        rasters.read(RasterSource(path), modality)
+        rasters.read_raster(RasterSource(path), modality)
 
 
 @pytest.mark.parametrize("name", ["AERIAL_RGBI", "SENTINEL2_TS", "SPOT_RGBI"])
@@ -185,20 +185,20 @@ def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
 def test_truncated_files_are_named(tmp_path: Path, name: str, keep: float) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "cut.tif"
-    count = len(modality.bands) * (2 if modality.has_dates else 1)
+    count = len(modality.bands) * (2 if modality.has_time_axis else 1)
     bands = np.random.default_rng(1).integers(0, 200, (count, modality.size, modality.size)).astype(modality.dtype)
     write_raster(path, bands, modality.gsd, interleave="pixel")
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
     reason = "" if keep else "it is empty"
     with pytest.raises(RasterError, match=rf"cut\.tif: cannot be read: {reason}"):
-        rasters.read(RasterSource(path), modality)
+        rasters.read_raster(RasterSource(path), modality)
     path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(RasterError, match=r"cut\.tif: cannot be read: it begins with b'<htm', which is no TIFF"):
-        rasters.read(RasterSource(path), modality)
+    with pytest.raises(RasterError, match=r"cut\.tif: cannot be read: it begins with b'<htm', so it is no TIFF"):
+        rasters.read_raster(RasterSource(path), modality)
     path.unlink()
     with pytest.raises(RasterError, match="cannot be read"):
-        rasters.read(RasterSource(path), modality)
+        rasters.read_raster(RasterSource(path), modality)
 
 
 @pytest.mark.parametrize("name", ["DEM_ELEV", "SENTINEL1-ASC_TS"])
@@ -208,7 +208,7 @@ def test_declared_nodata_of_a_float_raster_is_nan(tmp_path: Path, name: str, nod
     bands = np.full((2, modality.size, modality.size), 77.0, np.float32)
     bands[1, 3, 4] = nodata
     write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=nodata)
-    array = rasters.read(RasterSource(tmp_path / "x.tif"), modality).array
+    array = rasters.read_raster(RasterSource(tmp_path / "x.tif"), modality).array
     assert array.dtype == np.float32
     assert np.argwhere(np.isnan(array.reshape(bands.shape))).tolist() == [[1, 3, 4]]
 
@@ -217,4 +217,4 @@ def test_declared_nodata_of_an_integer_raster_is_kept(tmp_path: Path) -> None:
     modality = FLAIR_HUB["SPOT_RGBI"]
     bands = np.zeros((4, modality.size, modality.size), np.uint16)
     write_raster(tmp_path / "x.tif", bands, modality.gsd, nodata=0)
-    assert np.array_equal(rasters.read(RasterSource(tmp_path / "x.tif"), modality).array, bands)
+    assert np.array_equal(rasters.read_raster(RasterSource(tmp_path / "x.tif"), modality).array, bands)

@@ -16,8 +16,8 @@ from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Band, Modality, SimulatedSensor
 from bocage.shards.simulate.noise import generator
-from bocage.shards.simulate.surfaces import Palette, cultivated
-from bocage.shards.simulate.tree import SPLITS, image_date, plan_patches, render, series_dates, write_tree
+from bocage.shards.simulate.surfaces import Palette, crop_surface
+from bocage.shards.simulate.tree import SPLITS, image_date, plan_patches, render_patch, series_dates, write_tree
 from bocage.tools.main import main
 
 PATCHES, SEED, DATES = 16, 3, (20, 24)
@@ -84,7 +84,7 @@ def test_neighbours_touch_and_share_one_terrain() -> None:
     rows = [tuple(map(int, patch.indices.split("-"))) for patch in first]
     assert np.subtract(rows[3], rows[0]).tolist() == [1, 1]
     assert np.subtract(first[3].corner, first[0].corner) == pytest.approx([102.4, -102.4])
-    left, right = (next(render(patch, FLAIR_HUB, {"DEM_ELEV"}, DATES))[1] for patch in first[:2])
+    left, right = (next(render_patch(patch, FLAIR_HUB, {"DEM_ELEV"}, DATES))[1] for patch in first[:2])
     assert np.abs(left[1, :, -1] - right[1, :, 0]).max() < 0.5
 
 
@@ -132,7 +132,7 @@ def test_workers_and_number_of_patches_change_nothing(tmp_path: Path) -> None:  
 
 
 def test_another_seed_gives_another_scene() -> None:
-    images = [next(render(plan_patches(1, seed)[0], FLAIR_HUB, {"SPOT_RGBI"}, DATES))[1] for seed in (0, 1)]
+    images = [next(render_patch(plan_patches(1, seed)[0], FLAIR_HUB, {"SPOT_RGBI"}, DATES))[1] for seed in (0, 1)]
     assert not np.array_equal(*images)
 
 
@@ -194,7 +194,7 @@ def test_no_single_cue_tells_buildings() -> None:
     patches = [patch for patch in plan_patches(64, 0) if patch.domain.region == "suburb"][:4]
     colours: dict[str, list[np.ndarray]] = {"building": [], "impervious": []}
     for patch in patches:
-        arrays = dict(render(patch, FLAIR_HUB, {"AERIAL_RGBI", "AERIAL_LABEL-COSIA"}, DATES))
+        arrays = dict(render_patch(patch, FLAIR_HUB, {"AERIAL_RGBI", "AERIAL_LABEL-COSIA"}, DATES))
         image, label = arrays.values()
         for name, values in colours.items():
             values.append(image[0][label[0] == COSIA.classes.index(name)])
@@ -277,7 +277,7 @@ def test_lookalikes_differ_only_over_time(first: str, second: str, summer: float
     """One summer image does not separate the parcels of two such crops; a year of NDVI does."""
     random = generator("parcels")
     count = 60
-    surfaces = [cultivated(name, random, "brown soil", 0.0, 0.0) for name in (first, second) for _ in range(count)]
+    surfaces = [crop_surface(name, random, "brown soil", 0.0, 0.0) for name in (first, second) for _ in range(count)]
     palette = Palette(surfaces)
 
     def separation(values: np.ndarray, noise: float) -> np.ndarray:

@@ -85,7 +85,7 @@ def test_flips_outside_of_arrays_are_named_too(shards: Path) -> None:
     description = pristine.index(b'{"key": "' + KEYS[2].encode())
     for place, member, what in (
         (offset - 512, f"{KEYS[2]}.SPOT_RGBI.bin", "no tar header at byte 0: bad checksum"),
-        (offset + length, f"{KEYS[2]}.SPOT_RGBI.bin", "the bytes that fill its last block are not zero"),
+        (offset + length, f"{KEYS[2]}.SPOT_RGBI.bin", "the padding of its last block is not zero"),
         (description + 10, f"{KEYS[2]}.json", "key differ from the manifest"),
         (description, f"{KEYS[2]}.json", "not the description of a sample"),
         (len(pristine) - 1, "", "after its last sample"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bocage.shards.source import zips
-from bocage.shards.source.raster_source import RasterError, RasterSource
+from bocage.shards.source.rasters import RasterError, RasterSource
 
 CONTENT = {"a/one.tif": b"first " * 300, "a/two.tif": bytes(range(256)) * 9, "a/none.tif": b""}
 
@@ -175,7 +175,7 @@ def test_a_local_header_that_disagrees_is_named(tmp_path: Path) -> None:
     for field, value in ((0, b"XX"), (8, b"\0\0"), (14, b"\0\0\0\0"), (18, b"\1\0"), (22, b"\1\0"), (30, b"b")):
         path.write_bytes(original)
         patched(path, {member.offset + field: value})
-        with pytest.raises(zips.ZipError, match=r"x\.zip/a/two\.tif: cannot be read: what lies there"):
+        with pytest.raises(zips.ZipError, match=r"x\.zip/a/two\.tif: cannot be read: its local header contradicts"):
             zips.read(path, member)
 
 

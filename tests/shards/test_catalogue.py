@@ -62,7 +62,7 @@ def test_historical_image_serves_every_year_of_its_place(tmp_path: Path) -> None
     assert old[0] == old[1]
     assert old[0] is not None and old[0].path == raster_path(tmp_path, FLAIR_HUB["AERIAL-RLT_PAN"], keys[0])
     assert old[2] is None
-    assert catalogue.report().orphans == 1
+    assert catalogue.report().historical_without_patch == 1
 
 
 def test_paired_domain_and_names_with_dashes(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_wrong_roots_get_a_hint(tmp_path: Path) -> None:
     for root, hint in (
         (tmp_path / "nowhere", "no such folder"),
         (tmp_path, f"{tree} looks like a FLAIR-HUB tree"),
-        (tree / "D012-2019_AERIAL_RGBI", f"give the one above, {tree}"),
-        (tree / "D012-2019_AERIAL_RGBI" / "AF-S1-27", f"give {tree}"),
+        (tree / "D012-2019_AERIAL_RGBI", f"give its parent folder {tree}"),
+        (tree / "D012-2019_AERIAL_RGBI" / "AF-S1-27", f"give the folder {tree}"),
     ):
         with pytest.raises(InputError) as error:
             Catalogue.open(root)
@@ -184,7 +184,7 @@ def test_wrong_roots_get_a_hint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected folders like"):
         Catalogue.open(zips)
     (zips / "D012-2019_AERIAL_RGBI.zip").touch()
-    with pytest.raises(InputError, match=r"D012-2019_AERIAL_RGBI\.zip: has no directory at its end: cut off"):
+    with pytest.raises(InputError, match=r"D012-2019_AERIAL_RGBI\.zip: has no directory at its end: truncated"):
         Catalogue.open(zips)
 
 
@@ -211,7 +211,7 @@ def test_a_mask_without_its_series_is_left_out_and_counted(tmp_path: Path) -> No
     catalogue = Catalogue.open(tmp_path)
     assert list(catalogue.patch(1).sources) == ["SPOT_RGBI"]
     assert list(catalogue.patch(2).sources) == ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]
-    assert catalogue.report().lone == {"SENTINEL2_MSK-SC": 1}
+    assert catalogue.report().masks_without_series == {"SENTINEL2_MSK-SC": 1}
     assert catalogue.report().present["SENTINEL2_MSK-SC"] == 2
     with pytest.raises(InputError, match="name both"):
         Catalogue.open(tmp_path, modalities=["SPOT_RGBI", "SENTINEL2_MSK-SC"])

@@ -38,7 +38,7 @@ class Recorded:
         self.read_bytes.append((shard, offset, length))
         return self.files.read(shard, offset, length)
 
-    def ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         self.announced.append(list(shards))
 
 

@@ -16,7 +16,7 @@ from small_tree import raster_path, write_tree
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.raster_source import RasterError
+from bocage.shards.source.rasters import RasterError
 from bocage.shards.write.writer import write_shards
 
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]
@@ -104,11 +104,11 @@ def test_broken_zips_are_left_out_and_named(tree: Path) -> None:
     report = catalogue.report()
     assert report.unreadable == 3
     assert report.unreadable_examples[0].startswith(f"{cut}: has no directory at its end")
-    assert "has not ended" in report.unreadable_examples[1]
+    assert "unfinished download" in report.unreadable_examples[1]
     assert report.unreadable_examples[2].startswith(f"{bomb}: member ") and "at most" in report.unreadable_examples[2]
     assert report.present["SPOT_RGBI"] == 1
     assert report.missing_examples["SPOT_RGBI"] == KEYS[:5]
-    assert any(f"left out: {cut}" in remark for remark in report.remarks())
+    assert any(f"left out: {cut}" in remark for remark in report.warnings())
     assert json.loads(json.dumps(report.to_json()))["missing"]["SPOT_RGBI"] == 6
 
 
@@ -139,12 +139,12 @@ def test_a_folder_that_may_not_be_read_is_counted(tree: Path) -> None:
         "import os, sys\n"
         "from pathlib import Path\n"
         "from bocage.shards.modality import FLAIR_HUB\n"
-        "from bocage.shards.source.report import Report\n"
+        "from bocage.shards.source.report import CatalogueReport\n"
         "from bocage.shards.source.scan import Scan\n"
         "os.chdir(sys.argv[1])\n"
         "if os.geteuid() == 0:\n"
         "    os.setuid(65534)\n"
-        "report = Report()\n"
+        "report = CatalogueReport()\n"
         "Scan(Path('.'), FLAIR_HUB, report)\n"
         "print(report.unreadable, *report.unreadable_examples)\n"
     )
@@ -167,7 +167,7 @@ def test_file_names_of_any_bytes_can_be_reported(tree: Path) -> None:
     Path(os.fsdecode(roi + b"/\xff\x1b[31m.tif")).touch()
     report = Catalogue.open(tree).report()
     assert report.unparsable == 1
-    assert report.examples[0].encode().isascii() and report.examples[0].isprintable()
+    assert report.unparsable_examples[0].encode().isascii() and report.unparsable_examples[0].isprintable()
 
 
 def test_domain_split(tree: Path) -> None:
@@ -182,7 +182,7 @@ def test_domain_split(tree: Path) -> None:
 
 
 def test_places_number_domains_and_rois(tree: Path) -> None:
-    domains, rois = Catalogue.open(tree).places()
+    domains, rois = Catalogue.open(tree).domain_and_roi_ids()
     assert domains.tolist() == [0] * 6 + [1]
     assert [len(set(rois[:3])), len(set(rois[3:6])), len(set(rois))] == [1, 1, 3]
 
@@ -198,7 +198,7 @@ def test_a_tree_of_names_alone_as_folders_and_as_zips(tmp_path: Path) -> None:
     assert len(first) == len(second) == count
     assert first.fingerprint() == second.fingerprint()
     assert set(first.report().present.values()) == {count}
-    assert first.report().empty == 10 * count and second.report().remarks() == []
+    assert first.report().empty == 10 * count and second.report().warnings() == []
     patch = second.patch(count - 1)
     assert {source.read() for source in patch.sources.values()} == {b"a"}
     assert set(patch.splits) == {*(f"split_{n}" for n in range(1, 6)), "split_flairchallenge", "split_toy"}

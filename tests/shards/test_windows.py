@@ -5,7 +5,7 @@ from bocage.shards.batch import GroundWindow
 from bocage.shards.errors import InputError
 from bocage.shards.format.codec import EncodedArray, encode
 from bocage.shards.modality import FLAIR_HUB, Modality
-from bocage.shards.read.windows import check_side, crop, draw_windows, lattice, pixel_slices
+from bocage.shards.read.windows import check_side, crop, draw_windows, lattice_step, pixel_slices
 from bocage.shards.sample_seed import sample_seed
 
 ALL = list(FLAIR_HUB.values())
@@ -13,9 +13,9 @@ IMAGES = list(FLAIR_HUB.by_role("image"))
 
 
 def test_the_lattice_is_the_smallest_step_of_whole_pixels() -> None:
-    assert lattice([FLAIR_HUB["AERIAL_RGBI"]]) == pytest.approx(0.2)
-    assert lattice(IMAGES) == pytest.approx(1.6)
-    assert lattice(ALL) == pytest.approx(51.2)
+    assert lattice_step([FLAIR_HUB["AERIAL_RGBI"]]) == pytest.approx(0.2)
+    assert lattice_step(IMAGES) == pytest.approx(1.6)
+    assert lattice_step(ALL) == pytest.approx(51.2)
 
 
 def test_a_side_that_is_not_whole_pixels_is_refused_with_the_valid_ones() -> None:
@@ -28,7 +28,7 @@ def test_a_side_that_is_not_whole_pixels_is_refused_with_the_valid_ones() -> Non
 def test_windows_cover_the_same_ground_in_every_modality() -> None:
     positions = set()
     for index in range(64):
-        [window] = draw_windows([sample_seed(0, 0, str(index))], 51.2, lattice(ALL))
+        [window] = draw_windows([sample_seed(0, 0, str(index))], 51.2, lattice_step(ALL))
         positions.add((window.left, window.top))
         for modality in ALL:
             # Each pixel holds the position of its own centre on the ground.
@@ -48,13 +48,13 @@ def test_the_whole_patch_is_one_window() -> None:
 @pytest.mark.parametrize("modality", ALL, ids=lambda modality: modality.name)
 def test_a_window_of_an_encoded_raster_is_that_of_the_raster(modality: Modality) -> None:
     random = np.random.default_rng(0)
-    leading = (3, len(modality.bands)) if modality.has_dates else (len(modality.bands),)
+    leading = (3, len(modality.bands)) if modality.has_time_axis else (len(modality.bands),)
     values = random.integers(0, 200, (*leading, modality.size, modality.size)).astype(modality.dtype)
     member = EncodedArray(encode(values, modality.codec))
     for left, top in ((0.0, 0.0), (51.2, 0.0), (0.0, 51.2), (51.2, 51.2)):
         window = GroundWindow(left, top, 51.2)
-        found = member.array(pixel_slices(modality, window))
+        found = member.decode(pixel_slices(modality, window))
         assert found.dtype == values.dtype
         assert np.array_equal(found, crop(values, modality, window))
-    whole = member.array(pixel_slices(modality, GroundWindow(0.0, 0.0, 102.4)))
+    whole = member.decode(pixel_slices(modality, GroundWindow(0.0, 0.0, 102.4)))
     assert np.array_equal(whole, values)
