@@ -342,6 +342,7 @@ def window_batch(
         keys=[f"{left:.2f} {top:.2f}" for left, top in windows],
         rois=[""] * count,
         seeds=torch.zeros(count, dtype=torch.int64),
+        sample_ids=torch.zeros(count, dtype=torch.int64),
         windows=torch.tensor([[0.0, 0.0, side]]).expand(count, -1),
         values={name: torch.from_numpy(array) for name, array in values.items()},
         present=present,
@@ -351,7 +352,7 @@ def window_batch(
     return batch, seen
 
 
-def covered(batch: Batch, inputs: Sequence[str], size: int) -> np.ndarray:
+def valid_pixels(batch: Batch, inputs: Sequence[str], size: int) -> np.ndarray:
     """Where any of the inputs has data, on the grid of the maps: (B, size, size) bool."""
     found = np.zeros((len(batch), size, size), bool)
     for name in inputs:

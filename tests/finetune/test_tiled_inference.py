@@ -13,13 +13,13 @@ import rasterio
 import torch
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
-from small_zone import COMMAND, ENVIRONMENT, LEFT, NODATA, TOP, dates_file, ground, model, read, saved, write
+from small_map import COMMAND, ENVIRONMENT, LEFT, NODATA, TOP, dates_file, ground, model, read, saved, write
 from tiny_task import AERIAL, COSIA, LPIS, S2
 
 from bocage.finetune.evaluation.predict import predict_patches
-from bocage.finetune.mapping.grid import plan_map
-from bocage.finetune.mapping.rasters import open_rasters
-from bocage.finetune.mapping.tiled_inference import LEVELS, write_map
+from bocage.finetune.mapping.map_grid import plan_grid
+from bocage.finetune.mapping.map_rasters import open_rasters
+from bocage.finetune.mapping.tiled_inference import PROBABILITY_LEVELS, write_map
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
@@ -39,7 +39,7 @@ def test_a_zone_of_one_patch_is_what_predict_makes_of_it(tmp_path: Path) -> None
     domain, roi, cell = row["key"].split("_")
     image = REAL / f"{domain}_{AERIAL}" / roi / f"{domain}_{AERIAL}_{roi}_{cell}.tif"
     rasters, reference = open_rasters(chosen, {AERIAL: image}, {})
-    paths = write_map(chosen, rasters, plan_map(chosen, reference, 12.8), tmp_path / "zone")
+    paths = write_map(chosen, rasters, plan_grid(chosen, reference, 12.8), tmp_path / "zone")
     with rasterio.open(paths[COSIA]) as zone, rasterio.open(tmp_path / "patches" / f"{row['key']}.tif") as patch:
         assert zone.transform.almost_equals(patch.transform, precision=1e-6)
         assert zone.crs == patch.crs
@@ -71,6 +71,7 @@ def plainly(chosen: Segmentation, image: np.ndarray, step: int) -> np.ndarray:
                 keys=["x"],
                 rois=["x"],
                 seeds=torch.zeros(1, dtype=torch.int64),
+                sample_ids=torch.zeros(1, dtype=torch.int64),
                 windows=torch.tensor([[0.0, 0.0, 102.4]]),
                 values={AERIAL: torch.from_numpy(padded[None, :, top : top + 512, left : left + 512].copy())},
                 present={AERIAL: torch.tensor([True])},
@@ -90,7 +91,7 @@ def test_tiles_show_no_seams(tmp_path: Path) -> None:
     image = ground(1100, 1250)
     rasters, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "image.tif", image, 0.2)}, {})
     expected = plainly(chosen, image, 448)
-    plan = plan_map(chosen, reference, 12.8)
+    plan = plan_grid(chosen, reference, 12.8)
     maps = {}
     for across in (1, 2, 8):
         own = replace(plan, across=across)
@@ -101,9 +102,9 @@ def test_tiles_show_no_seams(tmp_path: Path) -> None:
     assert (maps[8][0] == expected.argmax(axis=0)).mean() > 0.9999  # but for last digits
     (path,) = write_map(chosen, rasters, plan, tmp_path / "shares", kind="probabilities", batch_size=1).values()
     with rasterio.open(path) as file:
-        assert file.scales == (1 / LEVELS,) * 19
+        assert file.scales == (1 / PROBABILITY_LEVELS,) * 19
         assert file.descriptions[3] == "impervious"
-        assert np.abs(file.read() / LEVELS - expected).max() < 0.5 / LEVELS + 1e-4
+        assert np.abs(file.read() / PROBABILITY_LEVELS - expected).max() < 0.5 / PROBABILITY_LEVELS + 1e-4
 
 
 def test_where_there_are_no_data_there_is_no_map(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_where_there_are_no_data_there_is_no_map(tmp_path: Path) -> None:
     series = np.full((30, 4, 4), 1000, np.uint16)  # 40 m of the upper left corner
     files = {AERIAL: write(tmp_path / "a.tif", image, 0.2, nodata=0), S2: write(tmp_path / "s2.tif", series, 10.0)}
     rasters, reference = open_rasters(chosen, files, {S2: dates_file(tmp_path, 3)})
-    plan = plan_map(chosen, reference, 12.8)
+    plan = plan_grid(chosen, reference, 12.8)
     (found,) = read(write_map(chosen, rasters, plan, tmp_path / "zone")[COSIA])
     nothing = found == NODATA
     assert not nothing[600:].any()
@@ -126,7 +127,7 @@ def test_windows_end_with_the_zone(tmp_path: Path) -> None:
     """A window over the edge sees less ground than any that models learn from: relief is that of another mean."""
     chosen = model(AERIAL)
     _, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "image.tif", ground(520, 520), 0.2)}, {})
-    plan = plan_map(chosen, reference, 12.8)
+    plan = plan_grid(chosen, reference, 12.8)
     assert [plan.begin(number, 520) for number in plan.windows(0, 520, 520)] == [0, 8]
     assert [plan.begin(number, 300) for number in plan.windows(0, 300, 300)] == [0]
     for length in (512, 513, 960, 961, 3000):
@@ -220,7 +221,7 @@ def test_a_zone_eight_times_larger_than_memory(tmp_path: Path) -> None:
 def test_several_labels_are_several_maps(tmp_path: Path) -> None:
     chosen = model(AERIAL, labels=(COSIA, LPIS))
     rasters, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "a.tif", ground(300, 300), 0.2)}, {})
-    paths = write_map(chosen, rasters, plan_map(chosen, reference, 0.0), tmp_path / "zone")
+    paths = write_map(chosen, rasters, plan_grid(chosen, reference, 0.0), tmp_path / "zone")
     assert {name: read(path).shape for name, path in paths.items()} == dict.fromkeys((COSIA, LPIS), (1, 300, 300))
 
 
@@ -273,7 +274,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, capsys: pytest
 def test_whatever_is_left_of_a_map_it_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = model(AERIAL)
     rasters, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "a.tif", ground(300, 300), 0.2)}, {})
-    plan, out = plan_map(chosen, reference, 0.0), tmp_path / "zone"
+    plan, out = plan_grid(chosen, reference, 0.0), tmp_path / "zone"
     done: list[int] = []
 
     def make() -> bytes:
@@ -316,7 +317,7 @@ def test_two_processes_do_not_map_into_one_folder(tmp_path: Path) -> None:
     # Some five seconds: another process loads torch.
     chosen = model(AERIAL)
     rasters, reference = open_rasters(chosen, {AERIAL: write(tmp_path / "a.tif", ground(60, 60), 0.2)}, {})
-    plan, out = plan_map(chosen, reference, 0.0), tmp_path / "zone"
+    plan, out = plan_grid(chosen, reference, 0.0), tmp_path / "zone"
     out.mkdir()  # as the other process would
     line = [sys.executable, "-c", HOLDER, str(out)]
     with subprocess.Popen(line, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -19,7 +19,7 @@ def model(*names: str, classes: int = 4) -> UPerFuse:
 
 def inputs_of(net: UPerFuse, data: Batch) -> dict[str, EncoderInput]:
     specs = {name: net.encoder(name).spec for name in net.encoders if name in data.values}
-    return encoder_inputs(data, specs, {}, oriented=False)
+    return encoder_inputs(data, specs, {}, random_orientation=False)
 
 
 def with_random_tokens(net: UPerFuse) -> UPerFuse:
@@ -96,6 +96,7 @@ def test_each_sample_is_predicted_as_if_it_were_alone() -> None:
                 for field in ("values", "present", "dates", "padding")
             },
             seeds=whole.seeds[index : index + 1],
+            sample_ids=whole.sample_ids[index : index + 1],
             windows=whole.windows[index : index + 1],
         )
         alone = net(inputs_of(net, one), SIDE, 256).logits["land"]
@@ -141,7 +142,7 @@ def test_maps_lie_on_the_ground() -> None:
     values = net.encoder(S2).features(given[S2].values, given[S2].dates, given[S2].padding)
     for stage, fused in enumerate(net.pyramid(series, SIDE)):
         chosen = values[[2, 1, 1, 0][stage]].flip(-1, -2)
-        part = net.fusion.part(stage, [S2], chosen)
+        part = net.fusion.convolve_subset(stage, [S2], chosen)
         turned = interpolate(part, size=fused.shape[-2:], mode="bilinear", align_corners=False)
         expected = turned + net.fusion.bias(stage).view(1, -1, 1, 1)
         torch.testing.assert_close(fused.flip(-1, -2), expected, rtol=1e-4, atol=1e-5)
@@ -191,7 +192,7 @@ def test_the_official_face_refuses_samples_that_lack_a_sensor() -> None:
     names = (AERIAL, S2)
     net = UPerFuse(encoders(*names), {"land": 4}, DECODER, official=True).eval()
     assert not list(net.absent.parameters())
-    with pytest.raises(InputError, match=f"lack {S2}: the official architecture"):
+    with pytest.raises(InputError, match=f"lack {S2}, and an official model"):
         net(inputs_of(net, batch((AERIAL,), names, inputs=names)), SIDE, 64)
     with pytest.raises(InputError, match="build it with head=True"):
         UPerFuse(encoders(S2), {"land": 4}, DECODER, official=True)

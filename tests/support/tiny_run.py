@@ -67,6 +67,7 @@ class TinySource:
                 keys=[f"place {place}" for place in places],
                 rois=["D001-2020/AA-S1-1"] * len(places),
                 seeds=seeds,
+                sample_ids=seeds,
                 windows=torch.tensor([[0.0, 0.0, 102.4]]).repeat(len(places), 1),
                 values={MODALITY: values},
                 present={MODALITY: torch.ones(len(places), dtype=torch.bool)},
