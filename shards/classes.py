@@ -1,7 +1,7 @@
 """Class schemes of the label rasters: names, official colours, scored classes, the LPIS hierarchy, and groupings.
 
-Names and colours follow IGN's FLAIR-HUB documentation. The parent of an LPIS class is inferred from the names: IGN
-publishes the three levels as three bands, never as a table.
+Names and colours follow IGN's FLAIR-HUB documentation. The parents of LPIS classes are inferred from the names, because
+IGN publishes the three levels as three bands, without a table.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScheme:
-    """What the values of one label band mean.
+    """Classes of one label band.
 
-    ``classes`` and ``colours`` (``rrggbb``) are indexed by the value. ``unscored`` values exist in the rasters but are
-    left out of the official mean IoU and out of the loss (official loss weight 0). ``background`` is the value of
-    unlabelled ground, when there is one. ``parents`` gives, for each class, its class one level up.
+    Attributes:
+        name: name of the scheme.
+        classes: name of each class, indexed by pixel value.
+        colours: colour ``rrggbb`` of each class.
+        unscored: values that the rasters contain, but that neither the official mean IoU nor the loss counts
+            (official loss weight 0).
+        background: value of unlabelled ground, if the scheme has one.
+        parents: class one level up of each class, for schemes in a hierarchy.
 
     Raises:
-        ValueError: there are not as many colours, or parents, as classes.
+        ValueError: the number of colours or parents differs from the number of classes.
     """
 
     name: str
@@ -39,7 +44,7 @@ class ClassScheme:
 
     @property
     def scored(self) -> tuple[int, ...]:
-        """Values that count in the loss and in the official metrics."""
+        """Values that the loss and the official metrics count."""
         return tuple(value for value in range(len(self.classes)) if value not in self.unscored)
 
 
@@ -90,15 +95,15 @@ FLAIR_CHALLENGE = ClassScheme(
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """The classes of a scheme put together into those of another.
+    """Mapping of the classes of one scheme to the classes of a coarser one.
 
     Attributes:
-        source: the scheme of the label raster.
-        scheme: the classes that take its place.
-        groups: for each class of ``source``, its class in ``scheme``.
+        source: scheme of the label raster.
+        scheme: scheme after grouping.
+        groups: class in ``scheme`` of each class in ``source``.
 
     Raises:
-        ValueError: ``groups`` does not give each class of ``source`` one of ``scheme``.
+        ValueError: ``groups`` does not map each class of ``source`` to a class of ``scheme``.
     """
 
     source: ClassScheme
@@ -107,19 +112,23 @@ class Grouping:
 
     def __post_init__(self) -> None:
         if len(self.groups) != len(self.source) or not set(self.groups) <= set(range(len(self.scheme))):
-            raise ValueError(f"{self.scheme.name}: {len(self.groups)} groups of {len(self.source)} classes")
+            raise ValueError(
+                f"{self.scheme.name}: groups {self.groups} do not map the {len(self.source)} classes of "
+                f"{self.source.name} to the {len(self.scheme)} of {self.scheme.name}"
+            )
 
 
-def _named_alike(source: ClassScheme, scheme: ClassScheme, rest: str) -> Grouping:
-    """Classes of one name are one class; all others become ``rest``."""
-    names = {name: value for value, name in enumerate(scheme.classes)}
-    return Grouping(source=source, scheme=scheme, groups=tuple(names.get(name, names[rest]) for name in source.classes))
+def _group_by_name(source: ClassScheme, scheme: ClassScheme, default: str) -> Grouping:
+    """Map each class to the class of the same name, and classes without one to ``default``."""
+    values = {name: value for value, name in enumerate(scheme.classes)}
+    groups = tuple(values.get(name, values[default]) for name in source.classes)
+    return Grouping(source=source, scheme=scheme, groups=groups)
 
 
 # The 13 classes, 12 of them scored, of the challenges FLAIR #1 (arXiv 2211.12979) and FLAIR #2 (arXiv 2305.14467):
 # greenhouses, swimming pools, snow, clear cuts, ligneous, mixed and undefined ground are "other".
-GROUPINGS = {"flair_challenge": _named_alike(COSIA, FLAIR_CHALLENGE, "other")}
-"""By name, what the classes of a label can be grouped into."""
+GROUPINGS = {"flair_challenge": _group_by_name(COSIA, FLAIR_CHALLENGE, "other")}
+"""Groupings by name, as recipes refer to them."""
 
 LPIS_1 = ClassScheme(
     name="LPIS level 1",
@@ -140,8 +149,8 @@ LPIS_1 = ClassScheme(
 )
 
 
-def _below(parent: ClassScheme, name: str, classes: str, parents: tuple[int, ...]) -> ClassScheme:
-    """A level of the hierarchy that shows each class in its parent's colour; the last class is the background."""
+def _child_scheme(parent: ClassScheme, name: str, classes: str, parents: tuple[int, ...]) -> ClassScheme:
+    """Scheme one level below ``parent``. Each class has its parent's colour; the last class is the background."""
     names = tuple(classes.split())
     return ClassScheme(
         name=name,
@@ -152,7 +161,7 @@ def _below(parent: ClassScheme, name: str, classes: str, parents: tuple[int, ...
     )
 
 
-LPIS_2 = _below(
+LPIS_2 = _child_scheme(
     LPIS_1,
     "LPIS level 2",
     "grasses wheat barley maize sorghum/millet other-winter-cereals other-spring-cereals other-cereals rice "
@@ -162,7 +171,7 @@ LPIS_2 = _below(
     (0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12, 13, 14, 15, 15, 15, 16, 17, 18, 19, 20, 20, 21, 22),
 )
 
-LPIS_3 = _below(
+LPIS_3 = _child_scheme(
     LPIS_2,
     "LPIS level 3",
     "grasses-mono grasses-mix winter-wheat spring-wheat winter-barley spring-barley maize sorghum millet winter-durum "

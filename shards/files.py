@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files and folders, hashes, and checks of output folders."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from pathlib import Path
 from bocage.shards.errors import InputError
 
 TEMPORARY_SUFFIX = ".tmp"
-"""Ending of files that are still being written; leftovers of a killed run may be deleted."""
+"""Suffix of incomplete files. Files that a killed run left behind may be deleted."""
 
 
 @contextmanager
-def written_atomically(path: Path, *, contested: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it becomes ``path``, flushed to disk, when the block succeeds.
+def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
+    """Context manager that yields a temporary path, and renames it to ``path`` when the block succeeds.
 
-    When the block fails the temporary file is removed and ``path`` stays as it was.
+    The content is flushed to disk before the rename. When the block fails, the temporary file is removed and ``path``
+    stays unchanged.
 
     Args:
-        path: the final name.
-        contested: other processes may be writing the same file. The temporary name is then this call's own, so that
-            they cannot meet in it; the last to succeed stays.
+        path: final path of the file.
+        concurrent: whether other processes may write the same file. If so, the temporary name is unique, and the last
+            process to finish wins.
     """
-    own = f".{uuid.uuid4().hex[:16]}" if contested else ""
-    temporary = path.with_name(f"{path.name}{own}{TEMPORARY_SUFFIX}")
+    unique = f".{uuid.uuid4().hex[:16]}" if concurrent else ""
+    temporary = path.with_name(f"{path.name}{unique}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -36,27 +37,27 @@ def written_atomically(path: Path, *, contested: bool = False) -> Iterator[Path]
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    flush(path.parent)
+    fsync(path.parent)
 
 
 @contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; it becomes ``folder``, flushed to disk, when the block succeeds.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Context manager that yields an empty temporary folder, and renames it to ``folder`` when the block succeeds.
 
-    What was there before is replaced then, and stays as it was when the block fails. What a killed process left is
-    cleared away.
+    The content is flushed to disk before the rename. An existing ``folder`` is replaced on success, and stays unchanged
+    when the block fails. Leftovers of killed processes are removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
     new, old = temporary / "new", temporary / "old"
-    if old.exists() and not folder.exists():  # a process was killed between the two renames below
+    if old.exists() and not folder.exists():  # an earlier process was killed between the two renames below
         old.rename(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         new.mkdir(parents=True)
         yield new
         for path in (*sorted(new.iterdir()), new):
-            flush(path)
+            fsync(path)
         if folder.exists():
             folder.rename(old)
         try:
@@ -65,7 +66,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
-        flush(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -76,8 +77,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flush(path: Path) -> None:
-    """Have a file's content, or a folder's renames, on disk before going on."""
+def fsync(path: Path) -> None:
+    """Flush the content of a file, or the renames in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,22 +86,24 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_apart(output: Path, shards: str | Path) -> None:
-    """Check that a run does not write among shards.
+def check_outside_shards(output: Path, shards: str | Path) -> None:
+    """Check that the output folder of a run is not the folder of its shards, nor inside it.
+
+    An empty ``shards`` passes here; ``Manifest.open`` reports it.
 
     Raises:
-        InputError: the folder is that of the shards or in it. Where there is no ``shards`` yet, another check says so.
+        InputError: the output folder is the folder of the shards, or inside it.
     """
-    there, own = Path(shards).resolve(), output.resolve()
-    if str(shards) and (own == there or there in own.parents):
-        raise InputError(f"output={output} is among the shards: choose another folder")
+    shards_folder, output_folder = Path(shards).resolve(), output.resolve()
+    if str(shards) and (output_folder == shards_folder or shards_folder in output_folder.parents):
+        raise InputError(f"output={output} is inside the folder of the shards: choose another folder")
 
 
 def check_new_folder(folder: Path) -> None:
-    """Make the folder's parent, and check that the folder is not there or holds nothing yet.
+    """Check that the folder is missing or empty, and create its parent.
 
     Raises:
-        InputError: it is a file or holds something, or its parent cannot be made.
+        InputError: the path is a file or a folder with content, or its parent cannot be created.
     """
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

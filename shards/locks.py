@@ -1,4 +1,4 @@
-"""Who may write in a folder, among processes on one machine or on several that share a file system."""
+"""A file lock on shards of a folder, for processes on one or several machines that share a file system."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from types import TracebackType
 
 from bocage.shards.errors import InputError
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FileLock:
-    """Context in which this process alone writes some neighbouring shards of a folder, or all that is in it.
+    """Context manager that locks a range of shards of a folder, or the whole folder, for this process.
 
-    A claim is a POSIX lock on one byte of ``path`` for each shard: disjoint claims stand side by side, the system gives
-    up those of a process that died, and NFS passes them on to its server. Nothing depends on it but that work is not
-    done twice: temporary files have names of their own and appear under the final one whole. So where the file system
-    has no locks (Lustre mounted without ``flock``), the claim is granted unseen.
+    The lock is a POSIX lock on one byte of ``path`` per shard, so locks on disjoint ranges coexist. The system releases
+    the locks of a process that dies, and NFS forwards them to its server.
 
-    The lock belongs to the process: a second claim of the same folder in the same process is granted too.
+    The lock only prevents duplicate work. Correctness does not depend on it, because writers use unique temporary names
+    and rename complete files. On file systems without locks (Lustre mounted without ``flock``), entering therefore
+    succeeds without a lock.
+
+    The lock belongs to the process: a second lock of the same shards in the same process succeeds too.
 
     Args:
-        path: the file of the claims; made when missing.
-        shards: what to claim; range(1) where a folder is claimed as a whole.
-        folder: what holds them, for the message.
+        path: lock file, created if missing.
+        shards: range of shard numbers to lock; range(1) to lock the folder as a whole.
+        folder: folder that is locked, for the error message.
 
     Raises:
-        InputError: on entry, when another process holds some of these shards.
+        InputError: on entry, another process holds a lock on one of these shards.
     """
 
     def __init__(self, path: Path, shards: range, folder: Path) -> None:
@@ -37,14 +39,15 @@ class FileLock:
 
     def __enter__(self) -> FileLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Of length 0 a lock would reach to the end of the file.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, max(1, len(self._shards)), self._shards.start)
+            # At least 1: a POSIX lock of length 0 extends to the end of the file.
+            length = max(1, len(self._shards))
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, self._shards.start)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in _LOCKS_UNSUPPORTED:
                 return self
-            os.close(self._file)
+            os.close(self._descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise InputError(
                     f"{self._folder}: another run is writing there; wait until it ends, or stop it, and "
@@ -56,4 +59,4 @@ class FileLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        os.close(self._descriptor)

@@ -1,4 +1,4 @@
-"""The modality registry: what each sensor and label raster is. The only place that lists them."""
+"""The modality registry: describe every sensor and label raster. No other module lists them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3, ClassScheme
 from bocage.shards.errors import InputError
 
+__all__ = ["FLAIR_HUB", "PATCH_SIZE", "Band", "Baseline", "Modality", "Registry", "SimulatedSensor"]
+
 PATCH_SIZE = 102.4
-"""Side of a patch on the ground, metres."""
+"""Side of a patch on the ground, in metres."""
 
 Role = Literal["image", "series", "mask", "label"]
 Quantity = Literal[
@@ -26,17 +28,21 @@ Quantity = Literal[
 ]
 Representation = Literal["linear", "decibel", "relief", "elevation"]
 CodecName = Literal["colour", "grey", "height", "height-5mm", "float", "reflectance", "plain"]
-"""Names of the encodings of shard members; ``format.codec`` defines them."""
+"""Names of the codecs of shard members; ``format.codec`` defines them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """One band: its name, the physical quantity it measures and, for optical bands, its centre wavelength (nm).
+    """One band of a raster.
 
-    Label bands carry the class scheme of their values instead.
+    Attributes:
+        name: name of the band.
+        quantity: physical quantity that the band measures, or ``class`` for a band of labels.
+        wavelength: centre wavelength in nm; required for reflectance bands, None for others.
+        scheme: class scheme of the values; required for class bands, None for others.
 
     Raises:
-        ValueError: reflectance without a wavelength, classes without a scheme, or either where it does not belong.
+        ValueError: wavelength or scheme is missing, or does not apply to the quantity.
     """
 
     name: str
@@ -52,11 +58,13 @@ class Band:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sensor:
-    """How the simulator turns a physical quantity q into the stored value: ``gain * q**gamma + offset``, plus noise.
+class SimulatedSensor:
+    """Radiometry of a sensor in the simulator: stored value = ``gain * quantity**gamma + offset`` + noise.
 
-    ``noise`` is the standard deviation of additive noise in stored units; ``looks`` the number of looks of
-    multiplicative speckle (None: no speckle).
+    Attributes:
+        gain, offset, gamma: coefficients of the formula.
+        noise: standard deviation of additive noise, in stored units.
+        looks: number of looks of multiplicative speckle; None for no speckle.
     """
 
     gain: float = 1.0
@@ -66,8 +74,8 @@ class Sensor:
     looks: float | None = None
 
 
-def channels_of(representation: Representation, bands: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of all channels of a representation of these bands, in order."""
+def representation_channels(representation: Representation, bands: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of all channels of a representation of ``bands``, in order."""
     if representation in ("relief", "elevation"):
         return (representation, "height")
     return bands
@@ -75,16 +83,16 @@ def channels_of(representation: Representation, bands: tuple[str, ...]) -> tuple
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """How the published FLAIR-HUB baselines read a modality (configurations of IGN's own code).
+    """Input of the published FLAIR-HUB baselines for one modality, from the configurations of IGN's code.
 
     Attributes:
-        channels: in the order their models read them.
-        representation: see ``Modality``.
-        mean, std: what they normalise each of these channels with; 0 and 1 where they read raw values.
-        alone: the one channel that some of them read instead.
+        channels: channels that the models read, in their order.
+        representation: representation of the values, see ``Modality``.
+        mean, std: normalisation of each channel; 0 and 1 for models that read raw values.
+        alone: the single channel that some of the models read instead, as a tuple; empty without such models.
 
     Raises:
-        ValueError: there is not one mean and one standard deviation a channel.
+        ValueError: the number of means or standard deviations differs from the number of channels.
     """
 
     channels: tuple[str, ...]
@@ -95,39 +103,42 @@ class Baseline:
 
     def __post_init__(self) -> None:
         if not len(self.channels) == len(self.mean) == len(self.std):
-            raise ValueError(f"baseline of {self.channels}: one mean and one std a channel")
+            raise ValueError(f"baseline of {self.channels}: needs one mean and one std per channel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
     """One raster of a patch.
 
-    Arrays are (C, H, W) for images and labels and (T, C, H, W) for series and masks, with H = W = ``size`` pixels of
-    ``gsd`` metres.
+    Arrays have shape (C, H, W) for images and labels and (T, C, H, W) for series and masks, with H = W = ``size``.
 
     Attributes:
-        name: the dataset's own name, as it stands in file names.
-        role: ``image`` and ``series`` are encoder inputs; a ``mask`` gives the quality of the series ``mask_of``.
+        name: name in the dataset and in its file names.
+        role: ``image`` and ``series`` are encoder inputs, a ``mask`` is the quality mask of the series ``mask_of``, and
+            a ``label`` is a raster of classes.
+        bands: bands of the raster, in order.
         dtype: NumPy dtype of the stored values.
-        size: pixels along a side of a patch; ``size * gsd`` is the patch's 102.4 m.
-        representation: what an encoder sees before standardisation. ``linear``: the values; ``decibel``:
-            10 log10 of the value; ``relief``: (surface - mean surface of the window, surface - terrain), metres;
-            ``elevation``: (surface, surface - terrain), metres, as the published baselines read it.
-        groups: names of correlated channels of the representation, normalised together in reconstruction targets
+        gsd: ground sampling distance, in metres.
+        size: side of a patch, in pixels; ``size * gsd`` is 102.4 m.
+        codec: name of the codec of the shard member (see ``codec.py``).
+        representation: conversion of stored values before standardisation. ``linear``: the values. ``decibel``:
+            10 log10 of the values. ``relief``: (surface - mean surface of the window, surface - terrain), in metres.
+            ``elevation``: (surface, surface - terrain), in metres, the input of the published baselines.
+        groups: groups of correlated channels of the representation, normalised together in reconstruction targets
             (MAESTRO, arXiv 2508.10894).
-        unit: side of a mask unit, pixels; for series, side of the cells in which targets are normalised.
-        dates_table: the NAME in ``GLOBAL_NAME_MTD_DATES.gpkg`` that holds acquisition dates.
-        historical: the file name carries ``195X`` instead of the image year, and the sensor saw an older landscape.
-        mean, std: official statistics of the stored values by band, where IGN publishes them.
-        baseline: how the published baselines read it, if they do.
-        codec: name of the codec chain of its shard member (see ``codec.py``).
-        nodata_below: stored values under this are holes (None: every value is valid).
-        sensor: what the simulator needs to know.
+        unit: side of a mask unit, in pixels; for series, side of the blocks in which targets are normalised.
+        dates_table: NAME in ``GLOBAL_NAME_MTD_DATES.gpkg``, the file of the acquisition dates; None without such a file.
+        historical: whether file names have ``195X`` instead of the image year, and the image shows an older landscape.
+        mask_of: name of the series that a mask belongs to.
+        mean, std: official statistics of the stored values by band, if IGN publishes them.
+        baseline: input of the published baselines, if they read this modality.
+        nodata_below: stored values below this are nodata; None if every value is valid.
+        sensor: radiometry in the simulator.
 
     Raises:
-        ValueError: a name with ``.`` or ``/``; a ``size`` and a ``gsd`` in whole millimetres that do not make up a
-            patch; an unknown ``representation``; or, of an input, groups that do not hold each channel once, or
-            units that do not divide a patch.
+        ValueError: the name contains ``.`` or ``/``; ``gsd`` is not a whole number of millimetres, or ``size * gsd``
+            is not the side of a patch; the representation is unknown; or, for an input, ``groups`` does not hold
+            each channel once, or ``unit`` does not divide ``size``.
     """
 
     name: str
@@ -147,18 +158,18 @@ class Modality:
     std: tuple[float, ...] | None = None
     baseline: Baseline | None = None
     nodata_below: float | None = None
-    sensor: Sensor = field(default_factory=Sensor)
+    sensor: SimulatedSensor = field(default_factory=SimulatedSensor)
 
     def __post_init__(self) -> None:
         if "." in self.name or "/" in self.name:
             raise ValueError(f"modality name {self.name!r} must not contain '.' or '/'")
         if type(self.size) is not int or self.size < 1:
             raise ValueError(f"{self.name}: size {self.size!r} is not a number of pixels")
-        # Windows lie on a lattice of whole millimetres (``crop.lattice``).
-        whole = self.gsd > 0 and abs(self.gsd - round(self.gsd, 3)) <= 1e-9
-        if not whole or abs(self.size * self.gsd - PATCH_SIZE) > 1e-6:
+        # Windows lie on a lattice of whole millimetres (``windows.lattice``).
+        is_whole_mm = self.gsd > 0 and abs(self.gsd - round(self.gsd, 3)) <= 1e-9
+        if not is_whole_mm or abs(self.size * self.gsd - PATCH_SIZE) > 1e-6:
             raise ValueError(
-                f"{self.name}: {self.size} px of {self.gsd} m are not whole mm or not a patch of {PATCH_SIZE} m"
+                f"{self.name}: {self.size} px of {self.gsd} m are not a patch of {PATCH_SIZE} m, or gsd is not whole mm"
             )
         if self.representation not in get_args(Representation):
             known = ", ".join(get_args(Representation))
@@ -166,29 +177,29 @@ class Modality:
         if self.is_input:
             if self.unit < 1 or self.size % self.unit:
                 raise ValueError(f"{self.name}: units of {self.unit} px do not divide a patch of {self.size} px")
-            named = [name for group in self.groups for name in group]
-            if sorted(named) != sorted(self.channels):
+            grouped = [name for group in self.groups for name in group]
+            if sorted(grouped) != sorted(self.channels):
                 raise ValueError(f"{self.name}: groups {self.groups} must hold each of {self.channels} once")
 
     @property
     def is_input(self) -> bool:
-        """Whether an encoder reads it."""
+        """Whether the modality is an encoder input."""
         return self.role in ("image", "series")
 
     @property
-    def has_dates(self) -> bool:
+    def has_time_axis(self) -> bool:
         """Whether arrays have a leading time axis."""
         return self.role in ("series", "mask")
 
     def shape(self, dates: int = 0) -> tuple[int, ...]:
-        """Shape of its array; ``dates`` counts only where arrays have a time axis."""
+        """Shape of an array; ``dates`` is the number of dates, ignored without a time axis."""
         shape = (len(self.bands), self.size, self.size)
-        return (dates, *shape) if self.has_dates else shape
+        return (dates, *shape) if self.has_time_axis else shape
 
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the channels of the representation, in order."""
-        return channels_of(self.representation, tuple(band.name for band in self.bands))
+        return representation_channels(self.representation, tuple(band.name for band in self.bands))
 
     @property
     def schemes(self) -> tuple[ClassScheme, ...]:
@@ -196,15 +207,15 @@ class Modality:
         return tuple(band.scheme for band in self.bands if band.scheme is not None)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable description; ``from_json`` reads it back."""
+        """JSON-serialisable form, which ``from_json`` reads back."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, description: Mapping[str, Any]) -> Modality:
-        """The modality described by ``to_json``.
+        """Modality from the output of ``to_json``.
 
         Raises:
-            InputError: unknown, missing or wrong fields.
+            InputError: fields are unknown, missing or wrong.
         """
         values = dict(description)
         try:
@@ -214,7 +225,7 @@ class Modality:
                     **{key: _tuples(value) for key, value in band["scheme"].items()}
                 )
                 bands.append(Band(**{**band, "scheme": scheme}))
-            sensor = Sensor(**values.pop("sensor"))
+            sensor = SimulatedSensor(**values.pop("sensor"))
             baseline = values.pop("baseline", None)
             if baseline is not None:
                 baseline = Baseline(**{key: _tuples(value) for key, value in baseline.items()})
@@ -227,16 +238,16 @@ class Modality:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON lists as the tuples they were."""
+    """Convert nested lists, from JSON, to tuples."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 class Registry(Mapping[str, Modality]):
-    """An ordered, immutable collection of modalities by name. ``with_modality`` returns a larger copy.
+    """An ordered, immutable mapping from names to modalities.
 
     Raises:
         ValueError: a modality is listed twice, or a mask without its series.
-        InputError: a name that is asked for is not listed; the message gives the nearest.
+        InputError: on lookup, the name is unknown; the message suggests the closest one.
     """
 
     def __init__(self, modalities: tuple[Modality, ...]) -> None:
@@ -251,9 +262,9 @@ class Registry(Mapping[str, Modality]):
         try:
             return self._by_name[name]
         except KeyError:
-            near = [known for known in self._by_name if str(name).upper() in known][:1]
-            near = near or difflib.get_close_matches(str(name).upper(), self._by_name, n=1)
-            hint = f"did you mean {near[0]}? Known" if near else "known"
+            closest = [known for known in self._by_name if str(name).upper() in known][:1]
+            closest = closest or difflib.get_close_matches(str(name).upper(), self._by_name, n=1)
+            hint = f"did you mean {closest[0]}? Known" if closest else "known"
             raise InputError(f"unknown modality {name!r}; {hint} ones: {', '.join(self._by_name)}") from None
 
     def __contains__(self, name: object) -> bool:
@@ -266,35 +277,35 @@ class Registry(Mapping[str, Modality]):
         return len(self._by_name)
 
     def with_modality(self, modality: Modality) -> Registry:
-        """A copy with one more modality.
+        """Copy of the registry with one more modality.
 
         Raises:
-            InputError: shards have no encoding of the name of its ``codec``.
+            InputError: the codec of the modality is unknown.
         """
         if modality.codec not in get_args(CodecName):
             raise InputError(f"{modality.name}: codec {modality.codec!r} is none of {', '.join(get_args(CodecName))}")
         return Registry((*self._by_name.values(), modality))
 
     def subset(self, names: tuple[str, ...] | list[str]) -> Registry:
-        """Only the named modalities, in this registry's order.
+        """Copy of the registry with the named modalities only, in this registry's order.
 
         Raises:
-            InputError: an unknown name, or a mask without the series that it belongs to.
+            InputError: a name is unknown, or a mask is listed without its series.
         """
-        wanted = {self[name].name for name in names}
-        for name in wanted:
+        selected = {self[name].name for name in names}
+        for name in selected:
             series = self[name].mask_of
-            if series is not None and series not in wanted:
-                raise InputError(f"{name} tells the quality of {series} and is of no use without it: name both")
-        return Registry(tuple(modality for modality in self._by_name.values() if modality.name in wanted))
+            if series is not None and series not in selected:
+                raise InputError(f"{name} is the quality mask of {series} and useless without it: name both")
+        return Registry(tuple(modality for modality in self._by_name.values() if modality.name in selected))
 
     def by_role(self, *roles: Role) -> tuple[Modality, ...]:
-        """Modalities of these roles, in order."""
+        """Modalities with one of these roles, in order."""
         return tuple(modality for modality in self._by_name.values() if modality.role in roles)
 
     @property
     def inputs(self) -> tuple[Modality, ...]:
-        """What encoders read: images first, then series, in the order fusion uses."""
+        """Encoder inputs: images, then series, in the order of the fusion."""
         return (*self.by_role("image"), *self.by_role("series"))
 
     @property
@@ -307,14 +318,15 @@ def _reflectance(**wavelengths: float) -> tuple[Band, ...]:
     return tuple(Band(name=name, quantity="reflectance", wavelength=value) for name, value in wavelengths.items())
 
 
-def _raw(*channels: str) -> Baseline:
+def _raw_baseline(*channels: str) -> Baseline:
+    """Baseline that reads the stored values without normalisation."""
     return Baseline(channels=channels, mean=(0.0,) * len(channels), std=(1.0,) * len(channels))
 
 
 _RGBI = _reflectance(R=650.0, G=550.0, B=460.0, NIR=840.0)
 _VV_VH = (Band(name="VV", quantity="backscatter_vv"), Band(name="VH", quantity="backscatter_vh"))
-# Sigma0 in linear units holds zeros at the swath's edge: the logarithm is floored where it is taken (normalize.py).
-_SENTINEL1_SENSOR = Sensor(looks=4.4)
+# Sigma0 in linear units is 0 at the edge of the swath; ``normalize.represent`` clips it before the logarithm.
+_SENTINEL1_SENSOR = SimulatedSensor(looks=4.4)
 
 FLAIR_HUB = Registry(
     (
@@ -332,7 +344,7 @@ FLAIR_HUB = Registry(
             mean=(105.66, 111.35, 102.18, 106.59),
             std=(52.23, 45.62, 44.30, 39.78),
             baseline=Baseline(channels=("NIR", "R", "G"), mean=(106.59, 105.66, 111.35), std=(39.78, 52.23, 45.62)),
-            sensor=Sensor(gain=430.0, offset=10.0, gamma=0.62, noise=3.0),
+            sensor=SimulatedSensor(gain=430.0, offset=10.0, gamma=0.62, noise=3.0),
         ),
         Modality(
             name="AERIAL-RLT_PAN",
@@ -349,7 +361,7 @@ FLAIR_HUB = Registry(
             mean=(125.92,),
             std=(38.45,),
             baseline=Baseline(channels=("PAN",), mean=(125.92,), std=(38.45,)),
-            sensor=Sensor(gain=500.0, offset=15.0, gamma=0.6, noise=9.0),
+            sensor=SimulatedSensor(gain=500.0, offset=15.0, gamma=0.6, noise=9.0),
         ),
         Modality(
             name="DEM_ELEV",
@@ -364,7 +376,7 @@ FLAIR_HUB = Registry(
             unit=32,
             mean=(311.06, 307.06),
             std=(537.55, 537.82),
-            # The surface's statistics for both: differences of height keep their scale.
+            # The baselines use the statistics of the surface for both channels, so height differences keep their scale.
             baseline=Baseline(
                 channels=("elevation", "height"),
                 representation="elevation",
@@ -373,7 +385,7 @@ FLAIR_HUB = Registry(
                 alone=("height",),
             ),
             nodata_below=-500.0,
-            sensor=Sensor(noise=0.04),
+            sensor=SimulatedSensor(noise=0.04),
         ),
         Modality(
             name="SPOT_RGBI",
@@ -388,10 +400,10 @@ FLAIR_HUB = Registry(
             dates_table="SPOT",
             mean=(433.26, 508.75, 467.77, 1137.03),
             std=(312.76, 284.61, 226.02, 543.11),
-            # The published configuration gives these channels the statistics of R, G and B in that order, near
-            # infrared those of red. The weights were trained so, and read their input so.
+            # The published configuration assigns the statistics of R, G, B to these channels, in that order: near
+            # infrared gets those of red. The weights were trained with this input, so it is kept.
             baseline=Baseline(channels=("NIR", "R", "G"), mean=(433.26, 508.75, 467.77), std=(312.76, 284.61, 226.02)),
-            sensor=Sensor(gain=4500.0, noise=25.0),
+            sensor=SimulatedSensor(gain=4500.0, noise=25.0),
         ),
         Modality(
             name="SENTINEL2_TS",
@@ -415,8 +427,8 @@ FLAIR_HUB = Registry(
             groups=(("B2", "B3", "B4", "B8"), ("B5", "B6", "B7", "B8A"), ("B11", "B12")),
             unit=5,
             dates_table="SENTINEL2",
-            baseline=_raw("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12"),
-            sensor=Sensor(gain=10_000.0, noise=60.0),
+            baseline=_raw_baseline("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12"),
+            sensor=SimulatedSensor(gain=10_000.0, noise=60.0),
         ),
         Modality(
             name="SENTINEL2_MSK-SC",
@@ -427,7 +439,7 @@ FLAIR_HUB = Registry(
             size=10,
             codec="plain",
             mask_of="SENTINEL2_TS",
-            sensor=Sensor(gain=100.0),
+            sensor=SimulatedSensor(gain=100.0),
         ),
         Modality(
             name="SENTINEL1-ASC_TS",
@@ -441,7 +453,7 @@ FLAIR_HUB = Registry(
             groups=(("VV",), ("VH",)),
             unit=5,
             dates_table="SENTINEL1-ASC",
-            baseline=_raw("VV", "VH"),
+            baseline=_raw_baseline("VV", "VH"),
             sensor=_SENTINEL1_SENSOR,
         ),
         Modality(
@@ -456,7 +468,7 @@ FLAIR_HUB = Registry(
             groups=(("VV",), ("VH",)),
             unit=5,
             dates_table="SENTINEL1-DESC",
-            baseline=_raw("VV", "VH"),
+            baseline=_raw_baseline("VV", "VH"),
             sensor=_SENTINEL1_SENSOR,
         ),
         Modality(
@@ -482,4 +494,4 @@ FLAIR_HUB = Registry(
         ),
     )
 )
-"""The ten rasters of FLAIR-HUB, in the order the official fusion uses (images, then series)."""
+"""The ten rasters of FLAIR-HUB, in the order of the official fusion: images, then series."""

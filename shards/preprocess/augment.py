@@ -1,4 +1,4 @@
-"""Random views of a sample, drawn from its seed alone and applied on the training device."""
+"""Random augmentation of samples on the training device, a function of the sample seed only."""
 
 from __future__ import annotations
 
@@ -10,44 +10,55 @@ import torch
 from bocage.shards.counter_rng import uniform
 from bocage.shards.modality import Representation
 
-_YEAR = 365
+_DAYS_PER_YEAR = 365
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a sample beside crops and orientation, which all sensors share. 0 leaves things as they are.
+    """Radiometric and temporal augmentation, in addition to random crops and orientation. 0 disables each.
 
     Attributes:
-        gain: standardised values of optical sensors are multiplied by a factor between 1 - gain and 1 + gain, drawn for
-            each sample, sensor and channel; all dates of a series have one. Radar in decibels and heights have none.
-        offset: what is added to them and to radar, at most, in standard deviations.
-        dates: most dates that are kept of a series, drawn at random.
-        jitter: days by which each date of a series is moved at most.
+        gain: maximum relative change of standardised optical values. The factor, between 1 - gain and 1 + gain, is
+            drawn per sample, sensor and channel, and shared by all dates of a series. Radar in decibels and heights
+            are not scaled.
+        offset: maximum shift of standardised optical and radar values, in standard deviations. Heights are not shifted.
+        max_dates: maximum number of dates of a series; the dates to keep are drawn at random.
+        date_jitter: maximum shift of each date of a series, in days.
 
     Raises:
-        ValueError: ``gain`` outside [0, 1), another one negative, ``offset`` infinite, or ``jitter`` over half a year.
+        ValueError: ``gain`` is outside [0, 1), another value is negative, ``offset`` is infinite, or ``date_jitter``
+            exceeds half a year.
     """
 
     gain: float = 0.0
     offset: float = 0.0
-    dates: int = 0
-    jitter: int = 0
+    max_dates: int = 0
+    date_jitter: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.gain < 1:
             raise ValueError(f"augment.gain={self.gain} must be in [0, 1)")
         if not 0 <= self.offset < math.inf:
             raise ValueError(f"augment.offset={self.offset} must be a number of standard deviations, 0 or more")
-        if self.dates < 0:
-            raise ValueError(f"augment.dates={self.dates} must not be negative")
-        if not 0 <= self.jitter <= _YEAR // 2:
-            raise ValueError(f"augment.jitter={self.jitter} must be between 0 and {_YEAR // 2} days, half a year")
+        if self.max_dates < 0:
+            raise ValueError(f"augment.max_dates={self.max_dates} must not be negative")
+        half_year = _DAYS_PER_YEAR // 2
+        if not 0 <= self.date_jitter <= half_year:
+            raise ValueError(f"augment.date_jitter={self.date_jitter} must be between 0 and {half_year} days")
 
 
-def radiometry(
+def jitter_radiometry(
     values: torch.Tensor, seeds: torch.Tensor, name: str, representation: Representation, config: AugmentConfig
 ) -> torch.Tensor:
-    """Standardised values (B, C, H, W) or (B, T, C, H, W) under another light, as the seeds of the samples (B,) say."""
+    """Apply a random gain and offset to standardised values.
+
+    Args:
+        values: standardised values, (B, C, H, W) or (B, T, C, H, W).
+        seeds: sample seeds, (B,) int64.
+        name: name of the modality; each modality gets independent random numbers.
+        representation: representation of the values. ``linear`` gets both, ``decibel`` an offset only, heights neither.
+        config: maximum gain and offset.
+    """
     if representation not in ("linear", "decibel"):
         return values
     channels = values.shape[-3]
@@ -59,31 +70,31 @@ def radiometry(
     return values
 
 
-def fewer_dates(padding: torch.Tensor, seeds: torch.Tensor, name: str, most: int) -> torch.Tensor:
-    """``padding`` (B, T) bool with all but ``most`` of the dates of a sample padded, drawn at random; 0 keeps all."""
-    if not most or padding.shape[1] <= most:
+def subsample_dates(padding: torch.Tensor, seeds: torch.Tensor, name: str, max_dates: int) -> torch.Tensor:
+    """Mark all but ``max_dates`` random dates of each sample as padding, in ``padding`` (B, T) bool; 0 keeps all."""
+    if not max_dates or padding.shape[1] <= max_dates:
         return padding
-    draws = uniform(seeds, f"dates/{name}", padding.shape[1]).masked_fill(padding, 2.0)
-    rank = draws.argsort(dim=1, stable=True).argsort(dim=1)
-    return padding | (rank >= most)
+    scores = uniform(seeds, f"dates/{name}", padding.shape[1]).masked_fill(padding, 2.0)
+    rank = scores.argsort(dim=1, stable=True).argsort(dim=1)
+    return padding | (rank >= max_dates)
 
 
-def jittered(dates: torch.Tensor, seeds: torch.Tensor, name: str, days: int) -> torch.Tensor:
-    """``dates`` (B, T) each moved by up to so many days."""
+def jitter_dates(dates: torch.Tensor, seeds: torch.Tensor, name: str, days: int) -> torch.Tensor:
+    """Shift each of the ``dates`` (B, T) by a random whole number of days, at most ``days`` in either direction."""
     if not days:
         return dates
-    draws = uniform(seeds, f"jitter/{name}", dates.shape[1])
-    return dates + ((2 * days + 1) * draws).to(dates.dtype) - days
+    shifts = uniform(seeds, f"jitter/{name}", dates.shape[1])
+    return dates + ((2 * days + 1) * shifts).to(dates.dtype) - days
 
 
 def orient(values: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """Each sample in one of the eight orientations of the square.
+    """Turn each sample into a random one of the eight orientations of the square.
 
-    The orientation depends on the seed only, so that all modalities and labels of a sample turn together.
+    The orientation depends on the seed only, so all modalities and labels of a sample get the same one.
 
     Args:
-        values: (B, ..., H, W) with H = W, float or uint8.
-        seeds: (B,) int64.
+        values: float or uint8 values, (B, ..., H, W) with H = W.
+        seeds: sample seeds, (B,) int64.
     """
     bits = uniform(seeds, "orientation", 3) < 0.5
     shape = (-1, *[1] * (values.ndim - 1))

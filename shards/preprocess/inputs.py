@@ -1,4 +1,4 @@
-"""A batch in native dtypes to what encoders read: standardised, oriented, clouds left out."""
+"""Prepare encoder inputs from a batch: standardise, augment, and mask cloudy dates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from bocage.shards.batch import Batch
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.preprocess.augment import AugmentConfig, fewer_dates, jittered, orient, radiometry
-from bocage.shards.preprocess.normalize import InputSpec, fill_holes, standardize
+from bocage.shards.preprocess.augment import AugmentConfig, jitter_dates, jitter_radiometry, orient, subsample_dates
+from bocage.shards.preprocess.normalize import InputSpec, fill_nodata, standardize
 
-_CLEAR_PERCENT = 1  # a pixel is clear when snow and cloud probability are at most this
-_CLEAR_SHARE = 0.95  # a date is kept when this share of its pixels is clear
+_MAX_CLEAR_PROBABILITY = 1  # percent; a pixel is clear if its snow and cloud probabilities are at most this
+_MIN_CLEAR_FRACTION = 0.95  # a date is kept if at least this fraction of its pixels is clear
 
 
 @dataclass
@@ -21,12 +21,13 @@ class EncoderInput:
     """Input of one encoder for B samples.
 
     Attributes:
-        values: (B, C, H, W) or (B, T, C, H, W) float32, standardised; holes are 0, the mean.
-        valid: bool, same shape as ``values``: False in holes, absent samples and padded dates.
-        present: (B,) bool. What is nothing but holes is absent (``encoder_inputs``), and so is a series without a date
-            to look at.
-        dates: (B, T) days since 15 May, for series.
-        padding: (B, T) bool, True where there is nothing to look at: padded or cloudy dates, and empty ones.
+        values: standardised values, (B, C, H, W) or (B, T, C, H, W) float32. Nodata is 0, the mean.
+        valid: bool mask of the shape of ``values``; False for nodata, absent samples and padded dates.
+        present: whether the sample has the modality, (B,) bool. Series without any unpadded date are absent, and by
+            default so are inputs of nodata only (``encoder_inputs``).
+        dates: days since 15 May, (B, T), for series.
+        padding: mask of dates that the encoder ignores, (B, T) bool, for series. True for padding, for cloudy dates,
+            for dates that augmentation drops, and by default for dates of nodata only.
     """
 
     values: torch.Tensor
@@ -37,36 +38,36 @@ class EncoderInput:
 
 
 def cloudy_dates(probabilities: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """Dates of a Sentinel-2 series to leave out, as the official FLAIR-HUB code chooses them.
+    """Select the dates of a Sentinel-2 series to ignore, by the rule of the official FLAIR-HUB code.
 
-    A date is kept when at least 95 % of its pixels have cloud and snow probability of at most 1 %. A sample with no
-    such date keeps the dates free of snow; with none of these either, all its dates.
+    A date is kept if at least 95 % of its pixels have cloud and snow probabilities of at most 1 %. A sample without
+    such a date keeps its snow-free dates. A sample without snow-free dates keeps all its dates.
 
     Args:
-        probabilities: (B, T, 2, H, W), snow then cloud, percent; NaN where unknown.
-        padding: (B, T) bool.
+        probabilities: snow and cloud probability in percent, (B, T, 2, H, W); NaN where unknown.
+        padding: padded dates, (B, T) bool.
 
     Returns:
-        (B, T) bool, True for padded dates and dates to leave out.
+        (B, T) bool, True for padded dates and dates to ignore.
     """
-    chances = probabilities.to(torch.float32)
-    known, clear = torch.isfinite(chances).all(dim=2), chances <= _CLEAR_PERCENT
-    pixels = known.sum(dim=(-2, -1))
+    probabilities = probabilities.to(torch.float32)
+    known, clear = torch.isfinite(probabilities).all(dim=2), probabilities <= _MAX_CLEAR_PROBABILITY
+    known_pixels = known.sum(dim=(-2, -1))
 
-    def mostly(found: torch.Tensor) -> torch.Tensor:
-        """(B, T): whether it is found in enough of the pixels that are known; in none, nothing speaks against it."""
-        share = (found & known).sum(dim=(-2, -1)) / pixels.clamp_min(1)
-        return (share >= _CLEAR_SHARE) | (pixels == 0)
+    def holds_mostly(condition: torch.Tensor) -> torch.Tensor:
+        """(B, T): whether enough known pixels fulfil the condition; true for a date without known pixels."""
+        fraction = (condition & known).sum(dim=(-2, -1)) / known_pixels.clamp_min(1)
+        return (fraction >= _MIN_CLEAR_FRACTION) | (known_pixels == 0)
 
-    kept = mostly(clear.all(dim=2)) & ~padding
-    snow_free = mostly(clear[:, :, 0]) & ~padding
-    kept = torch.where(kept.any(dim=1, keepdim=True), kept, snow_free)
-    kept = torch.where(kept.any(dim=1, keepdim=True), kept, ~padding)
-    return ~kept
+    keep = holds_mostly(clear.all(dim=2)) & ~padding
+    snow_free = holds_mostly(clear[:, :, 0]) & ~padding
+    keep = torch.where(keep.any(dim=1, keepdim=True), keep, snow_free)
+    keep = torch.where(keep.any(dim=1, keepdim=True), keep, ~padding)
+    return ~keep
 
 
 def quality_masks(registry: Registry, inputs: list[str]) -> dict[str, str]:
-    """For each of the ``inputs`` that has one, the name of the mask that tells its quality."""
+    """Name of the quality mask of each series in ``inputs`` that has one."""
     return {
         modality.mask_of: modality.name
         for modality in registry.by_role("mask")
@@ -74,11 +75,11 @@ def quality_masks(registry: Registry, inputs: list[str]) -> dict[str, str]:
     }
 
 
-def wanted_modalities(registry: Registry, inputs: list[str], labels: list[str]) -> list[Modality]:
-    """All rasters that training on these inputs and labels reads, quality masks included, in registry order.
+def required_modalities(registry: Registry, inputs: list[str], labels: list[str]) -> list[Modality]:
+    """Modalities that training on these inputs and labels reads, including quality masks, in registry order.
 
     Raises:
-        InputError: an unknown name.
+        InputError: a name is unknown, or a mask is listed without its series.
     """
     names = [*inputs, *quality_masks(registry, inputs).values(), *labels]
     return list(registry.subset(names).values())
@@ -89,53 +90,53 @@ def encoder_inputs(
     specs: Mapping[str, InputSpec],
     masks: Mapping[str, str],
     *,
-    oriented: bool,
+    random_orientation: bool,
     augment: AugmentConfig | None = None,
     empty_is_absent: bool = True,
 ) -> dict[str, EncoderInput]:
-    """What each encoder reads, on the batch's device.
+    """Prepare the input of each encoder, on the batch's device.
 
     Args:
-        batch: native dtypes.
-        specs: the input of each encoder, by modality.
-        masks: the name of the quality mask of a series (``quality_masks``).
-        oriented: whether each sample is turned into its random orientation (training) or left as it is.
-        augment: further random changes, of training.
-        empty_is_absent: whether images and dates that are nothing but holes count as absent; otherwise they are seen
-            as the mean everywhere, which the official architecture needs, that cannot do without a sensor.
+        batch: batch in native dtypes.
+        specs: input description of each encoder, by modality.
+        masks: name of the quality mask of each series (``quality_masks``).
+        random_orientation: whether to turn each sample into its random orientation; for training.
+        augment: further augmentation; for training.
+        empty_is_absent: whether images and dates of nodata only count as absent. If False, encoders see them as the
+            mean everywhere: the official architecture needs this, because it requires all sensors.
     """
     inputs: dict[str, EncoderInput] = {}
     for name, spec in specs.items():
         values = standardize(batch.values[name], spec)
-        if oriented:
+        if random_orientation:
             values = orient(values, batch.seeds)
         if augment is not None:
-            values = radiometry(values, batch.seeds, name, spec.representation, augment)
+            values = jitter_radiometry(values, batch.seeds, name, spec.representation, augment)
         present, finite = batch.present[name], torch.isfinite(values)
         if not spec.series:
             valid = finite & present.view(-1, 1, 1, 1)
-            seen = valid.flatten(1).any(dim=1) if empty_is_absent else present
-            inputs[name] = EncoderInput(fill_holes(values), valid, seen)
+            present = valid.flatten(1).any(dim=1) if empty_is_absent else present
+            inputs[name] = EncoderInput(fill_nodata(values), valid, present)
             continue
         padding = batch.padding[name]
         if empty_is_absent:
             padding = padding | ~finite.flatten(2).any(dim=2)
-        if masks.get(name) in batch.values:  # other shards than those of training may lack it
-            # The mask may be missing for a sample that has the series: then every date is kept.
-            unclear = cloudy_dates(_as_long(batch.values[masks[name]], padding), padding)
-            padding = torch.where(batch.present[masks[name]][:, None], unclear, padding)
+        if masks.get(name) in batch.values:  # shards other than the training shards may lack the mask
+            # A sample may have the series without the mask: it keeps every date.
+            cloudy = cloudy_dates(_match_length(batch.values[masks[name]], padding), padding)
+            padding = torch.where(batch.present[masks[name]][:, None], cloudy, padding)
         dates = batch.dates[name]
         if augment is not None:
-            padding = fewer_dates(padding, batch.seeds, name, augment.dates)
-            dates = jittered(dates, batch.seeds, name, augment.jitter)
+            padding = subsample_dates(padding, batch.seeds, name, augment.max_dates)
+            dates = jitter_dates(dates, batch.seeds, name, augment.date_jitter)
         valid = finite & ~padding[:, :, None, None, None]
-        seen = present & ~padding.all(dim=1)
-        inputs[name] = EncoderInput(fill_holes(values), valid, seen, dates, padding)
+        present = present & ~padding.all(dim=1)
+        inputs[name] = EncoderInput(fill_nodata(values), valid, present, dates, padding)
     return inputs
 
 
-def _as_long(probabilities: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """The mask with as many dates as its series: they differ when no sample of the batch has the mask."""
+def _match_length(probabilities: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """Pad or cut the mask to the length of its series. They differ if no sample of the batch has the mask."""
     missing = padding.shape[1] - probabilities.shape[1]
     if missing <= 0:
         return probabilities[:, : padding.shape[1]]

@@ -1,7 +1,7 @@
-"""Stored values to what an encoder sees: representation, also of the statistics, and standardisation.
+"""Convert stored values to their representation (decibels, relief, ...), and standardise them.
 
-``represent`` is written against the array API (https://data-apis.org/array-api): packing calls it on NumPy's arrays, in
-processes that never import torch, training on tensors of its device.
+``represent`` uses the array API (https://data-apis.org/array-api): sharding calls it on NumPy arrays, in processes that
+never import torch, and training calls it on tensors.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from bocage.shards.errors import InputError
-from bocage.shards.modality import Modality, Representation, channels_of
+from bocage.shards.modality import Modality, Representation, representation_channels
 
-if TYPE_CHECKING:  # sharding has no use for torch, which would double a worker's memory
+if TYPE_CHECKING:  # sharding does not import torch, which would double a worker's memory
     import torch
 
     Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
-_TUPLES = ("bands", "quantities", "wavelengths", "channels", "mean", "std")
-LEAST_STD = 1e-6
-"""Floor of standard deviations: a constant channel stays finite."""
+_TUPLE_FIELDS = ("bands", "quantities", "wavelengths", "channels", "mean", "std")
+MIN_STD = 1e-6
+"""Lower bound of standard deviations, so that a constant channel stays finite."""
 
-_SIGMA0_FLOOR = 1e-4  # -40 dB: zeros at the swath's edge would give minus infinity
+_MIN_SIGMA0 = 1e-4  # -40 dB; zeros at the edge of the swath would give minus infinity
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """What an encoder needs to know of its input; part of a published encoder.
+    """Description of an encoder's input, stored with a published encoder.
 
     Attributes:
-        modality: the dataset's name of the sensor.
-        bands: stored bands in the order the arrays hold them.
-        quantities: by band, what it measures (``modality.Quantity``).
-        wavelengths: by band, its centre wavelength in nm; None for bands that are not optical.
-        channels: channels of the representation, in the order the encoder reads them; not necessarily all of them.
-        representation: see ``modality.Modality``.
-        mean, std: by channel, in units of the representation.
-        gsd: ground sampling distance, metres.
-        series: whether arrays have a time axis; dates are days since 15 May of their own year.
-        nodata_below: stored values under this are holes.
+        modality: name of the sensor in the dataset.
+        bands: names of the stored bands, in the order of the arrays.
+        quantities: physical quantity of each band (``modality.Quantity``).
+        wavelengths: centre wavelength of each band in nm; None for bands that are not optical.
+        channels: channels of the representation that the encoder reads, in its order; possibly a subset.
+        representation: conversion of the stored values before standardisation, see ``modality.Modality``.
+        mean, std: statistics of each channel, in units of the representation.
+        gsd: ground sampling distance, in metres.
+        series: whether arrays have a time axis. Dates are days since 15 May of their own year.
+        nodata_below: stored values below this are nodata; None if every value is valid.
 
     Raises:
-        ValueError: fields of different lengths, or channels that the representation does not have.
+        ValueError: fields have different lengths, or a channel is not one of the representation.
     """
 
     modality: str
@@ -65,7 +65,7 @@ class InputSpec:
             raise ValueError(
                 f"{self.modality}: {len(self.channels)} channels, {len(self.mean)} means, {len(self.std)} stds"
             )
-        known = channels_of(self.representation, self.bands)
+        known = representation_channels(self.representation, self.bands)
         if unknown := set(self.channels) - set(known):
             raise ValueError(f"{self.modality}: channels {', '.join(sorted(unknown))} are not among {', '.join(known)}")
         if not len(self.bands) == len(self.quantities) == len(self.wavelengths):
@@ -75,8 +75,8 @@ class InputSpec:
             )
 
     @classmethod
-    def of(cls, modality: Modality, mean: tuple[float, ...], std: tuple[float, ...]) -> InputSpec:
-        """The input of an encoder of ``modality`` with these channel statistics."""
+    def from_modality(cls, modality: Modality, mean: tuple[float, ...], std: tuple[float, ...]) -> InputSpec:
+        """Input description of an encoder of ``modality`` with these channel statistics."""
         return cls(
             modality=modality.name,
             bands=tuple(band.name for band in modality.bands),
@@ -92,34 +92,35 @@ class InputSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable description; ``from_json`` reads it back."""
+        """JSON-serialisable form, which ``from_json`` reads back."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, description: Mapping[str, Any]) -> InputSpec:
-        """The spec described by ``to_json``.
+        """Spec from the output of ``to_json``.
 
         Raises:
-            InputError: unknown, missing or wrong fields.
+            InputError: fields are unknown, missing or wrong.
         """
         try:
             values = dict(description)
-            values.update({key: tuple(values[key]) for key in _TUPLES})
+            values.update({key: tuple(values[key]) for key in _TUPLE_FIELDS})
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"input description of an encoder cannot be read: {error}") from error
 
 
 def represent(values: Array, representation: Representation, nodata_below: float | None = None) -> Array:
-    """The representation of stored values, an array of NumPy or of torch like the one given.
+    """Convert stored values to a representation.
 
     Args:
-        values: (..., C, H, W) in any real dtype. ``relief`` and ``elevation`` expect the bands surface, terrain.
-        representation: see ``modality.Modality``.
-        nodata_below: stored values under this are holes, as are infinities and NaN.
+        values: stored values, (..., C, H, W), a NumPy array or tensor of any real dtype. ``relief`` and ``elevation``
+            expect the bands surface and terrain.
+        representation: name of the representation, see ``modality.Modality``.
+        nodata_below: stored values below this are nodata; so are infinities and NaN.
 
     Returns:
-        (..., C, H, W) float32; every value is finite, or NaN for a hole.
+        (..., C, H, W) float32, of the same array library. Each value is finite, or NaN for nodata.
     """
     xp = array_namespace(values)
     is_float = xp.isdtype(values.dtype, "real floating")
@@ -129,7 +130,7 @@ def represent(values: Array, representation: Representation, nodata_below: float
     elif is_float:
         values = _finite_or_nan(xp, values)
     if representation == "decibel":
-        return 10.0 * xp.log10(xp.clip(values, min=_SIGMA0_FLOOR))
+        return 10.0 * xp.log10(xp.clip(values, min=_MIN_SIGMA0))
     if representation in ("relief", "elevation"):
         surface, terrain = values[..., 0, :, :], values[..., 1, :, :]
         height = surface - terrain
@@ -144,24 +145,24 @@ def _finite_or_nan(xp: Any, values: Array) -> Array:
 
 
 def _window_mean(xp: Any, values: Array) -> Array:
-    """Means of (..., H, W) over what is not NaN, (..., 1, 1); NaN where nothing is left."""
-    holes = xp.isnan(values)
-    count = xp.sum(xp.astype(~holes, xp.float32), axis=(-2, -1), keepdims=True)
-    total = xp.sum(xp.where(holes, 0.0, values), axis=(-2, -1), keepdims=True)
+    """Mean of (..., H, W) over valid pixels, (..., 1, 1); NaN without valid pixels."""
+    nodata = xp.isnan(values)
+    count = xp.sum(xp.astype(~nodata, xp.float32), axis=(-2, -1), keepdims=True)
+    total = xp.sum(xp.where(nodata, 0.0, values), axis=(-2, -1), keepdims=True)
     return total / xp.where(count > 0, count, xp.nan)
 
 
 def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    """The spec's channels, standardised: (..., C, H, W) float32; holes are NaN (``fill_holes`` closes them)."""
+    """Standardise the channels of ``spec``: (..., C, H, W) float32, NaN for nodata (see ``fill_nodata``)."""
     values = represent(values, spec.representation, spec.nodata_below)
-    known = channels_of(spec.representation, spec.bands)
+    known = representation_channels(spec.representation, spec.bands)
     if spec.channels != known:
         values = values[..., [known.index(channel) for channel in spec.channels], :, :]
     mean = values.new_tensor(spec.mean).view(-1, 1, 1)
     std = values.new_tensor(spec.std).view(-1, 1, 1)
-    return (values - mean) / std.clamp_min(LEAST_STD)
+    return (values - mean) / std.clamp_min(MIN_STD)
 
 
-def fill_holes(values: torch.Tensor) -> torch.Tensor:
-    """Standardised values, of any shape, with holes at the mean, so that no NaN reaches an encoder."""
+def fill_nodata(values: torch.Tensor) -> torch.Tensor:
+    """Replace nodata in standardised values of any shape by 0, the mean, so that no NaN reaches an encoder."""
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
