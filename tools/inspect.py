@@ -83,7 +83,7 @@ def _tables(numbers: dict[str, Any]) -> list[Table]:
     if numbers["dates"]:
         dates = Table("series", "min", "median", "max", title="dates of a series", title_justify="left")
         for name, spread in numbers["dates"].items():
-            dates.add_row(name, str(spread["least"]), f"{spread['median']:g}", str(spread["greatest"]))
+            dates.add_row(name, str(spread["min"]), f"{spread['median']:g}", str(spread["max"]))
         tables.append(dates)
     for name, shares in numbers["classes"].items():
         table = Table("class", "% of pixels", title=name, title_justify="left")

@@ -71,9 +71,9 @@ def _print(found: Verification, path: Path) -> None:
         print(f"warning: {_line(problem)}")
     for problem in found.problems[:_SHOWN]:
         print(f"broken: {_line(problem)}")
-    hidden = len(found.problems[_SHOWN:]) + found.more
+    hidden = len(found.problems[_SHOWN:]) + found.unlisted
     if hidden:
-        print(f"broken: {hidden} more like these" + ("" if found.more else "; --json FILE lists them"))
+        print(f"broken: {hidden} more like these" + ("" if found.unlisted else "; --json FILE lists them"))
     if found.sound:
         print("sound")
         return
@@ -92,4 +92,4 @@ def _print(found: Verification, path: Path) -> None:
 
 
 def _line(problem: Problem) -> str:
-    return ": ".join(filter(None, (problem.file, problem.member, problem.what)))
+    return ": ".join(filter(None, (problem.file, problem.member, problem.message)))

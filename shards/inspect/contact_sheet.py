@@ -1,4 +1,4 @@
-"""One patch in all its modalities on one page: composites, shaded relief, date strips, radar in decibels, classes."""
+"""Draw a contact sheet of one patch: composites, shaded relief, date strips, radar in decibels, classes."""
 
 from __future__ import annotations
 
@@ -14,60 +14,64 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import CodecError, decode
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.inspect.composites import colour_bands, date_pictures, hillshade, palette
+from bocage.shards.inspect.composites import colour_bands, hillshade, palette, series_composites
 from bocage.shards.modality import PATCH_SIZE, Band, Modality
 from bocage.shards.preprocess.normalize import represent
 
 # Inches.
 _WIDTH, _MARGIN, _TOP = 12.0, 0.25, 0.62
-_COLUMNS, _GAP, _TITLE = 4, 0.22, 0.24  # of large pictures
+_COLUMNS, _GAP, _TITLE = 4, 0.22, 0.24  # large pictures per row, gap between them, height of a title
 _SIDE = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) / _COLUMNS
-_DATES = 10  # shown of a series, spread evenly
-_SCALE = 0.42  # below a picture, for its colours
+_DATES = 10  # dates of a series, spread evenly
+_SCALE = 0.42  # height of the colour bar below a picture
 _STRETCH = (2.0, 98.0)
 _NEAR_INFRARED = 840.0  # nm
 _LEGEND_ROW = 0.19
 
 
-def draw_contact_sheet(manifest: Manifest, row: int, path: Path) -> None:
-    """Writes a PNG of one sample.
+def save_contact_sheet(manifest: Manifest, row: int, path: Path) -> None:
+    """Save the contact sheet of one sample as PNG.
 
     Args:
-        manifest: open, of local or remote shards.
-        row: which sample.
-        path: of the PNG.
+        manifest: an open manifest of local or remote shards.
+        row: row of the sample.
+        path: path of the PNG.
 
     Raises:
         InputError: a member is damaged, or ``path`` cannot be written.
     """
     figure = contact_sheet(manifest, row)
     try:
-        with written_atomically(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def contact_sheet(manifest: Manifest, row: int) -> Figure:
-    """The figure of ``draw_contact_sheet``: images, then a row for each series, then labels with a legend.
+    """Draw one sample: images, then a row of dates for each series, then labels with a legend.
+
+    Args:
+        manifest: an open manifest of local or remote shards.
+        row: row of the sample.
 
     Raises:
-        InputError: an array of the sample is damaged, or is not one of its sensor.
+        InputError: an array of the sample is damaged, or contradicts its modality.
     """
-    key, arrays = manifest.index.key(row), _arrays(manifest, row)
+    key, arrays = manifest.index.key(row), _read_arrays(manifest, row)
     images = [tile for item in manifest.registry.by_role("image") for tile in _image_tiles(item, arrays.get(item.name))]
     series = manifest.registry.by_role("series")
     labels = [(item, index) for item in manifest.registry.labels for index in range(len(item.bands))]
-    legends = [_classes(item.bands[index], arrays.get(item.name), index) for item, index in labels]
+    legends = [_class_fractions(item.bands[index], arrays.get(item.name), index) for item, index in labels]
     lines = math.ceil(len(images) / _COLUMNS)
     side = (_WIDTH - 2 * _MARGIN - (_DATES - 1) * 0.08) / _DATES
     strips = sum(_TITLE + side + (0.62 if _is_radar(item) else 0.28) for item in series)
-    legend = max((len(found) for found in legends), default=0) * _LEGEND_ROW
-    below = _TITLE + _SIDE + 0.12 + legend if labels else 0.0
-    height = _TOP + lines * (_TITLE + _SIDE + _SCALE) + strips + below + _MARGIN
+    legend_height = max(map(len, legends), default=0) * _LEGEND_ROW
+    labels_height = _TITLE + _SIDE + 0.12 + legend_height if labels else 0.0
+    height = _TOP + lines * (_TITLE + _SIDE + _SCALE) + strips + labels_height + _MARGIN
     page = _Page(height)
     page.text(_MARGIN, 0.12, key, fontsize=13, weight="bold")
     ground = f"{manifest.index.roi(row)}, {PATCH_SIZE:g} m x {PATCH_SIZE:g} m, north up"
@@ -79,14 +83,14 @@ def contact_sheet(manifest: Manifest, row: int) -> Figure:
         top += _TITLE + _SIDE + _SCALE
     for item in series:
         top = _draw_series(page, manifest, row, item, arrays.get(item.name), top, side)
-    for column, ((item, index), found) in enumerate(zip(labels, legends, strict=True)):
+    for column, ((item, index), legend) in enumerate(zip(labels, legends, strict=True)):
         left = _MARGIN + column * (_SIDE + _GAP)
-        _draw_label(page, item, index, arrays.get(item.name), found, left, top + _TITLE)
+        _draw_label(page, item, index, arrays.get(item.name), legend, left, top + _TITLE)
     return page.figure
 
 
 class _Page:
-    """A figure in inches, from its upper left corner."""
+    """Figure with positions in inches from its upper left corner."""
 
     def __init__(self, height: float) -> None:
         self.figure = Figure(figsize=(_WIDTH, height), facecolor="white")
@@ -105,7 +109,7 @@ class _Page:
 
 
 class _Tile:
-    """One large picture: (H, W, 3) in 0..1, or (H, W) with a scale in a unit; None where it is missing."""
+    """One large picture: (H, W, 3) in [0, 1], or (H, W) with a colour bar in ``unit``; None if it is missing."""
 
     def __init__(self, title: str, picture: np.ndarray | None, note: str = "", unit: str = "") -> None:
         self._title, self._picture, self._note, self._unit = title, picture, note, unit
@@ -125,8 +129,8 @@ class _Tile:
             page.text(left, top + _SIDE + 0.05, self._note, fontsize=7, color="#444444")
 
 
-def _arrays(manifest: Manifest, row: int) -> dict[str, np.ndarray]:
-    index, found = manifest.index, {}
+def _read_arrays(manifest: Manifest, row: int) -> dict[str, np.ndarray]:
+    index, arrays = manifest.index, {}
     shard = int(index.shard[row])
     for name, modality in manifest.registry.items():
         length = int(index.length[name][row])
@@ -139,9 +143,12 @@ def _arrays(manifest: Manifest, row: int) -> dict[str, np.ndarray]:
                 f"{manifest.files.name(shard)}: {name} of {index.key(row)} is damaged: {error}; run `bocage verify`"
             ) from error
         if array.shape != modality.shape(len(array) if array.ndim else 0) or array.dtype != np.dtype(modality.dtype):
-            raise InputError(f"{manifest.files.name(shard)}: {name} of {index.key(row)} is not an array of its sensor")
-        found[name] = array
-    return found
+            raise InputError(
+                f"{manifest.files.name(shard)}: {name} of {index.key(row)} is {array.dtype} of {array.shape}, but "
+                f"{name} is {modality.dtype} of {modality.shape(len(array) if array.ndim else 0)}"
+            )
+        arrays[name] = array
+    return arrays
 
 
 def _image_tiles(modality: Modality, array: np.ndarray | None) -> list[_Tile]:
@@ -152,19 +159,19 @@ def _image_tiles(modality: Modality, array: np.ndarray | None) -> list[_Tile]:
     colours = colour_bands(modality)
     names = [band.name for band in modality.bands]
     if colours is None:
-        return [_Tile(f"{modality.name}: {names[0]}", None if array is None else _stretched(array[[0, 0, 0]]), note)]
+        return [_Tile(f"{modality.name}: {names[0]}", None if array is None else _stretch(array[[0, 0, 0]]), note)]
     composites = [colours]
     wavelengths = [band.wavelength or 0.0 for band in modality.bands]
     infrared = int(np.argmin(np.abs(np.array(wavelengths) - _NEAR_INFRARED)))
     if infrared not in colours:
         composites.append([infrared, *colours[:2]])
     titles = [f"{modality.name}: {' '.join(names[k] for k in bands)}" for bands in composites]
-    pictures = [None if array is None else _stretched(array[bands], bands == colours) for bands in composites]
+    pictures = [None if array is None else _stretch(array[bands], bands == colours) for bands in composites]
     return [_Tile(title, picture, note) for title, picture in zip(titles, pictures)]
 
 
 def _height_tiles(modality: Modality, array: np.ndarray | None, quantities: list[Any], note: str) -> list[_Tile]:
-    titles = [f"{modality.name}: {word}" for word in ("surface, shaded", "terrain, shaded", "surface - terrain")]
+    titles = [f"{modality.name}: {content}" for content in ("surface, shaded", "terrain, shaded", "surface - terrain")]
     if array is None:
         return [_Tile(title, None) for title in titles]
     limit = -math.inf if modality.nodata_below is None else modality.nodata_below
@@ -172,21 +179,24 @@ def _height_tiles(modality: Modality, array: np.ndarray | None, quantities: list
     surface, terrain = (heights[quantities.index(name)] for name in ("surface_height", "terrain_height"))
     shaded = [np.nan_to_num(hillshade(values, modality.gsd)) for values in (surface, terrain)]
     return [
-        _Tile(titles[0], shaded[0], f"{_range(surface)}, {note}"),
-        _Tile(titles[1], shaded[1], f"{_range(terrain)}, {note}"),
+        _Tile(titles[0], shaded[0], f"{_format_range(surface)}, {note}"),
+        _Tile(titles[1], shaded[1], f"{_format_range(terrain)}, {note}"),
         _Tile(titles[2], surface - terrain, unit="m"),
     ]
 
 
-def _range(values: np.ndarray) -> str:
+def _format_range(values: np.ndarray) -> str:
     if not np.isfinite(values).any():
         return "no height"
     return f"{np.nanmin(values):.1f} to {np.nanmax(values):.1f} m"
 
 
-def _stretched(bands: np.ndarray, together: bool = False) -> np.ndarray:
-    """(3, H, W) to (H, W, 3) in 0..1 between 2nd and 98th percentile: of each band, or of all to keep true colours."""
-    low, high = np.percentile(bands, _STRETCH, axis=(0, 1, 2) if together else (1, 2), keepdims=True)
+def _stretch(bands: np.ndarray, common: bool = False) -> np.ndarray:
+    """Stretch (3, H, W) to (H, W, 3) in [0, 1] between the 2nd and 98th percentile of each band.
+
+    ``common`` uses the percentiles of all bands together, which keeps true colours.
+    """
+    low, high = np.percentile(bands, _STRETCH, axis=(0, 1, 2) if common else (1, 2), keepdims=True)
     return np.clip((bands - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
 
 
@@ -205,26 +215,26 @@ def _is_radar(modality: Modality) -> bool:
 def _draw_series(
     page: _Page, manifest: Manifest, row: int, modality: Modality, array: np.ndarray | None, top: float, side: float
 ) -> float:
-    """A strip of dates; the top of what comes below it."""
-    below = top + _TITLE + side + (0.62 if _is_radar(modality) else 0.28)
+    """Draw a strip of dates; returns the top of the next row."""
+    bottom = top + _TITLE + side + (0.62 if _is_radar(modality) else 0.28)
     if array is None or len(array) == 0:
         page.text(_MARGIN, top + 0.05, f"{modality.name}", fontsize=8.5)
         _draw_missing(
             page.axes(_MARGIN, top + _TITLE, _WIDTH - 2 * _MARGIN, side), "missing" if array is None else "no date"
         )
-        return below
+        return bottom
     days = manifest.index.dates(modality.name, row)
     chosen = np.unique(np.linspace(0, len(array) - 1, min(_DATES, len(array))).astype(int))
-    what = f"{modality.name}: {len(chosen)} of {len(array)} dates, {modality.gsd:g} m"
+    title = f"{modality.name}: {len(chosen)} of {len(array)} dates, {modality.gsd:g} m"
     shown = represent(array[chosen], modality.representation, modality.nodata_below)
     if _is_radar(modality):
-        page.text(_MARGIN, top + 0.05, f"{what}, {modality.bands[0].name} in dB", fontsize=8.5)
-        low, high = _limits(shown[:, 0][array[chosen, 0] > 0])  # zeros at the edge of a swath are no echoes
+        page.text(_MARGIN, top + 0.05, f"{title}, {modality.bands[0].name} in dB", fontsize=8.5)
+        low, high = _limits(shown[:, 0][array[chosen, 0] > 0])  # zeros at the edge of a swath are nodata
     else:
         colours = colour_bands(modality) or [0]
         names = " ".join(modality.bands[k].name for k in colours)
-        page.text(_MARGIN, top + 0.05, f"{what}, {names}, one stretch for all dates", fontsize=8.5)
-        pictures = date_pictures(shown, modality, _clear(shown))
+        page.text(_MARGIN, top + 0.05, f"{title}, {names}, one stretch for all dates", fontsize=8.5)
+        pictures = series_composites(shown, modality, _clear_dates(shown))
     for column, index in enumerate(chosen):
         left = _MARGIN + column * (side + 0.08)
         axis = page.axes(left, top + _TITLE, side, side)
@@ -236,17 +246,17 @@ def _draw_series(
         axis.set_xlabel(day, fontsize=7.5, labelpad=2)
     if _is_radar(modality):
         _draw_scale(page, image, f"{modality.bands[0].name}, dB", _MARGIN, top + _TITLE + side + 0.24, 3.0)
-    return below
+    return bottom
 
 
-def _clear(frames: np.ndarray) -> np.ndarray:
-    """The darker half of the dates: clouds and snow, which are bright, must not set the contrast."""
+def _clear_dates(frames: np.ndarray) -> np.ndarray:
+    """The darker half of the dates, (T,) bool: bright clouds and snow must not determine the contrast."""
     brightness = np.nan_to_num(frames, nan=np.inf).reshape(len(frames), -1).mean(axis=1)
     return brightness <= np.median(brightness)
 
 
-def _classes(band: Band, array: np.ndarray | None, index: int) -> list[tuple[int, float]]:
-    """Values that occur, the most frequent first, with their share."""
+def _class_fractions(band: Band, array: np.ndarray | None, index: int) -> list[tuple[int, float]]:
+    """Class values with their fraction of the pixels, the most frequent first."""
     if array is None or band.scheme is None:
         return []
     values, counts = np.unique(array[index], return_counts=True)
@@ -259,7 +269,7 @@ def _draw_label(
     modality: Modality,
     index: int,
     array: np.ndarray | None,
-    found: list[tuple[int, float]],
+    fractions: list[tuple[int, float]],
     left: float,
     top: float,
 ) -> None:
@@ -270,8 +280,10 @@ def _draw_label(
         _draw_missing(axis)
         return
     axis.imshow(palette(scheme)[np.minimum(array[index], len(scheme) - 1)], interpolation="nearest")
-    handles = [Patch(facecolor=f"#{scheme.colours[value]}", edgecolor="#888888", linewidth=0.5) for value, _ in found]
-    names = [f"{scheme.classes[value]}  {share:.1%}" for value, share in found]
+    handles = [
+        Patch(facecolor=f"#{scheme.colours[value]}", edgecolor="#888888", linewidth=0.5) for value, _ in fractions
+    ]
+    names = [f"{scheme.classes[value]}  {fraction:.1%}" for value, fraction in fractions]
     axis.legend(
         handles,
         names,

@@ -1,4 +1,4 @@
-"""What a folder of shards holds, in numbers: one pass over a few columns of its manifest."""
+"""Summarise a folder of shards in one pass over a few columns of its manifest."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bocage.shards.format.manifest import Manifest, dated
+from bocage.shards.format.manifest import Manifest, has_acquisition_dates
 
 
 def summarize(manifest: Manifest) -> dict[str, Any]:
-    """JSON-serialisable counts; memory holds a few numbers a sample.
+    """Count patches, modalities, splits, classes and dates; memory holds a few numbers per sample.
 
-    ``patches``, ``skipped``, ``shards``, ``bytes``, ``source_bytes``; ``modalities``: by name presence, bytes of
-    members, and of inputs the statistics by channel; ``domains`` and ``rois``: patches in each, and how many there are;
-    ``splits``: by split and value; ``classes``: by label band and class name its share of the pixels; ``dates``: by
-    series, least, median and greatest number.
+    Returns:
+        JSON-serialisable dictionary: ``patches``, ``skipped``, ``shards``, ``bytes`` and ``source_bytes`` are totals;
+        ``modalities`` holds presence, bytes and, for inputs, statistics by channel; ``domains`` the patches of each
+        domain; ``rois`` the number of ROIs; ``splits`` the patches by split and value; ``classes`` the fraction of
+        pixels by label band and class name; ``dates`` the minimum, median and maximum number of dates by series.
     """
     registry = manifest.registry
     labels = [(item, band) for item in registry.labels for band in item.bands if band.scheme is not None]
@@ -27,15 +28,16 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
     domains: Counter[str] = Counter()
     rois: set[str] = set()
     splits: dict[str, Counter[str]] = {name: Counter() for name in manifest.splits}
-    steps: dict[str, list[np.ndarray]] = {item.name: [] for item in registry.by_role("series") if dated(item)}
-    for batch in manifest.batches([*columns, *(f"dates.{name}" for name in steps)]):
+    series = [item.name for item in registry.by_role("series") if has_acquisition_dates(item)]
+    date_counts: dict[str, list[np.ndarray]] = {name: [] for name in series}
+    for batch in manifest.batches([*columns, *(f"dates.{name}" for name in series)]):
         _count(domains, batch["domain"])
         rois.update(batch["roi"].unique().to_pylist())
         for name, counter in splits.items():
             _count(counter, batch[name])
         for (name, band), total in pixels.items():
             total += batch[f"histogram.{name}.{band}"].flatten().to_numpy().reshape(-1, len(total)).sum(axis=0)
-        for name, lengths in steps.items():
+        for name, lengths in date_counts.items():
             lengths.append(pc.list_value_length(batch[f"dates.{name}"].drop_null()).to_numpy())
     return {
         "patches": len(manifest),
@@ -48,11 +50,11 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "rois": len(rois),
         "splits": {name: dict(sorted(counter.items())) for name, counter in splits.items()},
         "classes": {
-            f"{item.name} {band.name}": _shares(band.scheme.classes, pixels[item.name, band.name])
+            f"{item.name} {band.name}": _fractions(band.scheme.classes, pixels[item.name, band.name])
             for item, band in labels
             if band.scheme is not None
         },
-        "dates": {name: _spread(np.concatenate(lengths)) for name, lengths in steps.items() if lengths},
+        "dates": {name: _range(np.concatenate(lengths)) for name, lengths in date_counts.items() if lengths},
     }
 
 
@@ -62,7 +64,7 @@ def _count(counter: Counter[str], column: pa.Array) -> None:
 
 
 def _modalities(manifest: Manifest) -> dict[str, Any]:
-    found = {}
+    summary = {}
     for name, modality in manifest.registry.items():
         lengths = manifest.index.length[name]
         item: dict[str, Any] = {
@@ -77,28 +79,29 @@ def _modalities(manifest: Manifest) -> dict[str, Any]:
         if modality.is_input:
             mean, std = manifest.statistics[name]
             item |= {"channels": list(modality.channels), "mean": list(mean), "std": list(std)}
-        found[name] = item
-    return found
+        summary[name] = item
+    return summary
 
 
-def _shares(classes: tuple[str, ...], pixels: np.ndarray) -> dict[str, float]:
-    """By class, its share of all pixels; classes that do not occur are 0."""
+def _fractions(classes: tuple[str, ...], pixels: np.ndarray) -> dict[str, float]:
+    """Fraction of all pixels by class; 0 for classes that do not occur."""
     return {name: float(count) for name, count in zip(classes, pixels / max(int(pixels.sum()), 1), strict=True)}
 
 
-def _spread(lengths: np.ndarray) -> dict[str, float]:
+def _range(lengths: np.ndarray) -> dict[str, float]:
+    """Number of series, and minimum, median and maximum of their number of dates."""
     if len(lengths) == 0:
-        return {"series": 0, "least": 0, "median": 0.0, "greatest": 0}
+        return {"series": 0, "min": 0, "median": 0.0, "max": 0}
     return {
         "series": len(lengths),
-        "least": int(lengths.min()),
+        "min": int(lengths.min()),
         "median": float(np.median(lengths)),
-        "greatest": int(lengths.max()),
+        "max": int(lengths.max()),
     }
 
 
-def fullest(manifest: Manifest) -> int:
-    """The first row that has every modality, else the first of those that have the most; 0 in a dataset of any."""
+def most_complete_row(manifest: Manifest) -> int:
+    """First row with the largest number of modalities."""
     present = np.zeros(len(manifest), np.int32)
     for lengths in manifest.index.length.values():
         present += lengths > 0

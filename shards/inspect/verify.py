@@ -1,4 +1,4 @@
-"""Whether a folder of shards is sound: every file's hash, every tar's headers, and arrays of some or all samples."""
+"""Verify a folder of shards: hash of every file, headers of every tar, and arrays of some or all samples."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ import pyarrow.compute as pc
 from bocage.shards.errors import InputError
 from bocage.shards.files import TEMPORARY_SUFFIX
 from bocage.shards.format.index import INDEX_FILE
-from bocage.shards.format.manifest import DATASET_FILE, TABLE_FILE, Manifest, OtherVersionError, schema
+from bocage.shards.format.manifest import DATASET_FILE, TABLE_FILE, Manifest, SchemaVersionError, manifest_schema
 from bocage.shards.format.running_stats import merge_stats
 from bocage.shards.format.shard_files import PARTS_FOLDER
-from bocage.shards.inspect.verify_shard import Findings, Problem, ShardCheck, check_shard, close
-from bocage.shards.pool import results
+from bocage.shards.inspect.verify_shard import Findings, Problem, ShardCheck, check_shard, statistics_match
+from bocage.shards.pool import run_in_pool
 
 Progress = Callable[[int, int, int], None]
-"""Called with bytes of shards checked, bytes in all, and problems found so far."""
+"""Callback with the bytes checked, the bytes of all shards, and the number of problems so far."""
 
 
 @dataclass
 class Verification:
-    """What was found.
+    """Result of verifying a folder of shards.
 
     Attributes:
-        samples, shards, bytes: in the dataset's description.
-        decoded: samples whose arrays were checked.
-        problems: what is broken; of one file, the first few.
-        more: problems that are not listed.
-        warnings: files of the folder that do not belong there; readers leave them alone.
+        samples: number of samples in the dataset's description.
+        shards: number of shards in the description.
+        bytes: size of all shards in the description.
+        decoded: number of samples whose arrays were checked.
+        problems: problems, up to 20 per file.
+        unlisted: number of further problems.
+        warnings: unexpected files in the folder, which readers ignore.
     """
 
     samples: int = 0
@@ -41,175 +43,178 @@ class Verification:
     bytes: int = 0
     decoded: int = 0
     problems: list[Problem] = field(default_factory=list)
-    more: int = 0
+    unlisted: int = 0
     warnings: list[Problem] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is broken."""
+        """Whether there is no problem."""
         return not self.problems
 
     @property
     def broken(self) -> list[str]:
-        """Names of the files that are broken, each once."""
+        """Names of the files with problems, each once."""
         return list(dict.fromkeys(problem.file for problem in self.problems))
 
     def add(self, findings: Findings) -> None:
-        """The problems of one more file."""
+        """Add the problems of one file."""
         self.problems += findings.problems
-        self.more += findings.more
+        self.unlisted += findings.unlisted
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """The result as a JSON-serialisable dictionary."""
         return {"sound": self.sound, "broken": self.broken, **asdict(self)}
 
 
 def verify(
     path: str | Path, *, decode: int | None = 8, workers: int = 1, progress: Progress | None = None
 ) -> Verification:
-    """Checks the shards in ``path``. What is broken is reported, and the rest checked all the same.
+    """Verify the shards in ``path``. Problems are reported, and do not stop the checks of other files.
 
-    Hash and size of every file; each tar from header to header, against the manifest; the JSON of each sample; index
-    against table; and of the decoded samples dtype, shape, dates, class values, histograms and statistics. When all
-    are decoded, mean and standard deviation of the dataset too. Memory does not depend on the number of samples.
+    The checks cover the hash and size of every file, all headers of each tar against the manifest, the JSON of each
+    sample, and the index against the table. For decoded samples they also cover dtype, shape, dates, class values,
+    histograms and statistics. If all samples are decoded, mean and standard deviation of the dataset are checked too.
+    Memory does not grow with the number of samples.
 
     Args:
-        path: the folder.
-        decode: samples of each shard to decode, spread evenly; None for all.
-        workers: processes; 1 works in this one.
-        progress: see ``Progress``.
+        path: folder of the shards.
+        decode: number of samples of each shard to decode, spread evenly; None decodes all.
+        workers: number of processes; 1 runs the checks in this process.
+        progress: progress callback.
 
     Raises:
-        InputError: there are no shards, or they are of another version; or a worker was killed.
+        InputError: there are no shards, they have another version, or a worker was killed.
     """
     path = Path(path)
-    found = Verification()
+    result = Verification()
     try:
-        manifest = Manifest.described(path)
-    except OtherVersionError:
+        manifest = Manifest.open_lazy(path)
+    except SchemaVersionError:
         raise
     except InputError as error:
         if not (path / DATASET_FILE).is_file():
             raise
-        found.problems.append(Problem(DATASET_FILE, "", _without_path(error, path, DATASET_FILE)))
-        return found
-    found.samples, found.shards = len(manifest), manifest.shard_count
-    found.bytes = sum(shard.bytes for shard in manifest.shards)
-    found.warnings = _strangers(manifest)
-    rows = _check_manifest(manifest, found)
-    moments = {}
+        result.problems.append(Problem(DATASET_FILE, "", _without_path(error, path, DATASET_FILE)))
+        return result
+    result.samples, result.shards = len(manifest), manifest.shard_count
+    result.bytes = sum(shard.bytes for shard in manifest.shards)
+    result.warnings = _unexpected_files(manifest)
+    has_rows = _check_index_and_table(manifest, result)
+    statistics = {}
     done = 0
 
-    def tick(_: int, size: int) -> None:
+    def on_progress(_: int, size: int) -> None:
         nonlocal done
         done += size
         if progress is not None:
-            progress(done, found.bytes, len(found.problems) + found.more)
+            progress(done, result.bytes, len(result.problems) + result.unlisted)
 
-    pages = Findings(TABLE_FILE)
-    for job, report in results(check_shard, _jobs(manifest, rows, decode, pages), workers, tick):
-        found.add(report.findings)
-        found.decoded += report.decoded
-        moments[job.shard.name] = report.moments
-    found.add(pages)
-    if decode is None and rows and found.sound:
-        found.add(_check_statistics(manifest, [moments[shard.name] for shard in manifest.shards]))
-    # In the order of the shards, not of the processes.
-    place = {shard.name: index for index, shard in enumerate(manifest.shards)}
-    found.problems.sort(key=lambda problem: place.get(problem.file, -1))
-    return found
+    table_findings = Findings(TABLE_FILE)
+    jobs = _jobs(manifest, has_rows, decode, table_findings)
+    for job, report in run_in_pool(check_shard, jobs, workers, on_progress):
+        result.add(report.findings)
+        result.decoded += report.decoded
+        statistics[job.shard.name] = report.statistics
+    result.add(table_findings)
+    if decode is None and has_rows and result.sound:
+        result.add(_check_statistics(manifest, [statistics[shard.name] for shard in manifest.shards]))
+    # Processes finish in any order; report in the order of the shards.
+    order = {shard.name: index for index, shard in enumerate(manifest.shards)}
+    result.problems.sort(key=lambda problem: order.get(problem.file, -1))
+    return result
 
 
 def _without_path(error: Exception, path: Path, name: str) -> str:
-    """The message of an error about ``path / name``, which is named beside it."""
+    """Message of an error without the path of the file, which the problem names separately."""
     text = str(error)
     for prefix in (f"{path / name}: ", f"{path}: "):
         text = text.removeprefix(prefix)
     return text
 
 
-def _strangers(manifest: Manifest) -> list[Problem]:
-    """Tars that no row points to, and what a run that was broken off left behind."""
+def _unexpected_files(manifest: Manifest) -> list[Problem]:
+    """Tars that are not in the manifest, and leftovers of interrupted runs."""
     known = {shard.name for shard in manifest.shards}
     findings = Findings("")
     for entry in sorted(manifest.path.iterdir()):
         if entry.name.endswith(TEMPORARY_SUFFIX):
-            what = "left over from a run that was broken off; it may be deleted"
+            message = "left over from an interrupted run; it may be deleted"
         elif entry.name == PARTS_FOLDER:
-            what = "left over from sharding; the next `bocage shard` of the same tree removes it"
+            message = "left over from sharding; the next `bocage shard` of the same tree removes it"
         elif entry.name.endswith(".tar") and entry.name not in known:
-            what = "not in the manifest; readers leave it alone, but `*.tar` given to other readers would include it"
+            message = "not in the manifest; bocage ignores it, but other readers given `*.tar` would read it"
         else:
             continue
-        findings.problems.append(Problem(entry.name, "", what))
+        findings.problems.append(Problem(entry.name, "", message))
     return findings.problems
 
 
-def _check_manifest(manifest: Manifest, found: Verification) -> bool:
-    """Checks index and table; whether the table can be used."""
+def _check_index_and_table(manifest: Manifest, result: Verification) -> bool:
+    """Check index and table; returns whether the table can be used."""
     index = None
-    findings = Findings(INDEX_FILE)
+    index_findings = Findings(INDEX_FILE)
     try:
-        _ = manifest.index  # checked when first used
+        _ = manifest.index  # checked at its first use
         with pa.memory_map(str(manifest.path / INDEX_FILE)) as file:
             index = pa.ipc.open_file(file).get_batch(0)
     except InputError as error:
-        findings.add(_without_path(error, manifest.path, INDEX_FILE))
-    table = Findings(TABLE_FILE)
+        index_findings.add(_without_path(error, manifest.path, INDEX_FILE))
+    table_findings = Findings(TABLE_FILE)
     try:
-        shards = _Rows(manifest, index, table).check(findings, found)
+        is_usable = _TableCheck(manifest, index, table_findings).run(index_findings, result)
     except InputError as error:
-        table.add(_without_path(error, manifest.path, TABLE_FILE))
-        shards = False
-    found.add(findings)
-    found.add(table)
-    return shards
+        table_findings.add(_without_path(error, manifest.path, TABLE_FILE))
+        is_usable = False
+    result.add(index_findings)
+    result.add(table_findings)
+    return is_usable
 
 
-class _Rows:
-    """The table, some thousand rows at a time, beside the index."""
+class _TableCheck:
+    """Check the table against the index, some thousand rows at a time."""
 
     def __init__(self, manifest: Manifest, index: pa.RecordBatch | None, findings: Findings) -> None:
         self._manifest, self._index, self._findings = manifest, index, findings
-        self._required = [field.name for field in schema(manifest.registry, []) if not field.nullable]
+        self._required = [field.name for field in manifest_schema(manifest.registry, []) if not field.nullable]
         series = [f"dates.{item.name}" for item in manifest.registry.by_role("series")]
         self._columns = [*self._required, *series]
 
-    def check(self, of_index: Findings, found: Verification) -> bool:
-        """Whether rows can be told apart by shard; differences from the index are its findings."""
+    def run(self, index_findings: Findings, result: Verification) -> bool:
+        """Check the table; returns whether its rows can be split by shard. Differences count against the index."""
         index = {} if self._index is None else dict(zip(self._index.schema.names, self._index.columns))
-        place = 0
-        differing: dict[str, str] = {}
+        start = 0
+        first_difference: dict[str, str] = {}  # key of the first sample that differs, by column
         present = dict.fromkeys(self._manifest.registry, 0)
         samples = [shard.samples for shard in self._manifest.shards]
-        # The column first: only when the table has as many rows as the description counts are these worth an array.
+        # Reading the column first checks that the table has as many rows as the description says. Only then may the
+        # counts of the description size an array.
         shard = self._manifest.column("shard").combine_chunks()
         if not np.array_equal(shard, np.repeat(np.arange(len(samples), dtype=np.int32), samples)):
             self._findings.add("its samples are not in the order of the shards")
             return False
         for batch in self._manifest.batches(self._columns):
             if any(batch[name].null_count for name in self._required):
-                self._findings.add("a value is missing that every sample has")
+                self._findings.add("a required value is missing")
                 return False
             for name in present:
                 present[name] += int(np.count_nonzero(batch[f"length.{name}"]))
-            for name, whole in index.items():
-                column, other = whole.slice(place, len(batch)), batch[name]
-                if name not in differing and not _same(column, other):
+            for name, column in index.items():
+                indexed, stored = column.slice(start, len(batch)), batch[name]
+                if name not in first_difference and not _equal(indexed, stored):
                     rows = range(len(batch))
-                    first = next(row for row in rows if not _same(column.slice(row, 1), other.slice(row, 1)))
-                    differing[name] = batch["key"][first].as_py()
-            place += len(batch)
-        for name, key in differing.items():
-            of_index.add(f"column {name} differs from {TABLE_FILE}, first here", key)
+                    first = next(row for row in rows if not _equal(indexed.slice(row, 1), stored.slice(row, 1)))
+                    first_difference[name] = batch["key"][first].as_py()
+            start += len(batch)
+        for name, key in first_difference.items():
+            index_findings.add(f"column {name} differs from {TABLE_FILE}, first at this sample", key)
         counts = self._manifest.counts
         if counts.get("samples") != len(self._manifest) or counts.get("present") != present:
-            found.problems.append(Problem(DATASET_FILE, "", f"its counts are not those of {TABLE_FILE}"))
+            result.problems.append(Problem(DATASET_FILE, "", f"its counts are not those of {TABLE_FILE}"))
         return True
 
 
-def _same(index: pa.Array, table: pa.Array) -> bool:
-    """Whether values agree; the index has an empty list where the table has none."""
+def _equal(index: pa.Array, table: pa.Array) -> bool:
+    """Whether values are equal; an empty list of the index equals a null of the table."""
     if pa.types.is_dictionary(index.type):
         index = index.dictionary_decode()
     if not pa.types.is_list(index.type):
@@ -218,33 +223,35 @@ def _same(index: pa.Array, table: pa.Array) -> bool:
     return lengths[0].equals(lengths[1]) and index.flatten().equals(table.flatten())
 
 
-def _jobs(manifest: Manifest, rows: bool, decode: int | None, findings: Findings) -> Iterator[ShardCheck]:
-    """One job a shard, with its rows; only the rows of a few shards are in memory."""
-    batches = manifest.batches() if rows else iter(())
-    waiting: list[pa.RecordBatch] = []
+def _jobs(manifest: Manifest, has_rows: bool, decode: int | None, findings: Findings) -> Iterator[ShardCheck]:
+    """One job per shard with its rows; memory holds only the rows of a few shards."""
+    batches = manifest.batches() if has_rows else iter(())
+    pending: list[pa.RecordBatch] = []
     for index, shard in enumerate(manifest.shards):
-        own = None
+        rows = None
         try:
-            while sum(map(len, waiting)) < shard.samples and (batch := next(batches, None)) is not None:
-                waiting.append(batch)
-        except InputError as error:  # the shards are checked all the same, without rows
+            while sum(map(len, pending)) < shard.samples and (batch := next(batches, None)) is not None:
+                pending.append(batch)
+        except InputError as error:  # the remaining shards are still checked, without rows
             findings.add(_without_path(error, manifest.path, TABLE_FILE))
-            waiting, batches = [], iter(())
-        if waiting and sum(map(len, waiting)) >= shard.samples:
-            together = pa.Table.from_batches(waiting)
-            # Taken, not sliced: a slice travels to a process with all that it was cut from.
-            own = together.take(np.arange(shard.samples))
-            waiting = together.slice(shard.samples).to_batches()
-        yield ShardCheck(manifest.shard_path(index), shard, manifest.registry, own, decode)
+            pending, batches = [], iter(())
+        if pending and sum(map(len, pending)) >= shard.samples:
+            table = pa.Table.from_batches(pending)
+            # Use take, not slice: pickling a slice for another process includes the whole table.
+            rows = table.take(np.arange(shard.samples))
+            pending = table.slice(shard.samples).to_batches()
+        yield ShardCheck(manifest.shard_path(index), shard, manifest.registry, rows, decode)
 
 
-def _check_statistics(manifest: Manifest, moments: list[dict[str, Any]]) -> Findings:
-    """Mean and standard deviation of the whole dataset, from its shards in order."""
+def _check_statistics(manifest: Manifest, statistics: list[dict[str, Any]]) -> Findings:
+    """Check mean and standard deviation of the dataset, merged from its shards in order."""
     findings = Findings(DATASET_FILE)
     for name, stored in manifest.statistics.items():
-        total = merge_stats(part[name] for part in moments if name in part)
-        for what, values in zip(("mean", "std"), stored):
-            found = np.full(len(values), np.nan) if total is None else getattr(total, what)
-            if not close(np.array(values, np.float64), found):
-                findings.add(f"the {what} of {name} is {np.round(found, 4).tolist()}, stored is {list(values)}")
+        total = merge_stats(part[name] for part in statistics if name in part)
+        for statistic, values in zip(("mean", "std"), stored):
+            actual = np.full(len(values), np.nan) if total is None else getattr(total, statistic)
+            if not statistics_match(np.array(values, np.float64), actual):
+                findings.add(
+                    f"the {statistic} of {name} is {np.round(actual, 4).tolist()}, but the stored one is {list(values)}"
+                )
     return findings

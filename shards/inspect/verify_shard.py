@@ -1,4 +1,4 @@
-"""One shard against its rows of the manifest: hash, tar, JSON, and arrays of some or all samples."""
+"""Check one shard against its rows of the manifest: hash, tar headers, JSON, and arrays of some or all samples."""
 
 from __future__ import annotations
 
@@ -17,55 +17,68 @@ import numpy as np
 import pyarrow as pa
 
 from bocage.shards.format.codec import CodecError, EncodedArray
-from bocage.shards.format.index import LONGEST_SERIES
-from bocage.shards.format.manifest import Shard, dated
+from bocage.shards.format.index import MAX_SERIES_LENGTH
+from bocage.shards.format.manifest import Shard, has_acquisition_dates
 from bocage.shards.format.running_stats import RunningStats, compute_stats
 from bocage.shards.format.shard_files import member_name
 from bocage.shards.format.tar import BLOCK, TarError, TarReader, printable
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.pool import Tick
+from bocage.shards.pool import ProgressCallback
 
-_KEPT = 20  # problems of one file that are listed; the rest is counted
+_MAX_LISTED = 20  # listed problems per file; further ones are only counted
 _CHUNK = 4 << 20
-_LONGEST_JSON = 8 << 20  # four series of the most dates take 2 MB
-_TEXTS = ("key", "roi", "domain", "crs", "left", "top")
+_MAX_JSON_BYTES = 8 << 20  # four series with the most dates take 2 MB
+_DESCRIPTION_FIELDS = ("key", "roi", "domain", "crs", "left", "top")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is broken: a file of the folder, where it can be told a member or sample of it, and how."""
+    """One problem of a file.
+
+    Attributes:
+        file: name of the file in the folder.
+        member: member or sample with the problem; empty if unknown.
+        message: description of the problem.
+    """
 
     file: str
     member: str
-    what: str
+    message: str
 
 
 @dataclass
 class Findings:
-    """Problems of one file: the first few, and how many more."""
+    """Problems of one file.
+
+    Attributes:
+        file: name of the file in the folder.
+        problems: the first problems.
+        unlisted: number of further problems.
+    """
 
     file: str
     problems: list[Problem] = field(default_factory=list)
-    more: int = 0
+    unlisted: int = 0
 
-    def add(self, what: str, member: str = "") -> None:
-        """One more."""
-        if len(self.problems) < _KEPT:
-            self.problems.append(Problem(self.file, printable(member), what))
+    def add(self, message: str, member: str = "") -> None:
+        """Add a problem."""
+        if len(self.problems) < _MAX_LISTED:
+            self.problems.append(Problem(self.file, printable(member), message))
         else:
-            self.more += 1
+            self.unlisted += 1
 
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """What to check.
+    """Task of checking one shard.
 
     Attributes:
-        path: the tar.
-        shard: its entry in the dataset's description.
-        registry: what it holds.
-        rows: its rows of the manifest's table; None when they are not to be had, and only the hash is checked.
-        decode: samples to decode, spread evenly; None for all. Those of a shard with a wrong hash are all decoded.
+        path: path of the tar.
+        shard: entry of the shard in the dataset's description.
+        registry: modalities of the shard.
+        rows: rows of the shard in the manifest's table; None if they cannot be read, then only the hash is checked.
+        decode: number of samples to decode, spread evenly; None decodes all. A shard with a wrong hash is decoded
+            completely.
     """
 
     path: Path
@@ -77,43 +90,44 @@ class ShardCheck:
 
 @dataclass
 class ShardReport:
-    """What was found.
+    """Result of checking one shard.
 
     Attributes:
-        findings: broken members.
-        decoded: samples whose arrays were checked.
-        moments: by input modality, statistics of the decoded samples, in the order of the tar.
+        findings: problems of the shard.
+        decoded: number of samples whose arrays were checked.
+        statistics: statistics of the decoded samples, merged in the order of the tar, by input modality.
     """
 
     findings: Findings
     decoded: int = 0
-    moments: dict[str, RunningStats] = field(default_factory=dict)
+    statistics: dict[str, RunningStats] = field(default_factory=dict)
 
 
-def check_shard(job: ShardCheck, tick: Tick) -> ShardReport:
-    """Checks one shard; whatever is wrong with it is in the report, not raised.
+def check_shard(job: ShardCheck, on_progress: ProgressCallback) -> ShardReport:
+    """Check one shard; problems are reported, not raised.
 
     Args:
-        job: the shard.
-        tick: called with 0 and bytes that were checked; they sum up to the size of the shard in its description.
+        job: shard to check.
+        on_progress: callback that receives 0 and the number of bytes checked since the last call. The bytes add up to
+            the size of the shard in its description.
     """
     report = ShardReport(Findings(job.shard.name))
-    left = job.shard.bytes
+    remaining = job.shard.bytes
 
-    def checked(size: int) -> None:
-        nonlocal left
-        size = min(size, left)
-        left -= size
-        tick(0, size)
+    def on_bytes(size: int) -> None:
+        nonlocal remaining
+        size = min(size, remaining)
+        remaining -= size
+        on_progress(0, size)
 
-    _check(job, report, checked)
-    tick(0, left)
+    _check_file(job, report, on_bytes)
+    on_progress(0, remaining)
     return report
 
 
-def _check(job: ShardCheck, report: ShardReport, checked: Callable[[int], None]) -> None:
+def _check_file(job: ShardCheck, report: ShardReport, on_bytes: Callable[[int], None]) -> None:
     try:
-        # Without waiting: opening a pipe would wait for a writer.
+        # O_NONBLOCK, because opening a pipe would otherwise wait for a writer.
         descriptor = os.open(job.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         report.findings.add("missing")
@@ -122,41 +136,42 @@ def _check(job: ShardCheck, report: ShardReport, checked: Callable[[int], None])
         report.findings.add(f"cannot be opened: {error.strerror}")
         return
     try:
-        _check_open(job, descriptor, report, checked)
+        _check_open_file(job, descriptor, report, on_bytes)
     except OSError as error:
         report.findings.add(f"cannot be read: {error.strerror}")
     finally:
         os.close(descriptor)
 
 
-def _check_open(job: ShardCheck, descriptor: int, report: ShardReport, checked: Callable[[int], None]) -> None:
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+def _check_open_file(job: ShardCheck, descriptor: int, report: ShardReport, on_bytes: Callable[[int], None]) -> None:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         report.findings.add("not a regular file")
         return
-    if found.st_size != job.shard.bytes:
-        report.findings.add(f"{found.st_size} bytes where the dataset's description says {job.shard.bytes}")
-    elif _digest(descriptor, checked) != job.shard.sha256:
+    if status.st_size != job.shard.bytes:
+        report.findings.add(f"{status.st_size} bytes, but the dataset's description says {job.shard.bytes}")
+    elif _sha256(descriptor, on_bytes) != job.shard.sha256:
         report.findings.add("damaged: its SHA-256 is not the one in the dataset's description")
     if job.rows is not None:
         count = len(job.rows)
-        # Damaged: the checksum of every member tells where.
-        some = None if report.findings.problems else job.decode
-        chosen = range(count) if some is None else np.unique(np.linspace(0, count - 1, min(some, count), dtype=int))
-        _Walk(TarReader(descriptor, found.st_size), job.registry, job.rows, report, checked).run(set(map(int, chosen)))
+        # In a damaged shard, decode every sample: the checksums of members locate the damage.
+        limit = None if report.findings.problems else job.decode
+        rows = range(count) if limit is None else np.unique(np.linspace(0, count - 1, min(limit, count), dtype=int))
+        tar = TarReader(descriptor, status.st_size)
+        _TarCheck(tar, job.registry, job.rows, report, on_bytes).run(set(map(int, rows)))
 
 
-def _digest(descriptor: int, checked: Callable[[int], None]) -> str:
-    digest, place = hashlib.sha256(), 0
-    while chunk := os.pread(descriptor, _CHUNK, place):
+def _sha256(descriptor: int, on_bytes: Callable[[int], None]) -> str:
+    digest, offset = hashlib.sha256(), 0
+    while chunk := os.pread(descriptor, _CHUNK, offset):
         digest.update(chunk)
-        place += len(chunk)
-        checked(0)  # hashing is the smaller part of the work
+        offset += len(chunk)
+        on_bytes(0)  # progress counts the bytes of the tar check, which takes longer than hashing
     return digest.hexdigest()
 
 
-class _Walk:
-    """From the first header of a tar to its end, with the rows of the manifest beside it."""
+class _TarCheck:
+    """Check a tar from its first header to its end against the rows of the manifest."""
 
     def __init__(
         self,
@@ -164,136 +179,141 @@ class _Walk:
         registry: Registry,
         rows: pa.Table,
         report: ShardReport,
-        checked: Callable[[int], None],
+        on_bytes: Callable[[int], None],
     ) -> None:
-        self._tar, self._registry, self._rows, self._checked = tar, registry, rows, checked
+        self._tar, self._registry, self._rows, self._on_bytes = tar, registry, rows, on_bytes
         self._report, self._findings = report, report.findings
-        self._place: int | None = 0  # where the next header must be; None after one that says nothing to rely on
-        texts = [*_TEXTS, *(f"dates.{item.name}" for item in registry.values() if dated(item))]
-        self._texts = rows.select(texts)
+        self._next_offset: int | None = 0  # offset of the next header; None after a header that cannot be trusted
+        columns = [
+            *_DESCRIPTION_FIELDS,
+            *(f"dates.{item.name}" for item in registry.values() if has_acquisition_dates(item)),
+        ]
+        self._descriptions = rows.select(columns)
         self._offset = {name: rows[f"offset.{name}"].to_numpy() for name in registry}
         self._length = {name: rows[f"length.{name}"].to_numpy() for name in registry}
 
-    def run(self, decoded: set[int]) -> None:
+    def run(self, decoded_rows: set[int]) -> None:
         for row in range(len(self._rows)):
-            texts = self._texts.slice(row, 1).to_pylist()[0]
-            key = texts["key"]
+            description = self._descriptions.slice(row, 1).to_pylist()[0]
+            key = description["key"]
             members = sorted(
                 (int(self._offset[name][row]), int(self._length[name][row]), name)
                 for name in self._registry
                 if self._length[name][row] != 0
             )
-            full = self._rows.slice(row, 1).to_pylist()[0] if row in decoded else None
+            record = self._rows.slice(row, 1).to_pylist()[0] if row in decoded_rows else None
             for offset, length, name in members:
                 member = member_name(key, name)
                 if offset > self._tar.size - length:
-                    self._cut_off(member, len(self._rows) - row - 1)
+                    self._add_truncated(member, len(self._rows) - row - 1)
                     return
-                self._check_place(offset, member)
-                self._place = _next_header(offset, length)
+                self._check_offset(offset, member)
+                self._next_offset = _next_header(offset, length)
                 try:
                     self._tar.check_member(offset - BLOCK, member, length)
-                    if full is not None:
-                        self._check_array(self._registry[name], offset, length, full, member)
+                    if record is not None:
+                        self._check_array(self._registry[name], offset, length, record, member)
                 except (TarError, CodecError) as error:
                     self._findings.add(str(error), member)
-            self._report.decoded += row in decoded
+            self._report.decoded += row in decoded_rows
             try:
-                self._check_json(texts, [name for _, _, name in members])
+                self._check_json(description, [name for _, _, name in members])
             except TarError as error:
                 self._findings.add(str(error), f"{key}.json")
-                self._place = None
-            self._checked(sum(length + BLOCK for _, length, _ in members))
-        if self._place is not None:
+                self._next_offset = None
+            self._on_bytes(sum(length + BLOCK for _, length, _ in members))
+        if self._next_offset is not None:
             try:
-                self._tar.check_end(self._place, lambda: self._checked(0))
+                self._tar.check_end(self._next_offset, lambda: self._on_bytes(0))
             except TarError as error:
                 self._findings.add(str(error))
 
-    def _cut_off(self, member: str, after: int) -> None:
-        more = f", and with it the {after} samples after it" if after else ""
-        self._findings.add(f"cut off: the shard ends at byte {self._tar.size}, before its end{more}", member)
+    def _add_truncated(self, member: str, samples_after: int) -> None:
+        lost = f"; the {samples_after} samples after it are lost too" if samples_after else ""
+        self._findings.add(
+            f"cut off: the shard ends at byte {self._tar.size}, before the end of this member{lost}", member
+        )
 
-    def _check_place(self, offset: int, member: str) -> None:
-        """The header must stand where the member before it ends: nothing between them, nothing in common."""
-        place = self._place
-        if place is None or place == offset - BLOCK:
+    def _check_offset(self, offset: int, member: str) -> None:
+        """Check that the header of a member follows the previous member without gap or overlap."""
+        expected = self._next_offset
+        if expected is None or expected == offset - BLOCK:
             return
-        if place > offset - BLOCK:
-            self._findings.add(f"recorded at byte {offset}, inside what stands before it", member)
+        if expected > offset - BLOCK:
+            self._findings.add(f"its offset in the manifest, {offset}, lies inside the previous member", member)
             return
         try:
-            header = self._tar.header(place)
-            what = "an empty block" if header is None else header.described()
+            header = self._tar.read_header(expected)
+            content = "an empty block" if header is None else header.describe()
         except TarError as error:
-            what = str(error)
-        self._findings.add(f"{what} before it, at byte {place}: not in the manifest", member)
+            content = str(error)
+        self._findings.add(f"{content} before it, at byte {expected}: not in the manifest", member)
 
     def _check_json(self, row: dict[str, Any], present: list[str]) -> None:
-        """The description that closes a sample, against its row."""
+        """Check the JSON member that ends a sample against its row."""
         member = f"{row['key']}.json"
-        if self._place is None:
+        if self._next_offset is None:
             return
-        size = self._tar.check_member(self._place, member, None)
-        if size > _LONGEST_JSON:
-            raise TarError(f"{size} bytes, more than a description can have")
-        data = self._tar.data(self._place + BLOCK, size)
-        self._place = _next_header(self._place + BLOCK, size)
+        size = self._tar.check_member(self._next_offset, member, None)
+        if size > _MAX_JSON_BYTES:
+            raise TarError(f"{size} bytes, too many for a description")
+        data = self._tar.read(self._next_offset + BLOCK, size)
+        self._next_offset = _next_header(self._next_offset + BLOCK, size)
         try:
-            found = json.loads(data)
-            stated = {name: found[name] for name in _TEXTS}
-            dates, members = dict(found["dates"]), dict(found["members"])
+            stored = json.loads(data)
+            fields = {name: stored[name] for name in _DESCRIPTION_FIELDS}
+            dates, members = dict(stored["dates"]), dict(stored["members"])
             shapes = {name: (item["modality"], item["dtype"], item["shape"]) for name, item in members.items()}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             self._findings.add(f"not the description of a sample: {printable(repr(error))}", member)
             return
-        wrong = [name for name in _TEXTS if stated[name] != row[name]]
+        wrong = [name for name in _DESCRIPTION_FIELDS if fields[name] != row[name]]
         wrong += ["dates"] * (dates != _expected_dates(row, self._registry, present))
-        wrong += ["members"] * (not self._same_members(shapes, row, present))
+        wrong += ["members"] * (not self._members_match(shapes, row, present))
         if wrong:
             self._findings.add(f"{', '.join(wrong)} differ from the manifest", member)
 
-    def _same_members(self, shapes: dict[str, tuple[Any, ...]], row: dict[str, Any], present: list[str]) -> bool:
+    def _members_match(self, shapes: dict[str, tuple[Any, ...]], row: dict[str, Any], present: list[str]) -> bool:
         if set(shapes) != {member_name(row["key"], name) for name in present}:
             return False
         for name in present:
             modality = self._registry[name]
-            stated, dtype, shape = shapes[member_name(row["key"], name)]
+            stored_name, dtype, shape = shapes[member_name(row["key"], name)]
             days = row.get(f"dates.{name}")
-            # Without dates in the manifest, the number of steps is the array's own.
+            # Without dates in the manifest, take the number of dates from the stored shape.
             steps = len(days) if days is not None else shape[0] if isinstance(shape, list) and shape else 0
-            if (stated, dtype, shape) != (name, modality.dtype, list(modality.shape(steps))):
+            if (stored_name, dtype, shape) != (name, modality.dtype, list(modality.shape(steps))):
                 return False
         return True
 
     def _check_array(self, modality: Modality, offset: int, length: int, row: dict[str, Any], member: str) -> None:
-        days = row.get(f"dates.{modality.name}") if modality.has_dates else None
-        most = math.prod(modality.shape(LONGEST_SERIES if days is None else len(days)))
-        if length > 2 * most * np.dtype(modality.dtype).itemsize + 4096:
-            raise CodecError(f"{length} bytes for an array of at most {most} values")
-        found = EncodedArray(self._tar.data(offset, length))
-        steps = len(days) if days is not None else found.shape[0] if found.shape else 0
-        expected = modality.shape(min(steps, LONGEST_SERIES))
-        if (found.dtype, found.shape) != (np.dtype(modality.dtype), expected):
-            shape = " x ".join(map(str, found.shape))
-            raise CodecError(f"{found.dtype} of {shape} where {modality.name} is {modality.dtype} of {expected}")
-        array = found.array()
+        days = row.get(f"dates.{modality.name}") if modality.has_time_axis else None
+        max_values = math.prod(modality.shape(MAX_SERIES_LENGTH if days is None else len(days)))
+        if length > 2 * max_values * np.dtype(modality.dtype).itemsize + 4096:
+            raise CodecError(f"{length} bytes for an array of at most {max_values} values")
+        encoded = EncodedArray(self._tar.read(offset, length))
+        steps = len(days) if days is not None else encoded.shape[0] if encoded.shape else 0
+        expected = modality.shape(min(steps, MAX_SERIES_LENGTH))
+        if (encoded.dtype, encoded.shape) != (np.dtype(modality.dtype), expected):
+            shape = " x ".join(map(str, encoded.shape))
+            raise CodecError(f"{encoded.dtype} of {shape}, but {modality.name} is {modality.dtype} of {expected}")
+        array = encoded.decode()
         if modality.is_input:
-            moments = compute_stats(array, modality)
-            before = self._report.moments.get(modality.name)
-            self._report.moments[modality.name] = moments if before is None else before.merged(moments)
-            problems = _statistics_problems(moments, modality.name, row)
+            statistics = compute_stats(array, modality)
+            previous = self._report.statistics.get(modality.name)
+            self._report.statistics[modality.name] = statistics if previous is None else previous.merge(statistics)
+            problems = _statistics_problems(statistics, modality.name, row)
         else:
             problems = _label_problems(array, modality, row)
         for problem in problems:
             self._findings.add(problem, member)
 
 
-def _statistics_problems(moments: RunningStats, name: str, row: dict[str, Any]) -> Iterator[str]:
-    for what in ("minimum", "maximum", "mean"):
-        stored, found = row[f"{what}.{name}"], getattr(moments, what)
-        if stored is None or not close(np.array(stored, np.float64), found):
-            yield f"its {what} is {np.round(found, 4).tolist()}, the manifest says {stored}"
+def _statistics_problems(statistics: RunningStats, name: str, row: dict[str, Any]) -> Iterator[str]:
+    for statistic in ("minimum", "maximum", "mean"):
+        stored, actual = row[f"{statistic}.{name}"], getattr(statistics, statistic)
+        if stored is None or not statistics_match(np.array(stored, np.float64), actual):
+            yield f"its {statistic} is {np.round(actual, 4).tolist()}, but the manifest says {stored}"
 
 
 def _label_problems(array: np.ndarray, modality: Modality, row: dict[str, Any]) -> Iterator[str]:
@@ -310,12 +330,12 @@ def _label_problems(array: np.ndarray, modality: Modality, row: dict[str, Any]) 
             yield f"the histogram of {band.name} differs from the manifest"
 
 
-def close(stored: np.ndarray, found: np.ndarray) -> bool:
-    """Whether statistics have the same shape and agree.
+def statistics_match(stored: np.ndarray, actual: np.ndarray) -> bool:
+    """Whether statistics have the same shape and agree within a tolerance.
 
-    Another processor may differ in the last bits, and float32 has few for heights.
+    Another processor may compute other last bits, and float32 has few bits for heights.
     """
-    return stored.shape == found.shape and np.allclose(stored, found, rtol=1e-4, atol=1e-3, equal_nan=True)
+    return stored.shape == actual.shape and np.allclose(stored, actual, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def _next_header(offset: int, length: int) -> int:
@@ -325,7 +345,7 @@ def _next_header(offset: int, length: int) -> int:
 def _expected_dates(row: dict[str, Any], registry: Registry, present: list[str]) -> dict[str, list[str]]:
     dates = {}
     for name in present:
-        days = row.get(f"dates.{name}") if dated(registry[name]) else None
+        days = row.get(f"dates.{name}") if has_acquisition_dates(registry[name]) else None
         if days is not None:
             dates[name] = _iso(tuple(days))
     return dates

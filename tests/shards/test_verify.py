@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from broken_shards import flipped, place_of, with_columns, with_description, with_member
+from broken_shards import edit_columns, edit_description, flip_bit, member_range, replace_member
 from small_tree import write_tree
 
 from bocage.shards.errors import InputError
@@ -42,7 +42,7 @@ def shards(sound: Path, tmp_path: Path) -> Path:
 
 
 def described(found: Verification) -> list[tuple[str, str, str]]:
-    return [(problem.file, problem.member, problem.what) for problem in found.problems]
+    return [(problem.file, problem.member, problem.message) for problem in found.problems]
 
 
 @pytest.mark.parametrize("decode", [0, 1, None])
@@ -58,8 +58,8 @@ def test_what_was_written_is_sound(sound: Path, decode: int | None) -> None:
 
 def test_processes_find_the_same(shards: Path) -> None:
     for key in (KEYS[0], KEYS[5]):
-        offset, length = place_of(shards, key, "SENTINEL2_TS")
-        flipped(shards / f"shard-00000{KEYS.index(key) // 2}.tar", offset + length - 1)
+        offset, length = member_range(shards, key, "SENTINEL2_TS")
+        flip_bit(shards / f"shard-00000{KEYS.index(key) // 2}.tar", offset + length - 1)
     assert described(verify(shards, workers=2)) == described(verify(shards))
     assert verify(shards).broken == ["shard-000000.tar", "shard-000002.tar"]
 
@@ -67,8 +67,8 @@ def test_processes_find_the_same(shards: Path) -> None:
 @pytest.mark.parametrize("modality", MODALITIES)
 @pytest.mark.parametrize("decode", [0, None])
 def test_a_flipped_bit_is_named_with_its_member(shards: Path, modality: str, decode: int | None) -> None:
-    offset, length = place_of(shards, KEYS[2], modality)
-    flipped(shards / SECOND, offset + length // 2)
+    offset, length = member_range(shards, KEYS[2], modality)
+    flip_bit(shards / SECOND, offset + length // 2)
     found = verify(shards, decode=decode)
     whole, member = described(found)
     assert whole == (SECOND, "", "damaged: its SHA-256 is not the one in the dataset's description")
@@ -81,7 +81,7 @@ def test_a_flipped_bit_is_named_with_its_member(shards: Path, modality: str, dec
 def test_flips_outside_of_arrays_are_named_too(shards: Path) -> None:
     path = shards / SECOND
     pristine = path.read_bytes()
-    offset, length = place_of(shards, KEYS[2], "SPOT_RGBI")
+    offset, length = member_range(shards, KEYS[2], "SPOT_RGBI")
     description = pristine.index(b'{"key": "' + KEYS[2].encode())
     for place, member, what in (
         (offset - 512, f"{KEYS[2]}.SPOT_RGBI.bin", "no tar header at byte 0: bad checksum"),
@@ -91,7 +91,7 @@ def test_flips_outside_of_arrays_are_named_too(shards: Path) -> None:
         (len(pristine) - 1, "", "after its last sample"),
     ):
         path.write_bytes(pristine)
-        flipped(path, place)
+        flip_bit(path, place)
         whole, problem = described(verify(shards, decode=0))[:2]
         assert "SHA-256" in whole[2]
         assert problem[:2] == (SECOND, member) and what in problem[2]
@@ -104,10 +104,10 @@ def test_truncated_shards(shards: Path, share: float) -> None:
     os.truncate(path, int(size * share))
     found = verify(shards, decode=0)
     whole, first, *more = described(found)
-    assert whole == (SECOND, "", f"{int(size * share)} bytes where the dataset's description says {size}")
+    assert whole == (SECOND, "", f"{int(size * share)} bytes, but the dataset's description says {size}")
     assert "cut off" in first[2] and not more
     if share == 0:
-        assert first[1] == f"{KEYS[2]}.SPOT_RGBI.bin" and "the 1 samples after it" in first[2]
+        assert first[1] == f"{KEYS[2]}.SPOT_RGBI.bin" and "the 1 samples after it are lost" in first[2]
     assert found.broken == [SECOND]
 
 
@@ -127,20 +127,20 @@ def test_strangers_are_warnings(shards: Path) -> None:
     (shards / "notes.txt").touch()
     found = verify(shards)
     assert found.sound
-    assert [(item.file, item.what.split(";")[0]) for item in found.warnings] == [
+    assert [(item.file, item.message.split(";")[0]) for item in found.warnings] == [
         ("parts", "left over from sharding"),
-        ("shard-000007.tar.0123.tmp", "left over from a run that was broken off"),
+        ("shard-000007.tar.0123.tmp", "left over from an interrupted run"),
         ("stray.tar", "not in the manifest"),
     ]
 
 
 @pytest.mark.parametrize("name", ["index.arrow", "manifest.parquet", "dataset.json"])
 def test_damaged_descriptions(shards: Path, name: str) -> None:
-    flipped(shards / name, 0)
+    flip_bit(shards / name, 0)
     os.truncate(shards / SECOND, 1000)
     found = verify(shards)
     assert found.problems[0].file == name
-    assert str(shards) not in found.problems[0].what
+    assert str(shards) not in found.problems[0].message
     # Without the description there is no saying what the shards should be; without one of the others there is.
     assert (SECOND in found.broken) == (name != "dataset.json")
     assert found.decoded == {"index.arrow": 4, "manifest.parquet": 0, "dataset.json": 0}[name]
@@ -157,14 +157,14 @@ def test_damaged_descriptions(shards: Path, name: str) -> None:
         ("dates.SENTINEL2_MSK-SC", 4, [1, 2, 3, 4], "shard-000002.tar", f"{KEYS[4]}.SENTINEL2_MSK-SC.bin", "(4, 2"),
         ("histogram.ALL_LABEL-LPIS.level-2", 0, [0] * 31, "shard-000000.tar", None, "histogram of level-2"),
         ("minimum.SPOT_RGBI", 0, [0.0] * 4, "shard-000000.tar", f"{KEYS[0]}.SPOT_RGBI.bin", "its minimum is"),
-        ("mean.SENTINEL1-ASC_TS", 3, None, SECOND, f"{KEYS[3]}.SENTINEL1-ASC_TS.bin", "the manifest says None"),
+        ("mean.SENTINEL1-ASC_TS", 3, None, SECOND, f"{KEYS[3]}.SENTINEL1-ASC_TS.bin", "but the manifest says None"),
         ("shard", 1, 1, "manifest.parquet", "", "not in the order of the shards"),
     ],
 )
 def test_rows_that_contradict_their_sample(
     shards: Path, column: str, row: int, value: Any, file: str, member: str | None, what: str
 ) -> None:
-    with_columns(shards, {column: lambda values: values.__setitem__(row, value)}, index=False)
+    edit_columns(shards, {column: lambda values: values.__setitem__(row, value)}, index=False)
     problems = described(verify(shards, decode=None))
     assert any(
         found[0] == file and (member is None or found[1] == member) and what in found[2] for found in problems
@@ -172,14 +172,14 @@ def test_rows_that_contradict_their_sample(
 
 
 def test_statistics_and_counts_of_the_dataset(shards: Path) -> None:
-    with_description(shards, lambda description: description["counts"]["present"].update(SPOT_RGBI=6))
+    edit_description(shards, lambda description: description["counts"]["present"].update(SPOT_RGBI=6))
     counts = ("dataset.json", "", "its counts are not those of manifest.parquet")
     assert described(verify(shards)) == [counts]
-    with_description(shards, lambda description: description["counts"]["present"].update(SPOT_RGBI=5))
+    edit_description(shards, lambda description: description["counts"]["present"].update(SPOT_RGBI=5))
     assert verify(shards, decode=None).sound
     std = json.loads((shards / "dataset.json").read_text())["statistics"]["SENTINEL2_TS"]["std"]
     std[3] *= 1.01
-    with_description(shards, lambda description: description["statistics"]["SENTINEL2_TS"].update(std=std))
+    edit_description(shards, lambda description: description["statistics"]["SENTINEL2_TS"].update(std=std))
     assert verify(shards).sound
     (problem,) = described(verify(shards, decode=None))
     assert problem[0] == "dataset.json" and problem[2].startswith("the std of SENTINEL2_TS is")
@@ -188,26 +188,26 @@ def test_statistics_and_counts_of_the_dataset(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("modality", "array", "what"),
     [
-        ("ALL_LABEL-LPIS", np.zeros((3, 512, 512), np.uint16), "uint16 of 3 x 512 x 512 where"),
-        ("ALL_LABEL-LPIS", np.zeros((3, 256, 256), np.uint8), "uint8 of 3 x 256 x 256 where"),
-        ("ALL_LABEL-LPIS", np.zeros((3, 512, 512), np.int8), "int8 of 3 x 512 x 512 where"),
+        ("ALL_LABEL-LPIS", np.zeros((3, 512, 512), np.uint16), "uint16 of 3 x 512 x 512, but"),
+        ("ALL_LABEL-LPIS", np.zeros((3, 256, 256), np.uint8), "uint8 of 3 x 256 x 256, but"),
+        ("ALL_LABEL-LPIS", np.zeros((3, 512, 512), np.int8), "int8 of 3 x 512 x 512, but"),
         (
             "ALL_LABEL-LPIS",
             np.full((3, 512, 512), 45, np.uint8),
             "value 45 in band level-1, but LPIS level 1",
         ),
         ("ALL_LABEL-LPIS", np.zeros((3, 512, 512), np.uint8), "histogram of level-3 differs"),
-        ("SPOT_RGBI", np.zeros(1 << 28, np.uint8), "uint8 of 268435456 where"),
-        ("SPOT_RGBI", np.zeros((4, 64, 64), np.uint16), "its maximum is [0.0, 0.0, 0.0, 0.0], the manifest says"),
-        ("SPOT_RGBI", np.zeros((), np.uint16), "uint16 of  where"),
-        ("SENTINEL2_TS", np.zeros((2, 10, 10, 10), np.uint16), "2 x 10 x 10 x 10 where"),
-        ("SENTINEL2_TS", np.zeros((4, 10, 10, 10), np.uint16), "uint16 of 4 x 10 x 10 x 10 where"),
-        ("SENTINEL1-ASC_TS", np.zeros((3, 2, 10, 10), np.int32), "int32 of 3 x 2 x 10 x 10 where"),
+        ("SPOT_RGBI", np.zeros(1 << 28, np.uint8), "uint8 of 268435456, but"),
+        ("SPOT_RGBI", np.zeros((4, 64, 64), np.uint16), "its maximum is [0.0, 0.0, 0.0, 0.0], but the manifest says"),
+        ("SPOT_RGBI", np.zeros((), np.uint16), "uint16 of , but"),
+        ("SENTINEL2_TS", np.zeros((2, 10, 10, 10), np.uint16), "2 x 10 x 10 x 10, but"),
+        ("SENTINEL2_TS", np.zeros((4, 10, 10, 10), np.uint16), "uint16 of 4 x 10 x 10 x 10, but"),
+        ("SENTINEL1-ASC_TS", np.zeros((3, 2, 10, 10), np.int32), "int32 of 3 x 2 x 10 x 10, but"),
     ],
 )
 def test_arrays_of_another_kind_are_named(shards: Path, modality: str, array: np.ndarray, what: str) -> None:
     """Members with intact checksums, in their place, whose arrays are not what registry and manifest say."""
-    with_member(shards, KEYS[2], modality, encode(array, "plain"))
+    replace_member(shards, KEYS[2], modality, encode(array, "plain"))
     problems = described(verify(shards, decode=None))
     assert {problem[:2] for problem in problems} <= {(SECOND, f"{KEYS[2]}.{modality}.bin")}
     assert any(what in problem[2] for problem in problems), problems
@@ -220,7 +220,7 @@ def test_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "6 patches in 3 shards" in printed and printed.endswith("\nsound\n")
     assert json.loads(report.read_text())["decoded"] == 6
-    flipped(shards / SECOND, 5000)
+    flip_bit(shards / SECOND, 5000)
     assert main(["verify", str(shards), "--json", str(report)]) == 1
     printed = capsys.readouterr().out
     assert f"broken: {SECOND}: damaged" in printed
@@ -230,7 +230,7 @@ def test_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "bocage shard SRC" in capsys.readouterr().err
     assert main(["verify", str(shards), "--json", str(tmp_path / "no" / "where.json")]) == 2
     assert "cannot be written" in capsys.readouterr().err
-    with_description(shards, lambda description: description.update(schema_version=1))
+    edit_description(shards, lambda description: description.update(schema_version=1))
     assert main(["verify", str(shards)]) == 2
     assert "schema version 1" in capsys.readouterr().err
 
@@ -240,7 +240,7 @@ def test_interrupt_ends_all_processes(shards: Path) -> None:
     size = 64 << 30  # a sparse file: hashing it takes far longer than this test waits, on a busy machine too
     for name in ("shard-000000.tar", SECOND):
         os.truncate(shards / name, size)
-    with_description(shards, lambda description: [entry.update(bytes=size) for entry in description["shards"][:2]])
+    edit_description(shards, lambda description: [entry.update(bytes=size) for entry in description["shards"][:2]])
     command = [sys.executable, "-m", "bocage", "verify", str(shards), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
