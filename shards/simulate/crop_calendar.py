@@ -1,9 +1,9 @@
-"""Crop calendars: how the cover of a parcel goes through the year, by LPIS class.
+"""Crop calendars: plant cover by day of the year, for the crops of the LPIS classes.
 
-A calendar gives the fraction of ground under green leaves and under dry plants (ripe ears, straw, stubble) by day of
-the year. Dates are typical of lowland France (AGRESTE crop calendars; FAO crop calendar), regions shift them. Several
-crops are alike on a summer's day and differ only over time: winter wheat, durum, barley and triticale; maize, sorghum,
-sunflower and soy; the two kinds of grass and alfalfa.
+A calendar gives the fraction of ground under green leaves and under dry plants (ripe ears, straw, stubble). Dates are
+typical of lowland France (AGRESTE crop calendars; FAO crop calendar), and regions shift them. Some crops look alike on
+a summer day and differ only over time: winter wheat, durum, barley and triticale; maize, sorghum, sunflower and soy;
+the two types of grass and alfalfa.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ Knots = tuple[tuple[float, float, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Calendar:
-    """The year of a plant cover.
+    """Plant cover over one year.
 
     Attributes:
-        knots: (day of year, green fraction, dry fraction), joined by straight lines and closed over the year's end.
-        bloom: (day, width in days, fraction of the canopy in flower) of a visible flowering, if any.
+        knots: (day of year, green fraction, dry fraction), interpolated linearly and periodically.
+        bloom: (day, width in days, fraction of the canopy in flower) of a visible flowering, or None.
     """
 
     knots: Knots
     bloom: tuple[float, float, float] | None = None
 
-    def green(self, days: np.ndarray) -> np.ndarray:
-        """Green fraction at ``days`` of the year, same shape."""
-        return self._at(days, 1)
+    def green_fraction(self, days: np.ndarray) -> np.ndarray:
+        """Green fraction at ``days`` of the year; same shape as ``days``."""
+        return self._interpolate(days, 1)
 
-    def dry(self, days: np.ndarray) -> np.ndarray:
-        """Dry fraction at ``days`` of the year, same shape."""
-        return self._at(days, 2)
+    def dry_fraction(self, days: np.ndarray) -> np.ndarray:
+        """Dry fraction at ``days`` of the year; same shape as ``days``."""
+        return self._interpolate(days, 2)
 
-    def flowers(self, days: np.ndarray) -> np.ndarray:
-        """Fraction of the green canopy that shows flowers at ``days`` of the year, same shape."""
+    def flower_fraction(self, days: np.ndarray) -> np.ndarray:
+        """Fraction of the green canopy in flower at ``days`` of the year; same shape as ``days``."""
         if self.bloom is None:
             return np.zeros_like(days, dtype=np.float64)
         day, width, fraction = self.bloom
         return fraction * np.exp(-0.5 * ((days - day) / width) ** 2)
 
-    def _at(self, days: np.ndarray, column: int) -> np.ndarray:
+    def _interpolate(self, days: np.ndarray, column: int) -> np.ndarray:
         return np.interp(days, [knot[0] for knot in self.knots], [knot[column] for knot in self.knots], period=365.0)
 
 
 def _calendar(table: str, bloom: tuple[float, float, float] | None = None) -> Calendar:
-    """A calendar from "day green% dry% | day green% dry% ..."."""
+    """Parse a calendar from "day green% dry% | day green% dry% ..."."""
     rows = (tuple(map(float, row.split())) for row in table.split("|"))
     return Calendar(knots=tuple((day, green / 100, dry / 100) for day, green, dry in rows), bloom=bloom)
 
@@ -123,18 +123,19 @@ CALENDARS: dict[str, Calendar] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """One crop of a parcel.
+    """Parameters of one crop.
 
     Attributes:
-        lpis: name of its class at level 3 of the LPIS scheme.
+        lpis: class name at level 3 of the LPIS scheme.
         calendar: key of ``CALENDARS``.
-        leaf, flower: materials of its canopy and flowers (``scene_spectra``).
-        height: metres at full cover.
-        row: distance between visible rows, metres; 0 without.
-        open_rows: rows with bare ground between them (vines, trees) rather than a closed canopy.
-        evergreen_alley: grass, not soil, between the rows.
+        leaf: material of the canopy (see ``spectra``).
+        flower: material of the flowers.
+        height: height at full cover, in metres.
+        row_spacing: distance between visible rows, in metres; 0 without rows.
+        open_rows: whether the ground shows between the rows (vines, trees); otherwise the canopy is closed.
+        grass_alley: whether grass, not soil, grows between the rows.
         backscatter: (VV, VH) of the closed canopy, linear sigma0.
-        spread: days (standard deviation) by which parcels differ.
+        delay_std: standard deviation of the delay of a parcel, in days.
     """
 
     lpis: str
@@ -142,11 +143,11 @@ class Crop:
     leaf: str = "crop leaf"
     flower: str = "yellow flower"
     height: float = 0.8
-    row: float = 0.0
+    row_spacing: float = 0.0
     open_rows: bool = False
-    evergreen_alley: bool = False
+    grass_alley: bool = False
     backscatter: tuple[float, float] = (0.06, 0.012)
-    spread: float = 4.0
+    delay_std: float = 4.0
 
 
 CROPS: dict[str, Crop] = {
@@ -159,25 +160,34 @@ CROPS: dict[str, Crop] = {
         Crop(lpis="spring-barley", calendar="spring barley", height=0.8, backscatter=(0.034, 0.01)),
         Crop(lpis="rapeseed", calendar="rapeseed", height=1.4, backscatter=(0.11, 0.034)),
         Crop(lpis="spring-peas", calendar="spring peas", height=0.7, backscatter=(0.08, 0.018)),
-        Crop(lpis="maize", calendar="maize", height=2.4, row=0.8, backscatter=(0.12, 0.028)),
-        Crop(lpis="sorghum", calendar="sorghum", height=1.5, row=0.8, backscatter=(0.1, 0.02)),
-        Crop(lpis="sunflower", calendar="sunflower", height=1.6, row=0.8, backscatter=(0.16, 0.034)),
-        Crop(lpis="soy", calendar="soy", height=0.8, row=0.8, backscatter=(0.085, 0.014)),
+        Crop(lpis="maize", calendar="maize", height=2.4, row_spacing=0.8, backscatter=(0.12, 0.028)),
+        Crop(lpis="sorghum", calendar="sorghum", height=1.5, row_spacing=0.8, backscatter=(0.1, 0.02)),
+        Crop(lpis="sunflower", calendar="sunflower", height=1.6, row_spacing=0.8, backscatter=(0.16, 0.034)),
+        Crop(lpis="soy", calendar="soy", height=0.8, row_spacing=0.8, backscatter=(0.085, 0.014)),
         Crop(lpis="beetroots", calendar="beetroots", height=0.5, backscatter=(0.13, 0.022)),
-        Crop(lpis="potatoes", calendar="potatoes", height=0.6, row=0.9, backscatter=(0.14, 0.025)),
+        Crop(lpis="potatoes", calendar="potatoes", height=0.6, row_spacing=0.9, backscatter=(0.14, 0.025)),
         Crop(lpis="fiber-flax", calendar="flax", flower="violet flower", height=0.9, backscatter=(0.05, 0.015)),
         Crop(lpis="alfalfa", calendar="alfalfa", height=0.7, backscatter=(0.07, 0.013)),
         Crop(
-            lpis="grasses-mix", calendar="meadow", leaf="grass leaf", height=0.3, backscatter=(0.07, 0.012), spread=10
+            lpis="grasses-mix",
+            calendar="meadow",
+            leaf="grass leaf",
+            height=0.3,
+            backscatter=(0.07, 0.012),
+            delay_std=10,
         ),
-        Crop(lpis="grasses-mono", calendar="ley", leaf="grass leaf", height=0.4, backscatter=(0.065, 0.011), spread=6),
-        Crop(lpis="vineyard", calendar="vineyard", height=1.5, row=2.4, open_rows=True, backscatter=(0.08, 0.014)),
+        Crop(
+            lpis="grasses-mono", calendar="ley", leaf="grass leaf", height=0.4, backscatter=(0.065, 0.011), delay_std=6
+        ),
+        Crop(
+            lpis="vineyard", calendar="vineyard", height=1.5, row_spacing=2.4, open_rows=True, backscatter=(0.08, 0.014)
+        ),
         Crop(
             lpis="olive",
             calendar="evergreen",
             leaf="olive leaf",
             height=3.5,
-            row=6.4,
+            row_spacing=6.4,
             open_rows=True,
             backscatter=(0.11, 0.026),
         ),
@@ -186,9 +196,9 @@ CROPS: dict[str, Crop] = {
             calendar="broadleaf",
             leaf="broad leaf",
             height=3.5,
-            row=4.6,
+            row_spacing=4.6,
             open_rows=True,
-            evergreen_alley=True,
+            grass_alley=True,
             backscatter=(0.11, 0.025),
         ),
         Crop(
@@ -197,7 +207,7 @@ CROPS: dict[str, Crop] = {
             leaf="shrub leaf",
             flower="violet flower",
             height=0.6,
-            row=1.8,
+            row_spacing=1.8,
             open_rows=True,
             backscatter=(0.06, 0.011),
         ),

@@ -1,4 +1,4 @@
-"""Kinds of French country that the simulator draws landscapes of."""
+"""Regions: types of French landscape that the simulator can draw."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """The character of a kind of country.
+    """Parameters of one type of landscape.
 
     Attributes:
-        parcel: area of a parcel, square metres.
-        covers: weights of what fills a parcel: keys of ``COVERS``, ``crops`` or ``village``, ``works``, ``glass``.
-        crops: weights of the crops of ``CROPS``.
-        hedges: probability that a parcel border is a hedge.
-        roofs: weights of house roofs.
-        pools: probability that a house has one.
-        rivers: probability that a river crosses a ROI.
-        altitude: metres, range of the ROI's mean; ``relief``: metres, standard deviation of the terrain.
-        soil: its material.
-        delay: days by which seasons are late.
-        winter: probability of snow on a winter day.
-        cloudiness: mean cloud cover of a kept Sentinel-2 date.
+        parcel_area: mean area of a parcel, in square metres.
+        covers: weights of what covers a parcel: keys of ``COVERS``, or ``crops``, ``village``, ``industry`` or
+            ``greenhouses``.
+        crops: weights of the crops, keys of ``CROPS``.
+        hedge_probability: probability that a parcel border is a hedge.
+        roofs: weights of house roofs, keys of ``COVERS``.
+        pool_probability: probability that a house has a pool.
+        river_probability: probability that a river crosses a ROI.
+        altitude: range of a ROI's mean altitude, in metres.
+        relief: standard deviation of the terrain, in metres.
+        soil: material of bare soil.
+        delay: days by which the seasons are late.
+        snow_probability: probability of snow on a winter day.
+        cloudiness: mean cloud cover of a Sentinel-2 date, 0..1.
     """
 
-    parcel: float
+    parcel_area: float
     covers: dict[str, float]
     crops: dict[str, float]
-    hedges: float
+    hedge_probability: float
     roofs: dict[str, float]
-    pools: float
-    rivers: float
+    pool_probability: float
+    river_probability: float
     altitude: tuple[float, float]
     relief: float
     soil: str
     delay: float
-    winter: float
+    snow_probability: float
     cloudiness: float
 
 
@@ -43,8 +45,8 @@ _CEREALS = {"winter-wheat": 4.0, "winter-barley": 3.0, "triticale": 2.0}
 
 REGIONS: dict[str, Region] = {
     "bocage": Region(
-        parcel=4200,
-        covers={"crops": 6, "broadleaf": 1.2, "village": 2, "scrub": 0.5, "works": 0.3, "conifer": 0.3, "pond": 0.2},
+        parcel_area=4200,
+        covers={"crops": 6, "broadleaf": 1.2, "village": 2, "scrub": 0.5, "industry": 0.3, "conifer": 0.3, "pond": 0.2},
         crops={
             **_CEREALS,
             "maize": 4,
@@ -56,20 +58,20 @@ REGIONS: dict[str, Region] = {
             "potatoes": 0.6,
             "alfalfa": 0.5,
         },
-        hedges=0.6,
+        hedge_probability=0.6,
         roofs={"slate roof": 3, "steel roof": 0.5, "bitumen roof": 0.4},
-        pools=0.15,
-        rivers=0.3,
+        pool_probability=0.15,
+        river_probability=0.3,
         altitude=(30, 180),
         relief=6,
         soil="brown soil",
         delay=3,
-        winter=0.04,
+        snow_probability=0.04,
         cloudiness=0.35,
     ),
     "openfield": Region(
-        parcel=10000,
-        covers={"crops": 8, "village": 1.5, "broadleaf": 0.6, "works": 0.5, "bare": 0.2},
+        parcel_area=10000,
+        covers={"crops": 8, "village": 1.5, "broadleaf": 0.6, "industry": 0.5, "bare": 0.2},
         crops={
             **_CEREALS,
             "spring-barley": 2,
@@ -82,20 +84,28 @@ REGIONS: dict[str, Region] = {
             "potatoes": 1,
             "sunflower": 2,
         },
-        hedges=0.06,
+        hedge_probability=0.06,
         roofs={"tile roof": 2, "slate roof": 1, "steel roof": 0.7},
-        pools=0.15,
-        rivers=0.1,
+        pool_probability=0.15,
+        river_probability=0.1,
         altitude=(80, 220),
         relief=4,
         soil="chalk soil",
         delay=4,
-        winter=0.08,
+        snow_probability=0.08,
         cloudiness=0.35,
     ),
     "vineyards": Region(
-        parcel=4500,
-        covers={"crops": 6, "scrub": 2, "conifer": 1, "village": 2.2, "broadleaf": 0.6, "bare": 0.7, "glass": 0.5},
+        parcel_area=4500,
+        covers={
+            "crops": 6,
+            "scrub": 2,
+            "conifer": 1,
+            "village": 2.2,
+            "broadleaf": 0.6,
+            "bare": 0.7,
+            "greenhouses": 0.5,
+        },
         crops={
             "vineyard": 7,
             "olive": 1.5,
@@ -105,27 +115,27 @@ REGIONS: dict[str, Region] = {
             "sunflower": 1.2,
             "grasses-mix": 1,
         },
-        hedges=0.15,
+        hedge_probability=0.15,
         roofs={"tile roof": 4, "flat roof": 0.5},
-        pools=0.5,
-        rivers=0.15,
+        pool_probability=0.5,
+        river_probability=0.15,
         altitude=(20, 250),
         relief=10,
         soil="red soil",
         delay=-10,
-        winter=0.01,
+        snow_probability=0.01,
         cloudiness=0.2,
     ),
     "suburb": Region(
-        parcel=5000,
+        parcel_area=5000,
         covers={
             "village": 5,
-            "works": 2.5,
+            "industry": 2.5,
             "lawn": 1,
             "broadleaf": 0.8,
             "crops": 1.5,
             "bare": 0.6,
-            "glass": 0.6,
+            "greenhouses": 0.6,
             "pond": 0.2,
         },
         crops={
@@ -139,19 +149,19 @@ REGIONS: dict[str, Region] = {
             "fruit-orchards": 1,
             "potatoes": 1,
         },
-        hedges=0.2,
+        hedge_probability=0.2,
         roofs={"tile roof": 3, "slate roof": 2, "flat roof": 1, "bitumen roof": 1.5, "steel roof": 0.5},
-        pools=0.45,
-        rivers=0.2,
+        pool_probability=0.45,
+        river_probability=0.2,
         altitude=(20, 160),
         relief=4,
         soil="brown soil",
         delay=0,
-        winter=0.04,
+        snow_probability=0.04,
         cloudiness=0.3,
     ),
     "mountain": Region(
-        parcel=6000,
+        parcel_area=6000,
         covers={
             "conifer": 3,
             "broadleaf": 1.2,
@@ -165,20 +175,28 @@ REGIONS: dict[str, Region] = {
             "pond": 0.15,
         },
         crops={"grasses-mix": 4, "grasses-mono": 1.5, "lavandin": 0.7, "triticale": 0.7, "alfalfa": 0.6},
-        hedges=0.12,
+        hedge_probability=0.12,
         roofs={"steel roof": 2, "slate roof": 2, "tile roof": 1},
-        pools=0.05,
-        rivers=0.35,
+        pool_probability=0.05,
+        river_probability=0.35,
         altitude=(700, 1900),
         relief=30,
         soil="brown soil",
         delay=18,
-        winter=0.65,
+        snow_probability=0.65,
         cloudiness=0.4,
     ),
     "hills": Region(
-        parcel=6000,
-        covers={"crops": 7, "broadleaf": 1.2, "village": 1.6, "scrub": 0.5, "glass": 0.4, "works": 0.3, "pond": 0.15},
+        parcel_area=6000,
+        covers={
+            "crops": 7,
+            "broadleaf": 1.2,
+            "village": 1.6,
+            "scrub": 0.5,
+            "greenhouses": 0.4,
+            "industry": 0.3,
+            "pond": 0.15,
+        },
         crops={
             "sunflower": 4,
             "maize": 3,
@@ -192,16 +210,16 @@ REGIONS: dict[str, Region] = {
             "alfalfa": 1,
             "vineyard": 0.7,
         },
-        hedges=0.18,
+        hedge_probability=0.18,
         roofs={"tile roof": 4, "flat roof": 0.3, "steel roof": 0.4},
-        pools=0.45,
-        rivers=0.2,
+        pool_probability=0.45,
+        river_probability=0.2,
         altitude=(100, 300),
         relief=12,
         soil="brown soil",
         delay=-4,
-        winter=0.02,
+        snow_probability=0.02,
         cloudiness=0.25,
     ),
 }
-"""Kinds of country by name."""
+"""Regions by name."""

@@ -1,7 +1,7 @@
-"""What a sensor of the registry records of a patch: from ground and weather to stored values.
+"""Simulate the rasters of a patch: images, time series, quality masks and labels, as stored values.
 
-Nothing here names a sensor: bands say which quantity they measure and at which wavelength, the modality says at which
-pixel, in which dtype and through which gain, gamma, noise or speckle.
+No sensor is named here. The bands of a modality give the measured quantity and the wavelength; the modality gives the
+pixel size, the dtype, and the gain, gamma, noise or speckle.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3, ClassScheme
-from bocage.shards.modality import PATCH_SIZE, Band, Modality, Sensor
-from bocage.shards.simulate.ground import Ground, Sun
+from bocage.shards.modality import PATCH_SIZE, Band, Modality, SimulatedSensor
+from bocage.shards.simulate.ground import GroundRasters, SunPosition
 from bocage.shards.simulate.landscape import Landscape
 from bocage.shards.simulate.noise import SmoothField, generator
 from bocage.shards.simulate.spectra import spectrum
@@ -21,77 +21,85 @@ from bocage.shards.simulate.spectra import spectrum
 
 @dataclass(frozen=True)
 class Weather:
-    """The weather of one ROI over a year: soil moisture and snow cover, 0..1, by day of the year, (367,) float64."""
+    """Weather of one ROI over a year.
+
+    Attributes:
+        moisture: soil moisture in 0..1 by day of the year, (367,) float64.
+        snow: snow cover in 0..1 by day of the year, (367,) float64.
+    """
 
     moisture: np.ndarray
     snow: np.ndarray
 
     @classmethod
-    def draw(cls, winter: float, *names: object) -> Weather:
-        """A year of weather; ``winter`` is the probability of snow on a winter day."""
+    def draw(cls, snow_probability: float, *names: object) -> Weather:
+        """Draw a year of weather; ``snow_probability`` is the probability of snow on a winter day."""
         random = generator(*names, "weather")
         knots = np.arange(0, 380, 6)
         moisture = 0.5 + 0.25 * np.cos(2 * np.pi * knots / 365) + 0.22 * random.standard_normal(len(knots))
         season = np.clip(1.6 * np.cos(2 * np.pi * (knots - 20) / 365) - 0.6, 0, 1)
-        snow = np.clip(4 * (winter * season - random.random(len(knots))) + 0.5, 0, 1) * (winter * season > 0.01)
+        snow = np.clip(4 * (snow_probability * season - random.random(len(knots))) + 0.5, 0, 1)
+        snow = snow * (snow_probability * season > 0.01)
         days = np.arange(0, 367)
         return cls(np.clip(np.interp(days, knots, moisture), 0, 1), np.interp(days, knots, snow))
 
 
 @dataclass(frozen=True)
-class Sky:
+class CloudCover:
     """Clouds over one ROI at the T dates of a series.
 
     Attributes:
-        fields: T smooth fields.
-        cover: (T,) cloud cover, 0..1.
-        wind: metres to the south, and 0.6 of it to the east, from a cloud to its shadow.
+        noise: stack of T smooth fields.
+        fraction: cloud cover in 0..1, (T,).
+        shadow_offset: distance in metres from a cloud to its shadow, to the south; to the east it is 0.6 times that.
     """
 
-    fields: SmoothField
-    cover: np.ndarray
-    wind: float
+    noise: SmoothField
+    fraction: np.ndarray
+    shadow_offset: float
 
     @classmethod
-    def draw(cls, dates: int, cloudiness: float, side: float, *names: object) -> Sky:
-        """Skies of ``dates`` dates over a ROI of ``side`` metres: mostly clear or mostly covered."""
+    def draw(cls, dates: int, cloudiness: float, side: float, *names: object) -> CloudCover:
+        """Draw the clouds of ``dates`` dates over a ROI of ``side`` metres; most dates are almost clear or overcast."""
         random = generator(*names, "sky")
-        fields = SmoothField(random, -300.0, side + 600.0, cell=260.0, octaves=3, roughness=0.5, shape=(dates,))
-        return cls(fields, random.beta(0.45 * cloudiness, 0.45 * (1 - cloudiness), dates), random.uniform(60, 160))
+        noise = SmoothField(random, -300.0, side + 600.0, cell=260.0, octaves=3, roughness=0.5, shape=(dates,))
+        return cls(noise, random.beta(0.45 * cloudiness, 0.45 * (1 - cloudiness), dates), random.uniform(60, 160))
 
     def opacity(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Cloud opacity at ground positions (metres from the ROI's corner), (T, H, W) float32, 0..1."""
-        threshold = (3.2 * (0.5 - self.cover)).astype(np.float32)[:, None, None]
-        return np.clip(np.float32(1.4) * (self.fields.at(rows, columns) - threshold), 0.0, 1.0)
+        """Cloud opacity at ground positions in metres from the ROI's corner, (T, H, W) float32 in 0..1."""
+        threshold = (3.2 * (0.5 - self.fraction)).astype(np.float32)[:, None, None]
+        return np.clip(np.float32(1.4) * (self.noise.at(rows, columns) - threshold), 0.0, 1.0)
 
     def shadow(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Shadow of the clouds at ground positions, (T, H, W) float32, 0..1."""
-        return self.opacity(rows - self.wind, columns - 0.6 * self.wind)
+        """Cloud shadow at ground positions in metres from the ROI's corner, (T, H, W) float32 in 0..1."""
+        return self.opacity(rows - self.shadow_offset, columns - 0.6 * self.shadow_offset)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One patch as every sensor meets it.
+    """The state of one patch, shared by all sensors.
 
     Attributes:
-        place: the ROI's landscape; ``weather`` its year.
-        grounds: rasters of the patch by era, ``now`` and ``then``, those that are needed.
-        left, top: metres from the ROI's upper-left corner.
-        names: what random draws depend on (seed, domain, ROI, position).
-        roi: the same for draws that patches of a ROI share.
+        landscape: landscape of the ROI.
+        weather: weather of the ROI.
+        grounds: rasters of the patch by era (``now``, ``then``); only the required eras.
+        left: x of the patch's upper-left corner, in metres from that of the ROI.
+        top: y of the patch's upper-left corner, in metres from that of the ROI.
+        seed_names: names that seed the random numbers of the patch (seed, domain, ROI, cell).
+        roi_seed_names: names that seed the random numbers that patches of a ROI share (seed, domain, ROI).
     """
 
-    place: Landscape
+    landscape: Landscape
     weather: Weather
-    grounds: dict[str, Ground]
+    grounds: dict[str, GroundRasters]
     left: float
     top: float
-    names: tuple[object, ...]
-    roi: tuple[object, ...]
+    seed_names: tuple[object, ...]
+    roi_seed_names: tuple[object, ...]
 
 
-def average(field: np.ndarray, size: int) -> np.ndarray:
-    """Area average of a (..., N, N) field to (..., size, size); finer sizes repeat pixels."""
+def area_average(field: np.ndarray, size: int) -> np.ndarray:
+    """Resample a (..., N, N) field to (..., size, size) by area average; a size above N repeats pixels."""
     count = field.shape[-1]
     if size >= count:
         index = np.arange(size) * count // size
@@ -108,8 +116,8 @@ def average(field: np.ndarray, size: int) -> np.ndarray:
     return sums / (pixels[:, None] * pixels)
 
 
-def _shares(ground: Ground, surfaces: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share of every surface in every coarse cell, bright and gap phase: (size * size, surfaces) float64 each."""
+def _surface_fractions(ground: GroundRasters, surfaces: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fraction of each surface in each coarse cell, for bright and gap phase: (size * size, surfaces) float64 each."""
     count = ground.surface.shape[0]
     cell = np.arange(count) * size // count
     index = ((cell[:, None] * size + cell) * surfaces + ground.surface).ravel()
@@ -119,10 +127,16 @@ def _shares(ground: Ground, surfaces: int, size: int) -> tuple[np.ndarray, np.nd
     return bright / pixels, (total - bright) / pixels
 
 
-def store(values: np.ndarray, sensor: Sensor, dtype: str, random: np.random.Generator) -> np.ndarray:
-    """Physical values, of any shape, to stored ones: speckle, gamma, gain, offset, noise, rounding and clipping.
+def to_stored_values(
+    values: np.ndarray, sensor: SimulatedSensor, dtype: str, random: np.random.Generator
+) -> np.ndarray:
+    """Convert physical values to stored values: speckle, gamma, gain, offset, noise, rounding and clipping.
 
-    They are reflectances, linear backscatter, metres or probabilities; ``sensor`` says what is made of them.
+    Args:
+        values: reflectances, linear backscatter, metres or probabilities, of any shape.
+        sensor: parameters of the conversion.
+        dtype: dtype of the stored values.
+        random: random generator of speckle and noise.
     """
     values = values.astype(np.float32, copy=False)
     if sensor.looks is not None:
@@ -133,63 +147,70 @@ def store(values: np.ndarray, sensor: Sensor, dtype: str, random: np.random.Gene
         values = values * np.float32(sensor.gain) + np.float32(sensor.offset)
     if sensor.noise:
         values = values + np.float32(sensor.noise) * random.standard_normal(values.shape, np.float32)
-    kind = np.dtype(dtype)
-    if kind.kind in "iu":
-        limits = np.iinfo(kind)
-        return np.clip(np.rint(values), limits.min, limits.max).astype(kind)
-    return values.astype(kind)
+    stored_dtype = np.dtype(dtype)
+    if stored_dtype.kind in "iu":
+        limits = np.iinfo(stored_dtype)
+        return np.clip(np.rint(values), limits.min, limits.max).astype(stored_dtype)
+    return values.astype(stored_dtype)
 
 
 def _wavelengths(bands: list[Band]) -> list[float]:
     return [band.wavelength for band in bands if band.wavelength is not None]
 
 
-def _classes(scheme: ClassScheme, scene: Scene, ground: Ground, day: float) -> np.ndarray:
-    """Class values of one label band at the ground's own pixel."""
-    palette = scene.place.palettes["now"]
+def _class_map(scheme: ClassScheme, scene: Scene, ground: GroundRasters, day: float) -> np.ndarray:
+    """Class indices of one label band at the pixel size of the ground rasters."""
+    palette = scene.landscape.palettes["now"]
     if scheme.name == COSIA.name:
-        bright, gap = palette.cosia(day)
+        bright, gap = palette.cosia_classes(day)
         return np.where(ground.phase > 0.5, bright[ground.surface], gap[ground.surface])
     values = palette.lpis
     levels = {LPIS_3.name: (), LPIS_2.name: (LPIS_3,), LPIS_1.name: (LPIS_3, LPIS_2)}
     if scheme.name not in levels:
-        raise ValueError(f"the simulator has no classes of the scheme {scheme.name!r}")
-    for below in levels[scheme.name]:
-        values = np.array(below.parents, np.uint8)[values]
+        raise ValueError(f"the simulator does not know the class scheme {scheme.name!r}")
+    for finer in levels[scheme.name]:
+        values = np.array(finer.parents, np.uint8)[values]
     return values[ground.surface]
 
 
-def label(modality: Modality, scene: Scene, day: float) -> np.ndarray:
-    """A label raster, (C, size, size) in the modality's dtype; cover classes are those of ``day`` of the year.
+def render_label(modality: Modality, scene: Scene, day: float) -> np.ndarray:
+    """Render a label raster, (C, size, size) in the modality's dtype. Land cover is that of ``day`` of the year.
 
     Raises:
-        ValueError: a class scheme that the simulator does not have.
+        ValueError: the simulator does not know a class scheme.
     """
     ground = scene.grounds["now"]
     centres = ((2 * np.arange(modality.size) + 1) * ground.surface.shape[0]) // (2 * modality.size)
-    maps = [_classes(scheme, scene, ground, day) for scheme in modality.schemes]
+    maps = [_class_map(scheme, scene, ground, day) for scheme in modality.schemes]
     return np.stack([band[np.ix_(centres, centres)] for band in maps]).astype(modality.dtype)
 
 
-def _orbit_tilt(ground: Ground, size: int, orbit: int) -> np.ndarray:
-    """Factor on backscatter from slopes towards (> 1) or away from the radar, (size, size)."""
-    _, slope = np.gradient(average(ground.terrain, size), PATCH_SIZE / size)
+def _radar_slope_factor(ground: GroundRasters, size: int, orbit: int) -> np.ndarray:
+    """Factor on the backscatter, (size, size): above 1 on slopes that face the radar, below 1 on the others."""
+    _, slope = np.gradient(area_average(ground.terrain, size), PATCH_SIZE / size)
     return np.clip(1.0 + (-1) ** orbit * 1.8 * slope, 0.4, 2.5)
 
 
-def image(modality: Modality, scene: Scene, day: float, sun: Sun, orbit: int) -> np.ndarray:
-    """One cloudless image, (C, size, size) in the modality's dtype.
+def render_image(modality: Modality, scene: Scene, day: float, sun: SunPosition, orbit: int) -> np.ndarray:
+    """Render one cloudless image, (C, size, size) in the modality's dtype.
 
-    ``day`` is the day of the year; ``orbit`` tells apart radars that look from different sides.
+    Args:
+        modality: image modality.
+        scene: state of the patch.
+        day: day of the year.
+        sun: position of the sun.
+        orbit: orbit number of a radar; even and odd orbits look from opposite sides.
 
     Raises:
-        ValueError: a band that images of the simulator do not have.
+        ValueError: the simulator cannot render the quantity of a band in an image.
     """
     era = "then" if modality.historical else "now"
-    ground, palette = scene.grounds[era], scene.place.palettes[era]
+    ground, palette = scene.grounds[era], scene.landscape.palettes[era]
     if not modality.historical and 2 * modality.size <= ground.surface.shape[0]:
-        # Coarse images average many pixels: every second one carries the same mean.
-        ground = Ground(2 * ground.pixel, ground.surface[::2, ::2], ground.phase[::2, ::2], ground.terrain, ground.top)
+        # Coarse images average many pixels: every second pixel gives nearly the same mean.
+        ground = GroundRasters(
+            2 * ground.pixel, ground.surface[::2, ::2], ground.phase[::2, ::2], ground.terrain, ground.padded_height
+        )
         light = scene.grounds[era].light(sun)[::2, ::2]
     else:
         light = ground.light(sun)
@@ -197,71 +218,73 @@ def image(modality: Modality, scene: Scene, day: float, sun: Sun, orbit: int) ->
     optical = [band for band in modality.bands if band.quantity == "reflectance"]
     wavelengths = _wavelengths(optical)
     bright, gap = palette.reflectance(days, moisture, wavelengths)
-    haze = generator(*scene.roi[:2], modality.name, "haze")
-    path = 0.028 * haze.uniform(0.5, 1.5)
+    haze = generator(*scene.roi_seed_names[:2], modality.name, "haze")
+    path_radiance = 0.028 * haze.uniform(0.5, 1.5)
     planes: list[np.ndarray] = []
     for band in modality.bands:
         if band.quantity == "reflectance":
             index = optical.index(band)
             low, high = gap[0, :, index], bright[0, :, index]
             value = low[ground.surface] + (high - low)[ground.surface] * ground.phase
-            # Images are not corrected for the air, which adds light at short wavelengths; series are.
-            air = path * (490.0 / wavelengths[index]) ** 3
-            value = value * (light * np.float32(haze.normal(1.0, 0.06))) + np.float32(air)
-            planes.append(average(value, modality.size))
+            # Images, unlike series, are not atmospherically corrected: scattering adds light at short wavelengths.
+            scattered = path_radiance * (490.0 / wavelengths[index]) ** 3
+            value = value * (light * np.float32(haze.normal(1.0, 0.06))) + np.float32(scattered)
+            planes.append(area_average(value, modality.size))
         elif band.quantity in ("backscatter_vv", "backscatter_vh"):
             sigma = palette.backscatter(days, moisture, int(band.quantity == "backscatter_vh"), orbit)[0]
-            tilt = _orbit_tilt(scene.grounds[era], modality.size, orbit)
-            planes.append(average(sigma[ground.surface], modality.size) * tilt)
+            slope_factor = _radar_slope_factor(scene.grounds[era], modality.size, orbit)
+            planes.append(area_average(sigma[ground.surface], modality.size) * slope_factor)
         elif band.quantity == "terrain_height":
-            planes.append(average(scene.grounds[era].terrain, modality.size))
+            planes.append(area_average(scene.grounds[era].terrain, modality.size))
         elif band.quantity == "surface_height":
-            planes.append(average(scene.grounds[era].terrain + scene.grounds[era].height, modality.size))
+            planes.append(area_average(scene.grounds[era].terrain + scene.grounds[era].height, modality.size))
         else:
             raise ValueError(
-                f"the simulator cannot draw band {band.name} ({band.quantity}) of the image {modality.name}"
+                f"the simulator cannot render band {band.name} ({band.quantity}) of the image {modality.name}"
             )
-    random = generator(*scene.names, modality.name)
+    random = generator(*scene.seed_names, modality.name)
     vignette = _vignette(modality, scene) if modality.historical else np.float32(1.0)
     stored = []
     for band, plane in zip(modality.bands, planes, strict=True):
-        # Terrain models are filtered products of coarser posting: they have no pixel noise.
+        # Terrain models are filtered and come from coarser data: they have no pixel noise.
         sensor = replace(modality.sensor, noise=0.0) if band.quantity == "terrain_height" else modality.sensor
-        stored.append(store(plane * vignette, sensor, modality.dtype, random))
+        stored.append(to_stored_values(plane * vignette, sensor, modality.dtype, random))
     return np.stack(stored)
 
 
 def _vignette(modality: Modality, scene: Scene) -> np.ndarray:
-    """Fall-off of light away from the centre of an old photograph that covers the ROI, (size, size) float32."""
-    centre = generator(*scene.roi, modality.name, "centre").uniform(-250, 450, 2)
+    """Light fall-off from the centre of a historical photograph that covers the ROI, (size, size) float32."""
+    centre = generator(*scene.roi_seed_names, modality.name, "centre").uniform(-250, 450, 2)
     steps = (np.arange(modality.size) + 0.5) * modality.gsd
     down, right = (scene.top + steps - centre[0])[:, None], scene.left + steps - centre[1]
     return (1.0 / (1.0 + (down**2 + right**2) / 700.0**2)).astype(np.float32)
 
 
-def series(modality: Modality, scene: Scene, days: np.ndarray, sky: Sky, orbit: int) -> np.ndarray:
-    """A time series or its quality mask, (T, C, size, size) in the modality's dtype.
+def render_series(modality: Modality, scene: Scene, days: np.ndarray, clouds: CloudCover, orbit: int) -> np.ndarray:
+    """Render a time series or its quality mask, (T, C, size, size) in the modality's dtype.
 
     Args:
-        days: (T,) days of the year.
-        sky: clouds at these dates; a mask is given the sky of the series that it belongs to.
-        orbit: tells apart radars that look from different sides.
+        modality: time series or quality mask.
+        scene: state of the patch.
+        days: days of the year, (T,).
+        clouds: clouds at these dates; a mask gets the clouds of its series.
+        orbit: orbit number of a radar; even and odd orbits look from opposite sides.
 
     Raises:
-        ValueError: a band that series of the simulator do not have.
+        ValueError: the simulator cannot render the quantity of a band in a series.
     """
-    size, ground, palette = modality.size, scene.grounds["now"], scene.place.palettes["now"]
+    size, ground, palette = modality.size, scene.grounds["now"], scene.landscape.palettes["now"]
     moisture, snow = scene.weather.moisture[days.astype(int)], scene.weather.snow[days.astype(int)]
-    bright, gap = _shares(ground, len(palette), size)
-    used = np.flatnonzero((bright + gap).any(0))
-    bright, gap = bright[:, used], gap[:, used]
+    bright, gap = _surface_fractions(ground, len(palette), size)
+    present = np.flatnonzero((bright + gap).any(0))
+    bright, gap = bright[:, present], gap[:, present]
     optical = [band for band in modality.bands if band.quantity == "reflectance"]
     steps = (np.arange(size) + 0.5) * (PATCH_SIZE / size)
     rows, columns = scene.top + steps, scene.left + steps
     radar = any(band.quantity.startswith("backscatter") for band in modality.bands)
-    opacity, shadow = sky.opacity(rows, columns), sky.shadow(rows, columns)
-    # Trees and roofs keep less snow than open ground.
-    open_ground = 1.0 - 0.6 * (bright + gap) @ (palette.height[used] > 2.5)
+    opacity, shadow = clouds.opacity(rows, columns), clouds.shadow(rows, columns)
+    # Trees and roofs hold less snow than open ground.
+    open_ground = 1.0 - 0.6 * (bright + gap) @ (palette.height[present] > 2.5)
     snowy = np.clip(snow[:, None] * 1.2, 0, 1) * open_ground
     snowy = snowy.reshape(len(days), size, size)
     values = np.empty((len(days), len(modality.bands), size, size))
@@ -270,14 +293,14 @@ def series(modality: Modality, scene: Scene, days: np.ndarray, sky: Sky, orbit: 
     for index, band in enumerate(modality.bands):
         if band.quantity == "reflectance":
             position = optical.index(band)
-            at = phases[0][:, used, position], phases[1][:, used, position]
-            mixed = (at[0] @ bright.T + at[1] @ gap.T).reshape(len(days), size, size)
+            mixture = phases[0][:, present, position], phases[1][:, present, position]
+            mixed = (mixture[0] @ bright.T + mixture[1] @ gap.T).reshape(len(days), size, size)
             mixed += snowy * (spectrum("snow", _wavelengths([band]))[0] - mixed)
             mixed *= 1.0 - 0.6 * shadow
             mixed += opacity * (spectrum("cloud", _wavelengths([band]))[0] - mixed)
         elif band.quantity in ("backscatter_vv", "backscatter_vh"):
-            sigma = palette.backscatter(days, moisture, int(band.quantity == "backscatter_vh"), orbit)[:, used]
-            mixed = (sigma @ (bright + gap).T).reshape(len(days), size, size) * _orbit_tilt(ground, size, orbit)
+            sigma = palette.backscatter(days, moisture, int(band.quantity == "backscatter_vh"), orbit)[:, present]
+            mixed = (sigma @ (bright + gap).T).reshape(len(days), size, size) * _radar_slope_factor(ground, size, orbit)
             mixed *= 1.0 - 0.4 * snowy
         elif band.quantity == "cloud_probability":
             mixed = np.maximum(opacity, 0.25 * (shadow > 0.5))
@@ -285,18 +308,18 @@ def series(modality: Modality, scene: Scene, days: np.ndarray, sky: Sky, orbit: 
             mixed = snowy * (1.0 - opacity)
         else:
             raise ValueError(
-                f"the simulator cannot draw band {band.name} ({band.quantity}) of the series {modality.name}"
+                f"the simulator cannot render band {band.name} ({band.quantity}) of the series {modality.name}"
             )
         values[:, index] = mixed
-    random = generator(*scene.names, modality.name)
+    random = generator(*scene.seed_names, modality.name)
     if radar:
-        _swath_edges(values, modality, scene)
-    return store(values, modality.sensor, modality.dtype, random)
+        _zero_outside_swath(values, modality, scene)
+    return to_stored_values(values, modality.sensor, modality.dtype, random)
 
 
-def _swath_edges(values: np.ndarray, modality: Modality, scene: Scene) -> None:
-    """Zeros beyond the edge of the swath, at rare dates, in place: the edge crosses all patches of the ROI."""
-    random = generator(*scene.roi, modality.name, "swath")
+def _zero_outside_swath(values: np.ndarray, modality: Modality, scene: Scene) -> None:
+    """Set pixels beyond the edge of the swath to zero at rare dates, in place; the edge is shared by the ROI."""
+    random = generator(*scene.roi_seed_names, modality.name, "swath")
     steps = (np.arange(modality.size) + 0.5) * modality.gsd
     for date in np.flatnonzero(random.random(len(values)) < 0.03):
         edge = random.uniform(0, 250) + 0.2 * (scene.top + steps)
@@ -304,10 +327,13 @@ def _swath_edges(values: np.ndarray, modality: Modality, scene: Scene) -> None:
         values[date] *= ~outside
 
 
-def sun_at(day: float, hour_angle: float, latitude: float = 46.0) -> Sun:
-    """The sun over France on ``day`` of the year, ``hour_angle`` radians after noon, never lower than 20 degrees.
+def sun_position(day: float, hour_angle: float, latitude: float = 46.0) -> SunPosition:
+    """Position of the sun, at least 20 degrees high. The declination follows Cooper (1969).
 
-    Its declination is after Cooper (1969); ``latitude`` is in degrees.
+    Args:
+        day: day of the year.
+        hour_angle: hour angle after noon, in radians.
+        latitude: latitude, in degrees.
     """
     declination = math.radians(23.44) * math.sin(2 * math.pi * (day - 81) / 365)
     north = math.radians(latitude)
@@ -316,4 +342,4 @@ def sun_at(day: float, hour_angle: float, latitude: float = 46.0) -> Sun:
     azimuth = math.atan2(
         math.sin(hour_angle), math.cos(hour_angle) * math.sin(north) - math.tan(declination) * math.cos(north)
     )
-    return Sun(azimuth + math.pi, max(elevation, math.radians(20)))
+    return SunPosition(azimuth + math.pi, max(elevation, math.radians(20)))

@@ -1,7 +1,7 @@
 """Reflectance spectra of the simulated materials, 400-2500 nm.
 
-Shapes follow public spectral libraries (USGS Spectral Library 7, Kokaly et al. 2017; ECOSTRESS, Meerdink et al. 2019)
-only in character: a red edge and water bands for leaves, iron-red soils, flat asphalt, dark water. Values are ours.
+The shapes resemble public spectral libraries (USGS Spectral Library 7, Kokaly et al. 2017; ECOSTRESS, Meerdink et al.
+2019): a red edge and water bands for leaves, iron-red soils, flat asphalt, dark water. The values are our own.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _TABLE = np.array([_SPECTRA[name] for name in MATERIALS], dtype=np.float64) / 10
 
 
 def spectra(wavelengths: list[float]) -> np.ndarray:
-    """Reflectance, 0..1, of the M materials at W ``wavelengths`` (nm), clamped outside: (M, W) float64."""
+    """Reflectance of all M materials at W ``wavelengths`` in nm, (M, W) float64 in 0..1; constant beyond the nodes."""
     return np.stack([np.interp(wavelengths, _NODES, row) for row in _TABLE])
 
 
 def spectrum(material: str, wavelengths: list[float]) -> np.ndarray:
-    """Reflectance of one material, (wavelengths,) float64."""
+    """Reflectance of one material at W ``wavelengths`` in nm, (W,) float64 in 0..1."""
     return np.interp(wavelengths, _NODES, _TABLE[MATERIALS.index(material)])

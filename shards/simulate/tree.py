@@ -1,8 +1,8 @@
-"""Simulated patches in FLAIR-HUB's own format, for tests, the quickstart and benchmarks.
+"""Write simulated patches in the format of FLAIR-HUB, for tests, the quickstart and benchmarks.
 
-The content is physically coherent: one landscape, lit by one sun and lived through one year, is seen by every sensor of
-the registry. See ``landscape`` (what lies where), ``crops`` (the year of a parcel), ``scene_surfaces`` and
-``scene_spectra`` (what light and radar meet), ``scene_ground`` (rasters) and ``scene_sensors`` (what is recorded).
+All sensors of the registry observe the same landscape, sun and weather, so their rasters agree with each other. See
+``landscape`` (vector plans), ``crop_calendar`` (plant cover over the year), ``surfaces`` and ``spectra`` (reflectance
+and backscatter), ``ground`` (rasters of the landscape) and ``sensors`` (stored values).
 """
 
 from __future__ import annotations
@@ -22,29 +22,44 @@ from pathlib import Path
 import numpy as np
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Modality, Registry
-from bocage.shards.simulate.files import write_raster, write_table
-from bocage.shards.simulate.ground import rasterise
-from bocage.shards.simulate.landscape import landscape
+from bocage.shards.simulate.geo_files import write_raster, write_table
+from bocage.shards.simulate.ground import rasterise_patch
+from bocage.shards.simulate.landscape import build_landscape
 from bocage.shards.simulate.noise import generator
 from bocage.shards.simulate.regions import REGIONS
-from bocage.shards.simulate.sensors import Scene, Sky, Weather, image, label, series, sun_at
-from bocage.shards.source.metadata import FOLDER, SPLIT_FILE
+from bocage.shards.simulate.sensors import (
+    CloudCover,
+    Scene,
+    Weather,
+    render_image,
+    render_label,
+    render_series,
+    sun_position,
+)
+from bocage.shards.source.metadata import METADATA_FOLDER, SPLIT_FILE
 
 PARAMETERS_FILE = "sample.json"
-"""Written first, in the tree's root: the parameters that the tree is a function of."""
+"""File in the root of the tree, written first, with the parameters that determine the tree."""
 
 SPLITS = ("split_1", "split_2", "split_3", "split_4", "split_5", "split_flairchallenge", "split_toy")
 
-_GRID = 2  # a ROI holds _GRID x _GRID patches
-_PIXEL = {"now": 0.2, "then": 0.4}
-_FORMAT = 1
+_GRID = 2  # a ROI has _GRID x _GRID patches
+_PIXEL_SIZE = {"now": 0.2, "then": 0.4}  # metres, by era; "then" is the 1950s
+_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A département in the year of its aerial survey: region of ``REGIONS`` and a Lambert-93 point in its middle."""
+    """A département in the year of its aerial survey.
+
+    Attributes:
+        name: name of the domain, e.g. ``D035-2020``.
+        region: key of ``REGIONS``.
+        x: Lambert-93 x of its centre, in metres.
+        y: Lambert-93 y of its centre, in metres.
+    """
 
     name: str
     region: str
@@ -53,7 +68,7 @@ class Domain:
 
     @property
     def year(self) -> int:
-        """The image year."""
+        """Year of the aerial survey."""
         return int(self.name[-4:])
 
 
@@ -67,35 +82,41 @@ DOMAINS = (
     Domain("D051-2019", "openfield", 790_000.0, 6_880_000.0),
     Domain("D034-2021", "vineyards", 735_000.0, 6_275_000.0),
 )
-"""Simulated domains, in the order in which ROIs are spread over them. D061 and D083 are test domains of FLAIR-HUB."""
+"""Simulated domains; ROIs are assigned to them in turn. D061 and D083 are test domains of FLAIR-HUB."""
 
 _TEST_DOMAINS = ("D061-2020", "D083-2020")
 
 
 @dataclass(frozen=True)
 class SimulatedPatch:
-    """One patch: where it stands in the dataset and on the ground. A function of (seed, number of the ROI, cell)."""
+    """Name, position and split of one patch, determined by its attributes.
+
+    Attributes:
+        seed: seed of the tree.
+        roi_number: number of the ROI, from 0.
+        cell: position of the patch in the ROI, row by row, from 0.
+    """
 
     seed: int
-    number: int
+    roi_number: int
     cell: int
 
     @property
     def domain(self) -> Domain:
-        """Its domain."""
-        return DOMAINS[self.number % len(DOMAINS)]
+        """Domain of the patch."""
+        return DOMAINS[self.roi_number % len(DOMAINS)]
 
     @property
-    def names(self) -> tuple[object, ...]:
-        """What random draws shared by the ROI depend on."""
-        return (self.seed, self.domain.name, self.number // len(DOMAINS))
+    def roi_seed_names(self) -> tuple[object, ...]:
+        """Names that seed the random numbers shared by the ROI."""
+        return (self.seed, self.domain.name, self.roi_number // len(DOMAINS))
 
     @property
     def roi(self) -> str:
         """Identifier of the ROI, e.g. ``AF-S1-27``."""
-        random = generator(*self.names, "identifier")
+        random = generator(*self.roi_seed_names, "identifier")
         letters = "".join(random.choice(list("AFNU"), 2))
-        return f"{letters}-S{random.integers(1, 3)}-{self.number // len(DOMAINS) + 1}"
+        return f"{letters}-S{random.integers(1, 3)}-{self.roi_number // len(DOMAINS) + 1}"
 
     @property
     def position(self) -> tuple[int, int]:
@@ -103,52 +124,52 @@ class SimulatedPatch:
         return divmod(self.cell, _GRID)
 
     @cached_property
-    def indices(self) -> str:
-        """Row and column as they stand in file names."""
-        first = generator(*self.names, "indices").integers(0, 20, 2)
+    def grid_indices(self) -> str:
+        """Row and column in file names, e.g. ``5-10``."""
+        first = generator(*self.roi_seed_names, "indices").integers(0, 20, 2)
         return f"{first[0] + self.position[0]}-{first[1] + self.position[1]}"
 
     @property
     def key(self) -> str:
         """The patch id, e.g. ``D012-2019_AF-S1-27_5-10``."""
-        return f"{self.domain.name}_{self.roi}_{self.indices}"
+        return f"{self.domain.name}_{self.roi}_{self.grid_indices}"
 
     @cached_property
     def corner(self) -> tuple[float, float]:
-        """Lambert-93 coordinates of the upper-left corner, metres: ROIs stand apart on the grid of patches."""
-        random = generator(*self.names, "corner")
+        """Lambert-93 coordinates of the upper-left corner, in metres."""
+        random = generator(*self.roi_seed_names, "corner")
         row, column = self.position
-        # Places on a coarse grid by number, jittered, row after row: two ROIs of a domain never overlap.
-        place = self.number // len(DOMAINS)
-        x = self.domain.x + 3000 * (place % 20 - 10) + float(random.integers(0, 2000))
-        y = self.domain.y + 3000 * (place // 20 - 10) + float(random.integers(0, 2000))
+        # ROIs lie on a coarse jittered grid, row by row, so two ROIs of a domain never overlap.
+        grid_index = self.roi_number // len(DOMAINS)
+        x = self.domain.x + 3000 * (grid_index % 20 - 10) + float(random.integers(0, 2000))
+        y = self.domain.y + 3000 * (grid_index // 20 - 10) + float(random.integers(0, 2000))
         return round(x + column * PATCH_SIZE, 1), round(y - row * PATCH_SIZE, 1)
 
     def path(self, root: Path, modality: Modality) -> Path:
-        """The file of ``modality``."""
+        """Path of the file of ``modality``."""
         year = "195X" if modality.historical else str(self.domain.year)
         folder = f"{self.domain.name[:-4]}{year}_{modality.name}"
-        return root / folder / self.roi / f"{folder}_{self.roi}_{self.indices}.tif"
+        return root / folder / self.roi / f"{folder}_{self.roi}_{self.grid_indices}.tif"
 
     def split(self, name: str) -> str:
-        """``train``, ``valid`` or ``test``. Test domains are whole in ``split_1``; ROIs are never divided."""
-        cycle, place = divmod(self.number, len(DOMAINS))
+        """``train``, ``valid`` or ``test``, the same for all patches of a ROI. ``split_1`` tests on whole domains."""
+        cycle, domain_index = divmod(self.roi_number, len(DOMAINS))
         shift = SPLITS.index(name)
-        test = self.domain.name in _TEST_DOMAINS if shift == 0 else (place + shift) % len(DOMAINS) in (1, 5)
+        test = self.domain.name in _TEST_DOMAINS if shift == 0 else (domain_index + shift) % len(DOMAINS) in (1, 5)
         if test:
             return "test"
-        return "valid" if (3 * cycle + place) % 4 == (2 + shift) % 4 else "train"
+        return "valid" if (3 * cycle + domain_index) % 4 == (2 + shift) % 4 else "train"
 
 
 def plan_patches(patches: int, seed: int) -> list[SimulatedPatch]:
-    """The patches of a sample: spread over the domains first, then over the cells of ROIs."""
+    """List the patches of a tree: spread over domains first, then over the cells of ROIs."""
     rois = max(math.ceil(patches / _GRID**2), min(patches, len(DOMAINS)))
     return [SimulatedPatch(seed, index % rois, index // rois) for index in range(patches)]
 
 
 def image_date(patch: SimulatedPatch, modality: Modality) -> datetime.date:
-    """Date of an image, the same for the whole ROI: aerial surveys in summer, other images from spring to autumn."""
-    random = generator(*patch.names, modality.name, "date")
+    """Date of an image, shared by the ROI: in summer for aerial surveys, from spring to autumn for other images."""
+    random = generator(*patch.roi_seed_names, modality.name, "date")
     year = int(random.integers(1947, 1966)) if modality.historical else patch.domain.year
     summer = modality.gsd < 1.0
     day = int(random.integers(160, 250) if summer else random.integers(100, 290))
@@ -156,98 +177,103 @@ def image_date(patch: SimulatedPatch, modality: Modality) -> datetime.date:
 
 
 def series_dates(patch: SimulatedPatch, modality: Modality, count: tuple[int, int]) -> list[datetime.date]:
-    """Irregular dates of a series over the domain's year, on the sensor's own grid of passes, shared by the ROI."""
-    random = generator(*patch.names, modality.name, "dates")
-    wanted = int(random.integers(count[0], count[1] + 1))
-    step = max(1, min(5 if random.random() < 0.8 else 6, 365 // wanted))
+    """Irregular dates of a time series in the domain's year, a subset of regular passes; shared by the ROI."""
+    random = generator(*patch.roi_seed_names, modality.name, "dates")
+    length = int(random.integers(count[0], count[1] + 1))
+    step = max(1, min(5 if random.random() < 0.8 else 6, 365 // length))
     passes = np.arange(random.integers(0, step), 365, step)
-    chosen = np.sort(random.choice(passes, min(wanted, len(passes)), replace=False))
+    chosen = np.sort(random.choice(passes, min(length, len(passes)), replace=False))
     return [datetime.date(patch.domain.year, 1, 1) + datetime.timedelta(days=int(day)) for day in chosen]
 
 
-def _day(date: datetime.date) -> int:
+def _day_of_year(date: datetime.date) -> int:
     return date.timetuple().tm_yday
 
 
-def _missing(patch: SimulatedPatch, registry: Registry, gaps: float) -> set[str]:
-    """Modalities that the patch lacks; masks go with their series, and one input at least stays."""
-    draws = {m.name: generator(*patch.names, patch.cell, m.name, "gap").random() for m in registry.inputs}
+def _missing_modalities(patch: SimulatedPatch, registry: Registry, gaps: float) -> set[str]:
+    """Draw the missing modalities of a patch. A mask is missing with its series; at least one input remains."""
+    draws = {m.name: generator(*patch.roi_seed_names, patch.cell, m.name, "gap").random() for m in registry.inputs}
     missing = {name for name, draw in draws.items() if draw < gaps}
     if len(missing) == len(draws) > 0:
         missing.remove(max(draws, key=lambda name: draws[name]))
     return missing | {m.name for m in registry.by_role("mask") if m.mask_of in missing}
 
 
-def _aerial_day(patch: SimulatedPatch, registry: Registry) -> int:
-    """Day of the year of the finest image of today: labels and heights show the land on that day."""
+def _label_day(patch: SimulatedPatch, registry: Registry) -> int:
+    """Day of the year of the finest present-day image; labels and heights refer to that day."""
     images = [m for m in registry.by_role("image") if not m.historical and m.dates_table is not None]
-    return _day(image_date(patch, min(images, key=lambda m: m.gsd))) if images else 200
+    return _day_of_year(image_date(patch, min(images, key=lambda m: m.gsd))) if images else 200
 
 
 @lru_cache(maxsize=4)
-def _region(patch: SimulatedPatch) -> tuple:
-    """Landscape and weather of a patch's ROI; cached by ``Patch(seed, number, 0)``."""
+def _landscape_and_weather(patch: SimulatedPatch) -> tuple:
+    """Landscape and weather of a ROI, given its first patch (cell 0) so that the cache holds one entry per ROI."""
     region = REGIONS[patch.domain.region]
-    return landscape(region, _GRID * PATCH_SIZE, *patch.names), Weather.draw(region.winter, *patch.names)
+    return build_landscape(region, _GRID * PATCH_SIZE, *patch.roi_seed_names), Weather.draw(
+        region.snow_probability, *patch.roi_seed_names
+    )
 
 
-def _scene(patch: SimulatedPatch, day: int, eras: set[str]) -> Scene:
-    place, weather = _region(SimulatedPatch(patch.seed, patch.number, 0))
+def _build_scene(patch: SimulatedPatch, day: int, eras: set[str]) -> Scene:
+    landscape, weather = _landscape_and_weather(SimulatedPatch(patch.seed, patch.roi_number, 0))
     row, column = patch.position
     left, top = column * PATCH_SIZE, row * PATCH_SIZE
     grounds = {
-        era: rasterise(place, era, left, top, round(PATCH_SIZE / pixel), pixel, day, *patch.names)
-        for era, pixel in _PIXEL.items()
+        era: rasterise_patch(landscape, era, left, top, round(PATCH_SIZE / pixel), pixel, day, *patch.roi_seed_names)
+        for era, pixel in _PIXEL_SIZE.items()
         if era in eras
     }
-    return Scene(place, weather, grounds, left, top, (*patch.names, patch.cell), patch.names)
+    return Scene(landscape, weather, grounds, left, top, (*patch.roi_seed_names, patch.cell), patch.roi_seed_names)
 
 
-def render(
+def render_patch(
     patch: SimulatedPatch, registry: Registry, names: set[str], dates: tuple[int, int]
 ) -> Iterator[tuple[Modality, np.ndarray]]:
-    """The rasters of a patch.
+    """Render rasters of a patch.
 
     Args:
-        patch: which.
-        registry: the modalities of the whole sample; dates and orbits depend on it.
-        names: modalities wanted.
-        dates: least and greatest number of dates of a series.
+        patch: patch to render.
+        registry: modalities of the whole tree; dates and orbits depend on it.
+        names: names of the modalities to render.
+        dates: minimal and maximal number of dates of a time series.
 
     Yields:
-        Modality and array: (C, H, W), or (T, C, H, W) for series and masks.
+        modality: modality of the raster.
+        array: stored values, (C, H, W), or (T, C, H, W) for time series and masks.
     """
-    day = _aerial_day(patch, registry)
-    scene = _scene(patch, day, {"then" if registry[name].historical else "now" for name in names})
+    day = _label_day(patch, registry)
+    scene = _build_scene(patch, day, {"then" if registry[name].historical else "now" for name in names})
     radars = [m.name for m in registry.inputs if m.bands[0].quantity.startswith("backscatter")]
     for modality in registry.values():
         if modality.name not in names:
             continue
-        # Radars take turns in looking from the west (even) and from the east (odd), as Sentinel-1's orbits do.
+        # Radars look alternately from the west (even) and from the east (odd), as the orbits of Sentinel-1 do.
         orbit = radars.index(modality.name) if modality.name in radars else 0
         if modality.role == "label":
-            yield modality, label(modality, scene, day)
+            yield modality, render_label(modality, scene, day)
         elif modality.role == "image":
-            taken = _day(image_date(patch, modality)) if modality.dates_table is not None else day
-            hours = generator(*patch.names, modality.name, "hour").uniform(-0.7, 0.7)
-            yield modality, image(modality, scene, taken, sun_at(taken, hours), orbit)
+            image_day = _day_of_year(image_date(patch, modality)) if modality.dates_table is not None else day
+            hour_angle = generator(*patch.roi_seed_names, modality.name, "hour").uniform(-0.7, 0.7)
+            yield modality, render_image(modality, scene, image_day, sun_position(image_day, hour_angle), orbit)
         else:
             source = registry[modality.mask_of] if modality.mask_of is not None else modality
-            days = np.array([_day(date) for date in series_dates(patch, source, dates)])
-            sky = Sky.draw(len(days), scene.place.region.cloudiness, _GRID * PATCH_SIZE, *patch.names, source.name)
-            yield modality, series(modality, scene, days, sky, orbit)
+            days = np.array([_day_of_year(date) for date in series_dates(patch, source, dates)])
+            clouds = CloudCover.draw(
+                len(days), scene.landscape.region.cloudiness, _GRID * PATCH_SIZE, *patch.roi_seed_names, source.name
+            )
+            yield modality, render_series(modality, scene, days, clouds, orbit)
 
 
 def _write_patch(root: Path, patch: SimulatedPatch, registry: Registry, gaps: float, dates: tuple[int, int]) -> None:
-    """Write the rasters of a patch that are not there yet."""
-    missing = _missing(patch, registry, gaps)
-    wanted = {m.name for m in registry.values() if m.name not in missing and not patch.path(root, m).exists()}
-    if not wanted:
+    """Write the rasters of a patch that do not exist yet."""
+    missing = _missing_modalities(patch, registry, gaps)
+    names = {m.name for m in registry.values() if m.name not in missing and not patch.path(root, m).exists()}
+    if not names:
         return
-    # One thread compresses and waits for the disk while the next raster is drawn.
+    # A second thread compresses and writes while the next raster is rendered.
     with ThreadPoolExecutor(1) as writer:
         writes = []
-        for modality, array in render(patch, registry, wanted, dates):
+        for modality, array in render_patch(patch, registry, names, dates):
             path = patch.path(root, modality)
             path.parent.mkdir(parents=True, exist_ok=True)
             bands = array.reshape(-1, *array.shape[-2:])
@@ -264,51 +290,51 @@ def _write_patches(
     return len(patches)
 
 
-def _date_text(patch: SimulatedPatch, modality: Modality) -> str:
-    """An image's date; the day of some historical ones is unknown."""
+def _format_date(patch: SimulatedPatch, modality: Modality) -> str:
+    """Date of an image as YYYYMMDD; some historical images have the unknown day 00."""
     text = image_date(patch, modality).strftime("%Y%m%d")
-    unknown = modality.historical and generator(*patch.names, modality.name, "unknown day").random() < 0.4
-    return text[:6] + "00" if unknown else text
+    unknown_day = modality.historical and generator(*patch.roi_seed_names, modality.name, "unknown day").random() < 0.4
+    return text[:6] + "00" if unknown_day else text
 
 
 def _write_metadata(root: Path, patches: list[SimulatedPatch], registry: Registry, dates: tuple[int, int]) -> None:
-    folder = root / FOLDER
+    folder = root / METADATA_FOLDER
     folder.mkdir(exist_ok=True)
     corners = [patch.corner for patch in patches]
     keys = [patch.key for patch in patches]
     for modality in registry.inputs:
         if modality.dates_table is None:
             continue
-        if modality.has_dates:
+        if modality.has_time_axis:
             name, values = "acquisition_dates", []
             for patch in patches:
-                taken = series_dates(patch, modality, dates)
-                values.append(json.dumps({str(n): date.strftime("%Y%m%d") for n, date in enumerate(taken, start=1)}))
+                acquired = series_dates(patch, modality, dates)
+                values.append(json.dumps({str(n): date.strftime("%Y%m%d") for n, date in enumerate(acquired, start=1)}))
         else:
-            name, values = "date", [_date_text(patch, modality) for patch in patches]
+            name, values = "date", [_format_date(patch, modality) for patch in patches]
         path = folder / f"GLOBAL_{modality.dates_table}_MTD_DATES.gpkg"
         write_table(path, corners, {"patch_id": keys, name: values})
     splits = {name: [patch.split(name) for patch in patches] for name in SPLITS}
     write_table(folder / SPLIT_FILE, corners, {"patch_id": keys, **splits})
 
 
-def _claim(out: Path, parameters: dict[str, object]) -> None:
-    """Make ``out`` the tree of these parameters, or check that it already is."""
+def _record_parameters(out: Path, parameters: dict[str, object]) -> None:
+    """Record the parameters in a new folder ``out``, or check that ``out`` records the same ones."""
     path = out / PARAMETERS_FILE
     text = json.dumps(parameters, indent=2) + "\n"
     if path.is_file():
         if path.read_text(encoding="utf-8") != text:
             raise InputError(
-                f"{out} holds a sample of other parameters (see {path}): give an empty folder, or remove it"
+                f"{out} holds a sample with other parameters (see {path}): give an empty folder, or remove it"
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a sample made by bocage: give an empty or a new folder")
+        raise InputError(f"{out} exists but is not a sample written by bocage: give a new or empty folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{out}: cannot be made: {error.strerror}; give another folder") from error
-    with written_atomically(path) as temporary:
+        raise InputError(f"{out}: cannot be created: {error.strerror}; give another folder") from error
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -323,38 +349,37 @@ def write_tree(
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a tree of simulated patches in FLAIR-HUB's on-disk format.
+    """Write a tree of simulated patches in the on-disk format of FLAIR-HUB.
 
-    The content of a patch depends on the seed, its domain, its ROI and its place there: not on the number of patches
-    or workers. An interrupted run continues where it stopped when called again with the same parameters; the metadata
-    in ``GLOBAL_ALL_MTD`` comes last.
+    The content of a patch depends on the seed and on its domain, ROI and cell, not on the number of patches or workers.
+    After an interruption, the same call resumes. The metadata in ``GLOBAL_ALL_MTD`` is written last.
 
     Args:
-        out: a new or empty folder, or one that holds the same sample, whole or in part.
-        patches: how many.
-        seed: of everything.
-        registry: the modalities to write. A modality that shares a patch with one already known needs nothing else.
-        gaps: probability that a patch lacks an input modality, 0..1.
-        dates: least and greatest number of dates of a series (FLAIR-HUB itself has about 90).
-        workers: processes.
-        progress: called with the number of patches finished since the last call.
+        out: new or empty folder, or a folder that holds the same sample, complete or partial.
+        patches: number of patches.
+        seed: random seed.
+        registry: modalities to write.
+        gaps: probability in 0..1 that a patch lacks an input modality.
+        dates: minimal and maximal number of dates of a time series (FLAIR-HUB has about 90).
+        workers: number of processes.
+        progress: callback with the number of patches finished since the last call.
 
     Raises:
-        InputError: a parameter out of range, or ``out`` holds something else.
+        InputError: a parameter is out of range, or ``out`` holds something else.
     """
     if patches < 1:
-        raise InputError(f"patches={patches}: a sample has one patch at least")
+        raise InputError(f"patches={patches}: give at least 1")
     if not 0.0 <= gaps <= 1.0:
-        raise InputError(f"gaps={gaps}: a probability lies between 0 and 1")
+        raise InputError(f"gaps={gaps}: give a probability between 0 and 1")
     if not 1 <= dates[0] <= dates[1] <= 365:
-        raise InputError(f"dates={dates}: give least and greatest number of dates between 1 and 365")
+        raise InputError(f"dates={dates}: give the minimal and maximal number of dates, between 1 and 365")
     if workers < 1:
-        raise InputError(f"workers={workers}: at least one process has to work")
+        raise InputError(f"workers={workers}: give at least 1")
     fingerprint = hashlib.sha256(json.dumps([m.to_json() for m in registry.values()]).encode()).hexdigest()[:16]
-    _claim(
+    _record_parameters(
         out,
         {
-            "bocage_sample": _FORMAT,
+            "bocage_sample": _FORMAT_VERSION,
             "patches": patches,
             "seed": seed,
             "gaps": gaps,
@@ -363,16 +388,16 @@ def write_tree(
         },
     )
     planned = plan_patches(patches, seed)
-    by_roi = sorted(planned, key=lambda patch: (patch.number, patch.cell))
-    groups = [list(group) for _, group in itertools.groupby(by_roi, key=lambda patch: patch.number)]
-    report = progress or (lambda count: None)
+    by_roi = sorted(planned, key=lambda patch: (patch.roi_number, patch.cell))
+    groups = [list(group) for _, group in itertools.groupby(by_roi, key=lambda patch: patch.roi_number)]
+    on_progress = progress or (lambda count: None)
     if workers == 1:
         for patch in by_roi:
             _write_patch(out, patch, registry, gaps, dates)
-            report(1)
+            on_progress(1)
     else:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             jobs = [pool.submit(_write_patches, out, group, registry, gaps, dates) for group in groups]
             for job in as_completed(jobs):
-                report(job.result())
+                on_progress(job.result())
     _write_metadata(out, planned, registry, dates)

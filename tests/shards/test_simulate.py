@@ -1,4 +1,4 @@
-"""The simulator: FLAIR-HUB's format, determinism, and scenes whose sensors agree with each other."""
+"""The simulator: FLAIR-HUB's format, determinism, and agreement between sensors."""
 
 import datetime
 import json
@@ -24,7 +24,7 @@ PATCHES, SEED, DATES = 16, 3, (20, 24)
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:  # written once for all tests: some seconds
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:  # written once for all tests, in a few seconds
     root = tmp_path_factory.mktemp("sample")
     write_tree(root, patches=PATCHES, seed=SEED, dates=DATES)
     return root
@@ -59,10 +59,10 @@ def cells(field: np.ndarray, size: int = 10) -> np.ndarray:
 
 def test_names_shapes_dtypes_and_georeferencing(tree: Path) -> None:
     pattern = re.compile(r"(D\d{3}-(?:\d{4}|195X)_([A-Z0-9_-]+))/([A-Z]{2}-S\d-\d+)/\1_\3_\d+-\d+\.tif")
-    found = [pattern.fullmatch(str(path.relative_to(tree))) for path in tree.rglob("*.tif")]
-    assert all(found)
-    assert len(found) == PATCHES * len(FLAIR_HUB)
-    assert all(("195X" in match[1]) == FLAIR_HUB[match[2]].historical for match in found if match)
+    matches = [pattern.fullmatch(str(path.relative_to(tree))) for path in tree.rglob("*.tif")]
+    assert all(matches)
+    assert len(matches) == PATCHES * len(FLAIR_HUB)
+    assert all(("195X" in match[1]) == FLAIR_HUB[match[2]].historical for match in matches if match)
     for patch in plan_patches(PATCHES, SEED)[:3]:
         for modality in FLAIR_HUB.values():
             with rasterio.open(patch.path(tree, modality)) as file:
@@ -79,9 +79,9 @@ def test_names_shapes_dtypes_and_georeferencing(tree: Path) -> None:
 
 def test_neighbours_touch_and_share_one_terrain() -> None:
     patches = plan_patches(32, SEED)
-    first = [patch for patch in patches if patch.number == patches[0].number]
+    first = [patch for patch in patches if patch.roi_number == patches[0].roi_number]
     assert [patch.position for patch in first] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    rows = [tuple(map(int, patch.indices.split("-"))) for patch in first]
+    rows = [tuple(map(int, patch.grid_indices.split("-"))) for patch in first]
     assert np.subtract(rows[3], rows[0]).tolist() == [1, 1]
     assert np.subtract(first[3].corner, first[0].corner) == pytest.approx([102.4, -102.4])
     left, right = (next(render_patch(patch, FLAIR_HUB, {"DEM_ELEV"}, DATES))[1] for patch in first[:2])
@@ -122,7 +122,7 @@ def test_historical_dates_sometimes_lack_the_day(tmp_path: Path) -> None:
 # Determinism
 
 
-def test_workers_and_number_of_patches_change_nothing(tmp_path: Path) -> None:  # two processes start: some seconds
+def test_content_does_not_depend_on_workers_or_number_of_patches(tmp_path: Path) -> None:  # slow: two processes start
     registry = FLAIR_HUB.subset(["AERIAL_RGBI", "SENTINEL2_TS", "SENTINEL1-ASC_TS", "ALL_LABEL-LPIS"])
     write_tree(tmp_path / "one", patches=3, seed=7, registry=registry)
     write_tree(tmp_path / "two", patches=3, seed=7, registry=registry, workers=2)
@@ -136,20 +136,20 @@ def test_another_seed_gives_another_scene() -> None:
     assert not np.array_equal(*images)
 
 
-def test_interrupted_run_continues(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
     registry = FLAIR_HUB.subset(["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"])
     write_tree(tmp_path, patches=2, seed=1, registry=registry)
     before = contents(tmp_path)
-    lost = next(tmp_path.rglob("*_SENTINEL2_MSK-SC_*.tif"))
-    kept = next(tmp_path.rglob("*_SPOT_RGBI_*.tif"))
-    lost.unlink()
-    written = kept.stat().st_mtime_ns
+    deleted = next(tmp_path.rglob("*_SENTINEL2_MSK-SC_*.tif"))
+    untouched = next(tmp_path.rglob("*_SPOT_RGBI_*.tif"))
+    deleted.unlink()
+    modified = untouched.stat().st_mtime_ns
     write_tree(tmp_path, patches=2, seed=1, registry=registry)
     assert contents(tmp_path) == before
-    assert kept.stat().st_mtime_ns == written
+    assert untouched.stat().st_mtime_ns == modified
 
 
-def test_foreign_folders_and_other_parameters_are_refused(tmp_path: Path) -> None:
+def test_other_folders_and_other_parameters_are_rejected(tmp_path: Path) -> None:
     registry = FLAIR_HUB.subset(["SPOT_RGBI"])
     write_tree(tmp_path / "sample", patches=1, seed=1, registry=registry)
     with pytest.raises(InputError, match="other parameters"):
@@ -164,10 +164,10 @@ def test_foreign_folders_and_other_parameters_are_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "new").exists()
 
 
-# Coherence
+# Agreement between sensors
 
 
-def test_surface_rises_over_terrain_where_things_stand(tree: Path) -> None:
+def test_surface_model_is_above_terrain_at_buildings_and_trees(tree: Path) -> None:
     cover = read_all(tree, "AERIAL_LABEL-COSIA")[:, 0]
     surface, terrain = read_all(tree, "DEM_ELEV").swapaxes(0, 1)
     height = surface - terrain
@@ -203,7 +203,7 @@ def test_no_single_cue_tells_buildings() -> None:
     assert 0.2 < np.mean((building > low) & (building < high)) < 0.98
 
 
-def test_spot_sees_the_same_ground_as_the_aerial_image(tree: Path) -> None:
+def test_spot_and_aerial_images_agree(tree: Path) -> None:
     sensor = FLAIR_HUB["AERIAL_RGBI"].sensor
     correlations = []
     for index in range(PATCHES):
@@ -211,11 +211,11 @@ def test_spot_sees_the_same_ground_as_the_aerial_image(tree: Path) -> None:
         spot = read(tree, index, "SPOT_RGBI")
         coarse = aerial.reshape(4, 64, 8, 64, 8).mean((2, 4))
         correlations.append(np.corrcoef(coarse[0].ravel(), spot[0].ravel())[0, 1])
-    # Other dates, other crops: the median patch agrees, not each.
+    # Dates differ, and so do crops: only the median is tested.
     assert np.median(correlations) > 0.6
 
 
-def test_clouds_brighten_what_the_mask_says(tree: Path) -> None:
+def test_pixels_under_the_cloud_mask_are_bright(tree: Path) -> None:
     blue = np.concatenate([read(tree, index, "SENTINEL2_TS")[:, 0].ravel() for index in range(PATCHES)])
     mask = np.concatenate([read(tree, index, "SENTINEL2_MSK-SC") for index in range(PATCHES)])
     snow, cloud = mask[:, 0].ravel(), mask[:, 1].ravel()
@@ -226,7 +226,7 @@ def test_clouds_brighten_what_the_mask_says(tree: Path) -> None:
     assert (snow > 50).any()
 
 
-def test_radar_sees_water_dark_and_buildings_bright(tree: Path) -> None:
+def test_water_is_dark_and_buildings_are_bright_in_radar(tree: Path) -> None:
     cover = read_all(tree, "AERIAL_LABEL-COSIA")[:, 0]
     for name in ("SENTINEL1-ASC_TS", "SENTINEL1-DESC_TS"):
         vertical, cross = [], []
@@ -244,7 +244,7 @@ def test_radar_sees_water_dark_and_buildings_bright(tree: Path) -> None:
         assert vv[np.concatenate(water) > 0.6].mean() < 0.5 * vv.mean()
 
 
-def test_historical_image_shows_an_older_state(tree: Path) -> None:
+def test_the_historical_image_differs_from_the_present_one(tree: Path) -> None:
     now = read_all(tree, "AERIAL_RGBI")[:, 0].astype(float)
     then = read_all(tree, "AERIAL-RLT_PAN")[:, 0].astype(float)
     correlations = [
@@ -273,7 +273,7 @@ def test_lpis_levels_follow_the_hierarchy(tree: Path) -> None:
         ("maize", "sunflower", 213.0),
     ],
 )
-def test_lookalikes_differ_only_over_time(first: str, second: str, summer: float) -> None:
+def test_similar_crops_are_separable_only_over_time(first: str, second: str, summer: float) -> None:
     """One summer image does not separate the parcels of two such crops; a year of NDVI does."""
     random = generator("parcels")
     count = 60
@@ -339,10 +339,10 @@ def test_new_sensors_need_only_a_registry_entry(tmp_path: Path) -> None:
     assert image_date(patch, sharpened).year == patch.domain.year
 
 
-# Gaps and the command
+# Missing modalities, and the command
 
 
-def test_gaps(tmp_path: Path) -> None:
+def test_missing_modalities(tmp_path: Path) -> None:
     registry = FLAIR_HUB.subset(
         ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "SENTINEL1-ASC_TS", "AERIAL_LABEL-COSIA"]
     )
@@ -369,7 +369,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "other parameters" in capsys.readouterr().err
     some = ["AERIAL_RGBI", "AERIAL_LABEL-COSIA"]
     assert main(["sample", str(tmp_path / "some"), "--patches", "1", "--seed", "2", "--modalities", *some]) == 0
-    for path in (tmp_path / "some").rglob("*.tif"):  # the same, whatever else is simulated
+    for path in (tmp_path / "some").rglob("*.tif"):  # the content does not depend on the other modalities
         assert path.read_bytes() == (out / path.relative_to(tmp_path / "some")).read_bytes()
     assert len(list((tmp_path / "some").rglob("*.tif"))) == 2
     capsys.readouterr()
@@ -377,17 +377,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown modality 'SPOT'" in capsys.readouterr().err
 
 
-def test_command_does_not_wait_for_torch() -> None:
+def test_command_does_not_import_torch() -> None:
     code = "import sys, bocage.tools.main, bocage.tools.sample; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_regions_of_interest_of_a_domain_never_overlap() -> None:
-    # 500 to a domain: more than stand in one square of its grid.
+def test_rois_of_a_domain_never_overlap() -> None:
+    # 500 ROIs per domain: more than the 400 cells of one grid.
     patches = [patch for patch in plan_patches(16_000, SEED) if patch.cell == 0]
     side = 2 * PATCH_SIZE
     for domain in {patch.domain.name for patch in patches}:
         corners = np.array([patch.corner for patch in patches if patch.domain.name == domain])
-        apart = np.abs(corners[:, None] - corners[None]).max(axis=2)
+        distance = np.abs(corners[:, None] - corners[None]).max(axis=2)
         assert len(corners) == 500
-        assert apart[~np.eye(500, dtype=bool)].min() >= side
+        assert distance[~np.eye(500, dtype=bool)].min() >= side

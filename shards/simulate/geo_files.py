@@ -1,4 +1,4 @@
-"""How simulated patches are written: GeoTIFFs in Lambert-93 and GeoPackages with a row for every patch."""
+"""Write GeoTIFFs in Lambert-93, and GeoPackages with one row per patch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 import pyogrio
 import tifffile
 
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.modality import PATCH_SIZE
 
 CRS = "EPSG:2154"
-"""Lambert-93, the projection of all rasters."""
+"""Projection of all rasters: Lambert-93."""
 
 _CITATION = "RGF93 v1 / Lambert-93|"
 _STRIP_BYTES = 16_384
 
 
 def _geokeys(code: int) -> tuple[int, ...]:
-    """GeoKeyDirectory (GeoTIFF 1.1) of a projected system in metres."""
+    """GeoKeyDirectory tag (GeoTIFF 1.1) of a projected coordinate system in metres."""
     keys = ((1024, 0, 1, 1), (1025, 0, 1, 1), (1026, 34737, len(_CITATION), 0), (3072, 0, 1, code), (3076, 0, 1, 9001))
     return (1, 1, 0, len(keys), *(number for key in keys for number in key))
 
@@ -31,10 +31,11 @@ def write_raster(path: Path, bands: np.ndarray, gsd: float, left: float, top: fl
     """Write a GeoTIFF.
 
     Args:
-        path: the file; it appears whole or not at all.
-        bands: (bands, H, W); written pixel by pixel (GDAL's default), LZW-compressed.
-        gsd: pixel size, metres.
-        left, top: Lambert-93 coordinates of the upper-left corner, metres.
+        path: path of the file, which is written atomically.
+        bands: values, (bands, H, W); stored interleaved by pixel (GDAL's default) with LZW compression.
+        gsd: pixel size, in metres.
+        left: Lambert-93 x of the upper-left corner, in metres.
+        top: Lambert-93 y of the upper-left corner, in metres.
     """
     count, height, width = bands.shape
     pixels = np.ascontiguousarray(np.moveaxis(bands, 0, -1)) if count > 1 else bands[0]
@@ -46,7 +47,7 @@ def write_raster(path: Path, bands: np.ndarray, gsd: float, left: float, top: fl
         (34737, "s", 0, _CITATION, True),
     ]
     row_bytes = width * count * bands.itemsize
-    with written_atomically(path) as temporary:
+    with atomic_write(path) as temporary:
         tifffile.imwrite(
             temporary,
             pixels,
@@ -62,22 +63,22 @@ def write_raster(path: Path, bands: np.ndarray, gsd: float, left: float, top: fl
         )
 
 
-def _square(left: float, top: float) -> bytes:
-    """Well-known binary of a patch's outline."""
+def _outline_wkb(left: float, top: float) -> bytes:
+    """Outline of a patch as well-known binary (WKB)."""
     right, bottom = left + PATCH_SIZE, top - PATCH_SIZE
     ring = (left, top, right, top, right, bottom, left, bottom, left, top)
     return struct.pack("<BIII10d", 1, 3, 1, 5, *ring)
 
 
 def write_table(path: Path, corners: Sequence[tuple[float, float]], columns: dict[str, Sequence[str]]) -> None:
-    """Write a GeoPackage of text columns and patch outlines, in its default layer.
+    """Write a GeoPackage with text columns and patch outlines into its default layer.
 
     Args:
-        path: the file; it appears whole or not at all.
-        corners: (left, top) of every patch, Lambert-93 metres.
-        columns: values by column, in the order of ``corners``.
+        path: path of the file, which is written atomically.
+        corners: (left, top) of every patch, in Lambert-93 metres.
+        columns: text values by column name, in the order of ``corners``.
     """
-    geometry = np.array([_square(*corner) for corner in corners], dtype=object)
+    geometry = np.array([_outline_wkb(*corner) for corner in corners], dtype=object)
     content = io.BytesIO()
     pyogrio.raw.write(
         content,
@@ -89,5 +90,5 @@ def write_table(path: Path, corners: Sequence[tuple[float, float]], columns: dic
         geometry_type="Polygon",
         crs=CRS,
     )
-    with written_atomically(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content.getbuffer())
