@@ -1,10 +1,10 @@
-"""Fine-tunes a published encoder on your own GeoTIFFs, with your own bands.
+"""Fine-tune a published encoder on your own GeoTIFFs, with your own bands.
 
 python own_geotiffs.py ENCODER IMAGES LABELS CLASSES
 
-IMAGES and LABELS are folders of GeoTIFFs of the same names; labels hold classes from 0, and 255 where there is none.
-Here images have the bands near infrared, red and green: change BANDS. Leaves model.pt, a U-Net of
-segmentation-models-pytorch, which comes with pip install -e '.[losses]'.
+IMAGES and LABELS are folders of GeoTIFFs with the same file names. Labels have class values from 0, and 255 for
+unlabelled pixels. The images here have the bands near infrared, red and green: change BANDS for yours. The script
+writes model.pt, a U-Net of segmentation-models-pytorch (pip install -e '.[losses]').
 """
 
 import random
@@ -16,8 +16,7 @@ import rasterio
 import segmentation_models_pytorch as smp
 import torch
 
-from bocage.ssl.encoders.bands import adapt_bands
-from bocage.ssl.encoders.export import load_encoder, save_encoder
+from bocage import adapt_bands, load_encoder, save_encoder
 
 BANDS, SIDE, BATCH, STEPS = ["NIR", "R", "G"], 256, 8, 1000
 if len(sys.argv) != 5:
@@ -33,15 +32,15 @@ if not images:
 
 
 def window(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random window, standardised, and its classes."""
+    """Read a random window: standardised values and classes."""
     with rasterio.open(path) as image, rasterio.open(Path(sys.argv[3], path.name)) as label:
         if image.count != len(BANDS):
             sys.exit(f"{path} has {image.count} bands, BANDS has {len(BANDS)}")
         left, top = (random.randint(0, max(0, length - SIDE)) for length in (image.width, image.height))
-        place = rasterio.windows.Window(left, top, SIDE, SIDE)
-        # Where the image has no values, as beyond its edges when it is small: the mean, and no class.
-        values = image.read(window=place, boundless=True, masked=True).astype(np.float32).filled(np.nan)
-        classes = label.read(1, window=place, boundless=True, fill_value=255)
+        area = rasterio.windows.Window(left, top, SIDE, SIDE)
+        # Nodata pixels, and pixels beyond the edges of small images, get the mean and no class.
+        values = image.read(window=area, boundless=True, masked=True).astype(np.float32).filled(np.nan)
+        classes = label.read(1, window=area, boundless=True, fill_value=255)
         return torch.nan_to_num((torch.from_numpy(values) - mean) / std), torch.from_numpy(classes.astype(np.int64))
 
 

@@ -7,8 +7,8 @@ first convolution are remixed: filter of channel c = sum over colours of ``weigh
   channel is nearest to it, the filter goes to the channel at the smallest distance.
 - A channel without a wavelength (elevation) counts as a grey image and gets an equal part of all three filters.
 
-So red, green and blue keep their own filters, near infrared shares the red one, a panchromatic image gets the sum of all
-three, and two channels of elevation get half of the sum each.
+So red, green and blue keep their own filters, and near infrared shares the red one. A panchromatic image gets the sum
+of all three, and two channels of elevation get half of the sum each.
 
 The weights of each colour sum to 1. On a grey image, with equal channels, the remixed convolution therefore equals that
 of ImageNet, for any channels. This is the right scale, because channels of an image are strongly correlated. It also

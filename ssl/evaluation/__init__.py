@@ -1,1 +1,1 @@
-"""Evaluate encoders during and after pretraining: probes, scores, reconstructions, attention."""
+"""Evaluate encoders: probes, scores, reconstruction pictures and attention over dates."""

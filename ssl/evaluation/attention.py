@@ -1,4 +1,4 @@
-"""Which dates an encoder looks at: the attention of U-TAE over the series of patches."""
+"""Compute the attention of U-TAE over the dates of each patch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks, wanted_modalities
+from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks, required_modalities
 from bocage.shards.preprocess.normalize import represent
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
@@ -20,64 +20,75 @@ from bocage.ssl.encoders.utae import UTAE
 
 @dataclass(frozen=True)
 class DateAttention:
-    """Attention of an encoder over the T dates of one patch, in order of days; padded dates are not among them.
+    """Attention over the T dates of one patch in chronological order, without padded dates.
 
     Attributes:
-        key: the patch.
-        days: (T,) datetime64[D].
-        frames: (T, C, H, W) float32, values of the modality's representation, whatever the encoder reads; NaN in holes.
-        used: (T,) bool, False where the encoder was not shown the date, because of clouds or snow.
-        unclear: (T,) probability of cloud or snow, whichever is greater, percent, mean over pixels; None where the
-            shards hold no quality mask.
-        attention: (n_head, T, h, w) float32 at the deepest size: for each head and pixel at least 0, 1 in total over
-            the dates, and 0 at dates that are not used.
+        key: key of the patch.
+        days: calendar days, (T,) datetime64[D].
+        frames: values in the modality's representation, even if the encoder reads another one, (T, C, H, W) float32;
+            NaN at nodata pixels.
+        used: False at dates masked from the encoder because of clouds or snow, (T,) bool.
+        cloud_or_snow: probability of cloud or of snow, the greater of the two, mean over pixels, in percent, (T,); None
+            if the shards have no quality mask for this patch.
+        attention: attention of each head at the deepest level, (n_head, T, h, w) float32: at least 0, with sum 1 over
+            the dates, and 0 at unused dates.
     """
 
     key: str
     days: np.ndarray
     frames: np.ndarray
     used: np.ndarray
-    unclear: np.ndarray | None
+    cloud_or_snow: np.ndarray | None
     attention: np.ndarray
 
     @property
     def by_head(self) -> np.ndarray:
-        """(n_head, T), mean over pixels."""
+        """Mean over pixels, (n_head, T)."""
         return self.attention.mean(axis=(2, 3))
 
     @property
     def by_date(self) -> np.ndarray:
-        """(T,), mean over heads and pixels."""
+        """Mean over heads and pixels, (T,)."""
         return self.attention.mean(axis=(0, 2, 3))
 
     @property
     def effective_dates(self) -> float:
-        """exp(entropy) of ``by_date``: n when it is spread evenly over n dates, 1 when it stands on one."""
-        shares = self.by_date[self.by_date > 0].astype(np.float64)
-        return float(np.exp(-(shares * np.log(shares)).sum()))
+        """exp(entropy) of ``by_date``: n for equal attention to n dates, 1 if all attention is on one date."""
+        probabilities = self.by_date[self.by_date > 0].astype(np.float64)
+        return float(np.exp(-(probabilities * np.log(probabilities)).sum()))
 
 
 def require_temporal(encoder: Encoder, name: str) -> UTAE:
-    """``encoder``, which must attend over dates.
+    """Return ``encoder`` if it attends over dates.
+
+    Args:
+        encoder: encoder to check.
+        name: name of the encoder in the error message.
 
     Raises:
-        InputError: it does not; the message calls it ``name``.
+        InputError: the encoder is not a U-TAE.
     """
     if not isinstance(encoder, UTAE):
         raise InputError(
-            f"{name}: an encoder of {encoder.spec.modality}, an image: only encoders of series attend over dates"
+            f"{name} is an encoder of {encoder.spec.modality}, an image: give an encoder of a series, which attends "
+            "over dates"
         )
     return encoder
 
 
 def rows_with_dates(manifest: Manifest, modality: str, rows: np.ndarray) -> np.ndarray:
-    """Those of the ``rows``, (N,) int64, whose sample has at least one date of the series.
+    """Select the rows whose sample has at least one date of the series.
+
+    Args:
+        manifest: open shards.
+        modality: name of the series.
+        rows: manifest rows, (N,) int64.
 
     Raises:
-        InputError: the shards do not hold the modality, or none of the rows has a date.
+        InputError: the shards do not have the modality, or none of the rows has a date.
     """
     if modality not in manifest.registry:
-        raise InputError(f"{manifest.path}: the shards hold no {modality}; they hold {', '.join(manifest.registry)}")
+        raise InputError(f"{manifest.path}: the shards have no {modality}; they have {', '.join(manifest.registry)}")
     counts = pc.fill_null(pc.list_value_length(manifest.column(f"dates.{modality}")), 0).to_numpy()
     lengths = manifest.column(f"length.{modality}").to_numpy()
     rows = rows[(counts[rows] > 0) & (lengths[rows] > 0)]
@@ -86,26 +97,26 @@ def rows_with_dates(manifest: Manifest, modality: str, rows: np.ndarray) -> np.n
     return rows
 
 
-def rows_of_keys(manifest: Manifest, modality: str, keys: list[str]) -> np.ndarray:
-    """Rows of the patches ``keys``, (N,) int64, in their order, each once.
+def rows_for_keys(manifest: Manifest, modality: str, keys: list[str]) -> np.ndarray:
+    """Find the rows of patches by key, (N,) int64, in the order of ``keys``, without repetition.
 
     Raises:
-        InputError: a key that the shards do not hold, or a patch without a date of the series.
+        InputError: the shards do not have a key, or a patch has no date of the series.
     """
-    place = {key: row for row, key in enumerate(manifest.column("key").to_pylist())}
-    unknown = [key for key in keys if key not in place]
+    row_of_key = {key: row for row, key in enumerate(manifest.column("key").to_pylist())}
+    unknown = [key for key in keys if key not in row_of_key]
     if unknown:
-        example = next(iter(place), "none")
+        example = next(iter(row_of_key), "none")
         raise InputError(f"{manifest.path}: no patch {', '.join(unknown)}; keys look like {example}")
-    rows = np.array([place[key] for key in dict.fromkeys(keys)], np.int64)
+    rows = np.array([row_of_key[key] for key in dict.fromkeys(keys)], np.int64)
     dated = set(rows_with_dates(manifest, modality, rows).tolist())
-    undated = [key for key in keys if place[key] not in dated]
+    undated = [key for key in keys if row_of_key[key] not in dated]
     if undated:
         raise InputError(f"{manifest.path}: no date of {modality} in {', '.join(undated)}; leave them out")
     return rows
 
 
-def attend(
+def compute_attention(
     encoder: UTAE,
     manifest: Manifest,
     rows: np.ndarray,
@@ -113,46 +124,48 @@ def attend(
     batch_size: int = 4,
     device: torch.device | str = "cpu",
 ) -> Iterator[DateAttention]:
-    """Attention over the dates of each patch, in the order of ``rows``.
+    """Compute the attention over the dates of each patch, in the order of ``rows``.
 
-    The encoder sees what it sees in training: dates that the quality mask calls unclear are left out.
+    As in training, dates with too much cloud or snow in the quality mask are masked.
 
     Args:
-        encoder: of a series whose bands the shards hold; put into evaluation mode.
+        encoder: encoder of a series whose bands the shards have; switched to evaluation mode.
         manifest: open shards.
-        rows: (N,) int64, manifest rows that have dates (``rows_with_dates``).
-        batch_size: patches at a time.
-        device: where the encoder runs.
+        rows: manifest rows with dates (``rows_with_dates``), (N,) int64.
+        batch_size: patches per batch.
+        device: device of the encoder.
     """
     spec = encoder.spec
     name = spec.modality
     masks = quality_masks(manifest.registry, [name])
     modality = manifest.registry[name]
-    modalities = wanted_modalities(manifest.registry, [name], [])
+    modalities = required_modalities(manifest.registry, [name], [])
     encoder = encoder.to(device).eval()
     days = manifest.column(f"dates.{name}")
     done = 0
     for batch in evaluation_batches(manifest, rows, modalities, batch_size=batch_size):
         batch = batch.to(device)
-        given = encoder_inputs(batch, {name: spec}, masks, oriented=False)[name]
-        assert given.dates is not None
-        assert given.padding is not None
+        inputs = encoder_inputs(batch, {name: spec}, masks, random_orientation=False)[name]
+        assert inputs.dates is not None
+        assert inputs.padding is not None
         with torch.inference_mode():
-            attention = encoder(given.values, given.dates, given.padding, attention=True).attention
+            attention = encoder(inputs.values, inputs.dates, inputs.padding, attention=True).attention
         for index, key in enumerate(batch.keys):
-            taken = np.array(days[int(rows[done + index])].as_py(), "datetime64[D]")
-            # A padded date has no place in the table of days, and all of them stand at the end.
-            order = np.argsort(taken, kind="stable")
+            unsorted_days = np.array(days[int(rows[done + index])].as_py(), "datetime64[D]")
+            # Padded dates come last in the batch and are not in the manifest, so ``order`` excludes them.
+            order = np.argsort(unsorted_days, kind="stable")
             frames = represent(batch.values[name][index], modality.representation, modality.nodata_below)
-            unclear = None
+            cloud_or_snow = None
             if name in masks and batch.present[masks[name]][index]:
-                unclear = batch.values[masks[name]][index].float().amax(dim=1).mean(dim=(1, 2)).cpu().numpy()[order]
+                cloud_or_snow = (
+                    batch.values[masks[name]][index].float().amax(dim=1).mean(dim=(1, 2)).cpu().numpy()[order]
+                )
             yield DateAttention(
                 key=key,
-                days=taken[order],
+                days=unsorted_days[order],
                 frames=frames.cpu().numpy()[order],
-                used=~given.padding[index].cpu().numpy()[order],
-                unclear=unclear,
+                used=~inputs.padding[index].cpu().numpy()[order],
+                cloud_or_snow=cloud_or_snow,
                 attention=attention[:, index].float().cpu().numpy()[:, order],
             )
         done += len(batch)

@@ -1,4 +1,4 @@
-"""Reconstruction pictures: what was there, what the encoders saw, what the decoder made of it."""
+"""Draw reconstruction pictures: target, visible part and reconstruction of each modality."""
 
 from __future__ import annotations
 
@@ -14,157 +14,165 @@ from matplotlib.figure import Figure
 
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
-from bocage.shards.inspect.composites import date_pictures, hillshade
+from bocage.shards.files import atomic_write
+from bocage.shards.inspect.composites import hillshade, series_composites
 from bocage.shards.modality import Modality
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.objectives.masked import MaskedReconstruction, Reconstruction
 from bocage.ssl.objectives.model import EncodedBatch, PretrainingModel
 from bocage.ssl.objectives.pixel_targets import from_units
 
-_HIDDEN_DATES, _SEEN_DATES = 5, 3  # shown of a series
-_SHADED = 5  # pixels along a side that are averaged before heights are shaded
-_HIDDEN = 0.35  # grey level of what the encoder did not see
-_HEIGHTS = {"image": 3.0, "series": 3.3}  # inches of a modality's rows
-_HEAD = 0.4  # inches
-_DAY_ZERO = date(2021, 5, 15)  # of an ordinary year
+_MASKED_DATES, _VISIBLE_DATES = 5, 3  # maximum shown of a series
+_SMOOTHING = 5  # side of the window in pixels over which heights are averaged before shading
+_MASK_GREY = 0.35  # grey level of masked pixels
+_ROW_HEIGHTS = {"image": 3.0, "series": 3.3}  # inches, by role of the modality
+_TITLE_HEIGHT = 0.4  # inches
+_DAY_ZERO = date(2021, 5, 15)  # of any year that is not a leap year
 
 
-def _shown(values: torch.Tensor, valid: torch.Tensor, spec: InputSpec, modality: Modality) -> np.ndarray:
-    """(2, T, C, H, W) targets and reconstructions, standardised, as pictures (2, T, H, W, 3) of one contrast.
+def _render(values: torch.Tensor, valid: torch.Tensor, spec: InputSpec, modality: Modality) -> np.ndarray:
+    """Render standardised targets and reconstructions, (2, T, C, H, W), as (2, T, H, W, 3) pictures with one contrast.
 
-    Heights are shaded; optical sensors are shown in true colour, radar in decibels, as ``date_pictures`` has it.
+    Heights are shaded; other sensors are composites as in ``series_composites`` (true colour, or radar in decibels).
     """
     shape = (1, 1, -1, 1, 1)
     physical = values.cpu() * torch.tensor(spec.std).view(shape) + torch.tensor(spec.mean).view(shape)
     if spec.representation == "relief":
         heights = physical[:, :, spec.channels.index("relief")]
-        # Slopes between single pixels are noise, in what was measured and more so in what is made up.
-        coarse = F.avg_pool2d(heights, _SHADED, stride=1, padding=_SHADED // 2, count_include_pad=False).numpy()
-        shades = np.stack([[hillshade(item, spec.gsd) for item in items] for items in coarse])
+        # Slopes between single pixels are noisy in targets and noisier in reconstructions.
+        smooth = F.avg_pool2d(heights, _SMOOTHING, stride=1, padding=_SMOOTHING // 2, count_include_pad=False).numpy()
+        shades = np.stack([[hillshade(surface, spec.gsd) for surface in surfaces] for surfaces in smooth])
         return np.repeat(shades[..., None], 3, axis=-1)
     frames = torch.where(valid.cpu(), physical, torch.nan).flatten(0, 1).numpy()
     reference = np.arange(len(frames)) < len(frames) // 2  # targets set the contrast
-    pictures = date_pictures(frames, modality, reference)
+    pictures = series_composites(frames, modality, reference)
     return pictures.reshape(*values.shape[:2], *pictures.shape[1:])
 
 
-def _of_image(
-    modality: Modality, spec: InputSpec, view: EncodedBatch, item: Reconstruction, sample: int
+def _image_pictures(
+    modality: Modality, spec: InputSpec, encoded: EncodedBatch, reconstruction: Reconstruction, sample: int
 ) -> list[np.ndarray]:
-    """Target, what was seen, reconstruction: one picture each."""
-    given, mask = view.inputs[modality.name], view.masks[modality.name]
+    """Return target, visible part and reconstruction of an image, (H, W, 3) each."""
+    inputs, mask = encoded.inputs[modality.name], encoded.masks[modality.name]
     assert mask.units is not None
-    hidden = (mask.units | mask.whole[:, None, None])[sample]
-    hidden = hidden.repeat_interleave(modality.unit, 0).repeat_interleave(modality.unit, 1)
-    target, restored = given.values[sample], from_units(_restored(item)[sample])
-    values = torch.stack([target, torch.where(hidden, restored, target)])[:, None]
-    target_shown, restored_shown = _shown(values, given.valid[sample], spec, modality)[:, 0]
-    seen = target_shown.copy()
-    seen[hidden.cpu().numpy()] = _HIDDEN
-    return [target_shown, seen, restored_shown]
+    masked = (mask.units | mask.dropped[:, None, None])[sample]
+    masked = masked.repeat_interleave(modality.unit, 0).repeat_interleave(modality.unit, 1)
+    target, prediction = inputs.values[sample], from_units(_denormalize(reconstruction)[sample])
+    values = torch.stack([target, torch.where(masked, prediction, target)])[:, None]
+    target_picture, reconstruction_picture = _render(values, inputs.valid[sample], spec, modality)[:, 0]
+    visible_picture = target_picture.copy()
+    visible_picture[masked.cpu().numpy()] = _MASK_GREY
+    return [target_picture, visible_picture, reconstruction_picture]
 
 
-def _of_series(
-    modality: Modality, spec: InputSpec, view: EncodedBatch, item: Reconstruction, sample: int
+def _series_pictures(
+    modality: Modality, spec: InputSpec, encoded: EncodedBatch, reconstruction: Reconstruction, sample: int
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Target, what was seen, reconstruction: (T, H, W, 3) each, and the days of the T dates."""
-    given, mask = view.inputs[modality.name], view.masks[modality.name]
-    assert item.chosen is not None and given.dates is not None and given.padding is not None
-    places = mask.places(given.padding, given.values.shape[-1])[sample]
-    wanted = item.wanted[sample].flatten(1).any(dim=1)
-    chosen = item.chosen[sample][wanted][:_HIDDEN_DATES]
-    seen = (~places.flatten(1).any(dim=1) & ~given.padding[sample]).nonzero()[:, 0]
-    evenly = torch.linspace(0, len(seen) - 1, min(_SEEN_DATES, len(seen))).round().long().to(seen.device)
-    dates = torch.cat([chosen, seen[evenly]])
-    dates = dates[given.dates[sample, dates].argsort(stable=True)]
-    target, hidden = given.values[sample, dates], places[dates][:, None]
+    """Return target, visible part and reconstruction of a series, (T, H, W, 3) each, and the days of the T dates."""
+    inputs, mask = encoded.inputs[modality.name], encoded.masks[modality.name]
+    assert reconstruction.date_indices is not None and inputs.dates is not None and inputs.padding is not None
+    pixel_mask = mask.pixel_mask(inputs.padding, inputs.values.shape[-1])[sample]
+    predicted = reconstruction.loss_mask[sample].flatten(1).any(dim=1)
+    masked_dates = reconstruction.date_indices[sample][predicted][:_MASKED_DATES]
+    visible_dates = (~pixel_mask.flatten(1).any(dim=1) & ~inputs.padding[sample]).nonzero()[:, 0]
+    spaced = torch.linspace(0, len(visible_dates) - 1, min(_VISIBLE_DATES, len(visible_dates))).round().long()
+    dates = torch.cat([masked_dates, visible_dates[spaced.to(visible_dates.device)]])
+    dates = dates[inputs.dates[sample, dates].argsort(stable=True)]
+    target, masked = inputs.values[sample, dates], pixel_mask[dates][:, None]
     restored = target.clone()
-    order = {int(day): index for index, day in enumerate(item.chosen[sample].tolist())}
-    outputs = from_units(_restored(item)[sample])
-    for index, day in enumerate(dates.tolist()):
-        if day in order:
-            restored[index] = torch.where(hidden[index], outputs[order[day]], target[index])
+    prediction_of_date = {
+        date_index: index for index, date_index in enumerate(reconstruction.date_indices[sample].tolist())
+    }
+    predictions = from_units(_denormalize(reconstruction)[sample])
+    for index, date_index in enumerate(dates.tolist()):
+        if date_index in prediction_of_date:
+            prediction = predictions[prediction_of_date[date_index]]
+            restored[index] = torch.where(masked[index], prediction, target[index])
     if not len(dates):
         return [np.zeros((0, 1, 1, 3))] * 3, []
-    target_shown, restored_shown = _shown(torch.stack([target, restored]), given.valid[sample, dates], spec, modality)
-    seen_shown = np.where(hidden[:, 0, :, :, None].cpu().numpy(), _HIDDEN, target_shown)
-    days = [_DAY_ZERO + timedelta(days=int(day)) for day in given.dates[sample, dates]]
-    return [target_shown, seen_shown, restored_shown], [f"{day.day} {day:%b}" for day in days]
+    values = torch.stack([target, restored])
+    target_pictures, reconstruction_pictures = _render(values, inputs.valid[sample, dates], spec, modality)
+    visible_pictures = np.where(masked[:, 0, :, :, None].cpu().numpy(), _MASK_GREY, target_pictures)
+    days = [_DAY_ZERO + timedelta(days=int(day)) for day in inputs.dates[sample, dates]]
+    return [target_pictures, visible_pictures, reconstruction_pictures], [f"{day.day} {day:%b}" for day in days]
 
 
-def _restored(item: Reconstruction) -> torch.Tensor:
-    """Predictions with the normalisation of their targets undone."""
-    return item.prediction.float() * item.std + item.mean
+def _denormalize(reconstruction: Reconstruction) -> torch.Tensor:
+    """Undo the target normalisation of the predictions."""
+    return reconstruction.prediction.float() * reconstruction.std + reconstruction.mean
 
 
-def _titled(modality: Modality, view: EncodedBatch, sample: int) -> str:
-    whole = bool(view.masks[modality.name].whole[sample])
-    absent = not bool(view.inputs[modality.name].present[sample])
+def _row_title(modality: Modality, encoded: EncodedBatch, sample: int) -> str:
+    dropped = bool(encoded.masks[modality.name].dropped[sample])
+    absent = not bool(encoded.inputs[modality.name].present[sample])
     radar = ", VV, VH, VV - VH" if modality.representation == "decibel" else ""
-    return modality.name + radar + (" (absent)" if absent else " (hidden whole)" if whole else "")
+    return modality.name + radar + (" (absent)" if absent else " (fully masked)" if dropped else "")
 
 
-def _draw(axis: Axes, picture: np.ndarray, title: str = "", side: str = "") -> None:
+def _draw_picture(axis: Axes, picture: np.ndarray, title: str = "", row_label: str = "") -> None:
     axis.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
     axis.set_title(title, fontsize=8, loc="left")
-    axis.text(-0.06, 0.5, side, fontsize=8, rotation=90, ha="right", va="center", transform=axis.transAxes)
+    axis.text(-0.06, 0.5, row_label, fontsize=8, rotation=90, ha="right", va="center", transform=axis.transAxes)
 
 
 def reconstruction_figure(
-    task: PretrainingModel, objective: MaskedReconstruction, batch: Batch, sample: int, step: int
+    model: PretrainingModel, objective: MaskedReconstruction, batch: Batch, sample: int, step: int
 ) -> Figure:
-    """One row a modality: target, what was seen, reconstruction; of a series as strips of hidden and seen dates.
+    """Draw target, visible part and reconstruction of each modality, one row per modality.
 
-    Of a series at most five hidden and three seen dates are shown. What was seen is pasted into the reconstruction.
+    A series shows at most five masked and three visible dates. Visible pixels are pasted into the reconstruction.
 
     Args:
-        task: gives the masked view of the batch.
-        objective: its masked term.
-        batch: on the task's device.
-        sample: which sample of the batch to show.
-        step: of training, for the title.
+        model: pretraining model, which masks and encodes the batch.
+        objective: masked reconstruction objective of the model.
+        batch: batch on the model's device.
+        sample: index of the sample to draw.
+        step: training step, for the title.
     """
     with torch.no_grad():
-        view = task.view(batch, oriented=False)
-        items = objective.reconstruct(view)
-    modalities = sorted((objective.modalities[name] for name in items), key=lambda item: item.role == "series")
-    heights = [_HEIGHTS[item.role] for item in modalities]
-    figure = Figure(figsize=(9, sum(heights) + _HEAD), layout="constrained")
+        encoded = model.encode_batch(batch, augment=False)
+        reconstructions = objective.reconstruct(encoded)
+    modalities = sorted(
+        (objective.modalities[name] for name in reconstructions), key=lambda item: item.role == "series"
+    )
+    heights = [_ROW_HEIGHTS[modality.role] for modality in modalities]
+    figure = Figure(figsize=(9, sum(heights) + _TITLE_HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
-    head, *rows = figure.subfigures(len(items) + 1, 1, height_ratios=[_HEAD, *heights], squeeze=False)[:, 0]
+    subfigures = figure.subfigures(len(modalities) + 1, 1, height_ratios=[_TITLE_HEIGHT, *heights], squeeze=False)
+    title, *rows = subfigures[:, 0]
     metres = float(batch.windows[sample, 2])
-    about = "grey was hidden; what was seen is pasted into the reconstruction"
-    head.text(0.01, 0.5, f"{batch.keys[sample]}, {metres:g} m, step {step}: {about}", fontsize=9, va="center")
-    names = ("target", "seen", "reconstruction")
+    legend = "masked pixels are grey; visible pixels are pasted into the reconstruction"
+    title.text(0.01, 0.5, f"{batch.keys[sample]}, {metres:g} m, step {step}: {legend}", fontsize=9, va="center")
+    labels = ("target", "visible", "reconstruction")
     for row, modality in zip(rows, modalities, strict=True):
-        row.suptitle(_titled(modality, view, sample), fontsize=9)
-        spec, item = task.encoder(modality.name).spec, items[modality.name]
-        if item.chosen is None:
+        row.suptitle(_row_title(modality, encoded, sample), fontsize=9)
+        spec, reconstruction = model.encoder(modality.name).spec, reconstructions[modality.name]
+        if reconstruction.date_indices is None:
             grid = row.subplots(1, 3, squeeze=False)
-            for index, picture in enumerate(_of_image(modality, spec, view, item, sample)):
-                _draw(grid[0, index], picture, names[index])
+            pictures = _image_pictures(modality, spec, encoded, reconstruction, sample)
+            for column, picture in enumerate(pictures):
+                _draw_picture(grid[0, column], picture, labels[column])
         else:
-            strips, days = _of_series(modality, spec, view, item, sample)
+            strips, days = _series_pictures(modality, spec, encoded, reconstruction, sample)
             grid = row.subplots(3, max(len(days), 1), squeeze=False)
-            for index, strip in enumerate(strips):
-                for place, picture in enumerate(strip):
-                    title, side = "" if index else days[place], "" if place else names[index]
-                    _draw(grid[index, place], picture, title, side)
+            for line, strip in enumerate(strips):
+                for column, picture in enumerate(strip):
+                    day, label = "" if line else days[column], "" if column else labels[line]
+                    _draw_picture(grid[line, column], picture, day, label)
         for axis in grid.flat:
             axis.set_axis_off()
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Save a figure as PNG, atomically; folders are created.
 
     Raises:
-        InputError: it cannot be written there.
+        InputError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error

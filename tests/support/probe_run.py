@@ -1,4 +1,4 @@
-"""Probes of untrained encoders, for a test that asks one rank and two: ``python probe_run.py SHARDS OUT.json``."""
+"""Probe untrained encoders on one or more ranks: ``python probe_run.py SHARDS OUT.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from accelerate import PartialState
 from bocage import recipes
 from bocage.shards.format.manifest import Manifest
 from bocage.ssl.evaluation.probe import Probe, ProbeConfig
-from bocage.ssl.pretrain import PretrainConfig, build_task
+from bocage.ssl.pretrain import build_pretraining_model
+from bocage.ssl.pretrain_config import PretrainConfig
 
 
 def main(shards: str, out: str) -> None:
@@ -20,12 +21,12 @@ def main(shards: str, out: str) -> None:
     ranks = PartialState(cpu=True)
     manifest = Manifest.open(shards)
     torch.manual_seed(0)
-    words = ["recipe=quickstart", "modalities=[AERIAL_RGBI,SENTINEL2_TS]"]
-    task = build_task(recipes.resolve(PretrainConfig, words), manifest).eval()
+    overrides = ["recipe=quickstart", "modalities=[AERIAL_RGBI,SENTINEL2_TS]"]
+    task = build_pretraining_model(recipes.resolve(PretrainConfig, overrides), manifest).eval()
     config = ProbeConfig(label="AERIAL_LABEL-COSIA", patches=7, train="all", test="all")
-    figures = Probe(manifest, config, "all").figures(task, batch_size=1, workers=0)
+    scores = Probe(manifest, config, "all").scores(task, batch_size=1, workers=0)
     if ranks.is_main_process:
-        Path(out).write_text(json.dumps({"ranks": ranks.num_processes, "figures": figures}))
+        Path(out).write_text(json.dumps({"ranks": ranks.num_processes, "scores": scores}))
     ranks.destroy_process_group()
 
 

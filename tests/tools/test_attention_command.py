@@ -1,4 +1,4 @@
-"""``bocage attention``: files for the patches asked for, and one sentence for what cannot work."""
+"""``bocage attention``: pictures and table of the selected patches, and errors in one line."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pictures_and_table_of_the_patches_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_pictures_and_table_of_selected_patches(folder: Path, tmp_path: Path) -> None:
     manifest = Manifest.open(folder / "shards")
     keys = manifest.column("key").to_pylist()[:2]
-    words = ["attention", str(folder / "optical"), str(manifest.path), str(tmp_path / "out"), "--keys", *keys]
-    assert main(words) == 0
+    arguments = ["attention", str(folder / "optical"), str(manifest.path), str(tmp_path / "out"), "--keys", *keys]
+    assert main(arguments) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{key}.png" for key in keys} | {"attention.csv"}
     with (tmp_path / "out" / "attention.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -46,34 +46,36 @@ def test_pictures_and_table_of_the_patches_asked_for(folder: Path, tmp_path: Pat
 
 def test_patches_spread_over_a_split(folder: Path, tmp_path: Path) -> None:
     manifest = Manifest.open(folder / "shards")
-    words = ["attention", str(folder / "radar"), str(manifest.path), str(tmp_path), "--count", "2"]
-    assert main(words) == 0
+    arguments = ["attention", str(folder / "radar"), str(manifest.path), str(tmp_path), "--count", "2"]
+    assert main(arguments) == 0
     keys = manifest.column("key").to_pylist()
     assert {path.stem for path in tmp_path.glob("*.png")} == {keys[0], keys[-1]}
 
 
 @pytest.mark.parametrize(
-    ("encoder", "words", "sentence"),
+    ("encoder", "arguments", "message"),
     [
-        ("image", [], "an encoder of SPOT_RGBI, an image: only encoders of series attend over dates"),
+        ("image", [], "is an encoder of SPOT_RGBI, an image: give an encoder of a series"),
         ("nowhere", [], "nowhere"),
         ("optical", ["--keys", "D000-2020_AA-S1-1_0-0"], "no patch D000-2020_AA-S1-1_0-0; keys look like D"),
         ("optical", ["--keys", "a", "--count", "3"], "--keys names the patches: leave out --count and --split"),
         ("optical", ["--split", "split_9"], "no split 'split_9'"),
     ],
 )
-def test_wrong_words_are_one_sentence(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: str, words: list[str], sentence: str
+def test_wrong_arguments_print_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: str, arguments: list[str], message: str
 ) -> None:
     out = tmp_path / "out"
-    assert main(["attention", str(folder / encoder), str(folder / "shards"), str(out), *words]) == 2
+    assert main(["attention", str(folder / encoder), str(folder / "shards"), str(out), *arguments]) == 2
     errors = capsys.readouterr().err
-    assert sentence in errors
+    assert message in errors
     assert errors.count("\n") == 1
     assert not out.exists()
 
 
-def test_shards_of_other_rasters_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_without_the_series_or_its_bands_raise_an_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = (folder / "optical" / "config.json").read_text()
     content = json.loads(text)
     content["bocage"]["input"]["modality"] = "PLANET_TS"
@@ -82,7 +84,7 @@ def test_shards_of_other_rasters_are_refused(folder: Path, tmp_path: Path, capsy
     (other / "model.safetensors").write_bytes((folder / "optical" / "model.safetensors").read_bytes())
     (other / "config.json").write_text(json.dumps(content))
     assert main(["attention", str(other), str(folder / "shards"), str(tmp_path / "out")]) == 2
-    assert "the shards hold no PLANET_TS; they hold SENTINEL2_TS" in capsys.readouterr().err
+    assert "the shards have no PLANET_TS; they have SENTINEL2_TS" in capsys.readouterr().err
 
     for key in ("bands", "channels", "quantities", "wavelengths"):
         content["bocage"]["input"][key] = content["bocage"]["input"][key][::-1]
@@ -92,7 +94,7 @@ def test_shards_of_other_rasters_are_refused(folder: Path, tmp_path: Path, capsy
     assert "SENTINEL2_TS has the bands B2, B3" in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_a_folder_is_named(
+def test_error_names_an_output_folder_that_cannot_be_created(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "file" / "out"

@@ -1,4 +1,4 @@
-"""Files of weights as training scripts write them, and what may stand in them beside tensors."""
+"""Read weight files of training scripts, with other objects beside the tensors, and compare their tensors."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ import pytest
 import torch
 
 from bocage.shards.errors import InputError
-from bocage.ssl.encoders.key_report import compare
-from bocage.ssl.encoders.weights import read_tensors
+from bocage.ssl.encoders.weights import compare_weights, read_tensors
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(7)}
 
 
 def scores() -> collections.defaultdict[str, list[float]]:
-    found = collections.defaultdict(list)
-    found["miou"].append(0.5)
-    return found
+    values = collections.defaultdict(list)
+    values["miou"].append(0.5)
+    return values
 
 
-BESIDE: dict[str, Any] = {
+IGNORED: dict[str, Any] = {
     "numpy float": np.float64(0.71),
     "numpy integer": np.int32(7),
-    "numpy truth": np.bool_(True),
+    "numpy bool": np.bool_(True),
     "path": Path("/runs/checkpoint.ckpt"),
     "path of another system": PureWindowsPath("C:/runs"),
     "defaultdict": scores(),
@@ -45,10 +44,10 @@ BESIDE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("beside", list(BESIDE))
-def test_what_trainers_keep_beside_the_weights_is_passed_over(beside: str, legacy: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", list(IGNORED))
+def test_objects_that_trainers_store_are_ignored(case: str, legacy: bool, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    content = {"epoch": 3, "callbacks": {"best": BESIDE[beside]}, "state_dict": WEIGHTS, "loops": BESIDE[beside]}
+    content = {"epoch": 3, "callbacks": {"best": IGNORED[case]}, "state_dict": WEIGHTS, "loops": IGNORED[case]}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     allowed = set(torch.serialization.get_safe_globals())
     found = read_tensors(path)
@@ -57,13 +56,13 @@ def test_what_trainers_keep_beside_the_weights_is_passed_over(beside: str, legac
     assert all(torch.equal(found[name], tensor) for name, tensor in WEIGHTS.items())
 
 
-def test_weights_in_an_ordered_or_default_dictionary(tmp_path: Path) -> None:
+def test_weights_in_ordered_dict_or_defaultdict(tmp_path: Path) -> None:
     for container in (collections.OrderedDict(WEIGHTS), collections.defaultdict(list, WEIGHTS)):
         torch.save({"state_dict": container}, tmp_path / "last.ckpt")
         assert torch.equal(read_tensors(tmp_path / "last.ckpt")["layer.weight"], WEIGHTS["layer.weight"])
 
 
-def test_an_archive_that_was_compressed_again(tmp_path: Path) -> None:
+def test_recompressed_archive(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -85,13 +84,13 @@ class Call:
 
 
 class Built(Call):
-    """Sets the state of what a function returns when unpickled."""
+    """Calls a function when unpickled, and sets the state of its result."""
 
     def __reduce__(self) -> Any:
         return *self.call, (3, "|", None, None, None, -1, -1, 0)
 
 
-REFUSED: dict[str, Callable[[Path], object]] = {
+FORBIDDEN: dict[str, Callable[[Path], object]] = {
     "method of a path": lambda executed: Call(Path.touch, executed),
     "eval": lambda executed: Call(eval, f"open({str(executed)!r}, 'w')"),
     "attribute": lambda executed: Call(getattr, executed, "touch"),
@@ -103,10 +102,10 @@ REFUSED: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("case", list(REFUSED))
-def test_anything_else_is_refused_and_never_executed(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", list(FORBIDDEN))
+def test_other_objects_raise_input_error_and_are_not_executed(case: str, tmp_path: Path) -> None:
     path, executed = tmp_path / "last.ckpt", tmp_path / "executed"
-    torch.save({"state_dict": WEIGHTS, "more": REFUSED[case](executed)}, path)
+    torch.save({"state_dict": WEIGHTS, "more": FORBIDDEN[case](executed)}, path)
     with pytest.raises(InputError, match=r"last.ckpt is damaged or holds more than tensors, which is never executed"):
         read_tensors(path)
     path.write_bytes(pickle.dumps({"state_dict": WEIGHTS, "more": Call(Path.touch, executed)}))
@@ -115,8 +114,8 @@ def test_anything_else_is_refused_and_never_executed(case: str, tmp_path: Path) 
     assert not executed.exists()
 
 
-def test_no_dtype_is_built_as_a_file_says(tmp_path: Path) -> None:
-    """A copy of numpy's object dtype with other flags would read the bytes of a file as addresses."""
+def test_numpy_dtypes_are_not_constructed(tmp_path: Path) -> None:
+    """A forged copy of numpy's object dtype would read bytes of the file as addresses."""
     torch.save({"state_dict": WEIGHTS, "more": Built(np.dtype, "O", False, True)}, tmp_path / "last.ckpt")
     assert list(read_tensors(tmp_path / "last.ckpt")) == list(WEIGHTS)
 
@@ -125,15 +124,15 @@ def test_no_dtype_is_built_as_a_file_says(tmp_path: Path) -> None:
     "value",
     [torch.empty(2, device="meta"), torch.eye(2).to_sparse(), torch.nested.nested_tensor([torch.ones(1)]), 1, None],
 )
-def test_a_tensor_without_numbers_of_its_own_is_not_a_weight(value: object, tmp_path: Path) -> None:
+def test_tensors_without_dense_data_raise_input_error(value: object, tmp_path: Path) -> None:
     torch.save({**WEIGHTS, "more": value}, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="does not hold tensors by name"):
+    with pytest.raises(InputError, match="does not hold named tensors"):
         read_tensors(tmp_path / "weights.pth")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of a process is read from /proc")
-def test_states_of_an_optimizer_are_not_read_into_memory(tmp_path: Path) -> None:
-    """Some seconds: a fresh interpreter imports torch."""
+def test_optimizer_states_are_not_read_into_memory(tmp_path: Path) -> None:
+    """Takes seconds, because a new interpreter imports torch."""
     states = [torch.zeros(1 << 24) for _ in range(4)]  # 256 MB
     torch.save({"state_dict": WEIGHTS, "optimizer_states": states}, tmp_path / "last.ckpt")
     script = (
@@ -147,20 +146,20 @@ def test_states_of_an_optimizer_are_not_read_into_memory(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_another_precision_is_adapted_on_request(dtype: torch.dtype) -> None:
-    wanted = {"a": torch.zeros(2), "b": torch.zeros(2)}
+def test_cast_accepts_another_precision(dtype: torch.dtype) -> None:
+    expected = {"a": torch.zeros(2), "b": torch.zeros(2)}
     stored = {"a": torch.ones(2), "b": torch.ones(2, dtype=dtype)}
     name = str(dtype).removeprefix("torch.")
-    assert compare(wanted, stored).unfit == {"b": f"{name} instead of float32"}
-    report = compare(wanted, stored, cast=True)
+    assert compare_weights(expected, stored).mismatched == {"b": f"{name} instead of float32"}
+    report = compare_weights(expected, stored, cast=True)
     assert report.complete
     assert (report.loaded, report.adapted) == (("a",), {"b": f"{name} to float32"})
-    both = compare(wanted, stored, adapted={"b": "table resized"}, cast=True)
+    both = compare_weights(expected, stored, adapted={"b": "table resized"}, cast=True)
     assert both.adapted == {"b": f"table resized, {name} to float32"}
 
 
-def test_a_cast_that_would_lose_the_numbers_is_refused() -> None:
-    wanted = {"a": torch.zeros(2), "count": torch.tensor(0)}
+def test_lossy_casts_are_mismatches() -> None:
+    expected = {"a": torch.zeros(2), "count": torch.tensor(0)}
     for stored in (
         {"a": torch.full((2,), 1e300, dtype=torch.float64), "count": torch.tensor(0)},
         {"a": torch.ones(2, dtype=torch.int64), "count": torch.tensor(0)},
@@ -168,12 +167,14 @@ def test_a_cast_that_would_lose_the_numbers_is_refused() -> None:
         {"a": torch.ones(2).to(torch.float8_e4m3fn), "count": torch.tensor(0)},
         {"a": torch.ones(2), "count": torch.tensor(0.0)},
     ):
-        report = compare(wanted, stored, cast=True)
-        assert len(report.unfit) == 1
+        report = compare_weights(expected, stored, cast=True)
+        assert len(report.mismatched) == 1
 
 
-def test_tensors_without_dimensions_are_reported_like_others() -> None:
-    wanted = {"a": torch.zeros(2), "b": torch.tensor(0.0)}
-    report = compare(wanted, {"a": torch.tensor(1.0), "b": torch.tensor(1.0), "c": torch.tensor(1)}, cast=True)
-    assert report.unfit == {"a": "shape [] instead of [2]"}
-    assert (report.loaded, report.unknown) == (("b",), ("c",))
+def test_report_of_zero_dimensional_tensors() -> None:
+    expected = {"a": torch.zeros(2), "b": torch.tensor(0.0)}
+    report = compare_weights(
+        expected, {"a": torch.tensor(1.0), "b": torch.tensor(1.0), "c": torch.tensor(1)}, cast=True
+    )
+    assert report.mismatched == {"a": "shape [] instead of [2]"}
+    assert (report.loaded, report.unexpected) == (("b",), ("c",))

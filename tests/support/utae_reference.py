@@ -1,4 +1,4 @@
-"""U-TAE's equations written out slowly, and small models to hold against them."""
+"""Slow reference implementation of U-TAE, and small models to compare with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STRIDED = {"str_conv_k": 4, "str_conv_s": 2, "str_conv_p": 1}
 
 
 def load_fill() -> ModuleType:
-    """``fill.py`` of the reference outputs: weights as a function of their names."""
+    """Load ``fill.py`` of the golden outputs, which computes weights from their names."""
     location = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
     assert location is not None
     assert location.loader is not None
@@ -34,7 +34,7 @@ def load_fill() -> ModuleType:
 
 
 def small_model(**options: Any) -> UTAE:
-    """A small double-precision U-TAE with every weight and statistic away from its initial value, without dropout."""
+    """Build a small float64 U-TAE without dropout, with all weights and statistics changed from their defaults."""
     model = UTAE(3, **{**SMALL, **options}).double()
     fill = load_fill()
     model.load_state_dict({name: fill.fill(name, value).to(value.dtype) for name, value in model.state_dict().items()})
@@ -45,7 +45,7 @@ def small_model(**options: Any) -> UTAE:
 
 
 def series(batch: int, length: int, size: tuple[int, int] = (10, 10)) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T, 3, H, W) noise and (B, T) sorted days."""
+    """Return (B, T, 3, H, W) noise and (B, T) sorted days."""
     generator = torch.Generator().manual_seed(length)
     values = torch.randn(batch, length, 3, *size, generator=generator, dtype=torch.float64)
     days = torch.randint(-200, 200, (batch, length), generator=generator)
@@ -56,9 +56,9 @@ class Reference:
     """The network of arXiv 2107.07933 and 2007.00586, equation by equation, one date and one head at a time.
 
     Args:
-        weights: state dict of the model, whose gradients are wanted.
-        model: says which options to follow.
-        options: those of its arguments that it does not keep.
+        weights: state dict of the model, with gradients enabled.
+        model: model to imitate.
+        options: constructor arguments that the model does not store.
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], model: UTAE, options: dict[str, Any]) -> None:
@@ -71,15 +71,15 @@ class Reference:
         self.levels = len(model.widths)
         self.aggregation = model.agg_mode
 
-    def convolved(self, name: str, x: torch.Tensor, norm: str, stride: int = 1, step: int = 0) -> torch.Tensor:
-        """Convolution with a reflecting border, normalisation, ReLU: the given step of a sequence."""
+    def convolve(self, name: str, x: torch.Tensor, norm: str, stride: int = 1, step: int = 0) -> torch.Tensor:
+        """Apply one step of a sequence: convolution with reflect padding, normalisation, ReLU."""
         first = step * (2 if norm == "none" else 3)
         weight, bias = self.weights[f"{name}.{first}.weight"], self.weights[f"{name}.{first}.bias"]
         border = "reflect" if min(x.shape[-2:]) > 1 else "replicate"
         x = functional.conv2d(functional.pad(x, (1, 1, 1, 1), mode=border), weight, bias, stride=stride)
-        return self.normalized(f"{name}.{first + 1}", x, norm).clamp_min(0)
+        return self.normalize(f"{name}.{first + 1}", x, norm).clamp_min(0)
 
-    def normalized(self, name: str, x: torch.Tensor, norm: str) -> torch.Tensor:
+    def normalize(self, name: str, x: torch.Tensor, norm: str) -> torch.Tensor:
         if norm == "none":
             return x
         if norm == "instance":
@@ -92,20 +92,20 @@ class Reference:
         return functional.batch_norm(x, mean.clone(), variance.clone(), weight, bias, training=self.training)
 
     def frames(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Maps of (N, C, H, W) dates at every level."""
-        x = self.convolved("in_conv.conv.conv", x, self.norm)
-        maps = [self.convolved("in_conv.conv.conv", x, self.norm, step=1)]
+        """Compute the maps of (N, C, H, W) dates at all levels."""
+        x = self.convolve("in_conv.conv.conv", x, self.norm)
+        maps = [self.convolve("in_conv.conv.conv", x, self.norm, step=1)]
         for level in range(self.levels - 1):
             block = f"down_blocks.{level}"
-            x = self.convolved(f"{block}.down.conv", maps[-1], self.norm, self.stride)
-            x = self.convolved(f"{block}.conv1.conv", x, self.norm)
-            maps.append(x + self.convolved(f"{block}.conv2.conv", x, self.norm))
+            x = self.convolve(f"{block}.down.conv", maps[-1], self.norm, self.stride)
+            x = self.convolve(f"{block}.conv1.conv", x, self.norm)
+            maps.append(x + self.convolve(f"{block}.conv2.conv", x, self.norm))
         return maps
 
     def attend(self, x: torch.Tensor, days: list[float], padded: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled heads (pixels, d_model) and attention (heads, dates, H, W) of the (dates, C, H, W) maps of a series.
+        """Pool the (dates, C, H, W) maps of a series: heads (pixels, d_model) and attention (heads, dates, H, W).
 
-        The official code leaves padded dates in, as maps of the padding value with a score of -1000.
+        The official code keeps padded dates, as maps of the padding value with a score of -1000.
         """
         name = "temporal_encoder"
         count, channels, height, width = x.shape
@@ -141,7 +141,7 @@ class Reference:
         return torch.cat(pooled, dim=1), torch.stack(attentions)
 
     def skip(self, maps: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        """One level's (dates, C, H, W) maps pooled over dates, (1, C, H, W); without dates, zero."""
+        """Pool the (dates, C, H, W) maps of a level over dates, (1, C, H, W); zero without dates."""
         if not len(maps):
             return maps.sum(dim=0, keepdim=True)
         if self.aggregation == "mean":
@@ -155,10 +155,10 @@ class Reference:
         return torch.cat(pooled, dim=1)
 
     def embedding(self, heads: torch.Tensor) -> torch.Tensor:
-        """(B pixels, d_model) pooled heads to (B pixels, C)."""
+        """Map (B pixels, d_model) pooled heads to (B pixels, C)."""
         name = "temporal_encoder"
         x = functional.linear(heads, self.weights[f"{name}.mlp.0.weight"], self.weights[f"{name}.mlp.0.bias"])
-        x = self.normalized(f"{name}.mlp.1", x, "batch").clamp_min(0)
+        x = self.normalize(f"{name}.mlp.1", x, "batch").clamp_min(0)
         groups = len(self.weights[f"{name}.attention_heads.Q"])
         scale, shift = self.weights[f"{name}.out_norm.weight"], self.weights[f"{name}.out_norm.bias"]
         return functional.group_norm(x, groups, scale, shift)
@@ -166,17 +166,17 @@ class Reference:
     def up(self, block: str, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights[f"{block}.skip_conv.0.weight"], self.weights[f"{block}.skip_conv.0.bias"]
         size = skip.shape[-2:]
-        skip = self.normalized(f"{block}.skip_conv.1", functional.conv2d(skip, weight, bias), "batch").clamp_min(0)
+        skip = self.normalize(f"{block}.skip_conv.1", functional.conv2d(skip, weight, bias), "batch").clamp_min(0)
         weight, bias = self.weights[f"{block}.up.0.weight"], self.weights[f"{block}.up.0.bias"]
         lost = [n - ((m - 1) * self.stride - 2 + weight.shape[-1]) for n, m in zip(size, x.shape[-2:])]
         x = functional.conv_transpose2d(x, weight, bias, stride=self.stride, padding=1, output_padding=lost)
-        x = self.normalized(f"{block}.up.1", x, "batch").clamp_min(0)
-        x = self.convolved(f"{block}.conv1.conv", torch.cat((x, skip), dim=1), "batch")
-        return x + self.convolved(f"{block}.conv2.conv", x, "batch")
+        x = self.normalize(f"{block}.up.1", x, "batch").clamp_min(0)
+        x = self.convolve(f"{block}.conv1.conv", torch.cat((x, skip), dim=1), "batch")
+        return x + self.convolve(f"{block}.conv2.conv", x, "batch")
 
     def __call__(self, values: torch.Tensor, dates: torch.Tensor, padding: torch.Tensor) -> list[torch.Tensor]:
-        """Maps, deepest first."""
-        if self.norm == "batch":  # its statistics are those of all valid dates together
+        """Compute the maps, deepest first."""
+        if self.norm == "batch":  # its statistics cover all valid dates together
             levels = self.frames(values[~padding])
         else:
             frames = [self.frames(frame[None]) for frame in values[~padding]]

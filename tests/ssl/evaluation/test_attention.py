@@ -1,4 +1,4 @@
-"""Attention over dates: numbers as the encoder gives them, real days, and pictures without colliding texts."""
+"""Attention over dates: values, calendar days, table and pictures without overlapping texts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from small_series import OPTICAL, RADAR, series_encoder, write_series
 
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.inspect.composites import colour_bands, date_pictures
+from bocage.shards.inspect.composites import colour_bands, series_composites
 from bocage.shards.modality import FLAIR_HUB, Band, Modality
-from bocage.shards.preprocess.normalize import fill_holes, standardize
+from bocage.shards.preprocess.normalize import fill_nodata, standardize
 from bocage.shards.read.dataset import ShardDataset, days_since_may
-from bocage.ssl.evaluation.attention import DateAttention, attend, rows_of_keys, rows_with_dates
+from bocage.ssl.evaluation.attention import DateAttention, compute_attention, rows_for_keys, rows_with_dates
 from bocage.ssl.evaluation.attention_figures import attention_figure, write_attention
 
 
@@ -29,8 +29,10 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_series(tmp_path_factory.mktemp("series"), lost=2)
 
 
-def drawn(dates: int, heads: int, *, modality: Modality = FLAIR_HUB[OPTICAL], quality: bool = True) -> DateAttention:
-    """Attention that was drawn at random; with a quality mask, every fourth date was left out."""
+def random_attention(
+    dates: int, heads: int, *, modality: Modality = FLAIR_HUB[OPTICAL], quality: bool = True
+) -> DateAttention:
+    """Make random attention; with a quality mask, every fourth date is unused."""
     random = np.random.default_rng(dates)
     used = np.arange(dates) % 4 != 1 if quality else np.ones(dates, bool)
     attention = random.random((heads, dates, 10, 10)) ** 8 * used[:, None, None]
@@ -39,51 +41,51 @@ def drawn(dates: int, heads: int, *, modality: Modality = FLAIR_HUB[OPTICAL], qu
         days=np.datetime64("2020-01-02") + np.arange(dates) * 365 // dates,
         frames=random.uniform(100, 3000, (dates, len(modality.channels), 10, 10)).astype(np.float32),
         used=used,
-        unclear=100.0 * ~used if quality else None,
+        cloud_or_snow=100.0 * ~used if quality else None,
         attention=(attention / attention.sum(axis=1, keepdims=True)).astype(np.float32),
     )
 
 
-def test_attention_is_the_encoders_own_on_the_dates_that_it_was_shown(manifest: Manifest) -> None:
+def test_attention_equals_the_encoder_on_each_patch(manifest: Manifest) -> None:
     encoder = series_encoder(manifest, RADAR)
     rows = np.arange(len(manifest))
     dataset = ShardDataset(manifest, [FLAIR_HUB[RADAR]], 102.4, seed=0)
-    for row, item in zip(rows, attend(encoder, manifest, rows), strict=True):
+    for row, item in zip(rows, compute_attention(encoder, manifest, rows), strict=True):
         stored = manifest.row(row)
         days = np.array(stored[f"dates.{RADAR}"], "datetime64[D]")
         assert item.key == stored["key"]
         assert np.array_equal(item.days, np.sort(days))
-        values = fill_holes(standardize(torch.from_numpy(dataset[0, int(row)].arrays[RADAR]), encoder.spec))
+        values = fill_nodata(standardize(torch.from_numpy(dataset[0, int(row)].arrays[RADAR]), encoder.spec))
         with torch.no_grad():
             alone = encoder(values[None], torch.from_numpy(days_since_may(days))[None], attention=True).attention
         assert alone is not None
         assert np.allclose(item.attention, alone[:, 0].numpy(), atol=1e-5)
         assert item.used.all()
-        assert item.unclear is None
+        assert item.cloud_or_snow is None
 
 
-def test_padded_dates_are_left_out_and_unclear_ones_get_nothing(manifest: Manifest) -> None:
+def test_padded_dates_are_removed_and_cloudy_dates_get_zero(manifest: Manifest) -> None:
     rows = rows_with_dates(manifest, OPTICAL, np.arange(len(manifest)))
     assert len(rows) == len(manifest) - 1
-    items = list(attend(series_encoder(manifest, OPTICAL), manifest, rows, batch_size=len(rows)))
-    assert len({len(item.days) for item in items}) > 1  # so that some of the batch is padded
+    items = list(compute_attention(series_encoder(manifest, OPTICAL), manifest, rows, batch_size=len(rows)))
+    assert len({len(item.days) for item in items}) > 1  # so the batch has padded dates
     assert not all(item.used.all() for item in items)
     for row, item in zip(rows, items, strict=True):
         assert item.attention.shape == (4, len(manifest.row(int(row))[f"dates.{OPTICAL}"]), 10, 10)
         assert np.allclose(item.attention.sum(axis=1), 1, atol=1e-5)
         assert not item.attention[:, ~item.used].any()
-        assert item.unclear is not None
-        assert item.unclear[~item.used].min(initial=100) > item.unclear[item.used].max()
+        assert item.cloud_or_snow is not None
+        assert item.cloud_or_snow[~item.used].min(initial=100) > item.cloud_or_snow[item.used].max()
 
 
-def test_effective_dates_count_evenly_shared_attention() -> None:
-    item = drawn(8, 2)
+def test_effective_dates() -> None:
+    item = random_attention(8, 2)
     even = np.zeros_like(item.attention)
     even[:, [0, 2, 3]] = 1 / 3
     single = np.zeros_like(even)
     single[:, 4] = 1
     for attention, expected in ((even, 3.0), (single, 1.0)):
-        changed = DateAttention(item.key, item.days, item.frames, item.used, item.unclear, attention)
+        changed = DateAttention(item.key, item.days, item.frames, item.used, item.cloud_or_snow, attention)
         assert changed.effective_dates == pytest.approx(expected, rel=1e-5)
     assert 1 < item.effective_dates < 6
 
@@ -105,16 +107,16 @@ def test_without_a_quality_mask_every_date_is_used(tmp_path: Path) -> None:
     assert len(list(out.iterdir())) == 2
 
 
-def test_patches_are_found_by_key(manifest: Manifest) -> None:
+def test_rows_for_keys(manifest: Manifest) -> None:
     keys = manifest.column("key").to_pylist()
-    assert rows_of_keys(manifest, RADAR, [keys[3], keys[0], keys[3]]).tolist() == [3, 0]
+    assert rows_for_keys(manifest, RADAR, [keys[3], keys[0], keys[3]]).tolist() == [3, 0]
     with pytest.raises(InputError, match=f"no patch D1, D2; keys look like {keys[0]}"):
-        rows_of_keys(manifest, RADAR, [keys[0], "D1", "D2"])
+        rows_for_keys(manifest, RADAR, [keys[0], "D1", "D2"])
     lost = next(key for row, key in enumerate(keys) if not manifest.row(row)[f"length.{OPTICAL}"])
     with pytest.raises(InputError, match=f"no date of {OPTICAL} in {lost}; leave them out"):
-        rows_of_keys(manifest, OPTICAL, [*keys])
+        rows_for_keys(manifest, OPTICAL, [*keys])
     with pytest.raises(InputError, match=f"none of these patches has a date of {OPTICAL}"):
-        rows_of_keys(manifest, OPTICAL, [lost])
+        rows_for_keys(manifest, OPTICAL, [lost])
 
 
 def ticks_out_of_view(figure: Figure) -> set[Text]:
@@ -128,10 +130,10 @@ def ticks_out_of_view(figure: Figure) -> set[Text]:
     return labels
 
 
-# Some seconds: matplotlib lays out a thousand artists.
+# Takes seconds, because matplotlib lays out a thousand artists.
 @pytest.mark.parametrize(("dates", "heads"), [(1, 1), (5, 16), (32, 4), (72, 16), (150, 16)])
-def test_texts_of_a_picture_stand_inside_it_and_apart(dates: int, heads: int) -> None:
-    figure = attention_figure(drawn(dates, heads), FLAIR_HUB[OPTICAL])
+def test_texts_of_a_picture_are_inside_it_and_do_not_overlap(dates: int, heads: int) -> None:
+    figure = attention_figure(random_attention(dates, heads), FLAIR_HUB[OPTICAL])
     figure.canvas.draw()
     unseen = ticks_out_of_view(figure)
     shown = [text for text in figure.findobj(Text) if text.get_visible() and text not in unseen]
@@ -150,11 +152,11 @@ def test_texts_of_a_picture_stand_inside_it_and_apart(dates: int, heads: int) ->
         assert across <= 1 or along <= 1, f"{name} over {other}"
 
 
-def test_a_picture_shows_the_dates_once_and_the_most_attended_ones_large() -> None:
-    item = drawn(20, 4)
+def test_picture_shows_all_dates_and_those_with_most_attention_large() -> None:
+    item = random_attention(20, 4)
     figure = attention_figure(item, FLAIR_HUB[OPTICAL])
-    strip = figure.axes[0]
-    assert len(strip.images) == 20
+    thumbnails = figure.axes[0]
+    assert len(thumbnails.images) == 20
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     order = np.argsort(-item.by_date)[:6]
     assert titles == [
@@ -163,7 +165,7 @@ def test_a_picture_shows_the_dates_once_and_the_most_attended_ones_large() -> No
     assert all(item.used[order])
 
 
-def test_dates_are_shown_in_true_colour_with_the_contrast_of_clear_ones() -> None:
+def test_dates_are_in_true_colour_with_the_contrast_of_used_dates() -> None:
     sensor = FLAIR_HUB[OPTICAL]
     bands = colour_bands(sensor)
     assert bands is not None
@@ -172,7 +174,7 @@ def test_dates_are_shown_in_true_colour_with_the_contrast_of_clear_ones() -> Non
     frames[0, bands[0], :2] = 3000  # half of the first date is red
     frames[1, bands[2], 0, 0] = np.nan
     frames[2] = 12_000
-    shown = date_pictures(frames, sensor, np.array([True, True, False]))
+    shown = series_composites(frames, sensor, np.array([True, True, False]))
     assert shown.shape == (3, 4, 4, 3)
     assert shown[0, 0, 0].tolist() == [1, 0, 0]
     assert shown[1].tolist() == np.zeros((4, 4, 3)).tolist()
@@ -182,8 +184,8 @@ def test_dates_are_shown_in_true_colour_with_the_contrast_of_clear_ones() -> Non
 def test_radar_is_a_composite_and_other_sensors_are_grey() -> None:
     random = np.random.default_rng(0)
     radar = random.normal(-12, 3, (2, 2, 5, 5)).astype(np.float32)
-    everything = np.ones(2, bool)
-    shown = date_pictures(radar, FLAIR_HUB[RADAR], everything)
+    all_dates = np.ones(2, bool)
+    shown = series_composites(radar, FLAIR_HUB[RADAR], all_dates)
     ratio = radar[:, 0] - radar[:, 1]
     assert np.argmax(shown[..., 2]) in np.flatnonzero(ratio >= np.percentile(ratio, 98))
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 25
@@ -199,7 +201,7 @@ def test_radar_is_a_composite_and_other_sensors_are_grey() -> None:
         unit=5,
         dates_table="THERMAL",
     )
-    grey = date_pictures(radar[:, :1], thermal, everything)
+    grey = series_composites(radar[:, :1], thermal, all_dates)
     assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
-    holes = date_pictures(np.full_like(radar, np.nan), FLAIR_HUB[RADAR], everything)
+    holes = series_composites(np.full_like(radar, np.nan), FLAIR_HUB[RADAR], all_dates)
     assert not holes.any()

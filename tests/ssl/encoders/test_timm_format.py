@@ -1,4 +1,4 @@
-"""Saved Swins in plain timm: the same features with no code of ours, whatever the family, window or size."""
+"""Saved Swins load in timm without bocage and give the same features, for all families, windows and sizes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CONFIGS = {
     "v1": EncoderConfig(name=V1, options=TINY),
     "v1 with a tag": EncoderConfig(name=f"{V1}.ms_in22k", options=TINY),
     "v1, other window and size": EncoderConfig(name=V1, options={**TINY, "window_size": 8, "img_size": 512}),
-    "v1, sides of their own": EncoderConfig(name=V1, options={**TINY, "img_size": (96, 64)}),
-    "v1, a window a stage": EncoderConfig(name="swin_s3_tiny_224", options=TINY),
+    "v1, rectangular image": EncoderConfig(name=V1, options={**TINY, "img_size": (96, 64)}),
+    "v1, window per stage": EncoderConfig(name="swin_s3_tiny_224", options=TINY),
     "v1, fixed": EncoderConfig(name=V1, options=TINY, fixed_size=64),
     "v2": EncoderConfig(name=V2, options=TINY),
     "v2, other window and size": EncoderConfig(name=V2, options={**TINY, "window_size": 6, "img_size": 384}),
     "v2 from another window": EncoderConfig(name=V2_TWO_WINDOWS, options=TINY),
-    "v2 from a window of its own": EncoderConfig(name=V2, options={**TINY, "pretrained_window_sizes": [4, 4, 4, 2]}),
+    "v2 with pretrained windows": EncoderConfig(name=V2, options={**TINY, "pretrained_window_sizes": [4, 4, 4, 2]}),
     "v2, fixed": EncoderConfig(name=V2_TWO_WINDOWS, options=TINY, fixed_size=64),
 }
 
@@ -38,10 +38,10 @@ CONFIGS = {
 def saved(config: EncoderConfig, folder: Path, modality: str = "AERIAL_RGBI") -> Encoder:
     torch.manual_seed(0)
     channels = len(FLAIR_HUB[modality].channels)
-    spec = InputSpec.of(FLAIR_HUB[modality], tuple(0.5 + i for i in range(channels)), (1.5,) * channels)
+    spec = InputSpec.from_modality(FLAIR_HUB[modality], tuple(0.5 + i for i in range(channels)), (1.5,) * channels)
     encoder = build_encoder(spec, config).eval()
     with torch.no_grad():
-        for parameter in encoder.parameters():  # v2 starts with its blocks switched off
+        for parameter in encoder.parameters():  # the blocks of an untrained v2 output zero
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     save_encoder(encoder, folder)
     return encoder
@@ -75,7 +75,7 @@ def test_timm_adapts_the_first_convolution(case: str, tmp_path: Path) -> None:
         assert tuple(three(image)[0].shape) == (1, 24, 16, 16)
 
 
-def test_timm_is_told_the_statistics(tmp_path: Path) -> None:
+def test_statistics_are_in_the_config_of_timm(tmp_path: Path) -> None:
     saved(CONFIGS["v2"], tmp_path / "encoder", "DEM_ELEV")
     config = json.loads((tmp_path / "encoder" / "config.json").read_text())["pretrained_cfg"]
     assert config["mean"] == [0.5, 1.5]

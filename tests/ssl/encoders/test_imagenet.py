@@ -1,4 +1,4 @@
-"""ImageNet weights in encoders of other bands: the rule of the first convolution, every key, every kind of file."""
+"""Load ImageNet weights into encoders of other bands: first convolution, keys, kinds of files, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import EncoderConfig
 from bocage.ssl.encoders.build import build_encoder
-from bocage.ssl.encoders.imagenet import channel_wavelengths, colour_shares, load_imagenet
+from bocage.ssl.encoders.imagenet import channel_wavelengths, colour_weights, load_imagenet
 from bocage.ssl.encoders.swin import SwinEncoder
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
@@ -28,7 +28,7 @@ STEM = "patch_embed.proj.weight"
 
 def spec_of(name: str, *channels: str) -> InputSpec:
     modality = FLAIR_HUB[name]
-    spec = InputSpec.of(modality, (0.0,) * len(modality.channels), (1.0,) * len(modality.channels))
+    spec = InputSpec.from_modality(modality, (0.0,) * len(modality.channels), (1.0,) * len(modality.channels))
     if not channels:
         return spec
     return replace(spec, channels=channels, mean=(0.0,) * len(channels), std=(1.0,) * len(channels))
@@ -41,7 +41,7 @@ def encoder_of(spec: InputSpec, name: str = V1, mask_token: bool = False, **opti
 
 
 def plain_model(name: str = V1, **arguments: Any) -> torch.nn.Module:
-    """timm's classifier with random weights that all matter (v2 starts with its blocks switched off)."""
+    """Build timm's classifier with perturbed weights, because the blocks of an untrained v2 output zero."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{**TINY, **arguments}).eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def maps_of(model: torch.nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("modality", "channels", "shares"),
+    ("modality", "channels", "weights"),
     [
         ("AERIAL_RGBI", ("R", "G", "B"), [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
         ("AERIAL_RGBI", (), [[0.5, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0, 0]]),
@@ -72,20 +72,20 @@ def maps_of(model: torch.nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
         ("SENTINEL1-ASC_TS", (), [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]),
     ],
 )
-def test_channels_share_the_colours_nearest_to_them(
-    modality: str, channels: tuple[str, ...], shares: list[list[float]]
+def test_channels_share_the_filters_of_the_nearest_colour(
+    modality: str, channels: tuple[str, ...], weights: list[list[float]]
 ) -> None:
-    found = colour_shares(channel_wavelengths(spec_of(modality, *channels)))
-    torch.testing.assert_close(found, torch.tensor(shares, dtype=torch.float32))
+    found = colour_weights(channel_wavelengths(spec_of(modality, *channels)))
+    torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("wavelengths", [(None, 650.0), (443.0, 490.0, 560.0, None), (12_000.0,), (400.0, 2200.0)])
-def test_shares_of_a_colour_add_up_to_one(wavelengths: tuple[float | None, ...]) -> None:
-    torch.testing.assert_close(colour_shares(wavelengths).sum(dim=0), torch.ones(3))
+def test_weights_of_a_colour_sum_to_one(wavelengths: tuple[float | None, ...]) -> None:
+    torch.testing.assert_close(colour_weights(wavelengths).sum(dim=0), torch.ones(3))
 
 
 @pytest.mark.parametrize("name", [V1, V2])
-def test_red_green_and_blue_read_as_timm_does_in_any_order(name: str, tmp_path: Path) -> None:
+def test_rgb_in_any_order_equals_timm(name: str, tmp_path: Path) -> None:
     model = plain_model(name)
     encoder = encoder_of(spec_of("AERIAL_RGBI", "G", "B", "R"), name)
     report = load_imagenet(encoder, saved(model, tmp_path / "model.safetensors"))
@@ -101,7 +101,7 @@ def test_red_green_and_blue_read_as_timm_does_in_any_order(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("modality", ["AERIAL_RGBI", "AERIAL-RLT_PAN", "DEM_ELEV", "SPOT_RGBI"])
-def test_a_grey_image_looks_as_it_did_to_imagenet(modality: str, tmp_path: Path) -> None:
+def test_features_of_a_grey_image_equal_timm(modality: str, tmp_path: Path) -> None:
     model = plain_model()
     spec = spec_of(modality)
     encoder = encoder_of(spec)
@@ -119,7 +119,8 @@ def test_another_window_resizes_the_tables(tmp_path: Path) -> None:
     token = encoder.mask_token.clone()
     report = load_imagenet(encoder, saved(plain_model(), tmp_path / "model.safetensors"))
     assert report.adapted["layers.0.blocks.0.attn.relative_position_bias_table"] == "169 to 225 offsets"
-    assert str(report).startswith(f"{len(report.loaded)} loaded; 6 adapted ({STEM}: colours shared by R, G, B, NIR")
+    start = f"{len(report.loaded)} loaded; 6 adapted ({STEM}: RGB filters remixed for R, G, B, NIR"
+    assert str(report).startswith(start)
     assert torch.equal(encoder.mask_token, token)
 
 
@@ -133,13 +134,13 @@ def test_another_window_resizes_the_tables(tmp_path: Path) -> None:
         ("swinv2_base_window12to16_192to256.ms_in22k_ft_in1k", {"window_size": 8}, None),
     ],
 )
-def test_v2_reads_offsets_in_the_windows_it_was_trained_in(
+def test_v2_needs_the_windows_of_its_weights(
     name: str, options: dict[str, Any], windows: list[int] | None, tmp_path: Path
 ) -> None:
     weights = saved(plain_model(name.partition(".")[0]), tmp_path / "model.safetensors")
     spec = spec_of("AERIAL_RGBI")
     if windows is not None:
-        with pytest.raises(InputError, match=re.escape(f"give it the option pretrained_window_sizes={windows}")):
+        with pytest.raises(InputError, match=re.escape(f"set the encoder option pretrained_window_sizes={windows}")):
             load_imagenet(encoder_of(spec, name, **options), weights)
         options = {**options, "pretrained_window_sizes": windows}
     torch.manual_seed(5)
@@ -150,15 +151,15 @@ def test_v2_reads_offsets_in_the_windows_it_was_trained_in(
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_fixed_size_takes_tables_that_shrink(tmp_path: Path) -> None:
+def test_fixed_size_shrinks_tables(tmp_path: Path) -> None:
     encoder = build_encoder(spec_of("AERIAL_RGBI"), EncoderConfig(name=V1, options=TINY, fixed_size=64))
     assert isinstance(encoder, SwinEncoder)
     report = load_imagenet(encoder, saved(plain_model(), tmp_path / "model.safetensors"))
     assert report.adapted["layers.3.blocks.0.attn.relative_position_bias_table"] == "169 to 9 offsets"
 
 
-def as_the_authors_write(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Swin's original files: patches merge at the end of a stage, computed buffers are kept, the head has no ``fc``."""
+def to_authors_format(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convert to the Swin authors' format: patch merging ends a stage, computed buffers, a head without ``fc``."""
     renamed = {}
     for name, tensor in weights.items():
         found = re.match(r"layers\.(\d)\.downsample(.*)", name)
@@ -173,7 +174,7 @@ def as_the_authors_write(weights: dict[str, torch.Tensor]) -> dict[str, torch.Te
     [
         ("weights.pth", lambda weights, path: torch.save(weights, path)),
         ("pytorch_model.bin", lambda weights, path: torch.save(weights, path)),
-        ("authors.pth", lambda weights, path: torch.save({"model": as_the_authors_write(weights)}, path)),
+        ("authors.pth", lambda weights, path: torch.save({"model": to_authors_format(weights)}, path)),
         ("nested.ckpt", lambda weights, path: torch.save({"state_dict": weights, "epoch": 3}, path)),
         ("", lambda weights, path: save_file(weights, path / "model.safetensors")),
         ("", lambda weights, path: torch.save(weights, path / "pytorch_model.bin")),
@@ -200,40 +201,40 @@ class Payload:
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "sentence"),
+    ("name", "write", "message"),
     [
         ("absent.safetensors", lambda path: None, "missing or not a file"),
-        ("other.txt", lambda path: path.write_text("x"), "not a file of weights that bocage reads"),
+        ("other.txt", lambda path: path.write_text("x"), "not a weight file that bocage reads"),
         ("folder", lambda path: path.mkdir(), "holds neither model.safetensors nor pytorch_model.bin"),
         ("payload.pth", lambda path: torch.save(Payload(path.parent / "executed"), path), "never executed"),
         ("payload.safetensors", lambda path: torch.save(Payload(path.parent / "executed"), path), "not a safetensors"),
         ("noise.pth", lambda path: path.write_bytes(b"PK\x03\x04" + b"\x00" * 99), "damaged"),
         ("empty.pth", lambda path: path.write_bytes(b""), "damaged"),
-        ("list.pth", lambda path: torch.save([torch.zeros(1)], path), "does not hold tensors by name"),
-        ("numbers.pth", lambda path: torch.save({"epoch": 3}, path), "does not hold tensors by name"),
+        ("list.pth", lambda path: torch.save([torch.zeros(1)], path), "does not hold named tensors"),
+        ("numbers.pth", lambda path: torch.save({"epoch": 3}, path), "does not hold named tensors"),
         (
             "deeper.safetensors",
             lambda path: saved(plain_model(depths=[1, 1, 2, 2]), path),
-            r"13 unknown \(layers.3.blocks.1",
+            r"13 unexpected \(layers.3.blocks.1",
         ),
-        ("wider.safetensors", lambda path: saved(plain_model(embed_dim=32), path), r"unfit .*shape \[32, 4, 4, 4\]"),
-        ("v2.safetensors", lambda path: saved(plain_model(V2), path), "missing .* unknown"),
+        ("wider.safetensors", lambda path: saved(plain_model(embed_dim=32), path), r"mismatched .*\[32, 4, 4, 4\]"),
+        ("v2.safetensors", lambda path: saved(plain_model(V2), path), "missing .* unexpected"),
         ("four.safetensors", lambda path: saved(plain_model(in_chans=4), path), "does not read red, green and blue"),
         (
             "complex.safetensors",
             lambda path: saved(plain_model().to(torch.complex64), path),
             "complex64 instead of float32",
         ),
-        ("oddtable.safetensors", lambda path: saved(plain_model(window_size=(7, 5)), path), "not those of a square"),
+        ("oddtable.safetensors", lambda path: saved(plain_model(window_size=(7, 5)), path), "do not fit a square"),
     ],
 )
-def test_files_that_are_not_the_model_change_nothing(
-    name: str, write: Callable[[Path], object], sentence: str, tmp_path: Path
+def test_other_files_raise_input_error_and_change_nothing(
+    name: str, write: Callable[[Path], object], message: str, tmp_path: Path
 ) -> None:
     encoder = encoder_of(spec_of("AERIAL_RGBI"))
     before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
     write(tmp_path / name)
-    with pytest.raises(InputError, match=sentence) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_imagenet(encoder, tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -241,7 +242,7 @@ def test_files_that_are_not_the_model_change_nothing(
     assert all(torch.equal(before[key], tensor) for key, tensor in encoder.state_dict().items())
 
 
-def test_a_narrower_swin_is_told_why_the_weights_do_not_fit(tmp_path: Path) -> None:
+def test_error_names_the_options_of_a_narrower_swin(tmp_path: Path) -> None:
     whole = saved(plain_model(embed_dim=32), tmp_path / "whole.safetensors")
     with pytest.raises(InputError, match=f"does not hold the weights of {V1} with embed_dim=16, depths="):
         load_imagenet(encoder_of(spec_of("AERIAL_RGBI")), whole)

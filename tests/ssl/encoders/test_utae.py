@@ -1,4 +1,4 @@
-"""U-TAE against the official outputs, and against its own equations written out slowly."""
+"""Compare U-TAE with the official outputs and with a slow reference implementation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.nn import functional
-from utae_written_out import GOLDEN, STRIDED, Reference, load_fill, series, small_model
+from utae_reference import GOLDEN, STRIDED, Reference, load_fill, series, small_model
 
 from bocage.ssl.encoders.utae import UTAE
 
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("padding", list(PADDINGS))
 @pytest.mark.parametrize("case", list(CASES))
-def test_equals_the_equations_written_out(case: str, padding: str, training: bool) -> None:
+def test_equals_the_reference_implementation(case: str, padding: str, training: bool) -> None:
     """Maps and gradients in double precision."""
     options, size = CASES[case]
     model = small_model(**options).train(training)

@@ -1,4 +1,4 @@
-"""U-TAE at its edges: invariances, degenerate sizes and precisions, export and compilation, wrong options."""
+"""Edge cases of U-TAE: invariances, degenerate sizes, precisions, export, compilation and wrong options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from utae_written_out import SMALL, STRIDED, Reference, series, small_model
+from utae_reference import SMALL, STRIDED, Reference, series, small_model
 
 from bocage.shards.errors import InputError
 from bocage.ssl.encoders.temporal import PackedDates, SinusoidalPositions
@@ -42,8 +42,8 @@ def test_order_of_dates_does_not_matter() -> None:
             torch.testing.assert_close(shuffled, straight, rtol=0, atol=1e-11)
 
 
-def test_hidden_dates_have_no_gradient_and_no_influence() -> None:
-    """What masked pretraining relies on: not even NaN passes."""
+def test_masked_dates_have_no_gradient_and_no_influence() -> None:
+    """Masked pretraining relies on this, even for NaN."""
     model = small_model().eval()
     values, dates = series(1, 5)
     padding = torch.tensor([[False, True, False, True, False]])
@@ -70,7 +70,7 @@ def test_hidden_dates_have_no_gradient_and_no_influence() -> None:
         STRIDED,
     ],
 )
-def test_edges_stay_finite(options: dict[str, Any], length: int, hidden: str, dtype: torch.dtype) -> None:
+def test_degenerate_series_stay_finite(options: dict[str, Any], length: int, hidden: str, dtype: torch.dtype) -> None:
     """No dates, one date, series without any valid date, half and double precision; forward and backward."""
     torch.manual_seed(0)
     model = UTAE(3, **{**SMALL, **options}).to(dtype)
@@ -89,7 +89,7 @@ def test_edges_stay_finite(options: dict[str, Any], length: int, hidden: str, dt
 
 @pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("options", [{}, {"encoder_norm": "batch", "masked_norm": False}, {"agg_mode": "mean"}])
-def test_an_empty_batch_leaves_statistics_alone(options: dict[str, Any], length: int) -> None:
+def test_empty_batch_keeps_running_statistics_finite(options: dict[str, Any], length: int) -> None:
     model = UTAE(3, **{**SMALL, **options}, head=True)
     for padding in (None, torch.zeros(0, length, dtype=torch.bool)):
         output = model(torch.zeros(0, length, 3, 10, 10), torch.zeros(0, length), padding, attention=True)
@@ -102,8 +102,8 @@ def test_an_empty_batch_leaves_statistics_alone(options: dict[str, Any], length:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("pad_value", [0.0, -1.5])
 @pytest.mark.parametrize("masked_norm", [False, True])
-def test_without_dates_there_is_nothing_to_attend_to(masked_norm: bool, pad_value: float, batch: int) -> None:
-    """T = 0 is attention zero by the equations, with a mask or without."""
+def test_series_without_dates_have_zero_attention(masked_norm: bool, pad_value: float, batch: int) -> None:
+    """T = 0 gives zero attention, with and without a mask."""
     options = {"masked_norm": masked_norm, "pad_value": pad_value}
     model = small_model(**options).eval()
     values, dates = series(batch, 0)
@@ -127,20 +127,20 @@ def test_any_size(norm: str, padding_mode: str, size: tuple[int, int]) -> None:
     assert all(bool(m.isfinite().all()) for m in maps)
 
 
-def test_odd_sizes_come_back_from_strides() -> None:
+def test_strides_restore_odd_sizes() -> None:
     maps = small_model(**STRIDED).eval().features(*series(1, 2, (13, 10)))
     assert [tuple(m.shape[-2:]) for m in maps] == [(13, 10), (6, 5), (3, 2)]
 
 
-def test_borders_that_make_maps_grow() -> None:
-    """Attention larger than the skip is averaged, as the official grouped aggregation does."""
+def test_padding_that_makes_maps_grow() -> None:
+    """Attention larger than the skip is averaged, as in the official grouped aggregation."""
     model = small_model(str_conv_k=1, str_conv_s=1, str_conv_p=2, padding_mode="zeros").eval()
     output = model(*series(1, 2, (4, 4)), attention=True)
     assert [tuple(m.shape[-2:]) for m in output.maps] == [(12, 12), (8, 8), (4, 4)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 16)])
-def test_a_window_too_small_for_the_strides_is_refused(size: tuple[int, int]) -> None:
+def test_window_too_small_for_the_strides_raises_input_error(size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match=f"{size[0]} x {size[1]} px are too small"):
         small_model(**STRIDED).features(*series(1, 2, size))
 
@@ -172,7 +172,7 @@ def test_attention_is_a_distribution_over_the_valid_dates(mode: str) -> None:
     torch.testing.assert_close(attention[:, 2:], alone, rtol=0, atol=1e-12)
 
 
-OTHERS: dict[str, Any] = {**STRIDED, "masked_norm": False, "agg_mode": "mean"}
+OFFICIAL_MEAN: dict[str, Any] = {**STRIDED, "masked_norm": False, "agg_mode": "mean"}
 
 
 # Tracing takes 4 to 10 s.
@@ -180,15 +180,17 @@ OTHERS: dict[str, Any] = {**STRIDED, "masked_norm": False, "agg_mode": "mean"}
     ("options", "masked", "strict"),
     [
         ({}, True, True),
-        (OTHERS, True, False),
+        (OFFICIAL_MEAN, True, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (({}, False, True), ({}, False, False), (OTHERS, False, True))
+            for case in (({}, False, True), ({}, False, False), (OFFICIAL_MEAN, False, True))
         ),
     ],
 )
-def test_the_exported_program_takes_other_batches(options: dict[str, Any], masked: bool, strict: bool) -> None:
-    """Traced with 3 series of 6 dates, run with others, one of one date included; with NaN in the padding."""
+def test_exported_program_accepts_other_batch_sizes_and_lengths(
+    options: dict[str, Any], masked: bool, strict: bool
+) -> None:
+    """Trace with 3 series of 6 dates, run with other numbers of both, and with NaN at padded dates."""
     model = small_model(**options, head=True).eval()
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     given = dict(zip(("x", "dates"), series(3, 6)))
@@ -221,9 +223,9 @@ def test_the_exported_program_takes_other_batches(options: dict[str, Any], maske
             )
 
 
-# Capturing the graphs takes some 3 s ("eager"), compiling them a minute ("inductor").
+# Graph capture takes 3 s ("eager"), compilation a minute ("inductor").
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_the_compiled_model_computes_the_same(backend: str) -> None:
+def test_compiled_model_equals_eager(backend: str) -> None:
     torch.compiler.reset()
     model = small_model(encoder_widths=(16, 32), decoder_widths=(16, 32)).eval()
     compiled = torch.compile(model, backend=backend)
@@ -235,14 +237,14 @@ def test_the_compiled_model_computes_the_same(backend: str) -> None:
         torch.testing.assert_close(maps, expected, rtol=0, atol=1e-10)
 
 
-def test_days_are_encoded_in_full_precision_whatever_the_weights() -> None:
-    """Wavelengths rounded to bfloat16 would move late dates by days."""
+def test_dates_are_encoded_in_float32_for_bfloat16_weights() -> None:
+    """Wavelengths rounded to bfloat16 would shift late dates by days."""
     days = torch.arange(-200, 200)
     exact = SinusoidalPositions(16)(days.double())
     assert float((SinusoidalPositions(16).bfloat16()(days) - exact).abs().max()) < 1e-4
 
 
-def test_statistics_are_updated_once_a_step() -> None:
+def test_running_statistics_are_updated_once_per_step() -> None:
     model = small_model().train()
     model(*series(2, 4))
     counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
@@ -252,12 +254,12 @@ def test_statistics_are_updated_once_a_step() -> None:
 
 def test_packing_round_trip() -> None:
     padding = torch.tensor([[False, True, False], [True, True, True], [True, False, False]])
-    packed = PackedDates.of(torch.arange(9).view(3, 3), padding)
+    packed = PackedDates.from_dates(torch.arange(9).view(3, 3), padding)
     assert packed.days.tolist() == [0, 2, 7, 8]
     assert packed.length == 2
     rows = torch.randn(4, 5)
     torch.testing.assert_close(packed.pack(packed.unpack(rows)), rows)
-    torch.testing.assert_close(packed.total(rows), packed.unpack(rows).sum(dim=1))
+    torch.testing.assert_close(packed.sum_over_dates(rows), packed.unpack(rows).sum(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -295,6 +297,6 @@ def test_packing_round_trip() -> None:
         ({"head": 1}, "head"),
     ],
 )
-def test_impossible_options_are_named(options: dict[str, Any], named: str) -> None:
+def test_error_names_the_invalid_option(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         UTAE(**{"input_dim": 3, **SMALL, **options})

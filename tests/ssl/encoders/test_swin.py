@@ -1,4 +1,4 @@
-"""Swin encoders: timm's own features, at any size, with any bands, with and without hidden tokens."""
+"""Swin encoders give timm's features at any size, with any bands, with and without masked tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.encoders.base import EncoderConfig
 from bocage.ssl.encoders.build import build_encoder
-from bocage.ssl.encoders.swin import SwinEncoder, swin_names
-from bocage.ssl.encoders.timm_format import ANY_SIZE
+from bocage.ssl.encoders.swin import SwinEncoder, list_swin_names
+from bocage.ssl.encoders.timm_format import ANY_SIZE_ARGS
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
 V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
@@ -23,16 +23,16 @@ V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
 def input_spec(name: str) -> InputSpec:
     modality = FLAIR_HUB[name]
     channels = len(modality.channels)
-    return InputSpec.of(modality, (0.0,) * channels, (1.0,) * channels)
+    return InputSpec.from_modality(modality, (0.0,) * channels, (1.0,) * channels)
 
 
 def build(name: str = V1, mask_token: bool = False, in_channels: int = 4, **options: Any) -> SwinEncoder:
     torch.manual_seed(0)
-    return stirred(SwinEncoder(in_channels, name, {**TINY, **options}, mask_token))
+    return perturbed(SwinEncoder(in_channels, name, {**TINY, **options}, mask_token))
 
 
-def stirred(encoder: SwinEncoder) -> SwinEncoder:
-    """With weights that all matter: v2 starts with its blocks switched off."""
+def perturbed(encoder: SwinEncoder) -> SwinEncoder:
+    """Perturb all weights, because the blocks of an untrained v2 output zero."""
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -40,7 +40,7 @@ def stirred(encoder: SwinEncoder) -> SwinEncoder:
 
 
 def timm_maps(name: str, weights: dict[str, torch.Tensor], image: torch.Tensor, **arguments: Any) -> list[torch.Tensor]:
-    """Feature maps, channels first, of timm's own model with these weights."""
+    """Compute the feature maps of timm's model with these weights, channels first."""
     model = timm.create_model(name, features_only=True, in_chans=image.shape[1], **{**TINY, **arguments}).eval()
     model.load_state_dict(weights, strict=True)
     with torch.no_grad():
@@ -52,14 +52,14 @@ def assert_equal_maps(found: list[torch.Tensor], expected: list[torch.Tensor]) -
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", swin_names())
-def test_every_timm_name_gives_timm_s_features(name: str) -> None:
+@pytest.mark.parametrize("name", list_swin_names())
+def test_features_equal_timm_for_every_name(name: str) -> None:
     encoder = build(name)
     image = torch.randn(1, 4, 64, 96)
     with torch.no_grad():
         found = encoder(image)
     assert [tuple(maps.shape[1:]) for maps in found] == [(16, 16, 24), (32, 8, 12), (64, 4, 6), (128, 2, 3)]
-    assert_equal_maps(found, timm_maps(name, encoder.model.state_dict(), image, **ANY_SIZE))
+    assert_equal_maps(found, timm_maps(name, encoder.model.state_dict(), image, **ANY_SIZE_ARGS))
 
 
 @pytest.mark.parametrize("name", [V1, "swin_base_patch4_window12_384", V2, "swinv2_tiny_window16_256"])
@@ -68,7 +68,7 @@ def test_every_timm_name_gives_timm_s_features(name: str) -> None:
     [(4, 4), (16, 8), (64, 64), (64, 128), (100, 36), (128, 128), (256, 256), (384, 384), (448, 448), (512, 512)],
 )
 def test_one_set_of_weights_serves_every_size(name: str, size: tuple[int, int]) -> None:
-    """Equal to a model that timm builds for this size alone, with its static attention masks."""
+    """The maps equal those of a model that timm builds for this size, with static attention masks."""
     encoder = build(name, img_size=256)
     assert encoder.widths == (16, 32, 64, 128)
     assert encoder.strides == (4, 8, 16, 32)
@@ -82,8 +82,8 @@ def test_one_set_of_weights_serves_every_size(name: str, size: tuple[int, int]) 
     assert_equal_maps(found, timm_maps(name, weights, image, img_size=size, always_partition=True))
 
 
-def test_timm_publishes_weights_of_every_name() -> None:
-    for name in swin_names():
+def test_timm_has_pretrained_weights_for_every_name() -> None:
+    for name in list_swin_names():
         assert timm.models.get_pretrained_cfg(name).hf_hub_id.startswith("timm/swin")
 
 
@@ -95,17 +95,17 @@ def test_any_band_count(in_channels: int) -> None:
 
 @pytest.mark.parametrize("name", [V1, V2, "swinv2_base_window12to16_192to256"])
 @pytest.mark.parametrize("size", [32, 64, 256])
-def test_a_fixed_size_is_timm_s_fixed_size(name: str, size: int) -> None:
-    encoder = stirred(SwinEncoder(3, name, TINY, fixed_size=size))
+def test_fixed_size_equals_timm(name: str, size: int) -> None:
+    encoder = perturbed(SwinEncoder(3, name, TINY, fixed_size=size))
     image = torch.randn(1, 3, size, size)
     with torch.no_grad():
         found = encoder(image)
     assert_equal_maps(found, timm_maps(name, encoder.model.state_dict(), image, img_size=size))
-    with pytest.raises(InputError, match=f"built for {size} px alone"):
+    with pytest.raises(InputError, match=f"built for {size} px only"):
         encoder(torch.randn(1, 3, size, 2 * size))
 
 
-def test_a_fixed_size_is_part_of_a_configuration() -> None:
+def test_fixed_size_in_the_configuration() -> None:
     encoder = build_encoder(input_spec("AERIAL_RGBI"), EncoderConfig(options=TINY, fixed_size=64))
     assert encoder.state_dict()["model.layers_3.blocks.0.attn.relative_position_bias_table"].shape == (9, 4)
     with pytest.raises(InputError, match="for images"):
@@ -114,8 +114,8 @@ def test_a_fixed_size_is_part_of_a_configuration() -> None:
         build_encoder(input_spec("AERIAL_RGBI"), EncoderConfig(options={**TINY, "img_size": 64}, fixed_size=64))
 
 
-def test_windows_that_v2_was_trained_with_survive() -> None:
-    """They scale the offsets its position biases are computed from, so they decide what the weights mean."""
+def test_v2_keeps_pretrained_window_sizes() -> None:
+    """They scale the offsets from which position biases are computed, so the weights depend on them."""
     name = "swinv2_base_window12to16_192to256"
     encoder = build(name)
     trained_with = [encoder.get_submodule(f"model.layers_{i}.blocks.0.attn").pretrained_window_size for i in range(4)]
@@ -128,7 +128,7 @@ def test_windows_that_v2_was_trained_with_survive() -> None:
 
 
 @pytest.mark.parametrize("name", [V1, V2])
-def test_an_empty_mask_changes_nothing_and_hidden_pixels_have_no_influence(name: str) -> None:
+def test_empty_mask_changes_nothing_and_masked_pixels_have_no_influence(name: str) -> None:
     encoder = build(name, mask_token=True)
     image = torch.randn(2, 4, 64, 64)
     mask = torch.zeros(2, 16, 16, dtype=torch.bool)
@@ -143,7 +143,7 @@ def test_an_empty_mask_changes_nothing_and_hidden_pixels_have_no_influence(name:
         assert not torch.equal(encoder.features(image, mask=mask)[0], encoder(image)[0])
 
 
-def test_the_mask_token_learns_and_exists_only_when_asked_for() -> None:
+def test_mask_token_is_trained_and_optional() -> None:
     encoder = build(mask_token=True)
     encoder.features(torch.randn(1, 4, 32, 32), mask=torch.ones(1, 8, 8, dtype=torch.bool))[-1].sum().backward()
     assert encoder.mask_token is not None
@@ -184,11 +184,11 @@ def test_every_image_modality(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("modality", "config", "sentence"),
+    ("modality", "config", "message"),
     [
         ("AERIAL_RGBI", {"name": "swin_tinny_patch4_window7_224"}, "swin_tiny_patch4_window7_224"),
         ("AERIAL_RGBI", {"name": "resnet50"}, "not a timm Swin"),
-        ("AERIAL_RGBI", {"name": f"{V1}.ms_in2k"}, f"there are: {V1}.ms_in1k"),
+        ("AERIAL_RGBI", {"name": f"{V1}.ms_in2k"}, f"available: {V1}.ms_in1k"),
         ("AERIAL_RGBI", {"options": {"window_sise": 4}}, "window_size"),
         ("AERIAL_RGBI", {"options": {"in_chans": 3}}, "in_chans"),
         ("AERIAL_RGBI", {"options": {"depths": 3}}, "cannot be built"),
@@ -201,11 +201,11 @@ def test_every_image_modality(name: str) -> None:
         ("AERIAL_RGBI", {"options": {"window_size": [[7, 0]] * 4}}, "window_size"),
     ],
 )
-def test_wrong_configurations_end_in_one_sentence(modality: str, config: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
+def test_wrong_configurations_raise_input_error(modality: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         build_encoder(input_spec(modality), EncoderConfig(**config))
 
 
-def test_sides_must_divide_into_patches() -> None:
+def test_image_sides_must_be_multiples_of_the_patch_size() -> None:
     with pytest.raises(InputError, match="30 x 32 px"):
         build()(torch.randn(1, 4, 30, 32))

@@ -1,4 +1,4 @@
-"""Encoders for other bands: what is known stays, what is left out is at its mean, what is new changes nothing."""
+"""Adapt encoders: known bands keep their weights, removed ones count as their mean, new ones have no effect."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ UTAE = EncoderConfig(
 def encoder(name: str) -> Encoder:
     torch.manual_seed(0)
     channels = len(FLAIR_HUB[name].channels)
-    spec = InputSpec.of(FLAIR_HUB[name], tuple(100.0 + 7 * i for i in range(channels)), (20.0,) * channels)
+    spec = InputSpec.from_modality(FLAIR_HUB[name], tuple(100.0 + 7 * i for i in range(channels)), (20.0,) * channels)
     return build_encoder(spec, SWIN if name == AERIAL else UTAE).eval()
 
 
@@ -44,7 +44,7 @@ def maps(model: Encoder, stored: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", [AERIAL, S2])
-def test_bands_keep_their_weights_wherever_they_stand(name: str) -> None:
+def test_known_bands_keep_their_weights_at_any_position(name: str) -> None:
     whole = encoder(name)
     stored = torch.rand(1, 4, 64, 64) * 200 if name == AERIAL else torch.rand(1, 3, 10, 10, 10) * 200
     chosen = [whole.spec.bands[at] for at in (3, 0, 1)]
@@ -57,7 +57,7 @@ def test_bands_keep_their_weights_wherever_they_stand(name: str) -> None:
         at_mean[..., at, :, :] = whole.spec.mean[at]
     for ours, theirs in zip(maps(some, stored[..., [3, 0, 1], :, :]), maps(whole, at_mean), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    # One more band, as long as nothing is learned of it.
+    # An untrained new band has no effect.
     more = adapt_bands(whole, [*whole.spec.bands, "X"], {"X": NewBand(5.0, 2.0, wavelength=705.0)})
     padded = torch.cat([stored, torch.rand_like(stored[..., :1, :, :])], dim=-3)
     for ours, theirs in zip(maps(more, padded), maps(whole, stored), strict=True):
@@ -65,14 +65,14 @@ def test_bands_keep_their_weights_wherever_they_stand(name: str) -> None:
     assert more.spec.wavelengths[-1] == 705.0
 
 
-def test_adapted_encoders_are_saved_and_used_elsewhere(tmp_path: Path) -> None:
+def test_adapted_encoders_load_in_timm_and_smp(tmp_path: Path) -> None:
     some = adapt_bands(encoder(AERIAL), ["NIR", "R", "G"])
     save_encoder(some, tmp_path / "some")
     image = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         expected = load_encoder(tmp_path / "some").features(image)
         plain = timm.create_model(f"local-dir:{tmp_path / 'some'}", pretrained=True, features_only=True).eval()(image)
-        # The route by which segmentation-models-pytorch, and with it torchgeo and terratorch, read encoders of timm.
+        # segmentation-models-pytorch, torchgeo and terratorch load timm encoders this way.
         net = smp.Unet(f"tu-local-dir:{tmp_path / 'some'}", encoder_weights=True, in_channels=3, classes=5).eval()
         routed = net.encoder(image)
     for ours, theirs, through in zip(expected, plain, routed[-4:], strict=True):
@@ -81,15 +81,15 @@ def test_adapted_encoders_are_saved_and_used_elsewhere(tmp_path: Path) -> None:
     assert net(image).shape == (1, 5, 128, 128)
 
 
-# Some ten seconds: the example as it stands, but for fewer and smaller windows.
-def test_the_example_trains_on_geotiffs(tmp_path: Path) -> None:
+# Takes 10 s: the example with fewer and smaller windows.
+def test_example_trains_on_geotiffs(tmp_path: Path) -> None:
     save_encoder(encoder(AERIAL), tmp_path / "encoder")
     for folder, count in (("images", 3), ("labels", 1)):
         (tmp_path / folder).mkdir()
         profile = {"driver": "GTiff", "count": count, "height": 90, "width": 100, "dtype": "uint8"}
         with rasterio.open(tmp_path / folder / "a.tif", "w", **profile) as file:
             file.write(np.random.default_rng(0).integers(0, 3, (count, 90, 100), np.uint8))
-    source = (Path(__file__).parents[2] / "examples" / "own_geotiffs.py").read_text()
+    source = (Path(__file__).parents[3] / "examples" / "own_geotiffs.py").read_text()
     assert "256, 8, 1000" in source
     (tmp_path / "run.py").write_text(source.replace("256, 8, 1000", "64, 2, 21"))
     line = [sys.executable, "run.py", "encoder", "images", "labels", "3"]
@@ -99,8 +99,8 @@ def test_the_example_trains_on_geotiffs(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt").is_file()
 
 
-# Some ten seconds, as above: images smaller than a window, with holes; then wrong words.
-def test_the_example_takes_small_images_with_holes_and_tells_wrong_words(tmp_path: Path) -> None:
+# Takes 10 s: images smaller than a window, with nodata; then missing arguments.
+def test_example_accepts_small_images_with_nodata_and_prints_usage(tmp_path: Path) -> None:
     save_encoder(encoder(AERIAL), tmp_path / "encoder")
     for folder, count, dtype in (("images", 3, "float32"), ("labels", 1, "uint8")):
         (tmp_path / folder).mkdir()
@@ -110,36 +110,36 @@ def test_the_example_takes_small_images_with_holes_and_tells_wrong_words(tmp_pat
             if count == 3:
                 values[:, :9] = np.nan
             file.write(values)
-    source = (Path(__file__).parents[2] / "examples" / "own_geotiffs.py").read_text()
+    source = (Path(__file__).parents[3] / "examples" / "own_geotiffs.py").read_text()
     (tmp_path / "run.py").write_text(source.replace("256, 8, 1000", "64, 2, 1"))
 
-    def ran(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "run.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "run.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
 
-    done = ran("encoder", "images", "labels", "3")
+    done = run("encoder", "images", "labels", "3")
     assert done.returncode == 0, done.stderr
     assert "nan" not in done.stdout
-    done = ran("encoder")
+    done = run("encoder")
     assert done.returncode == 1 and "python own_geotiffs.py ENCODER IMAGES LABELS CLASSES" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_new_band_needs_statistics_that_can_be() -> None:
+def test_new_band_requires_valid_statistics() -> None:
     for mean, std in ((0.0, 0.0), (0.0, -3.0), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="must be finite, std positive"):
             NewBand(mean, std)
 
 
-def test_what_cannot_be_adapted_is_told() -> None:
+def test_wrong_bands_raise_input_error() -> None:
     whole = encoder(AERIAL)
-    for bands, new, sentence in (
-        (["R", "SWIR"], {}, "band SWIR: the encoder knows R, G, B, NIR; describe others as new"),
-        (["R", "R"], {}, "each can be given once"),
+    for bands, new, message in (
+        (["R", "SWIR"], {}, "band SWIR: the encoder knows R, G, B, NIR; describe other bands in new_bands"),
+        (["R", "R"], {}, "each band can be given once"),
         (["SWIR"], {"SWIR": NewBand(1.0, 1.0)}, "the encoder knows none of them"),
-        (["R"], {"R": NewBand(1.0, 1.0)}, "new band R: it is not among R, or the encoder knows it"),
+        (["R"], {"R": NewBand(1.0, 1.0)}, "new band R: not in bands"),
     ):
-        with pytest.raises(InputError, match=sentence):
+        with pytest.raises(InputError, match=message):
             adapt_bands(whole, bands, new)
-    heights = build_encoder(InputSpec.of(FLAIR_HUB["DEM_ELEV"], (0.0, 0.0), (1.0, 1.0)), SWIN)
-    with pytest.raises(InputError, match="are read together, as relief, height"):
+    heights = build_encoder(InputSpec.from_modality(FLAIR_HUB["DEM_ELEV"], (0.0, 0.0), (1.0, 1.0)), SWIN)
+    with pytest.raises(InputError, match="read as relief, height, from all bands together"):
         adapt_bands(heights, ["DSM"])

@@ -1,4 +1,4 @@
-"""Reconstructions as pictures: what they show, and that they reach the disk and the tracker."""
+"""Reconstruction pictures: their content, and that they are saved and sent to the tracker."""
 
 import subprocess
 import sys
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from matplotlib import image
 from small_recipes import PRETRAIN
-from test_masked import make_batch, make_task, masked_term
+from tiny_pretraining import make_batch, make_model, masked_objective
 
 from bocage import recipes
 from bocage.shards.errors import InputError
-from bocage.shards.inspect.composites import date_pictures, hillshade
+from bocage.shards.inspect.composites import hillshade, series_composites
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
@@ -21,33 +21,34 @@ from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.logging.trackers import link_afterwards
 from bocage.ssl.evaluation.reconstructions import reconstruction_figure, save_figure
 from bocage.ssl.objectives.masking import MaskingConfig
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 RELIEF = next(item.name for item in FLAIR_HUB.inputs if item.representation == "relief")
 RADAR = next(item.name for item in FLAIR_HUB.inputs if item.representation == "decibel")
 OPTICAL = next(item.name for item in FLAIR_HUB.inputs if item.role == "series" and item.name != RADAR)
-SEEN_NOTHING = 0.35
+MASK_GREY = 0.35
 
 
-def drawn(masking: MaskingConfig, name: str) -> tuple[list[np.ndarray], list[str]]:
-    """The pictures of one modality of one sample in the order they are drawn, and their titles."""
-    task = make_task(masking, names=[name]).eval()
-    figure = reconstruction_figure(task, masked_term(task), make_batch(2), 0, 7)
+def draw(masking: MaskingConfig, name: str) -> tuple[list[np.ndarray], list[str]]:
+    """Draw one modality of one sample; return its pictures in order, and their titles."""
+    task = make_model(masking, names=[name]).eval()
+    figure = reconstruction_figure(task, masked_objective(task), make_batch(2), 0, 7)
     axes = [axis for axis in figure.subfigs[1].axes if axis.images]
     return [np.asarray(axis.images[0].get_array()) for axis in axes], [axis.get_title("left") for axis in axes]
 
 
-def grey(picture: np.ndarray) -> np.ndarray:
-    return (picture == SEEN_NOTHING).all(axis=-1)
+def is_masked(picture: np.ndarray) -> np.ndarray:
+    return (picture == MASK_GREY).all(axis=-1)
 
 
-def test_an_image_shows_what_was_there_what_was_seen_and_what_was_made_of_it() -> None:
+def test_image_shows_target_visible_part_and_reconstruction() -> None:
     masking = MaskingConfig(modality_ratio=0.0)
-    (target, seen, reconstruction), titles = drawn(masking, RELIEF)
-    assert titles == ["target", "seen", "reconstruction"]
-    assert grey(seen).mean() == 0.75
-    visible = ~grey(seen)
-    assert np.array_equal(target[visible], seen[visible])
+    (target, visible, reconstruction), titles = draw(masking, RELIEF)
+    assert titles == ["target", "visible", "reconstruction"]
+    masked = is_masked(visible)
+    assert masked.mean() == 0.75
+    assert np.array_equal(target[~masked], visible[~masked])
     assert not np.array_equal(target, reconstruction)
     # Heights are shaded.
     surface = make_batch(2).values[RELIEF][0, 0].double()
@@ -57,18 +58,18 @@ def test_an_image_shows_what_was_there_what_was_seen_and_what_was_made_of_it() -
 
 
 @pytest.mark.parametrize("name", [OPTICAL, RADAR])
-def test_a_series_is_a_strip_of_dates_in_its_own_units(name: str) -> None:
-    shown, titles = drawn(MaskingConfig(modality_ratio=0.0), name)
+def test_series_is_a_strip_of_dates(name: str) -> None:
+    shown, titles = draw(MaskingConfig(modality_ratio=0.0), name)
     columns = len(shown) // 3
     days = titles[:columns]
-    assert columns == 7  # four hidden dates are reconstructed (``masked.dates``) and three seen ones shown beside them
+    assert columns == 7  # four masked dates (``masked.dates_per_sample``) and three visible ones
     assert all(len(day.split()) == 2 and day.split()[0].isdigit() for day in days)
-    targets, seen, outputs = (shown[start : start + columns] for start in (0, columns, 2 * columns))
-    hidden = [grey(picture).all() for picture in seen]
-    assert sum(hidden) == 4
-    for target, picture, output, gone in zip(targets, seen, outputs, hidden, strict=True):
-        assert np.array_equal(target, output) == (not gone)
-        assert gone or np.array_equal(target, picture)
+    targets, visible, outputs = (shown[start : start + columns] for start in (0, columns, 2 * columns))
+    masked = [is_masked(picture).all() for picture in visible]
+    assert sum(masked) == 4
+    for target, picture, output, is_date_masked in zip(targets, visible, outputs, masked, strict=True):
+        assert np.array_equal(target, output) == (not is_date_masked)
+        assert is_date_masked or np.array_equal(target, picture)
     # Targets are the stored values: radar in decibels, contrast over the dates shown.
     batch = make_batch(2)
     stored = batch.values[name][0].float()
@@ -77,36 +78,42 @@ def test_a_series_is_a_strip_of_dates_in_its_own_units(name: str) -> None:
     dates = [date(2021, 5, 15) + timedelta(days=int(day)) for day in batch.dates[name][0]]
     indices = [[f"{day.day} {day:%b}" for day in dates].index(title) for title in days]
     frames = stored[indices].numpy()
-    expected = date_pictures(frames, FLAIR_HUB[name], np.ones(len(frames), bool))
-    for picture, wanted in zip(targets, expected, strict=True):
-        assert np.allclose(picture, wanted, atol=1e-3)
+    expected = series_composites(frames, FLAIR_HUB[name], np.ones(len(frames), bool))
+    for target, composite in zip(targets, expected, strict=True):
+        assert np.allclose(target, composite, atol=1e-3)
 
 
-def test_cubes_are_grey_where_they_hide_something() -> None:
-    shown, _ = drawn(MaskingConfig(modality_ratio=0.0, cube_share=1.0), OPTICAL)
-    seen = [grey(picture) for picture in shown[len(shown) // 3 : 2 * len(shown) // 3]]
-    assert any(0 < hidden.mean() < 1 for hidden in seen)
+def test_masked_cubes_are_grey() -> None:
+    shown, _ = draw(MaskingConfig(modality_ratio=0.0, cube_probability=1.0), OPTICAL)
+    visible = [is_masked(picture) for picture in shown[len(shown) // 3 : 2 * len(shown) // 3]]
+    assert any(0 < masked.mean() < 1 for masked in visible)
 
 
-def test_what_is_absent_and_what_is_hidden_whole_is_said() -> None:
-    task = make_task(MaskingConfig(modality_ratio=1.0), names=[OPTICAL, RELIEF]).eval()
-    figure = reconstruction_figure(task, masked_term(task), make_batch(2, missing=(RELIEF,)), 0, 7)
+def test_titles_mark_absent_modalities() -> None:
+    task = make_model(MaskingConfig(modality_ratio=1.0), names=[OPTICAL, RELIEF]).eval()
+    figure = reconstruction_figure(task, masked_objective(task), make_batch(2, missing=(RELIEF,)), 0, 7)
     titles = [item._suptitle.get_text() for item in figure.subfigs[1:]]  # type: ignore[attr-defined]
     assert titles == [f"{RELIEF} (absent)", OPTICAL]
 
 
 # Some 15 s: patches are simulated, and two runs train.
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_pictures_reach_the_disk_and_the_tracker_at_each_evaluation(
+def test_pictures_are_saved_and_tracked_at_each_evaluation(
     tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
     write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
-    words = [*PRETRAIN, f"shards={tmp_path / 'shards'}", f"modalities=[{RELIEF},{OPTICAL}]", "split=all", "pictures=2"]
+    words = [
+        *PRETRAIN,
+        f"shards={tmp_path / 'shards'}",
+        f"modalities=[{RELIEF},{OPTICAL}]",
+        "split=all",
+        "reconstructions=2",
+    ]
     words += ["window=51.2", "engine.steps=4", "engine.evaluate_every=2", f"engine.tracker={tracker}"]
     pretrain(recipes.resolve(PretrainConfig, [*words, f"output={tmp_path / 'run'}"]))
-    paths = sorted((tmp_path / "run" / "pictures").iterdir())
+    paths = sorted((tmp_path / "run" / "reconstructions").iterdir())
     assert [path.name.rpartition("_")[2] for path in paths] == ["step-0000002.png", "step-0000004.png"] * 2
     for path in paths:
         assert image.imread(path).shape[0] > 500
@@ -125,29 +132,31 @@ def test_pictures_reach_the_disk_and_the_tracker_at_each_evaluation(
 
 
 # Some 10 s: patches are simulated, and a run trains.
-def test_pictures_that_cannot_be_drawn_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_continues_if_pictures_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "tree", patches=2, seed=3, dates=(3, 4))
     write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
     words = [*PRETRAIN, f"shards={tmp_path / 'shards'}", f"modalities=[{OPTICAL}]", "split=all", "window=51.2"]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "pictures").write_text("a file")
+    (tmp_path / "run" / "reconstructions").write_text("a file")
     outcome = pretrain(recipes.resolve(PretrainConfig, [*words, "engine.steps=2", f"output={tmp_path / 'run'}"]))
     assert outcome.exit_code == 0 and outcome.last.is_dir() and (tmp_path / "run" / "encoders" / OPTICAL).is_dir()
     assert "step 2: pictures could not be drawn: " in capsys.readouterr().err
 
 
 # Some 10 s: two processes import everything.
-def test_a_picture_that_fails_on_one_of_two_ranks_stops_neither(tmp_path: Path) -> None:
+def test_run_continues_if_a_picture_fails_on_one_of_two_ranks(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(Path(__file__).parents[1] / "support" / "tiny_run.py"), str(tmp_path / "run"), "--draw-fails"]
+    script = [str(Path(__file__).parents[2] / "support" / "tiny_run.py"), str(tmp_path / "run"), "--draw-fails"]
     done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 12: pictures could not be drawn: out of colours") == 1
     assert (tmp_path / "run" / "checkpoints" / "step-00000012").is_dir()
 
 
-def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    figure = reconstruction_figure(task := make_task(names=[OPTICAL]).eval(), masked_term(task), make_batch(1), 0, 7)
+def test_error_names_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
+    figure = reconstruction_figure(
+        task := make_model(names=[OPTICAL]).eval(), masked_objective(task), make_batch(1), 0, 7
+    )
     (tmp_path / "pictures").write_text("a file")
     with pytest.raises(InputError, match=r"pictures/a\.png cannot be written"):
         save_figure(figure, tmp_path / "pictures" / "a.png")

@@ -1,4 +1,4 @@
-"""Files of encoders, damaged, forged or hostile: each loads or ends in one sentence, and nothing is executed."""
+"""Fuzz the files of encoders: damaged or hostile files load or raise InputError, and no code is executed."""
 
 from __future__ import annotations
 
@@ -42,34 +42,34 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name, config in (("AERIAL_RGBI", SWIN), ("SENTINEL1-ASC_TS", SERIES)):
         channels = len(FLAIR_HUB[name].channels)
-        spec = InputSpec.of(FLAIR_HUB[name], (0.5,) * channels, (1.5,) * channels)
+        spec = InputSpec.from_modality(FLAIR_HUB[name], (0.5,) * channels, (1.5,) * channels)
         folders[config.architecture] = tmp_path_factory.mktemp(config.architecture) / "encoder"
         save_encoder(build_encoder(spec, config), folders[config.architecture])
     return folders
 
 
 def loads(folder: Path) -> bool:
-    """Whether it loads; if not, the reason must be one sentence that names the place."""
+    """Whether the folder loads; if not, the error must be one printable line that names it."""
     try:
         load_encoder(folder)
     except InputError as error:
-        sentence = str(error)
-        assert sentence.isprintable(), sentence
-        assert str(folder) in sentence
-        assert len(sentence) < 3000
+        message = str(error)
+        assert message.isprintable(), message
+        assert str(folder) in message
+        assert len(message) < 3000
         return False
     return True
 
 
 def lengths(size: int, count: int) -> Iterator[int]:
-    """About ``count`` lengths from 0 up to ``size``, all short ones among them."""
+    """Yield about ``count`` lengths from 0 to ``size``, including all short ones."""
     yield from range(0, min(size, 16))
     yield from range(16, size, max(1, size // count))
     yield size - 1
 
 
 @pytest.mark.parametrize("architecture", ["swin", "utae"])
-def test_every_truncation_is_refused(architecture: str, encoders: dict[str, Path], tmp_path: Path) -> None:
+def test_truncated_files_raise_input_error(architecture: str, encoders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     shutil.copytree(encoders[architecture], folder)
     for name in (WEIGHTS, CONFIG):
@@ -88,7 +88,7 @@ def test_overwritten_bytes(places: list[tuple[int, bytes]], encoders: dict[str, 
     shutil.copytree(encoders["utae"], folder, dirs_exist_ok=True)
     for name in (WEIGHTS, CONFIG):
         content = bytearray((encoders["utae"] / name).read_bytes())
-        limit = min(len(content), 6000)  # headers rather than numbers
+        limit = min(len(content), 6000)  # the headers, not the weights
         for place, new in places:
             start = place % limit
             content[start : start + len(new)] = new
@@ -111,7 +111,7 @@ VALUES = st.recursive(
 
 
 def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in a JSON tree but the root."""
+    """Yield the path of every value in a JSON tree except the root."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield (*prefix, key)
@@ -121,7 +121,7 @@ def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 @pytest.mark.parametrize("architecture", ["swin", "utae"])
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_other_values_in_the_description(
+def test_random_values_in_config_json(
     architecture: str, data: st.DataObject, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "encoder"
@@ -147,7 +147,7 @@ class Payload:
 
 
 def option(key: str, value: object) -> Callable[[Path], None]:
-    """Writes an option of the architecture into the description."""
+    """Set an option of the architecture in config.json."""
 
     def change(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
@@ -158,7 +158,7 @@ def option(key: str, value: object) -> Callable[[Path], None]:
 
 
 def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    """Changes the tensors of the file of weights."""
+    """Edit the tensors of the weight file."""
 
     def change(folder: Path) -> None:
         weights = load_file(folder / WEIGHTS)
@@ -169,12 +169,12 @@ def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
 
 
 def header(text: bytes) -> Callable[[Path], object]:
-    """A file of weights with this header and no tensor."""
+    """Write a weight file with this header and no tensor."""
     return lambda folder: (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text)
 
 
 def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Puts something else in the place of a file."""
+    """Replace a file by something else."""
 
     def change(folder: Path) -> None:
         (folder / name).unlink()
@@ -190,23 +190,23 @@ def first(weights: dict[str, torch.Tensor]) -> str:
 HOSTILE: dict[str, Callable[[Path], object]] = {
     "pickle as weights": lambda folder: (folder / WEIGHTS).write_bytes(pickle.dumps(Payload(folder / "executed"))),
     "torch archive as weights": lambda folder: torch.save(Payload(folder / "executed"), folder / WEIGHTS),
-    "pickle as description": lambda folder: (folder / CONFIG).write_bytes(pickle.dumps(Payload(folder / "executed"))),
+    "pickle as config.json": lambda folder: (folder / CONFIG).write_bytes(pickle.dumps(Payload(folder / "executed"))),
     "a folder as weights": replaced(WEIGHTS, Path.mkdir),
-    "a folder as description": replaced(CONFIG, Path.mkdir),
+    "a folder as config.json": replaced(CONFIG, Path.mkdir),
     "a link to itself as weights": replaced(WEIGHTS, lambda path: path.symlink_to(path)),
-    "a link to itself as description": replaced(CONFIG, lambda path: path.symlink_to(path)),
+    "a link to itself as config.json": replaced(CONFIG, lambda path: path.symlink_to(path)),
     "a pipe as weights": replaced(WEIGHTS, os.mkfifo),
-    "a pipe as description": replaced(CONFIG, os.mkfifo),
+    "a pipe as config.json": replaced(CONFIG, os.mkfifo),
     "not UTF-8": lambda folder: (folder / CONFIG).write_bytes(b'{"bocage": "\xe9"}'),
     "deep nesting": lambda folder: (folder / CONFIG).write_text('{"bocage":' + "[" * 100_000),
     "deep option": option("str_conv_k", json.loads("[" * 400 + "]" * 400)),
     "a long number": lambda folder: (folder / CONFIG).write_text('{"bocage": {"schema": ' + "9" * 100_000 + "}}"),
-    "an endless description": lambda folder: (folder / CONFIG).write_text(" " * (1 << 20)),
+    "a long config.json": lambda folder: (folder / CONFIG).write_text(" " * (1 << 20)),
     "a long header": lambda folder: (folder / WEIGHTS).write_bytes(struct.pack("<Q", 1 << 62) + b"{}"),
     "a large empty tensor": header(b'{"in_conv":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}'),
     "an unknown dtype": header(b'{"in_conv":{"dtype":"C999","shape":[0],"data_offsets":[0,0]}}'),
     "no tensor at all": header(b"{}"),
-    "a width for any memory": option("d_model", 10**12),
+    "a huge width": option("d_model", 10**12),
     "many heads": option("n_head", 10**9),
     "wide maps": option("encoder_widths", [10**9, 10**9]),
     "many levels": option("encoder_widths", [8] * 30_000),
@@ -215,7 +215,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "half precision": tensors(lambda weights: weights.update({first(weights): weights[first(weights)].half()})),
     "whole numbers": tensors(lambda weights: weights.update({first(weights): weights[first(weights)].long()})),
     "flat": tensors(lambda weights: weights.update({first(weights): weights[first(weights)].reshape(-1)})),
-    "a name of its own": tensors(lambda weights: weights.update({"\n\x1b[2J" * 1000: torch.zeros(1)})),
+    "an unprintable tensor name": tensors(lambda weights: weights.update({"\n\x1b[2J" * 1000: torch.zeros(1)})),
 }
 
 
@@ -253,10 +253,10 @@ def test_hostile_files(case: str, encoders: dict[str, Path], tmp_path: Path) -> 
         ("swin", "norm_layer", "os.system"),
     ],
 )
-def test_what_no_memory_could_hold_is_not_built(
+def test_huge_options_raise_input_error_without_allocating(
     architecture: str, key: str, value: object, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Nor touched: the memory of this process hardly grows."""
+    """The memory of this process hardly grows."""
     folder = tmp_path / "encoder"
     shutil.copytree(encoders[architecture], folder)
     option(key, value)(folder)
@@ -265,7 +265,7 @@ def test_what_no_memory_could_hold_is_not_built(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB; on some systems bytes
 
 
-def test_an_image_of_any_side_is_not_built(encoders: dict[str, Path], tmp_path: Path) -> None:
+def test_huge_fixed_size_raises_input_error(encoders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     shutil.copytree(encoders["swin"], folder)
     config = json.loads((folder / CONFIG).read_text())

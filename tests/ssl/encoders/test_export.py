@@ -1,4 +1,4 @@
-"""Saved encoders: exact round trips, timm's own loader, and every way a file can be wrong."""
+"""Save and load encoders: exact round trips, and errors of damaged, mismatched or hostile files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(name: str, mask_token: bool = False, seed: int = 0) -> Encoder:
     torch.manual_seed(seed)
     modality = FLAIR_HUB[name]
     channels = len(modality.channels)
-    spec = InputSpec.of(modality, tuple(0.5 + i for i in range(channels)), (1.5,) * channels)
+    spec = InputSpec.from_modality(modality, tuple(0.5 + i for i in range(channels)), (1.5,) * channels)
     if modality.role == "series":
         config = EncoderConfig(architecture="utae", options=SERIES)
     else:
@@ -73,26 +73,26 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "encoder" / file).read_bytes()
 
 
-def test_config_says_what_the_encoder_reads(tmp_path: Path) -> None:
+def test_config_json_describes_the_input(tmp_path: Path) -> None:
     save_encoder(build("SENTINEL2_TS"), tmp_path / "encoder")
-    own = json.loads((tmp_path / "encoder" / "config.json").read_text())["bocage"]
-    assert own["schema"] == 1
-    assert own["input"]["bands"][:3] == ["B2", "B3", "B4"]
-    assert own["input"]["quantities"][:3] == ["reflectance"] * 3
-    assert own["input"]["wavelengths"][:3] == [490.0, 560.0, 665.0]
-    assert own["units"] == "stored values"
-    assert own["input"]["gsd"] == 10.24
-    assert own["input"]["mean"][0] == 0.5
-    assert own["dates"] == "days since 15 May of the date's own year"
+    section = json.loads((tmp_path / "encoder" / "config.json").read_text())["bocage"]
+    assert section["schema"] == 1
+    assert section["input"]["bands"][:3] == ["B2", "B3", "B4"]
+    assert section["input"]["quantities"][:3] == ["reflectance"] * 3
+    assert section["input"]["wavelengths"][:3] == [490.0, 560.0, 665.0]
+    assert section["units"] == "stored values"
+    assert section["input"]["gsd"] == 10.24
+    assert section["input"]["mean"][0] == 0.5
+    assert section["dates"] == "days since 15 May of the date's own year"
 
 
-def test_a_mask_token_is_not_published(tmp_path: Path) -> None:
+def test_mask_token_is_not_saved(tmp_path: Path) -> None:
     save_encoder(build("AERIAL_RGBI", mask_token=True), tmp_path / "encoder")
     assert not any("mask_token" in name for name in load_file(tmp_path / "encoder" / "model.safetensors"))
     assert "mask_token" not in load_encoder(tmp_path / "encoder").state_dict()
 
 
-def test_saving_replaces_an_encoder_and_nothing_else(tmp_path: Path) -> None:
+def test_saving_replaces_encoders_but_no_other_folder(tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     save_encoder(build("SPOT_RGBI"), folder)
     other = build("SPOT_RGBI", seed=1)
@@ -155,9 +155,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "renamed": (
         lambda f: _edit_weights(f, lambda w: w.__setitem__("inn_norm", w.pop("temporal_encoder.in_norm.weight"))),
-        r"1 missing \(temporal_encoder.in_norm.weight\); 1 unknown \(inn_norm\)",
+        r"1 missing \(temporal_encoder.in_norm.weight\); 1 unexpected \(inn_norm\)",
     ),
-    "extra": (lambda f: _edit_weights(f, lambda w: w.__setitem__("more", torch.zeros(1))), r"1 unknown \(more\)"),
+    "extra": (lambda f: _edit_weights(f, lambda w: w.__setitem__("more", torch.zeros(1))), r"1 unexpected \(more\)"),
     "another shape": (
         lambda f: _edit_weights(f, lambda w: w.__setitem__("temporal_encoder.in_norm.weight", torch.zeros(3))),
         r"in_norm.weight: shape \[3\] instead of \[32\]",
@@ -167,11 +167,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no version": (lambda f: _edit_config(f, lambda c: c.update(schema="x")), "version number"),
     "unknown key": (lambda f: _edit_config(f, lambda c: c.update(code="import os")), "unknown keys: code"),
     "missing key": (lambda f: _edit_config(f, lambda c: c.pop("options")), "unknown keys: options"),
-    "architecture": (lambda f: _edit_config(f, lambda c: c.update(architecture="os.system")), "unknown to this bocage"),
+    "architecture": (
+        lambda f: _edit_config(f, lambda c: c.update(architecture="os.system")),
+        "architecture = 'os.system'",
+    ),
     "option": (lambda f: _edit_config(f, lambda c: c["options"].update(run="x")), "option 'run' is unknown"),
     "option value": (
         lambda f: _edit_config(f, lambda c: c["options"].update(n_head="x")),
-        "n_head = 'x' is not a whole",
+        "n_head = 'x' is not an integer",
     ),
     "no stride": (lambda f: _edit_config(f, lambda c: c["options"].update(str_conv_s=0)), "str_conv_s = 0 is not"),
     "text to pad": (lambda f: _edit_config(f, lambda c: c["options"].update(pad_value="x")), "pad_value = 'x' is not"),
@@ -187,7 +190,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "fewer statistics": (lambda f: _edit_config(f, lambda c: c["input"].update(mean=[0.0])), "1 means"),
     "representation": (lambda f: _edit_config(f, lambda c: c["input"].update(representation="x")), "representation"),
-    "dates from another day": (lambda f: _edit_config(f, lambda c: c.update(dates="days since 1 January")), "units or"),
+    "dates": (lambda f: _edit_config(f, lambda c: c.update(dates="days since 1 January")), "units or dates"),
     "units": (lambda f: _edit_config(f, lambda c: c.update(units="reflectance")), "units or dates"),
     "negative deviation": (lambda f: _edit_config(f, lambda c: c["input"].update(std=[-1.0] * 10)), "input.std: -1.0"),
     "quantity": (
@@ -203,25 +206,25 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
-def test_faulty_files_end_in_one_sentence(fault: str, tmp_path: Path) -> None:
+def test_faulty_files_raise_input_error_in_one_line(fault: str, tmp_path: Path) -> None:
     save_encoder(build("SENTINEL2_TS"), tmp_path / "encoder")
-    break_it, sentence = FAULTS[fault]
+    break_it, message = FAULTS[fault]
     break_it(tmp_path / "encoder")
-    with pytest.raises(InputError, match=sentence) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_encoder(tmp_path / "encoder")
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_error_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere is not a folder"):
         load_encoder(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["SENTINEL2_TS", "AERIAL_RGBI"])
 def test_loading_needs_no_dataset_recipe_or_trainer(name: str, tmp_path: Path) -> None:
-    """Some seconds, because a fresh interpreter imports torch, and timm for a Swin."""
+    """Takes seconds, because a new interpreter imports torch, and timm for a Swin."""
     save_encoder(build(name), tmp_path / "encoder")
     script = (
         "import sys; from bocage.ssl.encoders.export import load_encoder; load_encoder(sys.argv[1]);"
@@ -232,17 +235,20 @@ def test_loading_needs_no_dataset_recipe_or_trainer(name: str, tmp_path: Path) -
     result = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "encoder")], capture_output=True, text=True, check=True
     )
-    own, foreign = result.stdout.split("\n")[:2]
-    allowed = {f"bocage.shards.{name}" for name in ("classes", "errors", "files", "modality", "normalize")}
-    imported = set(own.split())
+    bocage_modules, other_modules = result.stdout.split("\n")[:2]
+    shards = ("classes", "errors", "files", "modality", "preprocess", "preprocess.normalize")
+    allowed = {f"bocage.shards.{name}" for name in shards}
+    imported = set(bocage_modules.split())
     assert {name for name in imported if name.count(".") > 1 and not name.startswith("bocage.ssl.encoders")} <= allowed
     if FLAIR_HUB[name].role == "series":
-        assert foreign == ""
-    else:  # timm brings its own dependencies along
-        assert not {"rasterio", "webdataset", "accelerate", "lightly", "omegaconf", "pyogrio"} & set(foreign.split())
+        assert other_modules == ""
+    else:  # timm imports further dependencies
+        assert not {"rasterio", "webdataset", "accelerate", "lightly", "omegaconf", "pyogrio"} & set(
+            other_modules.split()
+        )
 
 
-def test_an_encoder_in_half_precision_is_published_in_single(tmp_path: Path) -> None:
+def test_half_precision_encoder_is_saved_in_float32(tmp_path: Path) -> None:
     encoder = build("SENTINEL2_TS").bfloat16()
     save_encoder(encoder, tmp_path / "encoder")
     loaded = load_encoder(tmp_path / "encoder").state_dict()
@@ -250,7 +256,7 @@ def test_an_encoder_in_half_precision_is_published_in_single(tmp_path: Path) -> 
         assert torch.equal(loaded[key], tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def test_a_fixed_size_and_a_choice_of_channels_are_part_of_an_encoder(tmp_path: Path) -> None:
+def test_fixed_size_and_selected_channels_are_saved(tmp_path: Path) -> None:
     spec = replace(build("AERIAL_RGBI").spec, channels=("NIR", "R"), mean=(1.0, 2.0), std=(3.0, 4.0))
     encoder = build_encoder(spec, EncoderConfig(options=SWIN, fixed_size=32)).eval()
     save_encoder(encoder, tmp_path / "encoder")
@@ -262,7 +268,7 @@ def test_a_fixed_size_and_a_choice_of_channels_are_part_of_an_encoder(tmp_path: 
             assert torch.equal(mine, theirs)
 
 
-def test_the_limit_of_memory_is_one_of_this_thread_and_ends_with_its_block() -> None:
+def test_memory_limit_applies_to_its_thread_and_block_only() -> None:
     built: list[torch.nn.Module] = []
     other = threading.Thread(target=lambda: built.append(torch.nn.Linear(99, 99)))
     with limited_memory(parameters=1000, buffers=0):
@@ -277,7 +283,7 @@ def test_the_limit_of_memory_is_one_of_this_thread_and_ends_with_its_block() -> 
         torch.nn.BatchNorm1d(1)
 
 
-def test_queries_too_large_are_refused_before_they_are_filled() -> None:
+def test_memory_limit_applies_before_tensors_are_filled() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with limited_memory(parameters=1 << 20, buffers=0), pytest.raises(MemoryError, match="parameters take more"):
         AttentionHeads(n_head=4, d_k=10**8, d_model=8)

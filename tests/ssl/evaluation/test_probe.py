@@ -1,4 +1,4 @@
-"""Probes of frozen features: votes, regression, labels of cells, and figures of a real run."""
+"""kNN and linear probes of frozen features: votes, regression, cell labels, and scores of a real run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_recipes import PRETRAIN
-from test_masked import make_task
+from tiny_pretraining import make_model
 
 from bocage import recipes
 from bocage.shards.classes import COSIA
@@ -30,26 +30,27 @@ from bocage.ssl.evaluation.probe import (
     linear_probe,
     majority_class,
 )
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 COSIA_LABEL = "AERIAL_LABEL-COSIA"
 
 
 def blobs(count: int, seed: int) -> LabelledCells:
-    """Three classes (2, 5 and 7), each around a direction of its own."""
+    """Sample three classes (2, 5 and 7), each around another direction."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([2, 5, 7])[torch.randint(3, (count,), generator=generator)]
     centres = torch.eye(8)[labels]
     return LabelledCells(centres * 3 + torch.randn(count, 8, generator=generator) * 0.7, labels)
 
 
-def test_both_probes_tell_classes_apart_that_are_apart() -> None:
+def test_both_probes_classify_separated_classes() -> None:
     train, test = blobs(300, 0), blobs(200, 1)
     for predicted in (knn_probe(train, test.features, 19, 20), linear_probe(train, 19, 1e-3)(test.features)):
         assert (predicted == test.labels).float().mean() > 0.97
 
 
-def test_nearest_is_the_vote_written_out() -> None:
+def test_knn_probe_equals_a_slow_vote() -> None:
     train, test = blobs(40, 0), blobs(25, 1)
     found = knn_probe(train, test.features, 19, 5)
     for query, predicted in zip(test.features, found.tolist(), strict=True):
@@ -63,7 +64,7 @@ def test_nearest_is_the_vote_written_out() -> None:
     assert len(knn_probe(LabelledCells(train.features[:2], train.labels[:2]), test.features, 19, 20)) == 25
 
 
-def test_the_linear_probe_does_not_depend_on_scale_and_repeats() -> None:
+def test_linear_probe_is_deterministic_and_independent_of_scale() -> None:
     train, test = blobs(200, 0), blobs(200, 1)
     first = linear_probe(train, 19, 1e-3)(test.features)
     assert torch.equal(first, linear_probe(train, 19, 1e-3)(test.features))
@@ -72,7 +73,7 @@ def test_the_linear_probe_does_not_depend_on_scale_and_repeats() -> None:
     assert (first == scaled).float().mean() > 0.99
 
 
-def test_the_label_of_a_cell_is_its_commonest_scored_class() -> None:
+def test_majority_class_is_the_most_frequent_scored_class() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 19, (3, 50, 50), generator=generator).to(torch.uint8)
     labels[0, :25] = 18  # undefined: two cells of four have no scored pixel
@@ -87,8 +88,8 @@ def test_the_label_of_a_cell_is_its_commonest_scored_class() -> None:
     assert (found[0, 0] == -1).all()
 
 
-def test_features_of_a_grid_have_all_maps() -> None:
-    encoder = make_task(names=["SPOT_RGBI"]).encoder("SPOT_RGBI").eval()
+def test_cell_features_contain_all_maps() -> None:
+    encoder = make_model(names=["SPOT_RGBI"]).encoder("SPOT_RGBI").eval()
     values = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features = cell_features(encoder, values, None, None, 8)
@@ -97,15 +98,15 @@ def test_features_of_a_grid_have_all_maps() -> None:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Some seconds: patches are simulated and sharded."""
+    """Shards of simulated patches; takes seconds."""
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=12, seed=3, dates=(3, 4))
     return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
 
 
-# Some 10 s: two runs pretrain and are probed.
-def test_a_run_records_them_and_is_not_changed_by_them(manifest: Manifest, tmp_path: Path) -> None:
-    words = [*PRETRAIN, f"shards={manifest.path}", "modalities=[AERIAL_RGBI,SENTINEL2_TS]", "pictures=0"]
+# Takes 10 s, because two runs pretrain.
+def test_run_logs_probe_scores_and_is_not_changed_by_them(manifest: Manifest, tmp_path: Path) -> None:
+    words = [*PRETRAIN, f"shards={manifest.path}", "modalities=[AERIAL_RGBI,SENTINEL2_TS]", "reconstructions=0"]
     words += ["split=all", "window=51.2", "engine.steps=4", "engine.evaluate_every=2", "engine.ema_decay=0.5"]
 
     def lines(name: str, *more: str) -> list[dict[str, float]]:
@@ -124,17 +125,17 @@ def test_a_run_records_them_and_is_not_changed_by_them(manifest: Manifest, tmp_p
     assert np.mean(by_class) == pytest.approx(probed[-1]["evaluation/linear_miou/AERIAL_RGBI"])
 
 
-# Some 25 s: three processes import everything.
+# Takes 25 s, because three processes import everything.
 @pytest.mark.slow
-def test_two_ranks_find_what_one_does_also_when_patches_do_not_divide(manifest: Manifest, tmp_path: Path) -> None:
-    script = [str(Path(__file__).parents[1] / "support" / "probe_run.py"), str(manifest.path)]
+def test_two_ranks_give_the_scores_of_one_for_an_odd_number_of_patches(manifest: Manifest, tmp_path: Path) -> None:
+    script = [str(Path(__file__).parents[2] / "support" / "probe_run.py"), str(manifest.path)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, words in (("one", script), ("two", [*launcher, *script])):
         subprocess.run([sys.executable, *words, str(tmp_path / name)], check=True, capture_output=True)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
     assert (one["ranks"], two["ranks"]) == (1, 2)
-    assert one["figures"] == two["figures"]
-    assert any(name.startswith("linear_iou/SENTINEL2_TS/") for name in one["figures"])
+    assert one["scores"] == two["scores"]
+    assert any(name.startswith("linear_iou/SENTINEL2_TS/") for name in one["scores"])
 
 
 @pytest.mark.parametrize(
@@ -145,13 +146,13 @@ def test_two_ranks_find_what_one_does_also_when_patches_do_not_divide(manifest: 
         ({"label": COSIA_LABEL, "level": 2}, "probe.level=2: AERIAL_LABEL-COSIA has levels 1 to 1"),
     ],
 )
-def test_wrong_labels_are_named(keys: dict[str, str | int], message: str, manifest: Manifest) -> None:
+def test_error_names_a_wrong_label(keys: dict[str, str | int], message: str, manifest: Manifest) -> None:
     with pytest.raises(InputError, match=message):
         Probe(manifest, ProbeConfig(**keys), "all")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("keys", [{"patches": 0}, {"neighbours": 0}, {"level": 0}, {"cell": 0.0}, {"penalty": -1.0}])
-def test_wrong_values_name_their_key(keys: dict[str, float]) -> None:
+def test_error_names_the_key_of_a_wrong_value(keys: dict[str, float]) -> None:
     (key,) = keys
     with pytest.raises(ValueError, match=rf"probe\.{key}="):
         ProbeConfig(**keys)  # type: ignore[arg-type]

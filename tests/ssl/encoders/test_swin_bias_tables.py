@@ -1,4 +1,4 @@
-"""Position biases between windows: tables of encoders for any size and of those built at one size."""
+"""Resize tables of position biases between encoders for any size and encoders of a fixed size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bocage.shards.errors import InputError
-from bocage.ssl.encoders.bias_tables import resize_bias_tables
-from bocage.ssl.encoders.swin import SwinEncoder
+from bocage.ssl.encoders.swin import SwinEncoder, resize_bias_tables
 
 TINY: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
 V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
@@ -25,7 +24,7 @@ def tables(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("source", "target"), [(None, 64), (64, None), (64, 128), (None, 32), (32, None)])
-def test_tables_fit_in_both_directions(source: int | None, target: int | None) -> None:
+def test_tables_are_resized_in_both_directions(source: int | None, target: int | None) -> None:
     start, end = build(fixed_size=source), build(fixed_size=target)
     resized = resize_bias_tables(start.state_dict(), end)
     end.load_state_dict(resized, strict=True)
@@ -33,8 +32,8 @@ def test_tables_fit_in_both_directions(source: int | None, target: int | None) -
     assert set(start.state_dict()) - set(untouched) <= set(tables(start.state_dict()))
 
 
-def test_a_table_that_depends_on_the_offset_linearly_keeps_its_slope() -> None:
-    """Nearly: the cubic of torch is not exact on ramps. Away from the border, where a resized map always flattens."""
+def test_linear_table_keeps_its_slope() -> None:
+    """Up to the error of torch's bicubic kernel on ramps, and without the border, where a resized map flattens."""
     encoder = build(window_size=12)
     ramp = torch.linspace(-1, 1, 13).view(13, 1).expand(13, 13).reshape(-1, 1)
     weights = resize_bias_tables({LAST: ramp.repeat(1, 4)}, encoder)
@@ -45,7 +44,7 @@ def test_a_table_that_depends_on_the_offset_linearly_keeps_its_slope() -> None:
         torch.testing.assert_close(grid[4:-4, column, 2], expected, atol=0.01, rtol=0)
 
 
-def test_equal_windows_and_v2_and_other_names_pass_unchanged() -> None:
+def test_equal_windows_v2_and_other_names_pass_unchanged() -> None:
     for name in (V1, V2):
         weights = {**build(name).state_dict(), "head.fc.weight": torch.zeros(1)}
         resized = resize_bias_tables(weights, build(name))
@@ -53,27 +52,27 @@ def test_equal_windows_and_v2_and_other_names_pass_unchanged() -> None:
         assert all(resized[key] is weights[key] for key in weights)
 
 
-def test_v2_weights_of_one_fixed_size_load_at_another_as_they_are() -> None:
+def test_v2_weights_of_a_fixed_size_load_unchanged_at_any_size() -> None:
     small, whole = build(V2, fixed_size=64), build(V2)
     whole.load_state_dict(resize_bias_tables(small.state_dict(), whole), strict=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_dtype_stays(dtype: torch.dtype) -> None:
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
     weights = {LAST: torch.randn(9, 4).to(dtype)}
     assert resize_bias_tables(weights, build())[LAST].dtype == dtype
 
 
-def test_windows_that_are_not_square_pass_only_where_they_fit() -> None:
+def test_tables_of_rectangular_windows_pass_only_unchanged() -> None:
     encoder = build(window_size=[[7, 5]] * 4)
     fitting = torch.randn(13 * 9, 4)
     assert resize_bias_tables({LAST: fitting}, encoder)[LAST] is fitting
     assert resize_bias_tables({LAST: torch.randn(49, 4)}, encoder)[LAST].shape == (13 * 9, 4)
-    with pytest.raises(InputError, match="77 offsets, which are not those of a square window"):
+    with pytest.raises(InputError, match="77 offsets, which do not fit a square window"):
         resize_bias_tables({LAST: torch.randn(77, 4)}, encoder)
 
 
 @pytest.mark.parametrize("shape", [(64, 4), (169,), (0, 4)])
-def test_what_is_not_a_table_is_refused(shape: tuple[int, ...]) -> None:
+def test_other_tensors_raise_input_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="relative_position_bias_table has"):
         resize_bias_tables({LAST: torch.zeros(shape)}, build())

@@ -1,3 +1,5 @@
+"""Confusion matrices and the official and strict scores."""
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ def matrix_of(truth: np.ndarray, predicted: np.ndarray, scheme: ClassScheme) -> 
 
 
 def by_pixel(truth: np.ndarray, predicted: np.ndarray, scheme: ClassScheme, strict: bool) -> tuple[dict, float]:
-    """IoU by class and accuracy, from sets of pixels instead of a matrix."""
+    """Compute IoU per class and accuracy from sets of pixels instead of a matrix."""
     truth, predicted = truth.ravel(), predicted.ravel()
     counts = ~np.isin(truth, scheme.unscored)
     if not strict:
@@ -69,7 +71,7 @@ def test_official_scores_equal_the_official_formula(truth: np.ndarray, predicted
     assert (scores.miou, scores.oa) == (pytest.approx(iou.mean()), pytest.approx(accuracy))
 
 
-def test_leaking_into_an_unscored_class_is_punished_by_the_strict_score_alone() -> None:
+def test_predictions_of_unscored_classes_lower_the_strict_score_only() -> None:
     matrix = np.zeros((19, 19), np.int64)
     for value in COSIA.scored:
         matrix[value, value], matrix[value, 18] = 60, 40
@@ -78,7 +80,7 @@ def test_leaking_into_an_unscored_class_is_punished_by_the_strict_score_alone() 
     assert strict_scores(matrix, COSIA).oa == pytest.approx(60)
 
 
-def test_absent_classes_are_named_and_background_is_told_apart() -> None:
+def test_absent_classes_and_miou_without_background() -> None:
     matrix = np.zeros((23, 23), np.int64)
     matrix[1, 1], matrix[1, 22], matrix[22, 22] = 30, 10, 60
     scores = strict_scores(matrix, LPIS_1)
@@ -89,7 +91,7 @@ def test_absent_classes_are_named_and_background_is_told_apart() -> None:
     assert scores.to_json()["absent"] == list(scores.absent)
 
 
-def test_counts_are_kept_by_region_and_unlabelled_samples_left_out() -> None:
+def test_counts_per_region_exclude_unlabelled_samples() -> None:
     truth = torch.tensor([[[0, 1]], [[1, 1]], [[2, 2]], [[4, 4]]], dtype=torch.uint8)
     predicted = torch.tensor([[[0, 0]], [[1, 2]], [[2, 0]], [[4, 4]]], dtype=torch.uint8)
     whole = ConfusionMatrix(SMALL)
@@ -106,13 +108,13 @@ def test_counts_are_kept_by_region_and_unlabelled_samples_left_out() -> None:
     assert whole.total.sum() == 6
 
 
-def test_a_value_outside_the_scheme_is_an_error_not_a_count() -> None:
+def test_value_outside_the_scheme_raises_input_error() -> None:
     truth = torch.full((1, 2, 2), 200, dtype=torch.uint8)
     with pytest.raises(InputError, match=r"label of D001-2020/AA holds values 200\.\.200, the classes are 0\.\.4"):
         ConfusionMatrix(SMALL).update(truth, torch.zeros_like(truth), ["D001-2020/AA"])
 
 
-def test_an_empty_matrix_scores_zero() -> None:
+def test_empty_matrix_scores_zero() -> None:
     empty = ConfusionMatrix(COSIA).total
     assert strict_scores(empty, COSIA).miou == 0
     assert official_scores(empty, COSIA).oa == 0
