@@ -1,4 +1,4 @@
-"""Sound shards to copies that are broken in one exact way, with or without hashes that hide it."""
+"""Damage shards in one exact way, and optionally update the hashes to hide the damage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,70 +17,70 @@ from bocage.shards.format.manifest import Manifest
 from bocage.shards.format.tar import TarWriter
 
 
-def place_of(shards: Path, key: str, modality: str) -> tuple[int, int]:
-    """Offset and length of a member."""
+def member_range(shards: Path, key: str, modality: str) -> tuple[int, int]:
+    """Offset and length of a member in its tar."""
     manifest = Manifest.open(shards)
     row = manifest.index.keys.to_pylist().index(key)
     return int(manifest.index.offset[modality][row]), int(manifest.index.length[modality][row])
 
 
-def patched(path: Path, offset: int, data: bytes) -> None:
-    """Overwrites some bytes."""
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    """Overwrite bytes of a file."""
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(data)
 
 
-def flipped(path: Path, offset: int) -> None:
-    """Flips one bit of a byte."""
-    patched(path, offset, bytes([path.read_bytes()[offset] ^ 4]))
+def flip_bit(path: Path, offset: int) -> None:
+    """Flip one bit of a byte."""
+    overwrite(path, offset, bytes([path.read_bytes()[offset] ^ 4]))
 
 
-def with_description(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes ``dataset.json``."""
+def edit_description(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change ``dataset.json``."""
     description = json.loads((shards / "dataset.json").read_text())
     change(description)
     (shards / "dataset.json").write_text(json.dumps(description))
 
 
-def with_hashes(shards: Path) -> None:
-    """Sizes and hashes as one would set them who hides a change."""
+def update_hashes(shards: Path) -> None:
+    """Update sizes and hashes in ``dataset.json`` to hide a change of the files."""
 
     def describe(description: dict[str, Any]) -> None:
         for entry in description["shards"]:
-            entry |= _described(shards / entry["name"])
+            entry |= _size_and_hash(shards / entry["name"])
         for name in description["files"]:
-            description["files"][name] = _described(shards / name)
+            description["files"][name] = _size_and_hash(shards / name)
 
-    with_description(shards, describe)
+    edit_description(shards, describe)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _size_and_hash(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def with_columns(shards: Path, columns: dict[str, Callable[[list[Any]], None]], index: bool = True) -> None:
-    """Changes columns of the table and, where it has them, of the index."""
+def edit_columns(shards: Path, columns: dict[str, Callable[[list[Any]], None]], index: bool = True) -> None:
+    """Change columns of the table and the same columns of the index."""
     table = pq.read_table(shards / "manifest.parquet")
     batch = pa.ipc.open_file(shards / "index.arrow").get_batch(0)
-    of_index = dict(zip(batch.schema.names, batch.columns))
+    index_columns = dict(zip(batch.schema.names, batch.columns))
     for name, change in columns.items():
         values = table[name].to_pylist()
         change(values)
         field = table.schema.field(name)
         table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-        if name in of_index and not pa.types.is_dictionary(of_index[name].type):
-            of_index[name] = pa.array(values, of_index[name].type)
+        if name in index_columns and not pa.types.is_dictionary(index_columns[name].type):
+            index_columns[name] = pa.array(values, index_columns[name].type)
     pq.write_table(table, shards / "manifest.parquet")
     if index:
         with pa.ipc.new_file(str(shards / "index.arrow"), batch.schema) as writer:
-            writer.write_batch(pa.record_batch(list(of_index.values()), schema=batch.schema))
-    with_hashes(shards)
+            writer.write_batch(pa.record_batch(list(index_columns.values()), schema=batch.schema))
+    update_hashes(shards)
 
 
-def with_member(shards: Path, key: str, modality: str, data: bytes) -> None:
-    """Replaces the bytes of a member; tar, table, index and hashes agree with each other afterwards."""
+def replace_member(shards: Path, key: str, modality: str, data: bytes) -> None:
+    """Replace the bytes of a member, and update tar, table, index and hashes consistently."""
     manifest = Manifest.open(shards)
     keys = manifest.index.keys.to_pylist()
     shard = int(manifest.index.shard[keys.index(key)])
@@ -99,24 +98,24 @@ def with_member(shards: Path, key: str, modality: str, data: bytes) -> None:
     archive.finish()
     manifest.shard_path(shard).write_bytes(buffer.getvalue())
 
-    def moved(name: str) -> Callable[[list[Any]], None]:
+    def updated_offsets(name: str) -> Callable[[list[Any]], None]:
         def change(values: list[Any]) -> None:
             for row, offset in offsets[name].items():
                 values[row] = offset
 
         return change
 
-    def resized(values: list[Any]) -> None:
+    def set_length(values: list[Any]) -> None:
         values[keys.index(key)] = len(data)
 
-    changes = {f"offset.{name}": moved(name) for name in manifest.registry}
-    with_columns(shards, changes | {f"length.{modality}": resized})
+    changes = {f"offset.{name}": updated_offsets(name) for name in manifest.registry}
+    edit_columns(shards, changes | {f"length.{modality}": set_length})
 
 
-def with_tar(
+def rewrite_tar(
     shards: Path, name: str, write: Callable[[tarfile.TarFile, dict[str, bytes]], None], **options: Any
 ) -> None:
-    """Writes a shard again by hand: ``write`` is given a new tar and the members of the old one."""
+    """Rewrite a shard: ``write`` gets a new tar and the members of the old one."""
     with tarfile.open(shards / name) as tar:
         members = {}
         for member in tar:
@@ -127,18 +126,13 @@ def with_tar(
     with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
         write(tar, members)
     (shards / name).write_bytes(buffer.getvalue())
-    with_hashes(shards)
+    update_hashes(shards)
 
 
-def added(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
-    """Adds a member of any kind."""
+def add_member(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
+    """Add a member of any type."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for field, value in fields.items():
         setattr(info, field, value)
     tar.addfile(info, io.BytesIO(data))
-
-
-def arrays_of(dtype: str, *shape: int) -> np.ndarray:
-    """Some values of a dtype and shape."""
-    return np.arange(np.prod(shape), dtype=np.int64).reshape(shape).astype(dtype)
