@@ -1,1 +1,1 @@
-"""Map whole zones by tiled inference."""
+"""Tiled inference: class maps of areas of any size from rasters."""

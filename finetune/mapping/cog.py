@@ -1,40 +1,37 @@
-"""Tiles to one cloud-optimised GeoTIFF, with the colours and names of its classes."""
+"""Merge tiles into one cloud-optimised GeoTIFF with the colours and names of its classes."""
 
 from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import rasterio.shutil
 
+from bocage.finetune.mapping.map_grid import MapGrid
 from bocage.shards.classes import ClassScheme
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.inspect.composites import palette
-
-if TYPE_CHECKING:
-    from bocage.finetune.mapping.grid import MapGrid
 
 NODATA = 255
 
 
-def write_cog(path: Path, tiles: Path, plan: MapGrid, scheme: ClassScheme, kind: str) -> None:
-    """Write the map that the tiles ``ROW_COLUMN.tif`` of a folder make up.
+def write_cog(path: Path, tiles: Path, grid: MapGrid, scheme: ClassScheme, kind: str) -> None:
+    """Merge the tiles ``ROW_COLUMN.tif`` of a folder into one cloud-optimised GeoTIFF.
 
-    One band of classes has a colour table and ``CLASS_N`` tags; a band a class of probabilities has its name, and a
-    scale that makes shares of its numbers.
+    A class map has one band with a colour table and ``CLASS_N`` tags. A probability map has one band per class, with
+    the name of the class and the scale that converts its values to probabilities.
 
     Args:
-        path: the file.
-        tiles: folder of all tiles of the plan.
-        plan: the grid.
-        scheme: the classes.
-        kind: ``classes`` or ``probabilities``.
+        path: output file.
+        tiles: folder that contains all tiles of the grid.
+        grid: grid of the map.
+        scheme: classes of the map.
+        kind: content of the map, ``classes`` or ``probabilities``.
     """
     mosaic = tiles / "mosaic.vrt"
-    mosaic.write_text(_mosaic(tiles, plan, scheme, kind), encoding="utf-8")
+    mosaic.write_text(_mosaic_vrt(tiles, grid, scheme, kind), encoding="utf-8")
     resampling = "mode" if kind == "classes" else "average"
-    with written_atomically(path) as temporary:
+    with atomic_write(path) as temporary:
         rasterio.shutil.copy(
             mosaic,
             temporary,
@@ -46,13 +43,13 @@ def write_cog(path: Path, tiles: Path, plan: MapGrid, scheme: ClassScheme, kind:
         )
 
 
-def _mosaic(tiles: Path, plan: MapGrid, scheme: ClassScheme, kind: str) -> str:
-    """A GDAL virtual raster of the tiles."""
-    extent = plan.raster.extent
-    lines = [f'<VRTDataset rasterXSize="{plan.width}" rasterYSize="{plan.height}">']
+def _mosaic_vrt(tiles: Path, grid: MapGrid, scheme: ClassScheme, kind: str) -> str:
+    """Return the XML of a GDAL virtual raster (VRT) that mosaics the tiles."""
+    extent = grid.raster.extent
+    lines = [f'<VRTDataset rasterXSize="{grid.width}" rasterYSize="{grid.height}">']
     if extent.crs is not None:
         lines.append(f"<SRS>{html.escape(extent.crs.to_wkt())}</SRS>")
-    lines.append(f"<GeoTransform>{extent.left!r}, {plan.gsd!r}, 0.0, {extent.top!r}, 0.0, {-plan.gsd!r}</GeoTransform>")
+    lines.append(f"<GeoTransform>{extent.left!r}, {grid.gsd!r}, 0.0, {extent.top!r}, 0.0, {-grid.gsd!r}</GeoTransform>")
     bands = ["classes"] if kind == "classes" else list(scheme.classes)
     for band, name in enumerate(bands, start=1):
         lines.append(f'<VRTRasterBand dataType="Byte" band="{band}">')
@@ -69,9 +66,9 @@ def _mosaic(tiles: Path, plan: MapGrid, scheme: ClassScheme, kind: str) -> str:
         else:
             lines.append(f"<Scale>{1 / (NODATA - 1)!r}</Scale><Offset>0</Offset>")
         lines.append(f"<NoDataValue>{NODATA}</NoDataValue>")
-        for row, column in plan.tiles():
-            left, top = column * plan.tile, row * plan.tile
-            width, height = min(plan.tile, plan.width - left), min(plan.tile, plan.height - top)
+        for row, column in grid.tiles():
+            left, top = column * grid.tile_size, row * grid.tile_size
+            width, height = min(grid.tile_size, grid.width - left), min(grid.tile_size, grid.height - top)
             size = f'xSize="{width}" ySize="{height}"'
             file = html.escape(str((tiles / f"{row}_{column}.tif").resolve()))
             lines.append(

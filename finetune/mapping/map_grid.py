@@ -1,11 +1,11 @@
-"""The grid of a map: its windows and its tiles, in pixels of the map."""
+"""Grid of a map: the overlapping windows that a model reads, and the tiles that are written."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from bocage.finetune.mapping.rasters import MapRaster
+from bocage.finetune.mapping.map_rasters import MapRaster
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.modality import PATCH_SIZE
@@ -13,74 +13,75 @@ from bocage.shards.modality import PATCH_SIZE
 
 @dataclass(frozen=True)
 class MapGrid:
-    """The grid of a map, its windows and its tiles, in pixels of the map.
+    """Grid of a map. Lengths are in pixels of the map unless stated otherwise.
 
     Attributes:
-        raster: sets coordinate system and corner.
-        gsd: pixel of the map, metres.
-        width, height: of the map.
-        size: side of a window.
-        step: from one window to the next; windows overlap by ``size - step``, at most half of them.
-        across: windows that begin in a tile, along a side. More are computed for its borders, and memory is in
-            proportion.
+        raster: raster that defines the coordinate system, the upper left corner and the extent.
+        gsd: pixel size of the map, in metres.
+        width: width of the map.
+        height: height of the map.
+        window_size: side of a window.
+        stride: distance between window starts; windows overlap by ``window_size - stride``, at most half a window.
+        windows_per_tile: number of windows that start in a tile, along each side. Windows that reach into the tile from
+            outside are computed too. Memory is proportional to this number.
     """
 
     raster: MapRaster
     gsd: float
     width: int
     height: int
-    size: int
-    step: int
-    across: int = 8
+    window_size: int
+    stride: int
+    windows_per_tile: int = 8
 
     @property
-    def tile(self) -> int:
+    def tile_size(self) -> int:
         """Side of a tile."""
-        return self.across * self.step
+        return self.windows_per_tile * self.stride
 
     def corner(self, row: int, column: int) -> tuple[float, float]:
-        """Left and top of a pixel, in the raster's coordinates."""
+        """Return the left and top coordinates of a pixel, in the coordinate system of the raster."""
         extent = self.raster.extent
         return extent.left + column * self.gsd, extent.top - row * self.gsd
 
     def tiles(self) -> list[tuple[int, int]]:
-        """Row and column of every tile."""
-        rows, columns = (math.ceil(length / self.tile) for length in (self.height, self.width))
+        """Return the row and column of every tile."""
+        rows, columns = (math.ceil(length / self.tile_size) for length in (self.height, self.width))
         return [(row, column) for row in range(rows) for column in range(columns)]
 
-    def begin(self, number: int, length: int) -> int:
-        """The first pixel of a window of an axis of ``length``: a step after the one before it.
+    def window_start(self, index: int, length: int) -> int:
+        """Return the first pixel of a window along an axis of ``length`` pixels.
 
-        The last one ends with the axis: what a model has learned from are windows full of data.
+        The last window is shifted to end with the axis, because models are trained on windows full of data.
         """
-        return min(number * self.step, max(0, length - self.size))
+        return min(index * self.stride, max(0, length - self.window_size))
 
-    def windows(self, start: int, stop: int, length: int) -> range:
-        """Numbers of the windows that reach pixels from ``start`` to ``stop`` of an axis of ``length``.
+    def window_range(self, start: int, stop: int, length: int) -> range:
+        """Return the indices of the windows that overlap the pixels ``start`` to ``stop`` of an axis of ``length``.
 
-        A window covers ``size`` pixels; there are as many as it takes to cover the axis.
+        As many windows as needed cover the axis.
         """
-        count = max(1, math.ceil((length - (self.size - self.step)) / self.step))
-        first = max(0, (start - self.size) // self.step + 1)
-        end = min(count, math.ceil(stop / self.step))
-        if end == count - 1 and self.begin(end, length) < stop:  # the last one begins earlier than by steps
+        count = max(1, math.ceil((length - (self.window_size - self.stride)) / self.stride))
+        first = max(0, (start - self.window_size) // self.stride + 1)
+        end = min(count, math.ceil(stop / self.stride))
+        if end == count - 1 and self.window_start(end, length) < stop:  # the last window starts before index * stride
             end = count
         return range(first, end)
 
 
-def plan_map(task: Segmentation, raster: MapRaster, overlap: float) -> MapGrid:
-    """The plan of a map over all that ``raster`` covers.
+def plan_grid(task: Segmentation, raster: MapRaster, overlap: float) -> MapGrid:
+    """Plan the grid of a map that covers the extent of ``raster``.
 
     Args:
-        task: the model; maps have the pixel of its labels.
-        raster: sets the grid.
-        overlap: metres by which windows overlap.
+        task: model; its labels define the pixel size of the map.
+        raster: raster that defines the coordinate system and extent.
+        overlap: overlap of adjacent windows, in metres.
 
     Raises:
-        InputError: an overlap of more than half a window, or negative.
+        InputError: the overlap is negative or more than half a window.
     """
     if not 0 <= overlap <= PATCH_SIZE / 2:
-        raise InputError(f"--overlap {overlap:g}: it must be between 0 and {PATCH_SIZE / 2:g} m, half a window")
-    extent, size = raster.extent, round(PATCH_SIZE / task.gsd)
+        raise InputError(f"--overlap {overlap:g} must be between 0 and {PATCH_SIZE / 2:g} m, half a window")
+    extent, window_size = raster.extent, round(PATCH_SIZE / task.gsd)
     width, height = (max(1, round(length / task.gsd)) for length in (extent.width, extent.height))
-    return MapGrid(raster, task.gsd, width, height, size, size - round(overlap / task.gsd))
+    return MapGrid(raster, task.gsd, width, height, window_size, window_size - round(overlap / task.gsd))

@@ -1,4 +1,4 @@
-"""Maps of zones of any size: windows of a model blended where they overlap, tile by tile, in constant memory."""
+"""Tiled inference: map areas of any size by blending overlapping windows, tile by tile, in constant memory."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import rasterio
 import torch
-from rasterio._err import CPLE_BaseError  # what GDAL's own errors are, and rasterio.errors does not have
+from rasterio._err import CPLE_BaseError  # base class of GDAL errors that rasterio.errors does not export
 from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
 from bocage.finetune.mapping.cog import NODATA, write_cog
-from bocage.finetune.mapping.grid import MapGrid
-from bocage.finetune.mapping.rasters import MapRaster, covered, window_batch
+from bocage.finetune.mapping.map_grid import MapGrid
+from bocage.finetune.mapping.map_rasters import MapRaster, valid_pixels, window_batch
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.errors import InputError
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 from bocage.shards.modality import PATCH_SIZE
-from bocage.ssl.engine.checkpoint.resume import run_lock
-from bocage.ssl.engine.parallel.distributed import rank_and_world, run_on_all_ranks
+from bocage.ssl.engine.parallel.distributed import rank_and_world, run_lock, run_on_all_ranks
 
 Kind = Literal["classes", "probabilities"]
-Value = TypeVar("Value")
-LEVELS = NODATA - 1
-"""Probabilities are written as whole numbers from 0 to this."""
+T = TypeVar("T")
+PROBABILITY_LEVELS = NODATA - 1
+"""Largest value of a written probability: probabilities are stored as integers from 0 to this."""
 
-_WINDOWS = 2  # of what version the places of windows are: tiles of another do not fit
-_CACHE = 64  # MB that GDAL may keep
+_LAYOUT_VERSION = 2  # version of the window layout; tiles of different versions do not fit together
+_GDAL_CACHE = 64  # MB
 
 
 def write_map(
     task: Segmentation,
     rasters: Mapping[str, MapRaster],
-    plan: MapGrid,
+    grid: MapGrid,
     out: Path,
     *,
     kind: Kind = "classes",
@@ -46,229 +45,248 @@ def write_map(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Path]:
-    """Write a map of each label, ``OUT/LABEL.tif`` or ``OUT/LABEL_probabilities.tif``: cloud-optimised GeoTIFFs.
+    """Write a map of each label, ``OUT/LABEL.tif`` or ``OUT/LABEL_probabilities.tif``, as cloud-optimised GeoTIFFs.
 
-    Windows are blended by weights that fall off towards their borders, so that no border of a window or of a tile
-    shows. Finished tiles lie in ``OUT/tiles`` until the map is whole: the same call goes on with them, on any number
-    of ranks, to the same bytes. Where no raster has data, maps have none. All ranks call it.
+    Probabilities of overlapping windows are averaged with weights that decrease towards the window borders, so that
+    neither windows nor tiles leave seams. Finished tiles are kept in ``OUT/tiles`` until the map is complete. After an
+    interruption the same call resumes, on any number of ranks, and produces the same bytes. Pixels where no raster has
+    data are nodata. All ranks must call this function.
 
     Args:
-        task: the model; put into evaluation mode.
-        rasters: see ``open_rasters``.
-        plan: see ``plan_map``.
-        out: folder, made when missing.
-        kind: the likeliest class, or a band a class with its probability times ``LEVELS``.
-        batch_size: windows at a time.
-        device: where the model runs.
-        progress: called with the tiles that this rank has done and has to do.
+        task: model; it is moved to ``device`` and set to evaluation mode.
+        rasters: input rasters by modality, see ``open_rasters``.
+        grid: grid of the map, see ``plan_grid``.
+        out: output folder, created if missing.
+        kind: content of the map: ``classes`` for the most likely class, ``probabilities`` for one band per class with
+            its probability times ``PROBABILITY_LEVELS``.
+        batch_size: number of windows per batch.
+        device: device of the model.
+        progress: callback that receives the finished and the total number of tiles of this rank.
 
     Returns:
-        By label, the path of its map.
+        Path of the map of each label.
 
     Raises:
-        InputError: ``out`` holds a map of something else, another process writes there, or it cannot be written.
+        InputError: ``out`` has a map of other inputs or settings, another process is writing to it, or writing fails.
     """
-    names = {name: name if kind == "classes" else f"{name}_probabilities" for name in task.targets}
-    paths = {name: out / f"{stem}.tif" for name, stem in names.items()}
-    folder, facts = out / "tiles" / kind, out / f"{kind}.json"
-    description = _description(task, rasters, plan, batch_size)
+    stems = {name: name if kind == "classes" else f"{name}_probabilities" for name in task.targets}
+    paths = {name: out / f"{stem}.tif" for name, stem in stems.items()}
+    folder, description_file = out / "tiles" / kind, out / f"{kind}.json"
+    description = _describe_map(task, rasters, grid, batch_size)
     rank, world = rank_and_world()
     task = task.to(device).eval()
 
-    def files(tile: tuple[int, int]) -> dict[str, Path]:
+    def tile_files(tile: tuple[int, int]) -> dict[str, Path]:
         return {name: folder / name / f"{tile[0]}_{tile[1]}.tif" for name in task.targets}
 
-    def begin() -> list[tuple[int, int]] | None:
-        """The tiles that are missing, for all ranks; None where the map is whole."""
-        if rank or (_claim(facts, description) and all(path.exists() for path in paths.values())):
+    def list_missing_tiles() -> list[tuple[int, int]] | None:
+        """Rank 0 creates the folders and returns the missing tiles, or None if the map is complete."""
+        if rank:
+            return None
+        if _is_finished(description_file, description) and all(path.exists() for path in paths.values()):
             return None
         for name in task.targets:
             (folder / name).mkdir(parents=True, exist_ok=True)
-        return [tile for tile in plan.tiles() if not all(path.exists() for path in files(tile).values())]
+        return [tile for tile in grid.tiles() if not all(path.exists() for path in tile_files(tile).values())]
 
-    def work() -> None:
-        own = (missing or [])[rank::world]
-        for number, tile in enumerate(own, start=1):
-            for name, values in _tile(task, rasters, plan, tile, kind, batch_size, torch.device(device)).items():
-                _write_tile(files(tile)[name], values, plan, tile)
+    def write_tiles() -> None:
+        tiles = (missing or [])[rank::world]
+        for done, tile in enumerate(tiles, start=1):
+            predicted = _predict_tile(task, rasters, grid, tile, kind, batch_size, torch.device(device))
+            for name, values in predicted.items():
+                _write_tile(tile_files(tile)[name], values, grid, tile)
             if progress is not None:
-                progress(number, len(own))
+                progress(done, len(tiles))
 
-    def end() -> None:
+    def merge_tiles() -> None:
         if rank:
             return
         if missing is not None:
             for name, target in task.targets.items():
-                write_cog(paths[name], folder / name, plan, target.scheme, kind)
-            _describe(facts, description, finished=True)
-        shutil.rmtree(folder, ignore_errors=True)  # or what is left of a folder whose removal was broken off
+                write_cog(paths[name], folder / name, grid, target.scheme, kind)
+            _write_description(description_file, description, finished=True)
+        shutil.rmtree(folder, ignore_errors=True)  # also removes what an interrupted removal left
 
-    run_on_all_ranks(_told(lambda: out.mkdir(parents=True, exist_ok=True), out))
-    with rasterio.Env(GDAL_CACHEMAX=_CACHE), run_lock(out):
-        missing = run_on_all_ranks(_told(begin, out))[0]
-        run_on_all_ranks(_told(work, out))
-        run_on_all_ranks(_told(end, out))
+    run_on_all_ranks(_with_input_errors(lambda: out.mkdir(parents=True, exist_ok=True), out))
+    with rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE), run_lock(out):
+        missing = run_on_all_ranks(_with_input_errors(list_missing_tiles, out))[0]
+        run_on_all_ranks(_with_input_errors(write_tiles, out))
+        run_on_all_ranks(_with_input_errors(merge_tiles, out))
     return paths
 
 
-def _told(action: Callable[[], Value], out: Path) -> Callable[[], Value]:
-    """``action``, in which what disk or GDAL refuse becomes one sentence: other ranks must hear of it."""
+def _with_input_errors(action: Callable[[], T], out: Path) -> Callable[[], T]:
+    """Wrap ``action`` so that errors of the disk or GDAL become ``InputError``, which reaches the other ranks."""
 
-    def guarded() -> Value:
+    def wrapped() -> T:
         try:
             return action()
         except (OSError, RasterioError, CPLE_BaseError) as error:
-            what = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-            raise InputError(f"{out} cannot be written: {what}") from error
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise InputError(f"{out} cannot be written: {reason}") from error
 
-    return guarded
+    return wrapped
 
 
-def _tile(
+def _predict_tile(
     task: Segmentation,
     rasters: Mapping[str, MapRaster],
-    plan: MapGrid,
+    grid: MapGrid,
     tile: tuple[int, int],
     kind: Kind,
     batch_size: int,
     device: torch.device,
 ) -> dict[str, np.ndarray]:
-    """By label the pixels of a tile, (bands, H, W) uint8.
+    """Predict the pixels of a tile, (bands, H, W) uint8 by label.
 
-    Sums of probabilities of one row of windows are held at a time: rows of pixels are done when the next one begins.
+    Weighted sums are kept for one row of windows at a time: pixels above the start of the next row are final.
     """
-    top, left = tile[0] * plan.tile, tile[1] * plan.tile
-    height, width = min(plan.tile, plan.height - top), min(plan.tile, plan.width - left)
-    columns = plan.windows(left, left + width, plan.width)
-    weights = torch.from_numpy(_weights(plan.size, plan.step))
+    top, left = tile[0] * grid.tile_size, tile[1] * grid.tile_size
+    height, width = min(grid.tile_size, grid.height - top), min(grid.tile_size, grid.width - left)
+    columns = grid.window_range(left, left + width, grid.width)
+    weights = torch.from_numpy(_blending_weights(grid.window_size, grid.stride))
     sums = {
-        name: torch.zeros(len(target.scheme) + 1, plan.size, width)  # the last channel sums the weights
+        name: torch.zeros(len(target.scheme) + 1, grid.window_size, width)  # the last channel sums the weights
         for name, target in task.targets.items()
     }
-    seen = np.zeros((plan.size, width), bool)
+    has_data = np.zeros((grid.window_size, width), bool)
     bands = {name: len(target.scheme) if kind == "probabilities" else 1 for name, target in task.targets.items()}
-    made = {name: np.full((count, height, width), NODATA, np.uint8) for name, count in bands.items()}
-    rows_of_windows = plan.windows(top, top + height, plan.height)
-    for row in rows_of_windows:
-        for column, logits, data in _windows(task, rasters, plan, row, columns, batch_size, device):
-            at = plan.begin(column, plan.width) - left
-            inside = slice(max(0, at), min(width, at + plan.size))
-            part = slice(inside.start - at, inside.stop - at)
-            seen[:, inside] |= data[:, part]
+    outputs = {name: np.full((count, height, width), NODATA, np.uint8) for name, count in bands.items()}
+    window_rows = grid.window_range(top, top + height, grid.height)
+    for row in window_rows:
+        for column, logits, valid in _predict_windows(task, rasters, grid, row, columns, batch_size, device):
+            start = grid.window_start(column, grid.width) - left
+            in_tile = slice(max(0, start), min(width, start + grid.window_size))
+            in_window = slice(in_tile.start - start, in_tile.stop - start)
+            has_data[:, in_tile] |= valid[:, in_window]
             for name, scores in logits.items():
                 weighted = torch.cat([scores.softmax(dim=0) * weights, weights[None]])
-                sums[name][:, :, inside] += weighted[:, :, part]
-        # The window below adds to the rest only, but for the last, which has nothing below.
-        begin = plan.begin(row, plan.height) - top
-        step = plan.begin(row + 1, plan.height) - top - begin if row + 1 in rows_of_windows else plan.size
-        rows = plan.size if begin + plan.size >= height else step
-        shown = slice(max(0, begin), min(height, begin + rows))
-        taken = slice(shown.start - begin, shown.stop - begin)
-        if shown.stop > shown.start:
+                sums[name][:, :, in_tile] += weighted[:, :, in_window]
+        # The first ``step`` rows of pixels are final: the next row of windows starts below them.
+        start = grid.window_start(row, grid.height) - top
+        is_last = row + 1 not in window_rows
+        step = grid.window_size if is_last else grid.window_start(row + 1, grid.height) - top - start
+        finished = grid.window_size if start + grid.window_size >= height else step
+        in_tile = slice(max(0, start), min(height, start + finished))
+        in_window = slice(in_tile.start - start, in_tile.stop - start)
+        if in_tile.stop > in_tile.start:
             for name, total in sums.items():
-                values = _values(total[:, taken], kind)
-                made[name][:, shown] = np.where(seen[taken], values, NODATA)
-        # What the next row of windows adds to comes first.
-        rest = plan.size - step
-        seen[:rest], seen[rest:] = seen[step:].copy(), False
+                values = _quantize(total[:, in_window], kind)
+                outputs[name][:, in_tile] = np.where(has_data[in_window], values, NODATA)
+        # Move the remaining rows to the top, where the next row of windows adds to them.
+        rest = grid.window_size - step
+        has_data[:rest], has_data[rest:] = has_data[step:].copy(), False
         for total in sums.values():
             total[:, :rest] = total[:, step:].clone()
             total[:, rest:] = 0.0
-    return made
+    return outputs
 
 
-def _windows(
+def _predict_windows(
     task: Segmentation,
     rasters: Mapping[str, MapRaster],
-    plan: MapGrid,
+    grid: MapGrid,
     row: int,
     columns: range,
     batch_size: int,
     device: torch.device,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor], np.ndarray]]:
-    """Of a row of windows those with data: column, by label logits (classes, size, size), and where there are data."""
+    """Predict the windows of a row that have data.
+
+    Yields:
+        Column of the window, logits (classes, window_size, window_size) by label, and the mask (window_size,
+        window_size) of pixels with data.
+    """
     inputs = [name for name in rasters if name in task.modalities]
     for first in range(columns.start, columns.stop, batch_size):
         chosen = range(first, min(first + batch_size, columns.stop))
-        top = plan.begin(row, plan.height)
-        corners = [plan.corner(top, plan.begin(column, plan.width)) for column in chosen]
-        batch, some = window_batch(rasters, corners, PATCH_SIZE)
-        rows = np.flatnonzero(some)
+        top = grid.window_start(row, grid.height)
+        corners = [grid.corner(top, grid.window_start(column, grid.width)) for column in chosen]
+        batch, has_data = window_batch(rasters, corners, PATCH_SIZE)
+        rows = np.flatnonzero(has_data)
         if not len(rows):
             continue
         batch = batch.subset(rows.tolist())
         for name in inputs:
-            rasters[name].doubt_units(batch.values[name].numpy(), task.model.encoder(name).spec)
-        data = covered(batch, inputs, plan.size)
+            rasters[name].warn_about_units(batch.values[name].numpy(), task.model.encoder(name).spec)
+        valid = valid_pixels(batch, inputs, grid.window_size)
         with torch.no_grad():
             logits = {name: values.float().cpu() for name, values in task.logits(batch.to(device)).items()}
-        for place, index in enumerate(rows):
-            yield chosen[index], {name: values[place] for name, values in logits.items()}, data[place]
+        for position, index in enumerate(rows):
+            yield chosen[index], {name: values[position] for name, values in logits.items()}, valid[position]
 
 
-def _weights(size: int, step: int) -> np.ndarray:
-    """(size, size) float32: 1 inside, falling linearly to the border over the overlap."""
-    overlap = size - step
+def _blending_weights(size: int, stride: int) -> np.ndarray:
+    """Return (size, size) float32 weights: 1 inside, decreasing linearly to the border over the overlap."""
+    overlap = size - stride
     distance = np.minimum(np.arange(size), np.arange(size)[::-1]) + 0.5
     along = np.minimum(1.0, distance / overlap) if overlap else np.ones(size)
     return np.outer(along, along).astype(np.float32)
 
 
-def _values(sums: torch.Tensor, kind: Kind) -> np.ndarray:
-    """Weighted sums of probabilities (classes + 1, H, W) as what is written, (bands, H, W) uint8."""
+def _quantize(sums: torch.Tensor, kind: Kind) -> np.ndarray:
+    """Convert weighted sums of probabilities, (classes + 1, H, W), to the written values, (bands, H, W) uint8."""
     if kind == "classes":
         return sums[:-1].argmax(dim=0, keepdim=True).to(torch.uint8).numpy()
-    shares = sums[:-1] / sums[-1:].clamp_min(torch.finfo(torch.float32).tiny)
-    return (LEVELS * shares).round().clamp(0, LEVELS).to(torch.uint8).numpy()
+    probabilities = sums[:-1] / sums[-1:].clamp_min(torch.finfo(torch.float32).tiny)
+    return (PROBABILITY_LEVELS * probabilities).round().clamp(0, PROBABILITY_LEVELS).to(torch.uint8).numpy()
 
 
-def _write_tile(path: Path, values: np.ndarray, plan: MapGrid, tile: tuple[int, int]) -> None:
+def _write_tile(path: Path, values: np.ndarray, grid: MapGrid, tile: tuple[int, int]) -> None:
     profile: dict[str, Any] = {"driver": "GTiff", "dtype": "uint8", "compress": "deflate", "tiled": True}
     profile |= {"blockxsize": 256, "blockysize": 256, "interleave": "band"}
-    left, top = plan.corner(tile[0] * plan.tile, tile[1] * plan.tile)
-    profile |= {"crs": plan.raster.extent.crs, "transform": Affine(plan.gsd, 0.0, left, 0.0, -plan.gsd, top)}
+    left, top = grid.corner(tile[0] * grid.tile_size, tile[1] * grid.tile_size)
+    profile |= {"crs": grid.raster.extent.crs, "transform": Affine(grid.gsd, 0.0, left, 0.0, -grid.gsd, top)}
     count, height, width = values.shape
     with (
-        written_atomically(path) as temporary,
+        atomic_write(path) as temporary,
         rasterio.open(temporary, "w", count=count, height=height, width=width, **profile) as file,
     ):
         file.write(values)
 
 
-def _claim(path: Path, description: dict[str, Any]) -> bool:
-    """Whether a map of this description is finished; writes the description where there is none.
+def _is_finished(path: Path, description: dict[str, Any]) -> bool:
+    """Return whether the map with this description is complete; write the description if the file is missing.
 
     Raises:
-        InputError: there is one of another map.
+        InputError: the file describes another map, or cannot be parsed.
     """
     if not path.exists():
-        _describe(path, description, finished=False)
+        _write_description(path, description, finished=False)
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a description of a map: choose another folder") from error
-    if differing := [key for key in description if found.get(key) != description[key]]:
-        raise InputError(f"{path.parent} holds a map made otherwise ({', '.join(differing)}): choose another folder")
-    return bool(found.get("finished"))
+    if differing := [key for key in description if stored.get(key) != description[key]]:
+        raise InputError(
+            f"{path.parent} has a map with other settings or inputs ({', '.join(differing)}): choose another folder"
+        )
+    return bool(stored.get("finished"))
 
 
-def _describe(path: Path, description: dict[str, Any], *, finished: bool) -> None:
-    with written_atomically(path) as temporary:
+def _write_description(path: Path, description: dict[str, Any], *, finished: bool) -> None:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({**description, "finished": finished}, indent=1) + "\n", encoding="utf-8")
 
 
-def _description(
-    task: Segmentation, rasters: Mapping[str, MapRaster], plan: MapGrid, batch_size: int
+def _describe_map(
+    task: Segmentation, rasters: Mapping[str, MapRaster], grid: MapGrid, batch_size: int
 ) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(task.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(task.model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    grid = {key: getattr(plan, key) for key in ("gsd", "width", "height", "size", "step", "across")}
-    described = {
+    description = {
         "model": digest.hexdigest(),
-        "rasters": {name: raster.describe() for name, raster in rasters.items()},
-        "grid": grid,
-        "windows": _WINDOWS,
-        "batch_size": batch_size,  # sums of another batch differ in their last digits
+        "rasters": {name: raster.fingerprint() for name, raster in rasters.items()},
+        "grid": {
+            "gsd": grid.gsd,
+            "width": grid.width,
+            "height": grid.height,
+            "size": grid.window_size,
+            "step": grid.stride,
+            "across": grid.windows_per_tile,
+        },
+        "windows": _LAYOUT_VERSION,
+        "batch_size": batch_size,  # the batch size changes the last digits of the sums
     }
-    return json.loads(json.dumps(described))
+    return json.loads(json.dumps(description))  # tuples become lists, as in the stored file

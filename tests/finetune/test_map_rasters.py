@@ -1,4 +1,4 @@
-"""Rasters of zones: what is data in them, where it lies, and in which units."""
+"""Map rasters: nodata, alpha bands and masks, alignment with the window grid, and units."""
 
 from pathlib import Path
 
@@ -7,17 +7,18 @@ import pytest
 import rasterio
 import torch
 from rasterio.enums import ColorInterp
-from small_zone import LEFT, NODATA, TOP, ground, model, read, write
+from small_map import LEFT, NODATA, TOP, ground, model, read, write
 from tiny_task import AERIAL, COSIA, DEM, S2
 
-from bocage.finetune.mapping.grid import plan_map
-from bocage.finetune.mapping.rasters import MapRaster, open_rasters
+from bocage.finetune.mapping.map_grid import plan_grid
+from bocage.finetune.mapping.map_rasters import MapRaster, open_rasters
 from bocage.finetune.mapping.tiled_inference import write_map
 from bocage.shards.errors import InputError
 from bocage.shards.preprocess.inputs import cloudy_dates
+from bocage.tools.cli.logging_setup import configure_logging
 
 
-def test_infrared_is_no_alpha_and_an_alpha_is(tmp_path: Path) -> None:
+def test_the_fourth_band_is_infrared_and_a_fifth_one_can_be_alpha(tmp_path: Path) -> None:
     image = np.full((5, 40, 40), 100, np.uint8)
     image[3, :20] = 0
     image[4] = 255
@@ -30,8 +31,8 @@ def test_infrared_is_no_alpha_and_an_alpha_is(tmp_path: Path) -> None:
             ColorInterp.alpha,
         ]
     with rasterio.open(four) as file:
-        assert file.colorinterp[3] == ColorInterp.alpha  # what GDAL takes infrared for
-    for left in (LEFT, LEFT + 0.1):  # on the pixels of the raster, and beside them
+        assert file.colorinterp[3] == ColorInterp.alpha  # GDAL takes the infrared band for alpha
+    for left in (LEFT, LEFT + 0.1):  # aligned with the pixels of the raster, and not aligned
         found = MapRaster("X", four, 4, 0.2, None).read(left, TOP, 6.4)
         assert np.isfinite(found).all()
         assert (found[3, :19] == 0).all()
@@ -42,7 +43,7 @@ def test_infrared_is_no_alpha_and_an_alpha_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_mask_beside_the_bands_tells_where_there_are_no_data(inside: bool, tmp_path: Path) -> None:
+def test_a_mask_inside_or_next_to_the_file_marks_nodata(inside: bool, tmp_path: Path) -> None:
     image = np.full((4, 600, 600), 100, np.uint8)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=inside):
         path = write(tmp_path / "masked.tif", image, 0.2)
@@ -51,7 +52,7 @@ def test_a_mask_beside_the_bands_tells_where_there_are_no_data(inside: bool, tmp
         with rasterio.open(path, "r+") as file:
             file.write_mask(mask)
     assert (tmp_path / "masked.tif.msk").exists() != inside
-    for left in (LEFT, LEFT + 0.1):  # on the pixels of the raster, and beside them
+    for left in (LEFT, LEFT + 0.1):  # aligned with the pixels of the raster, and not aligned
         found = MapRaster("X", path, 4, 0.2, None).read(left, TOP, 102.4)
         assert np.isfinite(found[:, :, :298]).all()
         assert (found[:, :, :298] == 100).all()
@@ -59,7 +60,7 @@ def test_a_mask_beside_the_bands_tells_where_there_are_no_data(inside: bool, tmp
         assert np.isnan(MapRaster("X", path, 4, 0.2, None).read(LEFT - 51.2, TOP, 102.4)[:, :, :255]).all()
     chosen = model(AERIAL)
     rasters, reference = open_rasters(chosen, {AERIAL: path}, {})
-    (found,) = read(write_map(chosen, rasters, plan_map(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
+    (found,) = read(write_map(chosen, rasters, plan_grid(chosen, reference, 12.8), tmp_path / "map")[COSIA])
     assert (found[:, 300:] == NODATA).all()
     assert not (found[:, :300] == NODATA).any()
 
@@ -70,29 +71,30 @@ def test_heights_that_no_ground_has_are_holes(tmp_path: Path) -> None:
     chosen = model(DEM)
     rasters, reference = open_rasters(chosen, {DEM: write(tmp_path / "dem.tif", heights, 0.2)}, {})
     assert np.isnan(rasters[DEM].read(LEFT, TOP, 102.4)[:, :, 256:]).all()
-    (found,) = read(write_map(chosen, rasters, plan_map(chosen, reference, 12.8), tmp_path / "zone")[COSIA])
+    (found,) = read(write_map(chosen, rasters, plan_grid(chosen, reference, 12.8), tmp_path / "map")[COSIA])
     assert (found[:, 256:] == NODATA).all()
     assert not (found[:, :256] == NODATA).any()
 
 
-def test_values_in_other_units_are_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Reflectances where the model has learned from digital numbers, or larger numbers than bytes."""
+def test_values_in_other_units_give_a_warning_or_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reflectances instead of digital numbers give a warning, 16-bit instead of 8-bit integers an error."""
+    configure_logging()
     chosen = model(AERIAL)
     usual = np.array(chosen.model.encoder(AERIAL).spec.mean)
-    for values, doubted in ((ground(300, 300).astype(np.float32) / 255, True), (ground(300, 300), False)):
-        assert values.max() < usual.min() / 20 or not doubted
-        path = write(tmp_path / f"{doubted}.tif", values, 0.2, crs=None)
+    for values, warns in ((ground(300, 300).astype(np.float32) / 255, True), (ground(300, 300), False)):
+        assert values.max() < usual.min() / 20 or not warns
+        path = write(tmp_path / f"{warns}.tif", values, 0.2, crs=None)
         rasters, reference = open_rasters(chosen, {AERIAL: path}, {})
-        write_map(chosen, rasters, plan_map(chosen, reference, 12.8), tmp_path / str(doubted))
-        said = capsys.readouterr().err
-        assert (said.count("are they in the same units?") == 1) == doubted
-        assert f"{path} has no coordinate system, and the map will have none" in said
+        write_map(chosen, rasters, plan_grid(chosen, reference, 12.8), tmp_path / str(warns))
+        logged = capsys.readouterr().err
+        assert (logged.count("are they in the same units?") == 1) == warns
+        assert f"{path} has no coordinate system" in logged
     large = write(tmp_path / "large.tif", np.full((4, 60, 60), 4000, np.uint16), 0.2)
-    with pytest.raises(InputError, match=r"large.tif holds uint16, and models learn AERIAL_RGBI from uint8"):
+    with pytest.raises(InputError, match=r"large.tif has uint16 values.* are trained on uint8"):
         open_rasters(chosen, {AERIAL: large}, {})
 
 
-def test_a_gap_of_one_date_is_no_gap_of_another(tmp_path: Path) -> None:
+def test_nodata_of_one_date_or_band_does_not_spread_to_others(tmp_path: Path) -> None:
     series = np.full((20, 12, 12), 1000, np.int16)
     series[:10, :, 6:] = -9999
     path = write(tmp_path / "s2.tif", series, 10.0, nodata=-9999)
@@ -107,21 +109,21 @@ def test_a_gap_of_one_date_is_no_gap_of_another(tmp_path: Path) -> None:
     assert (found[[0, 2, 3]] == 200).all()
 
 
-def test_clouds_count_at_the_border_and_where_zero_is_nodata(tmp_path: Path) -> None:
+def test_quality_masks_keep_zeros_at_the_border_and_where_zero_is_nodata(tmp_path: Path) -> None:
     clouds = np.zeros((4, 12, 12), np.uint8)
     clouds[:2] = 100  # the first of two dates
     days = np.array([0, 30])
     for nodata in (None, 0):
         path = write(tmp_path / f"clouds-{nodata}.tif", clouds, 10.24, nodata=nodata)
-        raster = MapRaster("SENTINEL2_MSK-SC", path, 2, 10.24, days, counted=True)
+        raster = MapRaster("SENTINEL2_MSK-SC", path, 2, 10.24, days, is_quality_mask=True)
         for left in (LEFT, LEFT + 51.2):  # inside, and beyond the border by a third
             values = torch.from_numpy(raster.read(left, TOP, 102.4))[None]
             assert cloudy_dates(values, torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize(("gsd", "pixel"), [(0.2, 0.2), (0.2, 0.05), (0.2, 0.5), (1.6, 1.5), (10.24, 10.0)])
-def test_an_edge_stays_where_it_is_whatever_the_pixel(gsd: float, pixel: float, tmp_path: Path) -> None:
-    edge = 61.3  # metres to the right of a corner that lies beside the grid of the windows
+def test_resampling_from_any_pixel_size_does_not_shift_edges(gsd: float, pixel: float, tmp_path: Path) -> None:
+    edge = 61.3  # metres to the right of a corner that is not on the grid of the windows
     size = round(150 / pixel)
     centres = (np.arange(size) + 0.5) * pixel
     values = np.where(centres < edge, 0, 200).astype(np.uint8)[None, None].repeat(size, axis=1)
@@ -132,7 +134,7 @@ def test_an_edge_stays_where_it_is_whatever_the_pixel(gsd: float, pixel: float, 
     assert abs(crossing - (edge - 7.3)) <= max(gsd, pixel) / 2 + 1e-6
 
 
-def test_another_name_of_the_same_coordinate_system_is_taken(tmp_path: Path) -> None:
+def test_the_same_coordinate_system_under_another_name_is_accepted(tmp_path: Path) -> None:
     renamed = rasterio.crs.CRS.from_epsg(2154).to_wkt().replace("RGF93 v1 / Lambert-93", "Lambert 93 of IGN")
     first = MapRaster(AERIAL, write(tmp_path / "one.tif", ground(60, 60), 0.2), 4, 0.2, None)
     second = MapRaster(AERIAL, write(tmp_path / "other.tif", ground(60, 60), 0.2, crs=renamed), 4, 0.2, None)

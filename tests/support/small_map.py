@@ -1,4 +1,4 @@
-"""Small zones for tests: rasters, ground, models, and dates."""
+"""Small rasters, models and date files for tests of tiled inference."""
 
 from __future__ import annotations
 
