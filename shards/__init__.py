@@ -1,1 +1,1 @@
-"""Bytes and ground: modalities, the FLAIR-HUB catalogue, shards and the typed batches read from them."""
+"""Data layer: modalities, sharding of FLAIR-HUB, and reading of shards as typed batches. Sharding needs no torch."""

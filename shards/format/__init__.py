@@ -1,1 +1,1 @@
-"""Define what a folder of shards holds: codecs, tars, index, manifest, statistics."""
+"""The shard format: codecs, tars, index, manifest and statistics."""

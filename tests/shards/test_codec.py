@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from bocage.shards.format.codec import CODECS, MAX_BYTES, CodecError, EncodedArray, as_stored, decode, encode, with_lossy_dem
+from bocage.shards.format.codec import (
+    CODECS,
+    MAX_BYTES,
+    CodecError,
+    EncodedArray,
+    as_stored,
+    decode,
+    encode,
+    with_lossy_dem,
+)
 from bocage.shards.modality import FLAIR_HUB
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
@@ -34,33 +43,33 @@ def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def gradient(*shape: int, dtype: str) -> np.ndarray:
-    """Values whose bands have something in common."""
+    """Values with correlated bands."""
     return (np.indices(shape)[-2:].sum(axis=0) ** 2 % 97).astype(dtype)
 
 
 def member(header: dict[str, object], payload: bytes) -> bytes:
-    """A member with a valid checksum, whatever it says."""
-    return sealed(json.dumps(header).encode(), payload)
+    """A member with a valid checksum and the given header and payload."""
+    return with_checksum(json.dumps(header).encode(), payload)
 
 
-def sealed(text: bytes, payload: bytes) -> bytes:
-    """The same around any header."""
-    rest = struct.pack("<H", len(text)) + text + payload
+def with_checksum(header: bytes, payload: bytes) -> bytes:
+    """A member with a valid checksum and raw header bytes."""
+    rest = struct.pack("<H", len(header)) + header + payload
     return b"BCG1" + struct.pack("<I", zlib.crc32(rest)) + rest
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and payload of a member, as the module's docstring lays them out."""
+    """Header and payload of a member, by the layout in the docstring of the codec module."""
     (length,) = struct.unpack_from("<H", data, 8)
     return json.loads(data[10 : 10 + length]), data[10 + length :]
 
 
 @given(any_array, st.sampled_from(sorted(CODECS)), st.booleans())
 @settings(max_examples=400, deadline=None)
-def test_every_array_comes_back_bit_for_bit(array: np.ndarray, codec: str, transposed: bool) -> None:
+def test_round_trip_of_any_array_is_exact(array: np.ndarray, codec: str, transposed: bool) -> None:
     array = array.T if transposed else array
     decoded = decode(encode(array, codec))
-    # Only the lossy chain stores anything but the array itself.
+    # Only the lossy codec changes values.
     stored = as_stored(array, codec) if codec == "height-5mm" else array
     assert same_bits(decoded, np.asarray(stored, dtype=array.dtype.newbyteorder("="), order="C"))
     assert decoded.flags.c_contiguous
@@ -70,13 +79,15 @@ def test_every_array_comes_back_bit_for_bit(array: np.ndarray, codec: str, trans
 
 @given(st.sampled_from(sorted(FLAIR_HUB)), st.integers(0, 3), st.integers(1, 9), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_random_bits_of_every_modality_come_back(name: str, dates: int, size: int, random) -> None:
+def test_round_trip_of_random_bits_is_exact_for_every_modality(name: str, dates: int, size: int, random) -> None:
     modality = FLAIR_HUB[name]
     shape = (
-        (dates, len(modality.bands), size, size + 1) if modality.has_time_axis else (len(modality.bands), size, size + 1)
+        (dates, len(modality.bands), size, size + 1)
+        if modality.has_time_axis
+        else (len(modality.bands), size, size + 1)
     )
     dtype = np.dtype(modality.dtype)
-    # Random bits of a float hold every kind of NaN, infinity and denormal.
+    # Random bits of floats include all kinds of NaN, infinity and denormal numbers.
     array = np.frombuffer(random.randbytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
     assert same_bits(decode(encode(array, modality.codec)), array)
 
@@ -98,7 +109,7 @@ def test_random_bits_of_every_modality_come_back(name: str, dates: int, size: in
         (np.zeros((0, 10, 10, 10), np.uint16), "reflectance", [], None),
     ],
 )
-def test_header_says_which_steps_were_applied(
+def test_header_lists_the_applied_steps(
     array: np.ndarray, codec: str, transforms: list[str], coder: str | None
 ) -> None:
     header, _ = split(encode(array, codec))
@@ -107,7 +118,7 @@ def test_header_says_which_steps_were_applied(
     assert (tuple(header["shape"]), header["dtype"]) == (array.shape, array.dtype.str)
 
 
-def test_real_patches_shrink_against_lzw() -> None:
+def test_real_patches_are_smaller_than_lzw_tiffs() -> None:
     for path in REAL.glob("*/*/*.tif"):
         name = "AERIAL_RGBI" if "RGBI" in path.name else "AERIAL_LABEL-COSIA"
         with rasterio.open(path) as file:
@@ -117,17 +128,17 @@ def test_real_patches_shrink_against_lzw() -> None:
         assert len(data) < 0.62 * path.stat().st_size
 
 
-def test_genuine_aerial_images_take_little_more_than_their_entropy() -> None:
+def test_aerial_images_compress_close_to_their_entropy() -> None:
     images = []
     for path in REAL.glob("*_AERIAL_RGBI/*/*.tif"):
         with rasterio.open(path) as file:
             images.append(file.read())
-    # 0.394 is the entropy of the residuals; what Zstandard finds to repeat in them made it 0.426.
+    # The entropy of the residuals is 0.394. Default Zstandard matches made the size 0.426.
     assert sum(len(encode(image, "colour")) for image in images) < 0.415 * sum(image.nbytes for image in images)
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
-def test_any_flipped_or_missing_byte_is_an_error(codec: str) -> None:
+def test_any_flipped_or_missing_byte_raises(codec: str) -> None:
     data = encode(np.arange(4 * 6 * 6, dtype=np.uint8).reshape(4, 6, 6), codec)
     for position in range(len(data)):
         flipped = bytearray(data)
@@ -145,7 +156,7 @@ PAYLOADS = {codec: split(encode(np.arange(64, dtype=np.uint16), codec)) for code
 
 @pytest.mark.parametrize("codec", PAYLOADS)
 @pytest.mark.parametrize("shape", [(63,), (65,), (128,), (1,), (64, 64)])
-def test_declared_shape_must_be_that_of_the_payload(codec: str, shape: tuple[int, ...]) -> None:
+def test_declared_shape_must_match_the_payload(codec: str, shape: tuple[int, ...]) -> None:
     header, payload = PAYLOADS[codec]
     assert np.array_equal(decode(member(header, payload)), np.arange(64))
     with pytest.raises(CodecError, match="payload"):
@@ -191,13 +202,13 @@ def test_hostile_headers_are_refused(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("text", [b"[" * 60_000, b'{"shape":' * 7_000, b"\xff", b"1" * 6_000, b"null", b""])
-def test_headers_that_are_no_header_are_refused(text: bytes) -> None:
+def test_unparsable_headers_are_refused(text: bytes) -> None:
     with pytest.raises(CodecError):
-        decode(sealed(text, b""))
+        decode(with_checksum(text, b""))
 
 
 @pytest.mark.parametrize("parts", [None, [], [0], [-1], [1 << 40], ["1"], [[1]], {}, "1", [1.5]])
-def test_parts_must_be_those_of_the_payload(parts: object) -> None:
+def test_pcodec_parts_must_match_the_payload(parts: object) -> None:
     header, payload = PAYLOADS["float"]
     with pytest.raises(CodecError, match="payload"):
         decode(member({**header, "coder": {"id": "pcodec", "parts": parts}}, payload))
@@ -220,7 +231,7 @@ def test_parts_must_be_those_of_the_payload(parts: object) -> None:
         [[1, 0, 1], [1, 0, 1]],
     ],
 )
-def test_terms_of_bands_must_lead_back(terms: object) -> None:
+def test_invalid_band_terms_are_refused(terms: object) -> None:
     header, payload = split(encode(gradient(2, 8, 8, dtype="uint8"), "plain"))
     good = member({**header, "transforms": [{"id": "bands", "terms": [[1, 0, 4]]}]}, payload)
     assert np.array_equal(decode(good)[1], 2 * gradient(8, 8, dtype="uint8"))
@@ -230,7 +241,7 @@ def test_terms_of_bands_must_lead_back(terms: object) -> None:
 
 @given(st.sampled_from(sorted(PAYLOADS)), st.data())
 @settings(max_examples=300, deadline=None)
-def test_hostile_payloads_are_an_error_or_an_array(codec: str, data: st.DataObject) -> None:
+def test_hostile_payloads_raise_or_decode_to_the_declared_shape(codec: str, data: st.DataObject) -> None:
     header, payload = PAYLOADS[codec]
     damaged = bytearray(payload)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -239,7 +250,7 @@ def test_hostile_payloads_are_an_error_or_an_array(codec: str, data: st.DataObje
         assert decode(member(header, bytes(damaged))).shape == (64,)
 
 
-def test_wrong_use_is_named() -> None:
+def test_encode_names_invalid_arguments() -> None:
     with pytest.raises(CodecError, match=r"unknown codec 'jpeg'.*colour"):
         encode(np.zeros(3), "jpeg")
     with pytest.raises(CodecError, match="object"):
@@ -254,16 +265,16 @@ heights = st.one_of(st.floats(-500, 9000, width=32), special_heights)
 
 @given(arrays.arrays(np.float32, (2, 5, 7), elements=heights))
 @settings(max_examples=200, deadline=None)
-def test_lossy_heights_are_off_by_four_millimetres_and_holes_by_nothing(array: np.ndarray) -> None:
-    found = decode(encode(array, "height-5mm"))
+def test_lossy_heights_err_by_at_most_4_mm_and_keep_nodata(array: np.ndarray) -> None:
+    decoded = decode(encode(array, "height-5mm"))
     inside = (array >= -500) & (array <= 9000)
-    assert found[~inside].tobytes() == array[~inside].tobytes()
-    assert np.abs(found[inside].astype(np.float64) - array[inside]).max(initial=0.0) <= 2**-8
-    assert same_bits(found, as_stored(array, "height-5mm"))
-    assert same_bits(decode(encode(found, "height-5mm")), found)
+    assert decoded[~inside].tobytes() == array[~inside].tobytes()
+    assert np.abs(decoded[inside].astype(np.float64) - array[inside]).max(initial=0.0) <= 2**-8
+    assert same_bits(decoded, as_stored(array, "height-5mm"))
+    assert same_bits(decode(encode(decoded, "height-5mm")), decoded)
 
 
-def test_lossy_heights_are_only_for_who_asks() -> None:
+def test_lossy_heights_are_opt_in() -> None:
     assert "height-5mm" not in {modality.codec for modality in FLAIR_HUB.values()}
     changed = {name for name, modality in with_lossy_dem(FLAIR_HUB).items() if modality != FLAIR_HUB[name]}
     assert changed == {"DEM_ELEV"}
@@ -277,7 +288,7 @@ def test_lossy_heights_are_only_for_who_asks() -> None:
 @pytest.mark.parametrize("codec", sorted(CODECS))
 @pytest.mark.parametrize("value", [0, 255, 65_535, np.nan, np.inf, -9999.0])
 @pytest.mark.parametrize("shape", [(4, 512, 512), (0, 10, 10, 10), (3, 2, 10, 10), (1, 1, 1), (2, 7, 1), (3, 0, 5)])
-def test_constant_and_empty_arrays_come_back_small(codec: str, value: float, shape: tuple[int, ...]) -> None:
+def test_constant_and_empty_arrays_compress_well(codec: str, value: float, shape: tuple[int, ...]) -> None:
     for dtype in ("uint8", "uint16", "float32"):
         if dtype == "float32" or 0 <= value <= np.iinfo(dtype).max:
             array = np.full(shape, value, dtype)
@@ -293,24 +304,26 @@ def test_constant_and_empty_arrays_come_back_small(codec: str, value: float, sha
     st.data(),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_window_is_that_of_the_whole(codec: str, dtype: str, leading: tuple[int, ...], data: st.DataObject) -> None:
+def test_decoding_a_window_equals_cropping_the_array(
+    codec: str, dtype: str, leading: tuple[int, ...], data: st.DataObject
+) -> None:
     height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     window = (slice(top, data.draw(st.integers(top + 1, height))), slice(left, data.draw(st.integers(left + 1, width))))
     random = np.random.default_rng(height * 41 + width)
     values = random.integers(0, 255, (*leading, height, width)).cumsum(axis=-1).astype(dtype)
     member = encode(values, codec)
-    found = EncodedArray(member).decode(window)
-    assert found.dtype == values.dtype and np.array_equal(found, decode(member)[..., window[0], window[1]])
+    cropped = EncodedArray(member).decode(window)
+    assert cropped.dtype == values.dtype and np.array_equal(cropped, decode(member)[..., window[0], window[1]])
 
 
-def test_an_image_of_many_rows_is_in_strips_and_a_window_costs_those_it_touches() -> None:
+def test_tall_images_are_stored_in_strips_and_a_window_reads_only_its_strips() -> None:
     values = np.random.default_rng(0).integers(0, 9, (4, 600, 300), dtype=np.uint8)
     data = encode(values, "colour")
     header, payload = split(data)
     assert (header["coder"]["id"], header["coder"]["rows"], len(header["coder"]["sizes"])) == ("strips", 256, 3)
     assert same_bits(decode(data), values)
-    damaged = payload[:-20] + bytes(20)  # in the last strip, under a checksum that is right
+    damaged = payload[:-20] + bytes(20)  # damage in the last strip, with a valid checksum
     window = (slice(100, 400), slice(7, 290))
     assert np.array_equal(EncodedArray(member(header, damaged)).decode(window), values[:, 100:400, 7:290])
     with pytest.raises(CodecError):
@@ -331,13 +344,13 @@ def test_an_image_of_many_rows_is_in_strips_and_a_window_costs_those_it_touches(
         {"sizes": {"a": 1}},
     ],
 )
-def test_strips_that_do_not_fit_are_refused(change: dict[str, Any]) -> None:
+def test_inconsistent_strips_are_refused(change: dict[str, Any]) -> None:
     header, payload = split(encode(np.zeros((1, 512, 8), np.uint8), "grey"))
     with pytest.raises(CodecError):
         decode(member({**header, "coder": {**header["coder"], **change}}, payload))
 
 
-def test_strips_hold_no_strips_and_are_of_the_image() -> None:
+def test_nested_strips_and_strips_of_another_dtype_are_refused() -> None:
     inner = encode(np.zeros((1, 512, 8), np.uint8), "grey")
     other = encode(np.zeros((1, 256, 8), np.int8), "plain")
     for strip, shape in ((inner, [1, 1024, 8]), (other, [1, 512, 8])):

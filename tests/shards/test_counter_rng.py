@@ -10,7 +10,7 @@ def seeds(count: int, epoch: int = 0) -> torch.Tensor:
     return torch.tensor([sample_seed(3, epoch, f"D001-2020_AA-S1-1_0-{index}") for index in range(count)])
 
 
-def test_draws_are_uniform_and_independent() -> None:
+def test_numbers_are_uniform_and_independent() -> None:
     values = uniform(seeds(2000), "mask", 500).double()
     count = values.numel()
     assert values.min() >= 0
@@ -24,19 +24,19 @@ def test_draws_are_uniform_and_independent() -> None:
         assert abs(neighbour.mean() * 12) < 5 / math.sqrt(neighbour.numel())
 
 
-def test_a_sample_draws_the_same_whatever_its_neighbours() -> None:
+def test_numbers_of_a_sample_do_not_depend_on_its_batch() -> None:
     together, alone = seeds(8), seeds(8)[5:6]
     assert torch.equal(uniform(together, "crop", 3)[5:6], uniform(alone, "crop", 3))
 
 
-def test_epoch_and_purpose_change_the_draws() -> None:
+def test_epoch_and_purpose_change_the_numbers() -> None:
     first = uniform(seeds(50), "crop", 4)
     assert not torch.isclose(first, uniform(seeds(50, epoch=1), "crop", 4)).any()
     assert not torch.isclose(first, uniform(seeds(50), "flip", 4)).any()
 
 
-def test_draws_keep_their_bits() -> None:
-    # Pinned: a change here silently changes every crop and mask of a resumed run.
+def test_numbers_are_pinned() -> None:
+    # A change here would silently change every crop and mask of a resumed run.
     values = uniform(torch.tensor([sample_seed(0, 0, "D012-2019_AF-S1-27_5-10")]), "units", 2)
     assert values.tolist() == [[0.2944514751434326, 0.9631356596946716]]
 

@@ -1,4 +1,4 @@
-"""Shards and manifests made by an enemy: named or refused in one sentence, nothing written, memory bounded."""
+"""Hostile shards and manifests are reported or refused in one sentence, without writes and in bounded memory."""
 
 import multiprocessing
 import resource
@@ -34,7 +34,7 @@ from bocage.shards.write.writer import write_shards
 KEYS = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
 TAR = "shard-000000.tar"
 FIRST = f"{KEYS[0]}.SPOT_RGBI.bin"
-MEMORY = 256 << 20  # bytes that a hostile file may cost
+MEMORY_LIMIT = 256 << 20  # bytes that reading a hostile file may allocate
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.lstat().st_size for path in folder.rglob("*")}
 
 
-def delivered(shards: Path) -> int:
-    """Samples that the reader gives."""
+def count_read_samples(shards: Path) -> int:
+    """Number of samples that the reader yields."""
     manifest = Manifest.open(shards)
-    wanted = [manifest.registry[name] for name in ("SPOT_RGBI", "SENTINEL2_TS")]
-    batches = evaluation_batches(manifest, np.arange(len(manifest)), wanted, batch_size=1)
+    modalities = [manifest.registry[name] for name in ("SPOT_RGBI", "SENTINEL2_TS")]
+    batches = evaluation_batches(manifest, np.arange(len(manifest)), modalities, batch_size=1)
     return sum(len(batch.keys) for batch in batches)
 
 
@@ -76,8 +76,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_foreign_members(shards: Path, tmp_path: Path, kind: str, place: str) -> None:
-    """The hashes are those of the hostile tar; at the end, all offsets stay true."""
+def test_foreign_tar_members_are_reported(shards: Path, tmp_path: Path, kind: str, place: str) -> None:
+    """The hashes match the hostile tar. A member at the end leaves all offsets valid."""
     fields, what = HOSTILE[kind]
 
     def write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
@@ -90,21 +90,21 @@ def test_foreign_members(shards: Path, tmp_path: Path, kind: str, place: str) ->
 
     rewrite_tar(shards, TAR, write, format=tarfile.GNU_FORMAT)
     before = files(tmp_path)
-    found = verify(shards)
-    assert found.broken == [TAR]
-    assert any(what in problem.message for problem in found.problems), found.problems
-    assert all(problem.message.isprintable() and problem.member.isprintable() for problem in found.problems)
+    report = verify(shards)
+    assert report.broken == [TAR]
+    assert any(what in problem.message for problem in report.problems), report.problems
+    assert all(problem.message.isprintable() and problem.member.isprintable() for problem in report.problems)
     if place == "last":
-        assert delivered(shards) == 4
-    else:  # every recorded offset is off by a header
+        assert count_read_samples(shards) == 4
+    else:  # all recorded offsets are wrong by one header
         with pytest.raises(InputError, match=f"{TAR}: SPOT_RGBI of {KEYS[0]} is damaged"):
-            delivered(shards)
+            count_read_samples(shards)
     assert files(tmp_path) == before
     assert not Path("/tmp/bocage-evil.bin").exists()
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header that may declare anything, its checksum right."""
+    """A tar header with any size and type, and a valid checksum."""
     info = tarfile.TarInfo(name)
     info.type = kind
     info.size = size
@@ -125,7 +125,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
         (b"\xff" * 512, "no tar header"),
     ],
 )
-def test_headers_that_declare_too_much(shards: Path, block: bytes, what: str) -> None:
+def test_invalid_tar_headers_are_reported(shards: Path, block: bytes, what: str) -> None:
     data = bytearray((shards / TAR).read_bytes())
     data[:512] = block
     (shards / TAR).write_bytes(data)
@@ -133,11 +133,11 @@ def test_headers_that_declare_too_much(shards: Path, block: bytes, what: str) ->
     problems = bounded(verify, shards).problems
     assert [(problem.file, problem.member) for problem in problems] == [(TAR, FIRST)]
     assert what in problems[0].message
-    assert delivered(shards) == 4  # whoever reads at known offsets does not care
+    assert count_read_samples(shards) == 4  # readers use the recorded offsets and skip the headers
 
 
 def bounded(work: Callable[[Path], Any], shards: Path) -> Any:
-    """The result of ``work``, done by a process that may not take more memory than ``MEMORY`` above what it has."""
+    """Result of ``work`` in a child process that may allocate at most ``MEMORY_LIMIT``."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_bounded, args=(work, shards, sender))
@@ -153,7 +153,7 @@ def bounded(work: Callable[[Path], Any], shards: Path) -> Any:
 
 def _bounded(work: Callable[[Path], Any], shards: Path, sender: Any) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY
+    limit = pages * resource.getpagesize() + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         sender.send(work(shards))
@@ -161,31 +161,31 @@ def _bounded(work: Callable[[Path], Any], shards: Path, sender: Any) -> None:
         sender.send(error)
 
 
-def test_members_that_unpack_to_a_gigabyte(shards: Path) -> None:
-    """Zeros compress a thousandfold: the member is small, intact and in its place."""
+def test_decompression_bombs_are_reported(shards: Path) -> None:
+    """Zeros compress a thousandfold, so the member is small and intact."""
     replace_member(shards, KEYS[1], "SPOT_RGBI", encode(np.zeros((1 << 19, 64, 16), np.uint16), "plain"))
     (problem,) = bounded(lambda path: verify(path, decode=None), shards).problems
     assert (problem.file, problem.member) == (TAR, f"{KEYS[1]}.SPOT_RGBI.bin")
     with pytest.raises(InputError, match=rf"{TAR}: SPOT_RGBI of {KEYS[1]} is uint16 of shape"):
-        bounded(delivered, shards)
+        bounded(count_read_samples, shards)
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 64, 64), np.float32), np.zeros((64, 64), np.uint16), np.uint16(7)])
-def test_readers_do_not_broadcast_or_cast(shards: Path, array: Any) -> None:
+def test_readers_refuse_arrays_of_another_shape_or_dtype(shards: Path, array: Any) -> None:
     replace_member(shards, KEYS[1], "SPOT_RGBI", encode(np.asarray(array), "plain"))
     with pytest.raises(InputError, match=f"{TAR}: SPOT_RGBI of {KEYS[1]}"):
-        delivered(shards)
+        count_read_samples(shards)
 
 
-def test_members_in_common(shards: Path) -> None:
-    """Two samples that point to the same bytes read well, but the tar does not hold them so."""
+def test_samples_that_share_a_member_are_reported(shards: Path) -> None:
+    """Two samples that refer to the same bytes are readable, but contradict the tar."""
     offset, length = member_range(shards, KEYS[0], "SPOT_RGBI")
     changes = {
         "offset.SPOT_RGBI": lambda values: values.__setitem__(1, offset),
         "length.SPOT_RGBI": lambda values: values.__setitem__(1, length),
     }
     edit_columns(shards, changes)
-    assert delivered(shards) == 4
+    assert count_read_samples(shards) == 4
     problems = verify(shards).problems
     assert any(
         problem.member == f"{KEYS[1]}.SPOT_RGBI.bin" and "lies inside the previous member" in problem.message
@@ -196,7 +196,7 @@ def test_members_in_common(shards: Path) -> None:
 @pytest.mark.parametrize(
     "text", [b"[" * 100_000, b'{"key": ' * 50_000, b"9" * 100_000, b'"\\ud800"', b"\xff", b"[]", b"0"]
 )
-def test_hostile_json(shards: Path, text: bytes) -> None:
+def test_hostile_json_is_reported(shards: Path, text: bytes) -> None:
     def write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
         for name, data in members.items():
             add_member(tar, name, text if name == f"{KEYS[1]}.json" else data)
@@ -211,7 +211,7 @@ def test_hostile_json(shards: Path, text: bytes) -> None:
     assert verify(shards).broken == ["dataset.json"]
 
 
-def test_lists_that_no_memory_holds(shards: Path) -> None:
+def test_implausibly_long_lists_are_refused(shards: Path) -> None:
     table = pq.read_table(shards / "manifest.parquet")
     name = "dates.SENTINEL2_TS"
     ends = pa.array([0, *[1 << 24] * 4], pa.int32())
@@ -228,7 +228,10 @@ def test_lists_that_no_memory_holds(shards: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dataset.json", "manifest.parquet"])
 def test_no_flipped_byte_crashes(shards: Path, name: str) -> None:
-    """An answer, never a traceback. The table's hash is not made to fit: Arrow's own Parquet reader may then abort."""
+    """Flipped bytes never cause a traceback.
+
+    The hash of the table is not updated, because Arrow's Parquet reader may abort on a damaged table.
+    """
     path = shards / name
     pristine, description = path.read_bytes(), (shards / "dataset.json").read_bytes()
     random = np.random.default_rng(0)
@@ -256,7 +259,7 @@ def test_no_flipped_byte_crashes(shards: Path, name: str) -> None:
         lambda description: description.update(counts=[]),
     ],
 )
-def test_descriptions_that_count_wrong(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def test_descriptions_with_wrong_counts_are_reported(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
     edit_description(shards, change)
     assert not bounded(verify, shards).sound
 
@@ -265,7 +268,7 @@ def test_descriptions_that_count_wrong(shards: Path, change: Callable[[dict[str,
     "fields",
     [{"gsd": float("nan")}, {"gsd": 1e-4, "size": 1_024_000}, {"gsd": -1.6, "size": -64}, {"size": 64.0}],
 )
-def test_descriptions_of_impossible_pixels(shards: Path, fields: dict[str, Any]) -> None:
+def test_descriptions_with_impossible_pixels_are_refused(shards: Path, fields: dict[str, Any]) -> None:
     def change(description: dict[str, Any]) -> None:
         next(item for item in description["registry"] if item["name"] == "SPOT_RGBI").update(fields)
 

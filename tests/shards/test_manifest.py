@@ -28,22 +28,22 @@ def shards(tmp_path: Path) -> Path:
     return write_shards(Catalogue.open(tree), tmp_path / "out", samples_per_shard=3, order="roi").path
 
 
-def rewritten(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_description(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = shards / "dataset.json"
     description = json.loads(path.read_text())
     change(description)
     path.write_text(json.dumps(description))
 
 
-def with_files_described(shards: Path) -> None:
-    """Hash and size as an attacker, or a tool that rewrites the files, would set them."""
+def update_hashes(shards: Path) -> None:
+    """Update sizes and hashes to match changed files, as an attacker would."""
 
     def describe(description: dict[str, Any]) -> None:
         for name in description["files"]:
             data = (shards / name).read_bytes()
             description["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    rewritten(shards, describe)
+    edit_description(shards, describe)
 
 
 def read_index(shards: Path) -> pa.RecordBatch:
@@ -55,10 +55,10 @@ def write_index(shards: Path, *batches: pa.RecordBatch, **options: Any) -> None:
     with pa.ipc.new_file(str(shards / "index.arrow"), batches[0].schema, **options) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    with_files_described(shards)
+    update_hashes(shards)
 
 
-def with_index_column(shards: Path, name: str, values: Any) -> None:
+def replace_index_column(shards: Path, name: str, values: Any) -> None:
     batch = read_index(shards)
     column = values if isinstance(values, pa.Array) else pa.array(values, batch.schema.field(name).type)
     columns = dict(zip(batch.schema.names, batch.columns)) | {name: column}
@@ -66,7 +66,7 @@ def with_index_column(shards: Path, name: str, values: Any) -> None:
     write_index(shards, pa.record_batch(list(columns.values()), schema=pa.schema(fields)))
 
 
-def test_reads_back_what_was_written(shards: Path) -> None:
+def test_manifest_of_written_shards(shards: Path) -> None:
     manifest = Manifest.open(shards)
     assert len(manifest) == manifest.table.num_rows == 4
     assert manifest.table.schema.equals(manifest_schema(manifest.registry, ["split_1", "split_toy"]))
@@ -110,7 +110,7 @@ def test_input_spec_has_the_statistics_of_the_shards(shards: Path) -> None:
         manifest.input_spec("SENTINEL2_MSK-SC")
 
 
-def test_folders_without_shards_get_a_hint(tmp_path: Path, shards: Path) -> None:
+def test_folders_without_a_manifest_get_a_hint(tmp_path: Path, shards: Path) -> None:
     with pytest.raises(InputError, match=r"no such folder.*bocage shard SRC"):
         Manifest.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"a FLAIR-HUB tree, not shards.*bocage shard .*tree OUT"):
@@ -122,16 +122,16 @@ def test_folders_without_shards_get_a_hint(tmp_path: Path, shards: Path) -> None
         Manifest.open(shards)
 
 
-def test_other_versions_are_refused(shards: Path) -> None:
+def test_other_schema_versions_are_refused(shards: Path) -> None:
     for version in (1, 99):
-        rewritten(shards, lambda description, version=version: description.update(schema_version=version))
+        edit_description(shards, lambda description, version=version: description.update(schema_version=version))
         with pytest.raises(InputError, match=f"schema version {version}.*shard the tree again"):
             Manifest.open(shards)
 
 
 @pytest.mark.parametrize("name", ["../shard.tar", "/etc/passwd", "a/b.tar", "..", "shard.tar\n", "-", "", 7, None])
 def test_shard_names_cannot_leave_the_folder(shards: Path, name: object) -> None:
-    rewritten(shards, lambda description: description["shards"][0].update(name=name))
+    edit_description(shards, lambda description: description["shards"][0].update(name=name))
     with pytest.raises(InputError, match="not a plain name"):
         Manifest.open(shards)
 
@@ -168,8 +168,8 @@ def test_shard_names_cannot_leave_the_folder(shards: Path, name: object) -> None
         lambda description: description["files"]["manifest.parquet"].update(bytes=True),
     ],
 )
-def test_contradictions_are_refused(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    rewritten(shards, change)
+def test_contradictory_descriptions_are_refused(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    edit_description(shards, change)
     with pytest.raises(InputError):
         Manifest.open(shards).column("key")
 
@@ -203,13 +203,13 @@ def test_contradictions_are_refused(shards: Path, change: Callable[[dict[str, An
     ],
 )
 def test_hostile_indexes_are_refused(shards: Path, column: str, values: Any) -> None:
-    with_index_column(shards, column, pa.array(values) if values == ["0"] * 4 else values)
+    replace_index_column(shards, column, pa.array(values) if values == ["0"] * 4 else values)
     with pytest.raises(InputError, match=r"index\.arrow"):
         Manifest.open(shards)
 
 
 def coded(codes: list[int], lists: list[list[int | None] | None]) -> pa.DictionaryArray:
-    """Dates as the index holds them, with nothing checked."""
+    """Dates as the index stores them, without validation."""
     return pa.DictionaryArray.from_arrays(
         pa.array(codes, pa.int32()), pa.array(lists, pa.list_(pa.int32())), safe=False
     )
@@ -226,30 +226,30 @@ def coded(codes: list[int], lists: list[list[int | None] | None]) -> pa.Dictiona
     ],
 )
 def test_hostile_dates_are_refused(shards: Path, dates: pa.DictionaryArray) -> None:
-    with_index_column(shards, "dates.SENTINEL2_TS", coded([0, 0, 0, 1], [[1, 2, 3], []]))
+    replace_index_column(shards, "dates.SENTINEL2_TS", coded([0, 0, 0, 1], [[1, 2, 3], []]))
     index = Manifest.open(shards).index
     assert [index.dates("SENTINEL2_TS", row).tolist() for row in (0, 3)] == [[1, 2, 3], []]
-    with_index_column(shards, "dates.SENTINEL2_TS", dates)
+    replace_index_column(shards, "dates.SENTINEL2_TS", dates)
     with pytest.raises(InputError, match=r"index\.arrow"):
         Manifest.open(shards)
 
 
 @pytest.mark.parametrize("end", [2**30, -5, 2000, 778])
-def test_lists_cannot_reach_outside_their_values(shards: Path, end: int) -> None:
-    with_index_column(shards, "dates.SENTINEL2_TS", coded([0, 0, 0, 1], [[0] * 777, [0] * 777]))
+def test_date_lists_cannot_point_outside_their_values(shards: Path, end: int) -> None:
+    replace_index_column(shards, "dates.SENTINEL2_TS", coded([0, 0, 0, 1], [[0] * 777, [0] * 777]))
     path = shards / "index.arrow"
     offsets, hostile = (np.array([777, last], np.int32).tobytes() for last in (1554, end))
     assert path.read_bytes().count(offsets) == 1
     path.write_bytes(path.read_bytes().replace(offsets, hostile))
-    with_files_described(shards)
-    if end == 778:  # another list, but within the values
+    update_hashes(shards)
+    if end == 778:  # a different list, but within the values
         assert len(Manifest.open(shards).index.dates("SENTINEL2_TS", 3)) == 1
         return
     with pytest.raises(InputError, match=r"index\.arrow"):
         Manifest.open(shards)
 
 
-def test_indexes_of_another_make_are_refused(shards: Path) -> None:
+def test_indexes_of_another_layout_are_refused(shards: Path) -> None:
     batch = read_index(shards)
     write_index(shards, batch, batch)
     with pytest.raises(InputError, match="2 record batches"):
@@ -263,24 +263,24 @@ def test_indexes_of_another_make_are_refused(shards: Path) -> None:
 
 
 def test_no_flipped_byte_of_an_index_crashes(shards: Path) -> None:
-    """Each damage comes with the hash that belongs to it, so that only what stands inside can give it away."""
+    """The hash is updated after each damage, so only the content can reveal it."""
     path = shards / "index.arrow"
     sound = path.read_bytes()
     random = np.random.default_rng(0)
     context = multiprocessing.get_context("fork")
-    # In a process of its own: an access outside the map would end the process without a word.
-    process = context.Process(target=_open_damaged, args=(shards, sound, random.integers(0, len(sound), 400)))
+    # Run in a child process, because an access outside the mapping would crash the process.
+    process = context.Process(target=_open_damaged_indexes, args=(shards, sound, random.integers(0, len(sound), 400)))
     process.start()
     process.join()
     assert process.exitcode == 0
 
 
-def _open_damaged(shards: Path, sound: bytes, places: np.ndarray) -> None:
+def _open_damaged_indexes(shards: Path, sound: bytes, places: np.ndarray) -> None:
     for place in places.tolist():
         data = bytearray(sound)
         data[place] ^= 1 << place % 8
         (shards / "index.arrow").write_bytes(data)
-        with_files_described(shards)
+        update_hashes(shards)
         try:
             index = Manifest.open(shards).index
         except InputError:
@@ -289,7 +289,7 @@ def _open_damaged(shards: Path, sound: bytes, places: np.ndarray) -> None:
             assert len(index.key(row)) + len(index.roi(row)) + len(index.dates("SENTINEL2_TS", row)) < 10_000
 
 
-def test_an_index_travels_as_its_path(shards: Path) -> None:
+def test_a_pickled_index_is_its_path(shards: Path) -> None:
     manifest = Manifest.open(shards)
     sent = pickle.dumps(manifest.index)
     again = pickle.loads(sent)
@@ -305,15 +305,15 @@ def test_an_index_travels_as_its_path(shards: Path) -> None:
     assert not again.offset["SPOT_RGBI"].flags.owndata
 
 
-def test_the_table_must_be_the_one_described(shards: Path) -> None:
+def test_the_table_must_match_the_description(shards: Path) -> None:
     path = shards / "manifest.parquet"
     table = pq.ParquetFile(path).read()
     pq.write_table(table.slice(1), path)
-    with_files_described(shards)
+    update_hashes(shards)
     with pytest.raises(InputError, match=r"manifest\.parquet: 3 rows for 4 samples"):
         Manifest.open(shards).column("key")
     pq.write_table(table.drop_columns(["roi"]), path)
-    with_files_described(shards)
+    update_hashes(shards)
     with pytest.raises(InputError, match=r"manifest\.parquet: columns roi do not match"):
         Manifest.open(shards).split("split_1", "train")
 
@@ -325,7 +325,7 @@ def test_damaged_pages_are_named(shards: Path) -> None:
     path.write_bytes(b"PAR1" + b"\xa5" * (len(data) - metadata - 4) + data[-metadata:])
     with pytest.raises(InputError, match=r"manifest\.parquet: damaged: its SHA-256"):
         Manifest.open(shards).row(0)
-    with_files_described(shards)
+    update_hashes(shards)
     with pytest.raises(InputError, match=r"manifest\.parquet: damaged"):
         Manifest.open(shards).row(0)
 
@@ -336,11 +336,11 @@ def test_damaged_files_are_named(shards: Path, name: str) -> None:
     (shards / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=rf"{name}: {len(data) // 2} bytes, but"):
         Manifest.open(shards)
-    with_files_described(shards)
+    update_hashes(shards)
     with pytest.raises(InputError, match=rf"{name}: cannot be read"):
         Manifest.open(shards).column("key")
     (shards / name).write_bytes(data[:-1] + b"x")
-    with_files_described(shards)
+    update_hashes(shards)
     with pytest.raises(InputError, match=rf"{name}: cannot be read"):
         Manifest.open(shards).column("key")
     (shards / name).unlink()

@@ -12,13 +12,13 @@ ALL = list(FLAIR_HUB.values())
 IMAGES = list(FLAIR_HUB.by_role("image"))
 
 
-def test_the_lattice_is_the_smallest_step_of_whole_pixels() -> None:
+def test_lattice_is_the_smallest_step_of_whole_pixels() -> None:
     assert lattice_step([FLAIR_HUB["AERIAL_RGBI"]]) == pytest.approx(0.2)
     assert lattice_step(IMAGES) == pytest.approx(1.6)
     assert lattice_step(ALL) == pytest.approx(51.2)
 
 
-def test_a_side_that_is_not_whole_pixels_is_refused_with_the_valid_ones() -> None:
+def test_a_side_of_fractional_pixels_is_refused_with_the_valid_sides() -> None:
     check_side(51.2, ALL)
     check_side(76.8, IMAGES)
     with pytest.raises(InputError, match=r"window=76\.8.*51\.2, 102\.4"):
@@ -31,7 +31,7 @@ def test_windows_cover_the_same_ground_in_every_modality() -> None:
         [window] = draw_windows([sample_seed(0, 0, str(index))], 51.2, lattice_step(ALL))
         positions.add((window.left, window.top))
         for modality in ALL:
-            # Each pixel holds the position of its own centre on the ground.
+            # The value of each pixel is the ground position of its centre.
             centres = (np.arange(modality.size) + 0.5) * modality.gsd
             ground = np.stack(np.meshgrid(centres, centres, indexing="xy"))
             cut = crop(ground, modality, window)
@@ -46,15 +46,15 @@ def test_the_whole_patch_is_one_window() -> None:
 
 
 @pytest.mark.parametrize("modality", ALL, ids=lambda modality: modality.name)
-def test_a_window_of_an_encoded_raster_is_that_of_the_raster(modality: Modality) -> None:
+def test_decoding_a_window_equals_cropping_the_raster(modality: Modality) -> None:
     random = np.random.default_rng(0)
     leading = (3, len(modality.bands)) if modality.has_time_axis else (len(modality.bands),)
     values = random.integers(0, 200, (*leading, modality.size, modality.size)).astype(modality.dtype)
     member = EncodedArray(encode(values, modality.codec))
     for left, top in ((0.0, 0.0), (51.2, 0.0), (0.0, 51.2), (51.2, 51.2)):
         window = GroundWindow(left, top, 51.2)
-        found = member.decode(pixel_slices(modality, window))
-        assert found.dtype == values.dtype
-        assert np.array_equal(found, crop(values, modality, window))
+        cropped = member.decode(pixel_slices(modality, window))
+        assert cropped.dtype == values.dtype
+        assert np.array_equal(cropped, crop(values, modality, window))
     whole = member.decode(pixel_slices(modality, GroundWindow(0.0, 0.0, 102.4)))
     assert np.array_equal(whole, values)
