@@ -1,1 +1,1 @@
-"""Self-supervised objectives: masked reconstruction, contrast between sensors, latent prediction."""
+"""Self-supervised objectives: masked reconstruction, contrastive learning across sensors, latent prediction."""

@@ -1,8 +1,8 @@
-"""The fusion decoder: visible tokens of all modalities, joined on the ground, answer for what is hidden.
+"""Fusion decoder: self-attention over the visible tokens of all modalities, cross-attention from query positions.
 
-Thrown away after pretraining. Encoders meet only here, so that any subset of them can be published and used. Hidden
-places are queries that look at the fused visible tokens but not at each other (CrossMAE, arXiv 2401.14391), which
-keeps the cost linear in what is to be reconstructed.
+The decoder is discarded after pretraining. Modalities interact only here, so each encoder can be published and used
+alone. Queries attend to the fused visible tokens but not to each other (CrossMAE, arXiv 2401.14391), so the cost is
+linear in the number of reconstructed positions.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_LONGEST = 400.0  # metres: longest wavelength of the position encoding, four patches
-_SHORTEST = 4.0  # metres: shortest wavelength, about the smallest mask unit
-_NEAREST, _FARTHEST = 4.0, 100.0  # metres: reach of the most local and of the widest attention head at the start
-_LONGEST_DAYS, _SHORTEST_DAYS = 730.0, 8.0
+_LONGEST_WAVE, _SHORTEST_WAVE = 400.0, 4.0  # metres, position encoding: four patches, about the smallest mask unit
+_LONGEST_PERIOD, _SHORTEST_PERIOD = 730.0, 8.0  # days, date encoding
+_SHORTEST_REACH, _LONGEST_REACH = 4.0, 100.0  # metres, initial reach of the most local and the widest attention head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class DecoderConfig:
         heads: attention heads.
 
     Raises:
-        ValueError: a number that is too small, or a ``width`` that is not such a multiple.
+        ValueError: a value is too small, or ``width`` is not a multiple of 4 and of ``heads``.
     """
 
     width: int = 256
@@ -41,17 +40,24 @@ class DecoderConfig:
     heads: int = 8
 
     def __post_init__(self) -> None:
-        for key, least in (("width", 4), ("heads", 1), ("fusion_depth", 0), ("query_depth", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"decoder.{key}={getattr(self, key)} must be at least {least}")
+        for key, minimum in (("width", 4), ("heads", 1), ("fusion_depth", 0), ("query_depth", 1)):
+            if getattr(self, key) < minimum:
+                raise ValueError(f"decoder.{key}={getattr(self, key)} must be at least {minimum}")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"decoder.width={self.width} must be a multiple of 4 and of decoder.heads={self.heads}")
 
 
-def waves(values: torch.Tensor, width: int, shortest: float, longest: float) -> torch.Tensor:
-    """Sine and cosine of ``values`` at geometrically spaced wavelengths: (..., width) float32.
+def sinusoidal_encoding(values: torch.Tensor, width: int, shortest: float, longest: float) -> torch.Tensor:
+    """Encode values by sines and cosines at geometrically spaced wavelengths (Vaswani et al. 2017, arXiv 1706.03762).
 
-    Vaswani et al. 2017, arXiv 1706.03762, with wavelengths from ``shortest`` to ``longest`` in the unit of ``values``.
+    Args:
+        values: (...) numbers, in any unit.
+        width: channels of the encoding, even.
+        shortest: shortest wavelength, in the unit of ``values``.
+        longest: longest wavelength.
+
+    Returns:
+        (..., width) float32.
     """
     count = width // 2
     exponents = torch.arange(count, device=values.device, dtype=torch.float32) / max(count - 1, 1)
@@ -61,7 +67,7 @@ def waves(values: torch.Tensor, width: int, shortest: float, longest: float) -> 
 
 
 def ground_encoding(centres: torch.Tensor, width: int) -> torch.Tensor:
-    """Position encoding of places: ``waves`` of either coordinate.
+    """Encode ground positions by ``sinusoidal_encoding`` of each coordinate.
 
     Args:
         centres: (..., 2) metres from the left and the top of the ground window.
@@ -70,12 +76,14 @@ def ground_encoding(centres: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         (..., width) float32.
     """
-    return torch.cat([waves(centres[..., axis], width // 2, _SHORTEST, _LONGEST) for axis in (0, 1)], dim=-1)
+    return torch.cat(
+        [sinusoidal_encoding(centres[..., axis], width // 2, _SHORTEST_WAVE, _LONGEST_WAVE) for axis in (0, 1)], dim=-1
+    )
 
 
 def date_encoding(days: torch.Tensor, width: int) -> torch.Tensor:
-    """Encoding (..., width) of days since 15 May, by ``waves``."""
-    return waves(days, width, _SHORTEST_DAYS, _LONGEST_DAYS)
+    """Encode days since 15 May by ``sinusoidal_encoding``: (...) to (..., width) float32."""
+    return sinusoidal_encoding(days, width, _SHORTEST_PERIOD, _LONGEST_PERIOD)
 
 
 def grid_centres(count: int, side: float, device: torch.device) -> torch.Tensor:
@@ -86,10 +94,10 @@ def grid_centres(count: int, side: float, device: torch.device) -> torch.Tensor:
 
 
 class Neck(nn.Module):
-    """Feature maps of one encoder to one token per cell of a grid.
+    """Merge the feature maps of one encoder into one token per grid cell.
 
-    Each map is normalised and projected, finer maps by a convolution over the cells of a token, coarser ones
-    interpolated, and the token is the sum over maps.
+    Each map is normalised and projected. The convolution covers the cells of one token on finer maps; coarser maps are
+    interpolated. The token is the sum over maps.
 
     Args:
         widths: channels of each map, finest first.
@@ -101,14 +109,23 @@ class Neck(nn.Module):
     def __init__(self, widths: Sequence[int], strides: Sequence[int], unit: int, width: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in widths)
-        spans = [max(unit // stride, 1) for stride in strides]
+        kernels = [max(unit // stride, 1) for stride in strides]
         self.projections = nn.ModuleList(
-            nn.Conv2d(channels, width, kernel_size=span, stride=span)
-            for channels, span in zip(widths, spans, strict=True)
+            nn.Conv2d(channels, width, kernel_size=kernel, stride=kernel)
+            for channels, kernel in zip(widths, kernels, strict=True)
         )
 
     def forward(self, maps: list[torch.Tensor], grid: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, grid, grid, width) tokens of a ``grid`` x ``grid`` arrangement; ``weights`` (B, maps) of each map."""
+        """Compute the tokens of a ``grid`` x ``grid`` arrangement.
+
+        Args:
+            maps: feature maps, finest first, (B, width, h, w).
+            grid: tokens along a side.
+            weights: (B, maps) weight of each map; None weighs all by 1.
+
+        Returns:
+            (B, grid, grid, width).
+        """
         total = None
         for index, (features, norm, projection) in enumerate(zip(maps, self.norms, self.projections, strict=True)):
             normed = norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -122,12 +139,12 @@ class Neck(nn.Module):
         return total.permute(0, 2, 3, 1)
 
 
-class _Attention(nn.Module):
-    """Multi-head attention in which what lies far on the ground weighs less.
+class _DistanceBiasedAttention(nn.Module):
+    """Multi-head attention whose scores decrease with the distance on the ground.
 
-    Each head subtracts its own multiple of the distance in metres from the attention scores (ALiBi, arXiv 2108.12409,
-    on the ground instead of along a text; the multiples are learned). Tokens of all sensors are thus neighbours from
-    the first step on, whatever their pixel size.
+    Each head subtracts a learned multiple of the distance in metres from its scores (ALiBi, arXiv 2108.12409, with
+    ground distance in place of text distance). Tokens of all sensors are therefore neighbours from the first step on,
+    whatever their pixel size.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -135,31 +152,31 @@ class _Attention(nn.Module):
         self.heads = heads
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
-        # Reach of the heads: from one mask unit to about the whole patch.
-        reach = torch.logspace(math.log10(_NEAREST), math.log10(_FARTHEST), heads)
+        # The initial reach of the heads goes from one mask unit to about the whole patch.
+        reach = torch.logspace(math.log10(_SHORTEST_REACH), math.log10(_LONGEST_REACH), heads)
         self.log_slope = nn.Parameter(-reach.log())
 
     def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, distances: torch.Tensor, hidden: torch.Tensor
+        self, queries: torch.Tensor, keys: torch.Tensor, distances: torch.Tensor, key_padding_mask: torch.Tensor
     ) -> torch.Tensor:
         batch, count, width = queries.shape
         shape = (batch, -1, self.heads, width // self.heads)
         query = self.query(queries).view(shape).transpose(1, 2)
         key, value = (part.view(shape).transpose(1, 2) for part in self.key_value(keys).chunk(2, dim=-1))
         bias = -self.log_slope.exp()[None, :, None, None] * distances[:, None]
-        bias = bias.masked_fill(hidden[:, None, None], -torch.inf).to(query.dtype)
+        bias = bias.masked_fill(key_padding_mask[:, None, None], -torch.inf).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.output(attended.transpose(1, 2).reshape(batch, count, width))
 
 
 class _Block(nn.Module):
-    """Pre-norm attention and MLP; attends to itself, or to a memory when one is given."""
+    """Pre-norm attention and MLP: self-attention, or cross-attention to a context."""
 
     def __init__(self, width: int, heads: int, *, cross: bool) -> None:
         super().__init__()
         self.norm_queries = nn.LayerNorm(width)
-        self.norm_memory = nn.LayerNorm(width) if cross else None
-        self.attention = _Attention(width, heads)
+        self.norm_context = nn.LayerNorm(width) if cross else None
+        self.attention = _DistanceBiasedAttention(width, heads)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -167,22 +184,28 @@ class _Block(nn.Module):
         self,
         tokens: torch.Tensor,
         distances: torch.Tensor,
-        hidden: torch.Tensor,
-        memory: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor,
+        context: torch.Tensor | None = None,
     ) -> torch.Tensor:
         queries = self.norm_queries(tokens)
-        keys = queries if memory is None or self.norm_memory is None else self.norm_memory(memory)
-        tokens = tokens + self.attention(queries, keys, distances, hidden)
+        keys = queries if context is None or self.norm_context is None else self.norm_context(context)
+        tokens = tokens + self.attention(queries, keys, distances, key_padding_mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
 @dataclass
 class Context:
-    """Fused visible tokens: (B, N, width), their centres (B, N, 2) in metres, and which of them (B, N) to leave out."""
+    """Fused visible tokens.
+
+    Attributes:
+        tokens: (B, N, width).
+        centres: (B, N, 2) ground positions in metres.
+        key_padding_mask: (B, N) bool, True where attention ignores the token.
+    """
 
     tokens: torch.Tensor
     centres: torch.Tensor
-    hidden: torch.Tensor
+    key_padding_mask: torch.Tensor
 
 
 class FusionDecoder(nn.Module):
@@ -196,55 +219,69 @@ class FusionDecoder(nn.Module):
     def __init__(self, names: Sequence[str], config: DecoderConfig) -> None:
         super().__init__()
         self.width = config.width
-        self.embeddings = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
-        self.queries = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
-        # A sample may have nothing visible on a rank; attention needs one key that is always there.
-        self.register = nn.Parameter(torch.zeros(config.width))
-        self.fusion = nn.ModuleList(_Block(config.width, config.heads, cross=False) for _ in range(config.fusion_depth))
-        self.reading = nn.ModuleList(_Block(config.width, config.heads, cross=True) for _ in range(config.query_depth))
+        self.modality_embeddings = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
+        self.query_embeddings = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
+        # A sample may have no visible token; attention needs at least one key.
+        self.register_token = nn.Parameter(torch.zeros(config.width))
+        self.fusion_blocks = nn.ModuleList(
+            _Block(config.width, config.heads, cross=False) for _ in range(config.fusion_depth)
+        )
+        self.query_blocks = nn.ModuleList(
+            _Block(config.width, config.heads, cross=True) for _ in range(config.query_depth)
+        )
         self.norm = nn.LayerNorm(config.width)
-        for parameter in (*self.embeddings.values(), *self.queries.values(), self.register):
+        for parameter in (*self.modality_embeddings.values(), *self.query_embeddings.values(), self.register_token):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def fuse(
+    def encode_context(
         self,
         tokens: Mapping[str, torch.Tensor],
         centres: Mapping[str, torch.Tensor],
-        hidden: Mapping[str, torch.Tensor],
+        dropped: Mapping[str, torch.Tensor],
         side: float,
     ) -> Context:
-        """The fused memory.
+        """Fuse the visible tokens of all modalities by self-attention.
 
         Args:
             tokens: by modality, (B, N, width).
             centres: by modality, (B or 1, N, 2) metres.
-            hidden: by modality, (B,) bool: no token of this sample's modality may be seen.
-            side: side of the ground window, metres.
+            dropped: by modality, (B,) bool, True where the sample's modality is masked as a whole or absent.
+            side: side of the ground window, in metres.
         """
         batch = len(next(iter(tokens.values())))
-        first = next(iter(centres.values()))
-        parts = [self.register.expand(batch, 1, -1)]
-        places = [torch.full_like(first[:, :1], side / 2).expand(batch, -1, -1)]
-        masks = [next(iter(hidden.values())).new_zeros((batch, 1))]
+        first_centres = next(iter(centres.values()))
+        all_tokens = [self.register_token.expand(batch, 1, -1)]
+        all_centres = [torch.full_like(first_centres[:, :1], side / 2).expand(batch, -1, -1)]
+        masks = [next(iter(dropped.values())).new_zeros((batch, 1))]
         for name, values in tokens.items():
-            place = ground_encoding(centres[name], self.width).to(values.dtype)
-            parts.append(values + place + self.embeddings[name])
-            places.append(centres[name].expand(batch, -1, -1))
-            masks.append(hidden[name][:, None].expand(-1, values.shape[1]))
-        memory = Context(torch.cat(parts, dim=1), torch.cat(places, dim=1), torch.cat(masks, dim=1))
-        distances = torch.cdist(memory.centres, memory.centres)
-        for block in self.fusion:
-            memory.tokens = block(memory.tokens, distances, memory.hidden)
-        return memory
+            position = ground_encoding(centres[name], self.width).to(values.dtype)
+            all_tokens.append(values + position + self.modality_embeddings[name])
+            all_centres.append(centres[name].expand(batch, -1, -1))
+            masks.append(dropped[name][:, None].expand(-1, values.shape[1]))
+        context = Context(torch.cat(all_tokens, dim=1), torch.cat(all_centres, dim=1), torch.cat(masks, dim=1))
+        distances = torch.cdist(context.centres, context.centres)
+        for block in self.fusion_blocks:
+            context.tokens = block(context.tokens, distances, context.key_padding_mask)
+        return context
 
-    def read(self, centres: Mapping[str, torch.Tensor], memory: Context) -> dict[str, torch.Tensor]:
-        """What the memory says about places: by modality (B, N, width) for centres (N, 2)."""
-        batch = len(memory.tokens)
-        queries = [ground_encoding(places, self.width) + self.queries[name] for name, places in centres.items()]
-        answers = torch.cat(queries).expand(batch, -1, -1).to(memory.tokens.dtype)
-        distances = torch.cdist(torch.cat(list(centres.values())).expand(batch, -1, -1), memory.centres)
-        for block in self.reading:
-            answers = block(answers, distances, memory.hidden, memory.tokens)
-        answers = self.norm(answers)
-        counts = [len(places) for places in centres.values()]
-        return dict(zip(centres, answers.split(counts, dim=1), strict=True))
+    def decode_queries(self, centres: Mapping[str, torch.Tensor], context: Context) -> dict[str, torch.Tensor]:
+        """Decode features at query positions by cross-attention to the context.
+
+        Args:
+            centres: by modality, (N, 2) metres.
+            context: fused visible tokens.
+
+        Returns:
+            By modality, (B, N, width).
+        """
+        batch = len(context.tokens)
+        queries = [
+            ground_encoding(positions, self.width) + self.query_embeddings[name] for name, positions in centres.items()
+        ]
+        outputs = torch.cat(queries).expand(batch, -1, -1).to(context.tokens.dtype)
+        distances = torch.cdist(torch.cat(list(centres.values())).expand(batch, -1, -1), context.centres)
+        for block in self.query_blocks:
+            outputs = block(outputs, distances, context.key_padding_mask, context.tokens)
+        outputs = self.norm(outputs)
+        counts = [len(positions) for positions in centres.values()]
+        return dict(zip(centres, outputs.split(counts, dim=1), strict=True))

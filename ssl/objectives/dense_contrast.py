@@ -1,4 +1,4 @@
-"""The dense contrastive objective: the same ground looks alike to two sensors, other ground does not."""
+"""Dense cross-sensor InfoNCE on ground cells."""
 
 from __future__ import annotations
 
@@ -20,38 +20,39 @@ from bocage.ssl.objectives.decoder import Neck
 from bocage.ssl.objectives.model import EncodedBatch
 from bocage.ssl.objectives.tokens import build_neck, cell_means, georeferenced_tokens
 
-_HOTTEST = math.log(100.0)  # of the learned scale: a limit as CLIP's, without which fp16 overflows
+_MAX_LOG_SCALE = math.log(100.0)  # upper limit of the learned logit scale, as in CLIP; fp16 overflows without it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig:
-    """The dense contrastive objective.
+    """Dense contrast.
 
     Attributes:
-        width: channels in which sensors are compared.
-        cell: side of a cell of the ground grid, metres, rounded so that cells divide the window.
-        cells: cells of a sample that are compared in a step, drawn at random.
-        keys: cells of all ranks that each cell is compared with, drawn at random. Similarities take a rank
-            samples x ``cells`` x (``keys`` + ``queue``) float32 for each ordered pair of sensors.
-        queue: cells of earlier steps that are compared with as well, for batches too small to hold many others (MoCo,
-            arXiv 1911.05722, without a second encoder: they are as the encoders were then); 0 keeps none.
-        temperature: of the softmax; the start when it is learned.
-        learn_temperature: whether it is a parameter (as in CLIP, arXiv 2103.00020, at most 100 times sharper than 1).
+        width: channels of the projected vectors.
+        cell: side of a ground cell, in metres, rounded so that cells divide the window.
+        cells_per_sample: random cells of a sample that are used as queries in a step.
+        keys: random cells of all ranks that each query is compared with. The similarities of a rank take
+            samples x ``cells_per_sample`` x (``keys`` + ``queue``) float32 values for each ordered pair of sensors.
+        queue: cells of earlier steps that serve as additional keys, for batches with too few other samples (MoCo,
+            arXiv 1911.05722, without a momentum encoder: the keys come from the encoders of their step); 0 disables it.
+        temperature: temperature of the softmax; its initial value if it is learned.
+        learn_temperature: whether the temperature is a parameter (CLIP, arXiv 2103.00020; at least 0.01).
 
     Raises:
-        ValueError: a size below 1, a negative ``queue``, a ``temperature`` not positive, a ``cell`` not within a patch.
+        ValueError: a size is below 1, ``queue`` is negative, ``temperature`` is not positive, or ``cell`` is not
+            between 0 and the side of a patch.
     """
 
     width: int = 128
     cell: float = 12.8
-    cells: int = 16
+    cells_per_sample: int = 16
     keys: int = 4096
     queue: int = 0
     temperature: float = 0.1
     learn_temperature: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("width", "cells", "keys"):
+        for key in ("width", "cells_per_sample", "keys"):
             if getattr(self, key) < 1:
                 raise ValueError(f"contrastive.{key}={getattr(self, key)} must be at least 1")
         if self.queue < 0:
@@ -63,21 +64,22 @@ class ContrastiveConfig:
 
 
 class DenseContrast(nn.Module):
-    """InfoNCE (arXiv 1807.03748) between sensors at the same place of the ground, as in OmniSat (arXiv 2404.08351).
+    """InfoNCE (arXiv 1807.03748) between sensors on the same ground cell, as in OmniSat (arXiv 2404.08351).
 
-    Feature maps of all stages of an encoder are projected linearly, averaged over the cells of a ground grid as far as
-    the encoder saw them, and L2-normalised. For each ordered pair of sensors a cell of the one is told from cells of
-    *other samples* as the other sees them, on all ranks; cells of the same sample, often next of kin, are no negatives.
-    The loss is the mean over all such cells of all ranks and pairs: ranks compute what one rank would with all samples.
-    What accumulation adds are samples, not negatives; a queue does that.
+    The feature maps of an encoder are projected, averaged over the visible part of each ground cell, and L2-normalised.
+    For each ordered pair of sensors, the positive of a query cell is the same cell in the other sensor. Its negatives
+    are cells of other samples in the other sensor, on all ranks. Cells of the same sample are excluded because
+    neighbours are near-duplicates. The loss is the mean over the cells of all ranks and sensor pairs, so several ranks
+    compute the loss that one rank would compute from all samples. Gradient accumulation adds samples but no negatives;
+    a queue adds negatives.
 
     Args:
-        encoders: by modality, at least two; only their widths and strides are used.
-        modalities: registry entries.
-        config: the objective.
+        encoders: encoders, by modality, at least two; only their widths and strides are used.
+        modalities: registry entries, by modality.
+        config: dense contrast.
 
     Raises:
-        InputError: fewer than two modalities, or cells finer than any feature map.
+        InputError: there are fewer than two modalities, or cells are finer than every feature map.
     """
 
     def __init__(
@@ -87,114 +89,128 @@ class DenseContrast(nn.Module):
         if len(encoders) < 2:
             raise InputError(
                 f"weights.contrastive compares sensors, and modalities has {', '.join(encoders)} alone: add one, or "
-                "give weights.contrastive=0"
+                "set weights.contrastive=0"
             )
         finest, name = min((modalities[name].gsd * min(item.strides), name) for name, item in encoders.items())
         if config.cell < finest:
             raise InputError(
-                f"contrastive.cell={config.cell:g}: the finest feature map, of {name}, has cells of {finest:g} m"
+                f"contrastive.cell={config.cell:g}: the finest feature map, of {name}, has cells of {finest:g} m; use "
+                f"contrastive.cell={finest:g} or more"
             )
         self.config = config
         self.necks = nn.ModuleDict(
             {name: build_neck(encoder, modalities[name], config.width) for name, encoder in encoders.items()}
         )
-        # One element and not none: FSDP divides no scalars.
+        # One element instead of a scalar, because FSDP cannot shard scalars.
         scale = torch.tensor([-math.log(config.temperature)])
         self.log_scale = nn.Parameter(scale) if config.learn_temperature else None
         self.fixed_scale = 1.0 / config.temperature
-        self.queue = _Queue(len(encoders), config.queue, config.width) if config.queue else None
+        self.queue = _KeyQueue(len(encoders), config.queue, config.width) if config.queue else None
 
-    def cells(self, view: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What sensors say of cells, (M, B, cells, width) of length 1, and where they do, (M, B, cells) bool."""
-        side = max(1, round(view.side / self.config.cell))
-        vectors, known = [], []
+    def cell_vectors(self, encoded: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the vectors of all ground cells for M sensors.
+
+        Returns:
+            (M, B, cells, width) vectors of length 1, and (M, B, cells) bool: where a sensor has visible tokens.
+        """
+        side = max(1, round(encoded.side / self.config.cell))
+        vectors, valid = [], []
         for name, neck in self.necks.items():
             assert isinstance(neck, Neck)
-            means, seen = cell_means(georeferenced_tokens(view, name, neck), view.side, side)
+            means, visible = cell_means(georeferenced_tokens(encoded, name, neck), encoded.side, side)
             vectors.append(F.normalize(means.float(), dim=-1))
-            known.append(seen & ~view.masks[name].whole[:, None])
-        return torch.stack(vectors), torch.stack(known)
+            valid.append(visible & ~encoded.masks[name].dropped[:, None])
+        return torch.stack(vectors), torch.stack(valid)
 
-    def forward(self, view: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean of InfoNCE over cells and pairs, a scalar, and what to log.
+    def forward(self, encoded: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the mean InfoNCE over cells and sensor pairs.
 
-        Logged are the share of cells told apart from all others, and the temperature if it is learned.
+        Returns:
+            The loss, a scalar, and metrics: ``accuracy``, the fraction of queries whose positive scores above all
+            negatives, and ``temperature`` if it is learned.
         """
-        vectors, known = self.cells(view)
-        count = min(self.config.cells, vectors.shape[2])
-        draws = uniform(view.seeds, "contrastive cells", vectors.shape[2])
-        chosen = draws.argsort(dim=1, stable=True)[:, :count]
+        vectors, valid = self.cell_vectors(encoded)
+        count = min(self.config.cells_per_sample, vectors.shape[2])
+        scores = uniform(encoded.seeds, "contrastive cells", vectors.shape[2])
+        chosen = scores.argsort(dim=1, stable=True)[:, :count]
         vectors = vectors.gather(2, chosen[None, :, :, None].expand(len(vectors), -1, -1, vectors.shape[-1]))
-        known = known.gather(2, chosen[None].expand(len(known), -1, -1))
-        keys, keys_known, owners = self._keys(vectors, known, view)
-        scale = self.fixed_scale if self.log_scale is None else self.log_scale.clamp(max=_HOTTEST).exp()
-        queries, own = vectors.flatten(1, 2), known.flatten(1, 2)
-        foreign = view.samples.repeat_interleave(count)[:, None] != owners[None]
+        valid = valid.gather(2, chosen[None].expand(len(valid), -1, -1))
+        keys, valid_keys, key_samples = self._keys(vectors, valid, encoded)
+        scale = self.fixed_scale if self.log_scale is None else self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
+        queries, valid_queries = vectors.flatten(1, 2), valid.flatten(1, 2)
+        other_sample = encoded.sample_ids.repeat_interleave(count)[:, None] != key_samples[None]
         total = vectors.new_zeros(())
-        cells, right = vectors.new_zeros(()), vectors.new_zeros(())
+        cells, correct = vectors.new_zeros(()), vectors.new_zeros(())
         with torch.autocast(vectors.device.type, enabled=False):
-            for one, other in permutations(range(len(vectors)), 2):
-                allowed = foreign & keys_known[other][None]
-                counts = own[one] & own[other] & allowed.any(dim=1)
-                same = (queries[one] * queries[other]).sum(dim=-1) * scale
-                others = (queries[one] @ keys[other].T * scale).masked_fill(~allowed, -torch.inf)
-                losses = torch.logaddexp(same, others.logsumexp(dim=1)) - same
-                # Before the sum, not after: what is not counted may be infinite.
-                total = total + torch.where(counts, losses, 0.0).sum()
-                cells = cells + counts.sum()
-                right = right + (counts & (same > others.amax(dim=1))).sum()
-        # Ranks average their gradients: each takes its share of the mean over the cells of all.
-        everywhere = all_gather_with_grad(cells[None]).sum().clamp_min(1)
-        figures = {"told_apart": right / cells.clamp_min(1)}
+            for sensor, other in permutations(range(len(vectors)), 2):
+                is_negative = other_sample & valid_keys[other][None]
+                counted = valid_queries[sensor] & valid_queries[other] & is_negative.any(dim=1)
+                positive = (queries[sensor] * queries[other]).sum(dim=-1) * scale
+                negatives = (queries[sensor] @ keys[other].T * scale).masked_fill(~is_negative, -torch.inf)
+                losses = torch.logaddexp(positive, negatives.logsumexp(dim=1)) - positive
+                # Masked before the sum, because losses that are not counted may be infinite.
+                total = total + torch.where(counted, losses, 0.0).sum()
+                cells = cells + counted.sum()
+                correct = correct + (counted & (positive > negatives.amax(dim=1))).sum()
+        # DDP averages gradients over ranks: each rank returns its part of the global mean, times the number of ranks.
+        all_cells = all_gather_with_grad(cells[None]).sum().clamp_min(1)
+        metrics = {"accuracy": correct / cells.clamp_min(1)}
         if self.log_scale is not None:
-            figures["temperature"] = (-self.log_scale.detach().clamp(max=_HOTTEST)).exp()
-        return total * world_size() / everywhere, figures
+            metrics["temperature"] = (-self.log_scale.detach().clamp(max=_MAX_LOG_SCALE)).exp()
+        return total * world_size() / all_cells, metrics
 
     def _keys(
-        self, vectors: torch.Tensor, known: torch.Tensor, view: EncodedBatch
+        self, vectors: torch.Tensor, valid: torch.Tensor, encoded: EncodedBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cells of all ranks to compare with: (M, K, width), (M, K) bool, and whose they are, (K,) ``View.samples``.
+        """Gather the keys of all ranks, followed by those of the queue.
 
-        Which ones are taken depends on the samples alone, not on their order or their rank. Those of the queue come
-        last; while training, the queue then takes in the others in place of its oldest.
+        The choice of keys depends on the samples alone, not on their order or their rank. In training, the new keys
+        then replace the oldest keys of the queue.
+
+        Returns:
+            (M, K, width) keys, (M, K) bool whether the sensor has the key, and (K,) int64 sample ids of the keys.
         """
         count = vectors.shape[2]
-        everyone = all_gather_with_grad(vectors.transpose(0, 1))  # (samples of all ranks, M, cells, width)
-        everyones = all_gather_with_grad(known.transpose(0, 1))
-        owners, seeds = all_gather_with_grad(view.samples), all_gather_with_grad(view.seeds)
-        keys = everyone.transpose(0, 1).flatten(1, 2)
-        allowed = everyones.transpose(0, 1).flatten(1, 2)
-        of = owners.repeat_interleave(count)
-        if len(of) > self.config.keys:
-            drawn = uniform(seeds, "contrastive keys", count).flatten().argsort(stable=True)[: self.config.keys]
-            keys, allowed, of = keys[:, drawn], allowed[:, drawn], of[drawn]
-        return (keys, allowed, of) if self.queue is None else self.queue(keys, allowed, of)
+        all_vectors = all_gather_with_grad(vectors.transpose(0, 1))  # (samples of all ranks, M, cells, width)
+        all_valid = all_gather_with_grad(valid.transpose(0, 1))
+        sample_ids, seeds = all_gather_with_grad(encoded.sample_ids), all_gather_with_grad(encoded.seeds)
+        keys = all_vectors.transpose(0, 1).flatten(1, 2)
+        valid_keys = all_valid.transpose(0, 1).flatten(1, 2)
+        key_samples = sample_ids.repeat_interleave(count)
+        if len(key_samples) > self.config.keys:
+            scores = uniform(seeds, "contrastive keys", count).flatten()
+            chosen = scores.argsort(stable=True)[: self.config.keys]
+            keys, valid_keys, key_samples = keys[:, chosen], valid_keys[:, chosen], key_samples[chosen]
+        return (keys, valid_keys, key_samples) if self.queue is None else self.queue(keys, valid_keys, key_samples)
 
 
-class _Queue(nn.Module):
-    """Cells of earlier steps, newest first; in buffers, so that checkpoints keep them and bad steps leave none."""
+class _KeyQueue(nn.Module):
+    """Keys of earlier steps, newest first.
+
+    They are buffers, so that checkpoints save them and a skipped bad step restores them.
+    """
 
     vectors: torch.Tensor
-    known: torch.Tensor
-    owners: torch.Tensor
-    keep_to_themselves = True  # all ranks hold the same cells
+    valid: torch.Tensor
+    sample_ids: torch.Tensor
+    skip_buffer_broadcast = True  # all ranks hold the same keys, so DDP need not broadcast them
 
     def __init__(self, sensors: int, size: int, width: int) -> None:
         super().__init__()
         self.register_buffer("vectors", torch.zeros(sensors, size, width))
-        self.register_buffer("known", torch.zeros(sensors, size, dtype=torch.bool))
-        self.register_buffer("owners", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("valid", torch.zeros(sensors, size, dtype=torch.bool))
+        self.register_buffer("sample_ids", torch.zeros(size, dtype=torch.int64))
 
     def forward(
-        self, keys: torch.Tensor, known: torch.Tensor, owners: torch.Tensor
+        self, keys: torch.Tensor, valid: torch.Tensor, sample_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The keys of a step and those of the queue; while training, the queue takes them in."""
-        size = len(self.owners)
+        """Append the keys of the queue to those of a step; in training, store the newest keys."""
+        size = len(self.sample_ids)
         keys = torch.cat([keys, self.vectors], dim=1)
-        known, owners = torch.cat([known, self.known], dim=1), torch.cat([owners, self.owners])
+        valid, sample_ids = torch.cat([valid, self.valid], dim=1), torch.cat([sample_ids, self.sample_ids])
         if self.training:
-            # In place: DDP and the moving average hold on to the buffers.
+            # In place, because DDP and the EMA hold references to the buffers.
             self.vectors.copy_(keys.detach()[:, :size])
-            self.known.copy_(known[:, :size])
-            self.owners.copy_(owners[:size])
-        return keys, known, owners
+            self.valid.copy_(valid[:, :size])
+            self.sample_ids.copy_(sample_ids[:size])
+        return keys, valid, sample_ids

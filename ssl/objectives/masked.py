@@ -1,4 +1,4 @@
-"""The masked objective: reconstruct hidden units, hidden dates and hidden modalities from all that is visible."""
+"""Masked reconstruction: predict the pixels of masked units, dates and modalities from all visible tokens."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
 from bocage.shards.preprocess.inputs import EncoderInput
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.objectives.decoder import DecoderConfig, FusionDecoder, Neck, date_encoding, grid_centres
+from bocage.ssl.objectives.decoder import DecoderConfig, FusionDecoder, date_encoding
 from bocage.ssl.objectives.masking import Mask
 from bocage.ssl.objectives.model import EncodedBatch
 from bocage.ssl.objectives.pixel_targets import group_statistics, to_units
-from bocage.ssl.objectives.tokens import build_neck, georeferenced_tokens
+from bocage.ssl.objectives.tokens import build_neck, decode_hidden
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedConfig:
-    """The masked objective.
+    """Masked reconstruction.
 
     Attributes:
         decoder: size of the fusion decoder.
-        normalize_targets: reconstruct values normalised in each unit by groups of bands (MAESTRO); otherwise the
-            standardised values themselves.
-        dates: hidden dates of a series reconstructed per sample and step.
-        weights: weight of a modality's loss by name; those not named weigh 1.
+        normalize_targets: whether targets are normalised in each unit by groups of bands (MAESTRO, arXiv 2508.10894);
+            otherwise they are the standardised values.
+        dates_per_sample: masked dates of a series that are reconstructed per sample and step.
+        weights: weight of a modality's loss, by name; 1 for modalities that are not listed.
 
     Raises:
-        ValueError: ``dates`` below 1, or a negative weight.
+        ValueError: ``dates_per_sample`` is below 1, or a weight is negative.
     """
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     normalize_targets: bool = True
-    dates: int = 8
+    dates_per_sample: int = 8
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.dates < 1:
-            raise ValueError(f"masked.dates={self.dates} must be at least 1")
+        if self.dates_per_sample < 1:
+            raise ValueError(f"masked.dates_per_sample={self.dates_per_sample} must be at least 1")
         for name, weight in self.weights.items():
             if weight < 0:
                 raise ValueError(f"masked.weights.{name}={weight} must not be negative")
@@ -50,27 +50,31 @@ class MaskedConfig:
 
 @dataclass
 class Reconstruction:
-    """Prediction and target of one modality, in units: (B, U, U, C, u, u), or (B, K, U, U, C, u, u) for K dates.
+    """Predictions and targets of one modality, in mask units.
 
-    ``wanted`` has the same shape: what the loss counts. ``mean`` and ``std`` undo the target's normalisation:
-    standardised value = value * std + mean. ``chosen`` gives the indices (B, K) of the dates of a series.
+    Attributes:
+        prediction: (B, U, U, C, u, u) for an image, (B, K, U, U, C, u, u) for K dates of a series.
+        target: target, same shape.
+        loss_mask: bool, same shape: True where the loss counts a value.
+        mean, std: normalisation of the target: standardised value = target * std + mean.
+        date_indices: (B, K) indices of the dates of a series; None for an image.
     """
 
     prediction: torch.Tensor
     target: torch.Tensor
-    wanted: torch.Tensor
+    loss_mask: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
-    chosen: torch.Tensor | None = None
+    date_indices: torch.Tensor | None = None
 
     def losses(self) -> torch.Tensor:
-        """Mean absolute error of each sample over what is wanted of it, (B,); 0 where nothing is."""
-        error = ((self.prediction.float() - self.target).abs() * self.wanted).flatten(1).sum(dim=1)
-        return error / self.wanted.flatten(1).sum(dim=1).clamp_min(1)
+        """Mean absolute error of each sample over its loss mask, (B,); 0 where the mask is empty."""
+        error = ((self.prediction.float() - self.target).abs() * self.loss_mask).flatten(1).sum(dim=1)
+        return error / self.loss_mask.flatten(1).sum(dim=1).clamp_min(1)
 
 
 class _DateHead(nn.Module):
-    """Values of a cell at a date, from what the decoder says of the cell and an encoding of the date."""
+    """Predict the values of a pixel at a date from the pixel's decoded feature and the date's encoding."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -80,8 +84,8 @@ class _DateHead(nn.Module):
         self.output = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs))
 
     def forward(self, cells: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
-        """(B, N, width) cells and (B, K) days to (B, K, N, outputs)."""
-        # The date gates the cell's channels: a season is a way of looking at a parcel, not a term added to it.
+        """Map (B, N, width) cells and (B, K) days to (B, K, N, outputs)."""
+        # The date scales the channels of a cell as well as shifting them: the season decides which ones matter.
         gain, shift = self.date(date_encoding(days, self.width).to(cells.dtype)).chunk(2, dim=-1)
         mixed = self.norm(self.cell(cells)[:, None] * (1 + gain[:, :, None]) + shift[:, :, None])
         return self.output(mixed)
@@ -90,16 +94,16 @@ class _DateHead(nn.Module):
 class MaskedReconstruction(nn.Module):
     """Masked multimodal reconstruction with a joint fusion decoder (MultiMAE, arXiv 2204.01678, and MAESTRO).
 
-    The loss of a modality is the mean absolute error over a sample's hidden values; modalities weigh the same by
-    default, because weighing by tokens would let the aerial image rule.
+    The loss of a modality is the mean absolute error over the masked values of a sample. Modalities have equal weights
+    by default; weights by number of tokens would let the aerial image dominate.
 
     Args:
-        encoders: by modality; only their widths and strides are used.
-        modalities: registry entries.
-        config: the objective.
+        encoders: encoders, by modality; only their widths and strides are used.
+        modalities: registry entries, by modality.
+        config: masked reconstruction.
 
     Raises:
-        InputError: ``weights`` name another modality, or leave none a weight.
+        InputError: ``config.weights`` names another modality, or no modality has a positive weight.
     """
 
     def __init__(
@@ -111,92 +115,85 @@ class MaskedReconstruction(nn.Module):
         if unknown := sorted(set(config.weights) - set(encoders)):
             raise InputError(f"masked.weights.{unknown[0]}: not a modality of this run ({', '.join(encoders)})")
         if not any(self._weight(name) for name in encoders):
-            raise InputError("masked.weights: at least one modality must weigh more than 0")
+            raise InputError("masked.weights: at least one modality must have a weight above 0")
         width = config.decoder.width
         self.necks, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name, encoder in encoders.items():
             modality = self.modalities[name]
             channels = len(modality.channels)
-            series = modality.role == "series"
             self.necks[name] = build_neck(encoder, modality, width)
-            # A series has a token for each of its pixels, on which the date head predicts that pixel's values.
-            outputs = channels if series else channels * modality.unit**2
-            self.heads[name] = _DateHead(width, outputs) if series else nn.Linear(width, outputs)
+            # A series has one token per pixel, from which the date head predicts the values of that pixel.
+            if modality.role == "series":
+                self.heads[name] = _DateHead(width, channels)
+            else:
+                self.heads[name] = nn.Linear(width, channels * modality.unit**2)
         self.decoder = FusionDecoder(list(encoders), config.decoder)
 
     def _weight(self, name: str) -> float:
         return self.config.weights.get(name, 1.0)
 
-    def _normalized(
+    def _normalize(
         self, units: torch.Tensor, valid: torch.Tensor, name: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Target units with their mean and std."""
+        """Return target units with their mean and standard deviation."""
         if not self.config.normalize_targets:
             zero = units.new_zeros(()).expand(*units.shape[:-2], 1, 1)
             return units, zero, torch.ones_like(zero)
         mean, std = group_statistics(units, valid, self.modalities[name])
         return (units - mean) / std, mean, std
 
-    def _image(self, name: str, answers: torch.Tensor, given: EncoderInput, mask: Mask) -> Reconstruction:
-        unit = self.modalities[name].unit
-        units, valid = to_units(given.values, unit), to_units(given.valid, unit)
-        target, mean, std = self._normalized(units, valid, name)
-        prediction = self.heads[name](answers).view(units.shape)
+    def _reconstruct_image(self, name: str, outputs: torch.Tensor, image: EncoderInput, mask: Mask) -> Reconstruction:
         assert mask.units is not None
-        hidden = (mask.units | mask.whole[:, None, None])[..., None, None, None]
-        return Reconstruction(prediction, target, hidden & valid, mean, std)
-
-    def _series(
-        self, name: str, answers: torch.Tensor, given: EncoderInput, mask: Mask, seeds: torch.Tensor
-    ) -> Reconstruction:
-        assert given.dates is not None and given.padding is not None
         unit = self.modalities[name].unit
-        pixels = given.values.shape[-1]
-        hidden = mask.places(given.padding, pixels)
-        dates = hidden.any(dim=-1).any(dim=-1)
-        draws = uniform(seeds, f"target dates/{name}", dates.shape[1]).masked_fill(~dates, -1.0)
-        chosen = draws.argsort(dim=1, descending=True, stable=True)[:, : self.config.dates]
-        at = (torch.arange(len(chosen), device=chosen.device)[:, None], chosen)
-        units, valid = to_units(given.values[at], unit), to_units(given.valid[at], unit)
-        target, mean, std = self._normalized(units, valid, name)
-        values = self.heads[name](answers, given.dates[at])
-        values = values.view(*values.shape[:2], pixels, pixels, units.shape[-3]).movedim(-1, 2)
-        wanted = to_units(hidden[at][:, :, None], unit) & valid
-        return Reconstruction(to_units(values, unit), target, wanted, mean, std, chosen)
+        units, valid = to_units(image.values, unit), to_units(image.valid, unit)
+        target, mean, std = self._normalize(units, valid, name)
+        prediction = self.heads[name](outputs).view(units.shape)
+        masked = (mask.units | mask.dropped[:, None, None])[..., None, None, None]
+        return Reconstruction(prediction, target, masked & valid, mean, std)
 
-    def reconstruct(self, view: EncodedBatch) -> dict[str, Reconstruction]:
-        """Prediction and target of every modality."""
-        tokens, centres = {}, {}
-        for name in view.maps:
-            neck = self.necks[name]
-            assert isinstance(neck, Neck)
-            tokens[name], centres[name], _ = georeferenced_tokens(view, name, neck)
-        hidden = {name: view.masks[name].whole for name in tokens}
-        memory = self.decoder.fuse(tokens, centres, hidden, view.side)
-        places = {}
-        for name, mask in view.masks.items():
-            count = view.inputs[name].values.shape[-1] if mask.units is None else mask.units.shape[1]
-            places[name] = grid_centres(count, view.side, memory.tokens.device).flatten(0, 1)
-        answers = self.decoder.read(places, memory)
+    def _reconstruct_series(
+        self, name: str, outputs: torch.Tensor, series: EncoderInput, mask: Mask, seeds: torch.Tensor
+    ) -> Reconstruction:
+        assert series.dates is not None and series.padding is not None
+        unit = self.modalities[name].unit
+        pixels = series.values.shape[-1]
+        masked = mask.pixel_mask(series.padding, pixels)
+        masked_dates = masked.any(dim=-1).any(dim=-1)
+        scores = uniform(seeds, f"target dates/{name}", masked_dates.shape[1]).masked_fill(~masked_dates, -1.0)
+        chosen = scores.argsort(dim=1, descending=True, stable=True)[:, : self.config.dates_per_sample]
+        index = (torch.arange(len(chosen), device=chosen.device)[:, None], chosen)
+        units, valid = to_units(series.values[index], unit), to_units(series.valid[index], unit)
+        target, mean, std = self._normalize(units, valid, name)
+        values = self.heads[name](outputs, series.dates[index])
+        values = values.view(*values.shape[:2], pixels, pixels, units.shape[-3]).movedim(-1, 2)
+        loss_mask = to_units(masked[index][:, :, None], unit) & valid
+        return Reconstruction(to_units(values, unit), target, loss_mask, mean, std, chosen)
+
+    def reconstruct(self, encoded: EncodedBatch) -> dict[str, Reconstruction]:
+        """Reconstruct every modality."""
+        outputs = decode_hidden(encoded, self.necks, self.decoder)
         return {
-            name: self._image(name, answers[name], view.inputs[name], mask)
+            name: self._reconstruct_image(name, outputs[name], encoded.inputs[name], mask)
             if mask.units is not None
-            else self._series(name, answers[name], view.inputs[name], mask, view.seeds)
-            for name, mask in view.masks.items()
+            else self._reconstruct_series(name, outputs[name], encoded.inputs[name], mask, encoded.seeds)
+            for name, mask in encoded.masks.items()
         }
 
-    def forward(self, view: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted mean over modalities and samples, a scalar, and the mean of each modality where it is wanted.
+    def forward(self, encoded: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the weighted mean of the losses over modalities and samples.
 
-        Every sample weighs the same whatever it lacks: given the encoders' features, the loss of a batch is exactly
-        the mean over its parts, be they ranks or accumulated steps. (U-TAE's batch normalisation, as ever, takes its
-        statistics from each part.)
+        All samples have the same weight, whichever modalities they lack. For given features, the loss of a batch
+        therefore equals the mean over its parts, such as ranks or accumulated micro-batches. (U-TAE's batch
+        normalisation still computes its statistics per part.)
+
+        Returns:
+            The loss, a scalar, and the mean loss of each modality over samples with a non-empty loss mask.
         """
-        total, whole, figures = torch.zeros((), device=view.seeds.device), 0.0, {}
-        for name, item in self.reconstruct(view).items():
+        total, total_weight, metrics = torch.zeros((), device=encoded.seeds.device), 0.0, {}
+        for name, item in self.reconstruct(encoded).items():
             losses = item.losses()
             weight = self._weight(name)
             total = total + weight * losses.mean()
-            whole += weight
-            figures[name] = losses.sum() / item.wanted.flatten(1).any(dim=1).sum().clamp_min(1)
-        return total / whole, figures
+            total_weight += weight
+            metrics[name] = losses.sum() / item.loss_mask.flatten(1).any(dim=1).sum().clamp_min(1)
+        return total / total_weight, metrics

@@ -1,8 +1,8 @@
-"""What is hidden from the encoders: blocks of images, dates of series or cubes of space and time, whole modalities.
+"""Draw random masks: blocks of images, dates or space-time cubes of series, whole modalities, feature maps.
 
-Masks are drawn for each modality independently, unless they are joint, so that one sensor must be inferred from the
-others as well as from its own visible parts. A sample always keeps at least one visible modality, and each modality
-that is not hidden as a whole a visible part. Every draw depends on the sample's seed alone.
+Masks of different modalities are independent unless ``MaskingConfig.joint`` is set, so a masked sensor is predicted
+from the other sensors and from its own visible parts. Each sample keeps at least one visible modality, and each
+visible modality keeps a visible part. All random numbers depend on the sample's seed alone (``shards.counter_rng``).
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from bocage.shards.counter_rng import permutations, uniform
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
 from bocage.shards.preprocess.inputs import EncoderInput
-from bocage.shards.read.windows import explain_mismatch, shown_sides, valid_sides
+from bocage.shards.read.windows import explain_mismatch, format_sides, valid_sides
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
-    """How much is hidden, and how images are encoded.
+    """What is masked, and how masked images are encoded.
 
     Attributes:
-        images: ``packed`` keeps one block of every 2 x 2, at random, and repacks the visible quarter into an image of
-            half the side, which the unmodified Swin encodes (uniform sampling of UM-MAE, arXiv 2205.10063);
-            ``mask_token`` encodes the whole image with hidden tokens replaced by a learned one (SimMIM,
-            arXiv 2111.09886). Published weights have the same form.
-        ratio: share of hidden blocks under ``mask_token``; ``packed`` hides 0.75.
-        date_ratio: share of the dates of a series that is hidden.
-        ratios: by modality, in place of these two.
-        blocks: by modality, side in metres of the blocks of an image that are hidden at once: a multiple of its mask
-            unit, which is the default.
-        joint: hide the same ground from all images of a sample, in blocks of the largest of their sides, so that only
-            what surrounds it and the series tell of it; otherwise each image has blocks of its own.
-        gap_share: probability that hidden dates are one gap rather than scattered; a gap goes on in the new year.
-        cube_share: probability that a series lacks cubes of space and time instead of whole dates: at each place a gap
-            of its own. Where it is hidden a frame holds the mean, as in holes.
-        cube: side of a cube on the ground, metres.
-        modality_ratio: probability that a modality is hidden as a whole.
-        map_ratio: probability, in training, that a feature map of a sample is hidden from the objectives that read
-            tokens (``ground.ground_tokens``); one stays.
-            When all maps always add up, the deepest need not say anything: a vector that is the same everywhere
-            outgrows what they know, and features collapse (docs/design-choices.md).
+        images: ``packed`` keeps one random block of every 2 x 2 and packs the visible quarter into an image of half the
+            side, which an unmodified Swin encodes (uniform sampling of UM-MAE, arXiv 2205.10063). ``mask_token``
+            encodes the whole image and replaces masked tokens by a learned one (SimMIM, arXiv 2111.09886). Published
+            weights have the same format under both.
+        ratio: masked fraction of the blocks under ``mask_token``; ``packed`` masks 0.75.
+        date_ratio: masked fraction of the dates of a series.
+        ratios: masked fraction of single modalities, by name; replaces ``ratio`` and ``date_ratio``.
+        blocks: side of the masked blocks of an image, in metres, by modality: a multiple of its mask unit, which is
+            the default.
+        joint: mask the same ground in all images of a sample, in blocks of the largest of their sides. Masked ground
+            must then be predicted from its surroundings and from the series.
+        gap_probability: probability that the masked dates form one gap instead of scattered dates; a gap wraps around
+            the end of the year.
+        cube_probability: probability that a series is masked in cubes of space and time instead of whole dates: each
+            ground cell has its own gap of dates. Masked pixels of a frame are set to the mean, as holes are.
+        cube: side of a cube on the ground, in metres.
+        modality_ratio: probability that a whole modality is masked.
+        map_ratio: probability, in training, that a feature map of a sample is left out of the tokens of the objectives
+            (``tokens.georeferenced_tokens``); at least one map stays. If all maps are always summed, the deepest map
+            need not carry information: a constant vector outgrows it and features collapse (docs/design-choices.md).
 
     Raises:
-        ValueError: a share outside [0, 1], a side that is not positive, or ``packed`` with another ``ratio`` than 0.75.
+        ValueError: a fraction or probability lies outside [0, 1], a side is not positive, or ``ratio`` is not 0.75
+            under ``packed``.
     """
 
     images: Literal["packed", "mask_token"] = "packed"
@@ -58,170 +59,169 @@ class MaskingConfig:
     ratios: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)
     joint: bool = False
-    gap_share: float = 0.3
-    cube_share: float = 0.0
+    gap_probability: float = 0.3
+    cube_probability: float = 0.0
     cube: float = 25.6
     modality_ratio: float = 0.25
     map_ratio: float = 0.5
 
     def __post_init__(self) -> None:
-        shares = {
-            key: getattr(self, key)
-            for key in ("ratio", "date_ratio", "gap_share", "cube_share", "modality_ratio", "map_ratio")
-        }
-        for key, value in (*shares.items(), *((f"ratios.{name}", value) for name, value in self.ratios.items())):
+        keys = ("ratio", "date_ratio", "gap_probability", "cube_probability", "modality_ratio", "map_ratio")
+        fractions = {key: getattr(self, key) for key in keys}
+        fractions |= {f"ratios.{name}": value for name, value in self.ratios.items()}
+        for key, value in fractions.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"masking.{key}={value} must lie between 0 and 1")
         for key, side in (("cube", self.cube), *((f"blocks.{name}", side) for name, side in self.blocks.items())):
             if not 0 < side < math.inf:
                 raise ValueError(f"masking.{key}={side} must be a positive number of metres")
         if self.images == "packed" and self.ratio != 0.75:
-            raise ValueError("masking.ratio must be 0.75 with masking.images=packed: one block of every 2 x 2 is kept")
+            raise ValueError(
+                "masking.ratio must be 0.75 with masking.images=packed, which keeps one block of every 2 x 2"
+            )
 
 
 @dataclass
 class Mask:
-    """What is hidden of one modality, for B samples.
+    """Mask of one modality, for B samples.
 
     Attributes:
-        whole: (B,) bool, True where the whole modality is hidden or absent: nothing of it may reach the decoder.
-        units: for images, (B, U, U) bool, True where a unit is hidden.
-        block: units along a side of what is hidden at once.
-        dates: for series, (B, T) bool, True where an existing date is hidden.
-        cubes: for series, (B, T, H, W) bool, True where a pixel of another date is hidden; None without any.
+        dropped: (B,) bool, True where the whole modality is masked or absent; the decoder must ignore its tokens.
+        units: images: (B, U, U) bool, True where a mask unit is masked.
+        block: units along a side of a masked block.
+        dates: series: (B, T) bool, True where an existing date is masked.
+        cubes: series: (B, T, H, W) bool, True where a pixel of another date is masked; None without cubes.
     """
 
-    whole: torch.Tensor
+    dropped: torch.Tensor
     units: torch.Tensor | None = None
     block: int = 1
     dates: torch.Tensor | None = None
     cubes: torch.Tensor | None = None
 
-    def places(self, padding: torch.Tensor, pixels: int) -> torch.Tensor:
-        """(B, T, pixels, pixels) bool: all that is hidden of a series, whose missing dates are ``padding`` (B, T)."""
+    def pixel_mask(self, padding: torch.Tensor, pixels: int) -> torch.Tensor:
+        """Combine the masks of a series: dates, cubes and, where the modality is dropped, all existing dates.
+
+        Args:
+            padding: (B, T) bool, True for missing dates.
+            pixels: pixels along a side of the series.
+
+        Returns:
+            (B, T, pixels, pixels) bool, True where masked.
+        """
         assert self.dates is not None
-        dates = self.dates | (self.whole[:, None] & ~padding)
-        hidden = dates[:, :, None, None].expand(-1, -1, pixels, pixels)
-        return hidden if self.cubes is None else hidden | self.cubes
+        dates = self.dates | (self.dropped[:, None] & ~padding)
+        masked = dates[:, :, None, None].expand(-1, -1, pixels, pixels)
+        return masked if self.cubes is None else masked | self.cubes
 
 
-def blocks_of(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict[str, int]:
-    """Units along a side of the blocks in which each image is hidden, by modality.
+def block_sizes(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict[str, int]:
+    """Units along a side of the masked blocks of each image, by modality.
 
     Raises:
-        InputError: a name that is none of the modalities, or one of the wrong kind; a side that is not a multiple of
-            the unit.
+        InputError: ``config`` names an unknown modality or one of the wrong role, or the side of a block is not a
+            multiple of the mask unit.
     """
     images = {name: item for name, item in modalities.items() if item.role == "image"}
-    for key, named, kind in (
-        ("ratios", config.ratios, modalities),
-        ("blocks", config.blocks, images),
-    ):
-        if unknown := sorted(set(named) - set(kind)):
+    for key, names, valid_names in (("ratios", config.ratios, modalities), ("blocks", config.blocks, images)):
+        if unknown := sorted(set(names) - set(valid_names)):
             raise InputError(
-                f"masking.{key}.{unknown[0]}: not one of {', '.join(kind)}"
-                if kind
-                else f"masking.{key}.{unknown[0]}: it is for images, and modalities has none"
+                f"masking.{key}.{unknown[0]}: not one of {', '.join(valid_names)}"
+                if valid_names
+                else f"masking.{key}.{unknown[0]}: it applies to images, and modalities has none"
             )
-    if config.images == "packed" and (given := sorted(set(config.ratios) & set(images))):
-        raise InputError(f"masking.ratios.{given[0]} needs masking.images=mask_token: packed images hide 0.75")
-    if config.joint and (given := sorted(set(config.ratios) & set(images))):
-        raise InputError(f"masking.ratios.{given[0]}: with masking.joint all images hide masking.ratio of the ground")
+    image_ratios = sorted(set(config.ratios) & set(images))
+    if config.images == "packed" and image_ratios:
+        raise InputError(f"masking.ratios.{image_ratios[0]} needs masking.images=mask_token: packed images mask 0.75")
+    if config.joint and image_ratios:
+        raise InputError(
+            f"masking.ratios.{image_ratios[0]}: with masking.joint, masking.ratio applies to all images; remove it"
+        )
     sides = {name: config.blocks.get(name, item.unit * item.gsd) for name, item in images.items()}
     if config.joint and sides:
         sides = dict.fromkeys(sides, max(sides.values()))
-    found = {}
+    blocks = {}
     for name, side in sides.items():
         unit = images[name].unit * images[name].gsd
-        found[name] = max(1, round(side / unit))
-        if not math.isclose(found[name] * unit, side, rel_tol=1e-6):
-            blamed = " and ".join(f"masking.blocks.{key}" for key in config.blocks)
-            raise InputError(f"{blamed}: {side:g} m is not a multiple of the {unit:g}-m mask unit of {name}")
-    return found
+        blocks[name] = max(1, round(side / unit))
+        if not math.isclose(blocks[name] * unit, side, rel_tol=1e-6):
+            keys = " and ".join(f"masking.blocks.{key}" for key in config.blocks)
+            raise InputError(f"{keys}: {side:g} m is not a multiple of the {unit:g} m mask unit of {name}")
+    return blocks
 
 
-def block_grid(modality: Modality, pixels: int, block: int, images: str) -> int:
-    """Blocks along a side of an image of this many pixels.
-
-    Raises:
-        InputError: the image is not a whole number of blocks, or, when packed, not of pairs of blocks.
-    """
-    if misfit := _misfit(modality, pixels, block, images):
-        raise InputError(f"window: {misfit}")
-    return pixels // (modality.unit * block)
-
-
-def _misfit(modality: Modality, pixels: int, block: int, images: str) -> str:
-    """Why an image of this many pixels cannot be hidden in such blocks; empty when it can."""
+def _image_mismatch(modality: Modality, pixels: int, block: int, images: str) -> str:
+    """Reason why an image of ``pixels`` x ``pixels`` cannot be masked in such blocks; empty if it can."""
     side = modality.unit * block
     metres = side * modality.gsd
     multiple = side * (2 if images == "packed" else 1)
     if pixels % multiple:
         pairs = "pairs of " if images == "packed" else ""
         return (
-            f"{modality.name} is {pixels * modality.gsd:g} m wide there and is masked in {pairs}blocks of {metres:g} m "
-            f"({side} px, masking.images={images})"
+            f"{modality.name} is masked in {pairs}blocks of {metres:g} m ({side} px, masking.images={images}), which "
+            f"do not divide {pixels * modality.gsd:g} m"
         )
     if pixels == side:
-        return f"{modality.name} is one block of {metres:g} m there, of which nothing could be hidden"
+        return f"{modality.name} is a single block of {metres:g} m, so nothing can be masked"
     return ""
 
 
 def check_window(
     modalities: Mapping[str, Modality], side: float, config: MaskingConfig, *, reconstructed: bool
 ) -> None:
-    """Check that windows of ``side`` metres can be cut, and divide into what is hidden of them.
+    """Check that windows of ``side`` metres can be cut and divide into masked blocks.
 
     Args:
-        modalities: those of a run.
-        side: metres.
-        config: how they are hidden.
-        reconstructed: whether series are divided into mask units, too, which ``masked`` reconstructs.
+        modalities: modalities of the run.
+        side: side of the ground window, in metres.
+        config: masking.
+        reconstructed: whether series are also divided into mask units, as the objective ``masked`` does.
 
     Raises:
-        InputError: they cannot or do not; the message gives windows that fit, if there are any.
+        InputError: the window does not fit; the message gives windows that fit, if there are any. Also, see
+            ``block_sizes``.
     """
-    blocks = blocks_of(modalities, config)
-    cut = valid_sides(modalities.values())
+    blocks = block_sizes(modalities, config)
+    sides = valid_sides(modalities.values())
 
-    def why_not(window: float) -> str:
-        if found := explain_mismatch(window, cut):
-            return found
+    def mismatch(window: float) -> str:
+        if reason := explain_mismatch(window, sides):
+            return reason
         for name, modality in modalities.items():
             pixels = round(window / modality.gsd)
             if modality.role == "image":
-                if why := _misfit(modality, pixels, blocks[name], config.images):
-                    return why
+                if reason := _image_mismatch(modality, pixels, blocks[name], config.images):
+                    return reason
             elif reconstructed and pixels % modality.unit:
                 unit = modality.unit * modality.gsd
-                return f"{name} is {window:g} m wide there and is reconstructed in units of {unit:g} m"
+                return f"{name} is reconstructed in units of {unit:g} m, which do not divide {window:g} m"
         return ""
 
-    if not (why := why_not(side)):
+    if not (reason := mismatch(side)):
         return
-    fitting = [window for window in cut if not why_not(window)]
+    fitting = [window for window in sides if not mismatch(window)]
     if not fitting:
-        blamed = " or ".join(f"masking.blocks.{name}" for name in config.blocks) or "modalities"
-        raise InputError(f"window={side:g}: no window fits, {why_not(cut[-1])}; change {blamed}")
-    raise InputError(f"window={side:g}: {why}; windows that fit are {shown_sides(fitting)} wide")
+        keys = " or ".join(f"masking.blocks.{name}" for name in config.blocks) or "modalities"
+        raise InputError(f"window={side:g}: no window fits, {mismatch(sides[-1])}; change {keys}")
+    raise InputError(f"window={side:g}: {reason}; windows that fit are {format_sides(fitting)} wide")
 
 
-def _packed(seeds: torch.Tensor, tag: str, grid: int) -> torch.Tensor:
-    """One visible block, at random, in every 2 x 2."""
+def _draw_packed_blocks(seeds: torch.Tensor, tag: str, grid: int) -> torch.Tensor:
+    """Mask all but one random block of every 2 x 2: (B, grid, grid) bool."""
     pairs = grid // 2
-    draws = uniform(seeds, tag, pairs, pairs, 4)
-    visible = F.one_hot(draws.argmax(dim=-1), 4).bool().view(-1, pairs, pairs, 2, 2)
+    scores = uniform(seeds, tag, pairs, pairs, 4)
+    visible = F.one_hot(scores.argmax(dim=-1), 4).bool().view(-1, pairs, pairs, 2, 2)
     return ~visible.permute(0, 1, 3, 2, 4).reshape(-1, grid, grid)
 
 
-def _scattered(seeds: torch.Tensor, tag: str, grid: int, ratio: float) -> torch.Tensor:
-    """A share of the blocks; at least one stays."""
-    hidden = min(round(ratio * grid * grid), grid * grid - 1)
-    return (permutations(seeds, tag, grid * grid) < hidden).view(-1, grid, grid)
+def _draw_scattered_blocks(seeds: torch.Tensor, tag: str, grid: int, ratio: float) -> torch.Tensor:
+    """Mask a fraction of the blocks and leave at least one visible: (B, grid, grid) bool."""
+    masked = min(round(ratio * grid * grid), grid * grid - 1)
+    return (permutations(seeds, tag, grid * grid) < masked).view(-1, grid, grid)
 
 
-def _number_hidden(padding: torch.Tensor, ratio: float) -> torch.Tensor:
-    """(B,) of the existing dates: at least one stays, and one is hidden if it can."""
+def _masked_date_count(padding: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Number of masked dates of each sample, (B,): one date stays visible, and one is masked if two exist."""
     count = (~padding).sum(dim=1)
     target = (count * ratio).round().long()
     if ratio > 0:
@@ -229,103 +229,114 @@ def _number_hidden(padding: torch.Tensor, ratio: float) -> torch.Tensor:
     return torch.minimum(target, (count - 1).clamp(min=0))
 
 
-def _hidden_dates(
-    seeds: torch.Tensor, name: str, padding: torch.Tensor, ratio: float, gap_share: float
+def _draw_dates(
+    seeds: torch.Tensor, name: str, padding: torch.Tensor, ratio: float, gap_probability: float
 ) -> torch.Tensor:
-    """A share of the existing dates, scattered or in one gap: (B, T) bool."""
-    target = _number_hidden(padding, ratio)[:, None]
+    """Mask a fraction of the existing dates, scattered or as one gap: (B, T) bool."""
+    target = _masked_date_count(padding, ratio)[:, None]
     count, length = (~padding).sum(dim=1, keepdim=True), padding.shape[1]
-    # Ranks are counted among existing dates only: padding goes last.
-    scattered = uniform(seeds, f"hidden dates/{name}", length).masked_fill(padding, 2.0)
-    scattered_rank = scattered.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    place = (~padding).cumsum(dim=1) - 1
+    # Padding sorts last, so that ranks count existing dates only.
+    scores = uniform(seeds, f"hidden dates/{name}", length).masked_fill(padding, 2.0)
+    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    positions = (~padding).cumsum(dim=1) - 1
     start = (uniform(seeds, f"gap start/{name}")[:, None] * count).long()
-    gap = uniform(seeds, f"gap/{name}")[:, None] < gap_share
-    return torch.where(gap, _in_gap(place, start, target, count), scattered_rank < target) & ~padding
+    is_gap = uniform(seeds, f"gap/{name}")[:, None] < gap_probability
+    return torch.where(is_gap, _in_gap(positions, start, target, count), ranks < target) & ~padding
 
 
-def _in_gap(place: torch.Tensor, start: torch.Tensor, length: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Which of ``count`` places lie in a gap that goes on at the beginning when it reaches the end.
+def _in_gap(positions: torch.Tensor, start: torch.Tensor, length: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Whether positions among ``count`` dates lie in a gap that wraps around the end.
 
-    Otherwise gaps of more than half of the dates would hide those in the middle of the year always.
+    Without wrapping, gaps of more than half of the dates would always mask the middle of the year.
     """
-    return (place - start) % count.clamp_min(1) < length
+    return (positions - start) % count.clamp_min(1) < length
 
 
-def _hidden_cubes(
+def _draw_cubes(
     seeds: torch.Tensor, name: str, padding: torch.Tensor, ratio: float, cells: int, pixels: int
 ) -> torch.Tensor:
-    """A gap in the existing dates at each of ``cells`` x ``cells`` places: (B, T, pixels, pixels) bool."""
-    target = _number_hidden(padding, ratio)[:, None, None]
+    """Mask an independent gap of dates in each of ``cells`` x ``cells`` ground cells: (B, T, pixels, pixels) bool."""
+    target = _masked_date_count(padding, ratio)[:, None, None]
     count = (~padding).sum(dim=1)[:, None, None]
     start = (uniform(seeds, f"cubes/{name}", cells, cells) * count).long()[:, None]
-    place = ((~padding).cumsum(dim=1) - 1)[:, :, None, None]
-    hidden = _in_gap(place, start, target[:, None], count[:, None]) & ~padding[:, :, None, None]
+    positions = ((~padding).cumsum(dim=1) - 1)[:, :, None, None]
+    masked = _in_gap(positions, start, target[:, None], count[:, None]) & ~padding[:, :, None, None]
     cell = torch.arange(pixels, device=seeds.device) * cells // pixels
-    return hidden[:, :, cell][..., cell]
+    return masked[:, :, cell][..., cell]
 
 
-def _series_mask(
-    seeds: torch.Tensor, modality: Modality, given: EncoderInput, whole: torch.Tensor, config: MaskingConfig
+def _draw_series_mask(
+    seeds: torch.Tensor, modality: Modality, series: EncoderInput, dropped: torch.Tensor, config: MaskingConfig
 ) -> Mask:
-    name, padding, pixels = modality.name, given.padding, given.values.shape[-1]
+    name, padding, pixels = modality.name, series.padding, series.values.shape[-1]
     assert padding is not None
     ratio = config.ratios.get(name, config.date_ratio)
-    dates = _hidden_dates(seeds, name, padding, ratio, config.gap_share)
-    if config.cube_share == 0:
-        return Mask(whole, dates=dates)
+    dates = _draw_dates(seeds, name, padding, ratio, config.gap_probability)
+    if config.cube_probability == 0:
+        return Mask(dropped, dates=dates)
     cells = min(pixels, max(1, round(pixels * modality.gsd / config.cube)))
-    cubes = _hidden_cubes(seeds, name, padding, ratio, cells, pixels)
-    cubed = uniform(seeds, f"cubed/{name}") < config.cube_share
-    # A date that is hidden everywhere is a hidden date.
+    cubes = _draw_cubes(seeds, name, padding, ratio, cells, pixels)
+    has_cubes = uniform(seeds, f"cubed/{name}") < config.cube_probability
+    # A date that is masked in every cell counts as a masked date.
     everywhere = cubes.all(dim=-1).all(dim=-1)
-    dates = torch.where(cubed[:, None], everywhere, dates)
-    return Mask(whole, dates=dates, cubes=cubes & (cubed[:, None] & ~everywhere)[..., None, None])
+    dates = torch.where(has_cubes[:, None], everywhere, dates)
+    return Mask(dropped, dates=dates, cubes=cubes & (has_cubes[:, None] & ~everywhere)[..., None, None])
 
 
 def draw_masks(
     inputs: Mapping[str, EncoderInput],
     modalities: Mapping[str, Modality],
+    blocks: Mapping[str, int],
     seeds: torch.Tensor,
     config: MaskingConfig,
 ) -> dict[str, Mask]:
-    """The masks of a batch.
+    """Draw the masks of a batch. The window must fit the blocks (``check_window``).
 
     Args:
-        inputs: what each encoder would read, by modality.
-        modalities: their registry entries.
-        seeds: (B,) int64.
-        config: how much is hidden.
+        inputs: encoder inputs, by modality.
+        modalities: registry entries.
+        blocks: units along a side of a masked block of each image (``block_sizes``).
+        seeds: (B,) int64 sample seeds.
+        config: masking.
     """
     names = list(inputs)
-    blocks = blocks_of({name: modalities[name] for name in names}, config)
     present = torch.stack([inputs[name].present for name in names], dim=1)
-    order = torch.stack([uniform(seeds, f"whole/{name}") for name in names], dim=1)
-    hidden = order < config.modality_ratio
-    # Of the present modalities the one with the highest draw always stays.
-    keeper = order.masked_fill(~present, -1.0).argmax(dim=1)
-    hidden &= ~F.one_hot(keeper, len(names)).bool()
+    scores = torch.stack([uniform(seeds, f"whole/{name}") for name in names], dim=1)
+    dropped = scores < config.modality_ratio
+    # The present modality with the highest score always stays visible.
+    kept = scores.masked_fill(~present, -1.0).argmax(dim=1)
+    dropped &= ~F.one_hot(kept, len(names)).bool()
+    dropped |= ~present
     masks: dict[str, Mask] = {}
     for index, name in enumerate(names):
-        whole = hidden[:, index] | ~present[:, index]
-        if inputs[name].padding is not None:
-            masks[name] = _series_mask(seeds, modalities[name], inputs[name], whole, config)
+        item, modality = inputs[name], modalities[name]
+        if item.padding is not None:
+            masks[name] = _draw_series_mask(seeds, modality, item, dropped[:, index], config)
             continue
         block, tag = blocks[name], "units" if config.joint else f"units/{name}"
-        grid = block_grid(modalities[name], inputs[name].values.shape[-1], block, config.images)
-        hidden_blocks = (
-            _packed(seeds, tag, grid)
+        grid = item.values.shape[-1] // (modality.unit * block)
+        masked = (
+            _draw_packed_blocks(seeds, tag, grid)
             if config.images == "packed"
-            else _scattered(seeds, tag, grid, config.ratios.get(name, config.ratio))
+            else _draw_scattered_blocks(seeds, tag, grid, config.ratios.get(name, config.ratio))
         )
-        masks[name] = Mask(
-            whole, units=hidden_blocks.repeat_interleave(block, 1).repeat_interleave(block, 2), block=block
-        )
+        units = masked.repeat_interleave(block, 1).repeat_interleave(block, 2)
+        masks[name] = Mask(dropped[:, index], units=units, block=block)
     return masks
 
 
 def draw_map_weights(seeds: torch.Tensor, name: str, maps: int, ratio: float) -> torch.Tensor:
-    """(B, maps) float: 0 for hidden maps; the others of a sample share the weight of all, ``maps``."""
-    draws = uniform(seeds, f"maps/{name}", maps)
-    kept = (draws >= ratio) | F.one_hot(draws.argmax(dim=1), maps).bool()
+    """Draw the weights of an encoder's feature maps: 0 for dropped maps, and weights that sum to ``maps`` for the rest.
+
+    Args:
+        seeds: (B,) int64 sample seeds.
+        name: modality of the encoder.
+        maps: number of feature maps.
+        ratio: probability that a map is dropped; at least one stays.
+
+    Returns:
+        (B, maps) float.
+    """
+    scores = uniform(seeds, f"maps/{name}", maps)
+    kept = (scores >= ratio) | F.one_hot(scores.argmax(dim=1), maps).bool()
     return kept * (maps / kept.sum(dim=1, keepdim=True))

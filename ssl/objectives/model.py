@@ -1,4 +1,4 @@
-"""Encoders and objective terms as one training task: one encoder pass per modality serves every term."""
+"""Pretraining model: one masked encoder pass per modality, shared by all objectives."""
 
 from __future__ import annotations
 
@@ -14,64 +14,71 @@ from bocage.shards.batch import Batch
 from bocage.shards.modality import Modality
 from bocage.shards.preprocess.augment import AugmentConfig
 from bocage.shards.preprocess.inputs import EncoderInput, encoder_inputs
-from bocage.shards.sample_seed import sample_seed
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.engine.health.collapse import sample_vectors
-from bocage.ssl.objectives.masking import Mask, MaskingConfig, blocks_of, draw_map_weights, draw_masks
-from bocage.ssl.objectives.visible_blocks import pack_visible_blocks, recentred
+from bocage.ssl.engine.logging.metrics import sample_vectors
+from bocage.ssl.objectives.masking import Mask, MaskingConfig, block_sizes, draw_map_weights, draw_masks
+from bocage.ssl.objectives.visible_blocks import pack_visible_blocks, recentre_relief
 
 
 @dataclass
 class EncodedBatch:
-    """What every objective term of a step works from.
+    """Masked encodings of a batch of B samples: the input of every objective.
 
     Attributes:
-        inputs: standardised, oriented inputs by modality.
-        masks: what was hidden from the encoders.
-        maps: feature maps of the visible parts, finest first, by modality. Under ``packed`` an image's maps cover
-            the packed canvas, whose visible blocks lie in the order of the 2 x 2 blocks they come from. Zeros for
-            samples whose modality is hidden as a whole or absent.
-        map_weights: by modality, (B, maps) float: what each map weighs in the tokens of a sample
-            (``MaskingConfig.map_ratio``); without an entry all weigh 1.
-        rows: indices of the samples that were encoded, by modality.
-        present: indices of the samples that have it, hidden or not.
-        seeds: (B,) int64, of this epoch.
-        samples: (B,) int64, of the keys: the same in every epoch.
-        side: side of the ground window, metres.
+        inputs: standardised encoder inputs before masking, by modality.
+        masks: masks, by modality.
+        features: feature maps of the visible parts, finest first, by modality: (B, width, h, w) each. Under ``packed``
+            they cover the packed image, whose visible blocks keep the order of the 2 x 2 blocks they come from. Zeros
+            for samples whose modality is masked as a whole or absent.
+        visible_rows: indices of the samples that were encoded, by modality.
+        present_rows: indices of the samples that have the modality, masked or not, by modality.
+        seeds: (B,) int64 sample seeds of this epoch.
+        sample_ids: (B,) int64 identity of each sample, the same in every epoch (``Batch.sample_ids``).
+        side: side of the ground window, in metres.
         packed: whether images were packed.
+        map_weights: weight of each feature map in the tokens of a sample, (B, maps) float, by modality
+            (``MaskingConfig.map_ratio``); 1 for modalities that are not listed.
     """
 
     inputs: dict[str, EncoderInput]
     masks: dict[str, Mask]
-    maps: dict[str, list[torch.Tensor]]
-    rows: dict[str, torch.Tensor]
-    present: dict[str, torch.Tensor]
+    features: dict[str, list[torch.Tensor]]
+    visible_rows: dict[str, torch.Tensor]
+    present_rows: dict[str, torch.Tensor]
     seeds: torch.Tensor
-    samples: torch.Tensor
+    sample_ids: torch.Tensor
     side: float
     packed: bool
     map_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def grid_size(self, name: str) -> int:
+        """Prediction targets along a side of the window: mask units of an image, pixels of a series."""
+        units = self.masks[name].units
+        return self.inputs[name].values.shape[-1] if units is None else units.shape[1]
+
 
 class Objective(Protocol):
-    """One objective: a module whose call gives a loss and figures to log."""
+    """Module that computes one loss from the encodings of a batch."""
 
-    def __call__(self, view: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss (scalar) and scalars to log."""
+    def __call__(self, encoded: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss, a scalar, and scalar metrics to log, by name."""
         ...
 
 
 class PretrainingModel(nn.Module):
-    """The task the training loop sees while pretraining.
+    """Encoders and weighted objectives: the module that the trainer trains.
 
     Args:
-        encoders: by modality name.
-        modalities: their registry entries.
-        quality_masks: name of the quality mask of a series (``shards.inputs.quality_masks``).
-        masking: how much is hidden.
-        terms: objective modules (``Objective``) by name.
-        weights: weight of each term in the loss.
-        augment: random changes while training.
+        encoders: encoders, by modality.
+        modalities: registry entries, by modality.
+        quality_masks: quality mask of each series, by modality (``shards.preprocess.inputs.quality_masks``).
+        masking: masking configuration.
+        objectives: objective modules (``Objective``), by name.
+        weights: weight of each objective in the loss, by name.
+        augment: random changes of samples in training.
+
+    Raises:
+        InputError: ``masking`` does not fit the modalities.
     """
 
     def __init__(
@@ -80,109 +87,125 @@ class PretrainingModel(nn.Module):
         modalities: Mapping[str, Modality],
         quality_masks: Mapping[str, str],
         masking: MaskingConfig,
-        terms: Mapping[str, nn.Module],
+        objectives: Mapping[str, nn.Module],
         weights: Mapping[str, float],
         augment: AugmentConfig | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(dict(encoders))
-        self.terms = nn.ModuleDict(dict(terms))
+        self.objectives = nn.ModuleDict(dict(objectives))
         self.modalities = dict(modalities)
         self.quality_masks = dict(quality_masks)
-        blocks_of(modalities, masking)  # refuses what does not fit
         self.masking = masking
+        self.blocks = block_sizes(modalities, masking)
         self.weights = dict(weights)
         self.augment = augment
 
     def encoder(self, name: str) -> Encoder:
-        """The encoder of a modality."""
+        """Return the encoder of a modality."""
         encoder = self.encoders[name]
         assert isinstance(encoder, Encoder)
         return encoder
 
-    def _encode(self, name: str, given: EncoderInput, mask: Mask, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Maps of the samples ``rows`` (indices), zeros elsewhere: what nobody may see is not encoded.
+    def _encode(self, name: str, inputs: EncoderInput, mask: Mask, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Encode the visible samples ``rows`` (indices) of a modality; the maps of other samples are zeros.
 
-        Absent and hidden samples would otherwise enter the batch statistics of U-TAE's decoder, and cost as much.
+        Absent and masked samples are left out because they would enter the batch statistics of U-TAE's decoder, and
+        cost as much as visible ones.
         """
         encoder = self.encoder(name)
-        values, dates, padding, tokens = given.values, given.dates, given.padding, None
+        values, dates, padding, masked_tokens = inputs.values, inputs.dates, inputs.padding, None
         side = values.shape[-1]
-        found = None
-        seen = rows if len(rows) or not encoder.runs_always else rows.new_zeros(1)
-        if len(seen):
+        packed = mask.units is not None and self.masking.images == "packed"
+        encoded = None
+        encoded_rows = rows if len(rows) or not encoder.run_without_samples else rows.new_zeros(1)
+        if len(encoded_rows):
             if mask.units is None:
                 assert dates is not None and padding is not None and mask.dates is not None
-                values, dates, padding = values[seen], dates[seen], (padding | mask.dates)[seen]
+                values, dates, padding = (item[encoded_rows] for item in (values, dates, padding | mask.dates))
                 if mask.cubes is not None:
-                    values = values.masked_fill(mask.cubes[seen][:, :, None], 0.0)
+                    values = values.masked_fill(mask.cubes[encoded_rows][:, :, None], 0.0)
             else:
                 if encoder.spec.representation == "relief":
                     channel = encoder.spec.channels.index("relief")
                     centre = -encoder.spec.mean[channel] / encoder.spec.std[channel]
-                    values = recentred(values, channel, centre, given.valid, mask)
-                values, units, unit = values[seen], mask.units[seen], self.modalities[name].unit
-                if self.masking.images == "packed":
+                    values = recentre_relief(values, channel, centre, inputs.valid, mask)
+                values, units = values[encoded_rows], mask.units[encoded_rows]
+                if packed:
                     values = pack_visible_blocks(values, units, mask.block)
                 else:
-                    repeats = unit // encoder.strides[0]
-                    tokens = units.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
-            encode = encoder.features if len(rows) else encoder.features_of_none
-            found = encode(values, dates, padding, tokens)
-        if mask.units is not None and self.masking.images == "packed":
+                    repeats = self.modalities[name].unit // encoder.strides[0]
+                    masked_tokens = units.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
+            encode = encoder.features if len(rows) else encoder.empty_features
+            encoded = encode(values, dates, padding, masked_tokens)
+        if packed:
             side //= 2
         maps = []
         for index, (width, stride) in enumerate(zip(encoder.widths, encoder.strides, strict=True)):
             cells = math.ceil(side / stride)
-            blank = given.values.new_zeros((len(given.values), width, cells, cells))
-            maps.append(blank if found is None else blank.to(found[index].dtype).index_copy(0, rows, found[index]))
+            zeros = inputs.values.new_zeros((len(inputs.values), width, cells, cells))
+            maps.append(
+                zeros if encoded is None else zeros.to(encoded[index].dtype).index_copy(0, rows, encoded[index])
+            )
         return maps
 
-    def view(self, batch: Batch, *, oriented: bool) -> EncodedBatch:
-        """Masked encodings of a batch; ``oriented`` (training) turns and augments samples and draws maps at random."""
-        specs = {name: self.encoder(name).spec for name in self.encoders}
-        augment = self.augment if oriented else None
-        inputs = encoder_inputs(batch, specs, self.quality_masks, oriented=oriented, augment=augment)
-        masks = draw_masks(inputs, self.modalities, batch.seeds, self.masking)
-        numbers = torch.tensor([sample_seed(0, 0, key) for key in batch.keys])
-        view = self.encoded(inputs, masks, batch.seeds, numbers.to(batch.seeds.device, non_blocking=True))
-        if oriented and self.masking.map_ratio:
-            view.map_weights = {
-                name: draw_map_weights(batch.seeds, name, len(maps), self.masking.map_ratio)
-                for name, maps in view.maps.items()
-            }
-        return view
-
-    def encoded(
-        self, inputs: dict[str, EncoderInput], masks: dict[str, Mask], seeds: torch.Tensor, samples: torch.Tensor
-    ) -> EncodedBatch:
-        """The view of inputs under given masks.
+    def encode_batch(self, batch: Batch, *, augment: bool) -> EncodedBatch:
+        """Draw masks and encode the visible parts of a batch.
 
         Args:
-            inputs, masks: by modality.
-            seeds: (B,) int64, of what is drawn for each sample.
-            samples: (B,) int64, which sample each is.
+            batch: samples in native dtypes, on the device of the model.
+            augment: whether to orient and augment samples at random and drop feature maps, as in training.
         """
-        # One transfer a step tells which samples each encoder has to look at.
-        flags = torch.stack([~masks[name].whole for name in inputs] + [item.present for item in inputs.values()]).cpu()
-        indices = [here.nonzero()[:, 0].to(seeds.device) for here in flags]
-        rows = dict(zip(inputs, indices[: len(inputs)], strict=True))
-        present = dict(zip(inputs, indices[len(inputs) :], strict=True))
-        maps = {name: self._encode(name, inputs[name], masks[name], rows[name]) for name in inputs}
+        specs = {name: self.encoder(name).spec for name in self.encoders}
+        inputs = encoder_inputs(
+            batch, specs, self.quality_masks, random_orientation=augment, augment=self.augment if augment else None
+        )
+        masks = draw_masks(inputs, self.modalities, self.blocks, batch.seeds, self.masking)
+        encoded = self.encode_inputs(inputs, masks, batch.seeds, batch.sample_ids)
+        if augment and self.masking.map_ratio:
+            encoded.map_weights = {
+                name: draw_map_weights(batch.seeds, name, len(maps), self.masking.map_ratio)
+                for name, maps in encoded.features.items()
+            }
+        return encoded
+
+    def encode_inputs(
+        self, inputs: dict[str, EncoderInput], masks: dict[str, Mask], seeds: torch.Tensor, sample_ids: torch.Tensor
+    ) -> EncodedBatch:
+        """Encode inputs under the given masks.
+
+        Args:
+            inputs: encoder inputs, by modality.
+            masks: masks, by modality.
+            seeds: (B,) int64 sample seeds.
+            sample_ids: (B,) int64 sample identities.
+        """
+        # One device-to-host transfer per step gives the rows of all encoders.
+        flags = [~masks[name].dropped for name in inputs] + [item.present for item in inputs.values()]
+        rows = [flag.nonzero()[:, 0].to(seeds.device) for flag in torch.stack(flags).cpu()]
+        visible_rows = dict(zip(inputs, rows[: len(inputs)], strict=True))
+        present_rows = dict(zip(inputs, rows[len(inputs) :], strict=True))
+        features = {name: self._encode(name, inputs[name], masks[name], visible_rows[name]) for name in inputs}
         first = next(iter(inputs))
         side = inputs[first].values.shape[-1] * self.modalities[first].gsd
-        return EncodedBatch(inputs, masks, maps, rows, present, seeds, samples, side, self.masking.images == "packed")
+        packed = self.masking.images == "packed"
+        return EncodedBatch(inputs, masks, features, visible_rows, present_rows, seeds, sample_ids, side, packed)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted sum of the terms, a scalar, and what to log: their losses and figures, features of each encoder."""
-        view = self.view(batch, oriented=self.training)
+        """Compute the weighted sum of the losses.
+
+        Returns:
+            The loss, a scalar, and a dict to log: each objective's loss and metrics, and (B, width) features of each
+            encoder.
+        """
+        encoded = self.encode_batch(batch, augment=self.training)
         losses, logs = [], {}
-        for name, term in self.terms.items():
-            loss, figures = term(view)
+        for name, objective in self.objectives.items():
+            loss, metrics = objective(encoded)
             losses.append(self.weights[name] * loss)
             logs[name] = loss.detach()
-            logs.update({f"{name}/{key}": value.detach() for key, value in figures.items()})
-        for name, maps in view.maps.items():
-            if len(view.rows[name]):
-                logs[name] = sample_vectors(maps[-1][view.rows[name]])
+            logs.update({f"{name}/{key}": value.detach() for key, value in metrics.items()})
+        for name, maps in encoded.features.items():
+            if len(encoded.visible_rows[name]):
+                logs[name] = sample_vectors(maps[-1][encoded.visible_rows[name]])
         return torch.stack(losses).sum(), logs

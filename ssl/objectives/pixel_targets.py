@@ -1,7 +1,7 @@
-"""What the masked objective reconstructs: standardised values, normalised in each unit by groups of correlated bands.
+"""Targets of masked reconstruction: standardised values, normalised in each mask unit by groups of correlated bands.
 
-Patch-group-wise normalisation follows MAESTRO (arXiv 2508.10894): inside a unit, each group of bands is centred and
-scaled together, so that ratios between its bands remain while brightness common to the unit does not.
+Patch-group-wise normalisation follows MAESTRO (arXiv 2508.10894). The bands of a group share one mean and one standard
+deviation per unit, which keeps the ratios between bands and removes the brightness of the unit.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import torch
 
 from bocage.shards.modality import Modality
 
-_VARIANCE_FLOOR = 1e-3  # of standardised values: a constant unit becomes zeros, not amplified rounding
+_VARIANCE_FLOOR = 1e-3  # of standardised values: a constant unit becomes zeros instead of amplified rounding errors
 
 
 def to_units(values: torch.Tensor, unit: int) -> torch.Tensor:
-    """(..., C, H, W) as units: (..., H / unit, W / unit, C, unit, unit)."""
+    """Split (..., C, H, W) into units: (..., H / unit, W / unit, C, unit, unit)."""
     *lead, channels, height, width = values.shape
     units = values.reshape(*lead, channels, height // unit, unit, width // unit, unit)
     order = len(lead)
@@ -22,7 +22,7 @@ def to_units(values: torch.Tensor, unit: int) -> torch.Tensor:
 
 
 def from_units(units: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``to_units``: (..., H / unit, W / unit, C, unit, unit) to (..., C, H, W)."""
+    """Invert ``to_units``: (..., H / unit, W / unit, C, unit, unit) to (..., C, H, W)."""
     *lead, rows, columns, channels, unit, _ = units.shape
     order = len(lead)
     values = units.permute(*range(order), order + 2, order, order + 3, order + 1, order + 4)
@@ -30,12 +30,12 @@ def from_units(units: torch.Tensor) -> torch.Tensor:
 
 
 def group_statistics(units: torch.Tensor, valid: torch.Tensor, modality: Modality) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each unit and band group, holes left out.
+    """Compute mean and standard deviation of each unit and band group over valid pixels.
 
     Args:
         units: (..., C, unit, unit) float.
-        valid: same shape, bool.
-        modality: names the groups.
+        valid: (..., C, unit, unit) bool, False in holes.
+        modality: registry entry, which defines the groups.
 
     Returns:
         Two tensors (..., C, 1, 1); the bands of a group share their values.
@@ -46,10 +46,10 @@ def group_statistics(units: torch.Tensor, valid: torch.Tensor, modality: Modalit
     for group in modality.groups:
         index = [modality.channels.index(name) for name in group]
         weight = weights[..., index, :, :]
-        chosen = units[..., index, :, :]
+        values = units[..., index, :, :]
         count = weight.sum(dim=(-3, -2, -1), keepdim=True).clamp_min(1.0)
-        centre = (chosen * weight).sum(dim=(-3, -2, -1), keepdim=True) / count
-        variance = ((chosen - centre).square() * weight).sum(dim=(-3, -2, -1), keepdim=True) / count
-        mean[..., index, :, :] = centre
+        group_mean = (values * weight).sum(dim=(-3, -2, -1), keepdim=True) / count
+        variance = ((values - group_mean).square() * weight).sum(dim=(-3, -2, -1), keepdim=True) / count
+        mean[..., index, :, :] = group_mean
         std[..., index, :, :] = (variance + _VARIANCE_FLOOR).sqrt()
     return mean, std

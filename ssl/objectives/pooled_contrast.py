@@ -1,4 +1,4 @@
-"""Objectives over whole windows: what two sensors say of a sample as a whole belongs together."""
+"""Objectives on pooled window features of two sensors: NT-Xent and VICReg."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from bocage.ssl.objectives.model import EncodedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class PooledConfig:
-    """Objectives over whole windows.
+    """Projection heads of the objectives on pooled features.
 
     Attributes:
-        width: channels in which sensors are compared.
-        hidden: channels of the layer before.
-        temperature: of NT-Xent.
+        width: channels of the projected vectors.
+        hidden: channels of the hidden layer of the projection heads.
+        temperature: temperature of NT-Xent.
 
     Raises:
-        ValueError: channels below 1, or a ``temperature`` that is not positive.
+        ValueError: a number of channels is below 1, or ``temperature`` is not positive.
     """
 
     width: int = 256
@@ -34,29 +34,32 @@ class PooledConfig:
     def __post_init__(self) -> None:
         for key in ("width", "hidden"):
             if getattr(self, key) < 1:
-                raise ValueError(f"summaries.{key}={getattr(self, key)} must be at least 1")
+                raise ValueError(f"pooled.{key}={getattr(self, key)} must be at least 1")
         if not self.temperature > 0:
-            raise ValueError(f"summaries.temperature={self.temperature} must be positive")
+            raise ValueError(f"pooled.temperature={self.temperature} must be positive")
 
 
 class PooledVectors(nn.Module):
-    """Two sensors' summaries of each sample: means of their deepest maps, through a head for each sensor.
+    """Base class: pool the deepest map of each sensor, project it, and pair two sensors per sample.
 
-    Which two of the sensors that are visible is drawn for each sample; one that is visible alone is paired with itself,
-    which teaches nothing but that samples differ. So all ranks compare as many pairs, whatever their samples lack.
+    The two sensors are drawn at random among the visible ones. A sample with a single visible sensor is paired with
+    itself, which teaches nothing but that samples differ. All ranks therefore compare the same number of pairs.
 
     Args:
-        encoders: by modality, at least two; only their widths are used.
-        config: of the objective.
+        encoders: encoders, by modality, at least two; only their widths are used.
+        config: projection heads.
 
     Raises:
-        InputError: fewer than two modalities.
+        InputError: there are fewer than two modalities.
     """
 
     def __init__(self, encoders: Mapping[str, Encoder], config: PooledConfig) -> None:
         super().__init__()
         if len(encoders) < 2:
-            raise InputError(f"weights: two sensors are compared, and modalities has {', '.join(encoders)} alone")
+            raise InputError(
+                f"weights.pooled_contrast and weights.vicreg compare two sensors, and modalities has only "
+                f"{', '.join(encoders)}: add one, or set both weights to 0"
+            )
         self.heads = nn.ModuleDict(
             {
                 name: nn.Sequential(
@@ -66,19 +69,19 @@ class PooledVectors(nn.Module):
             }
         )
 
-    def pairs(self, view: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summaries of each sample by the one and by the other sensor, (B, width) float32 each."""
-        summaries = torch.stack([head(view.maps[name][-1].mean(dim=(2, 3))) for name, head in self.heads.items()])
-        visible = torch.stack([~view.masks[name].whole for name in self.heads], dim=1)
-        draws = uniform(view.seeds, "summaries", len(self.heads)).masked_fill(~visible, -1.0)
-        first, second = draws.argsort(dim=1, descending=True, stable=True)[:, :2].unbind(dim=1)
+    def pairs(self, encoded: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the projected vectors of two sensors per sample, (B, width) float32 each."""
+        vectors = torch.stack([head(encoded.features[name][-1].mean(dim=(2, 3))) for name, head in self.heads.items()])
+        visible = torch.stack([~encoded.masks[name].dropped for name in self.heads], dim=1)
+        scores = uniform(encoded.seeds, "summaries", len(self.heads)).masked_fill(~visible, -1.0)
+        first, second = scores.argsort(dim=1, descending=True, stable=True)[:, :2].unbind(dim=1)
         second = torch.where(visible.sum(dim=1) > 1, second, first)
         rows = torch.arange(len(visible), device=visible.device)
-        return summaries[first, rows].float(), summaries[second, rows].float()
+        return vectors[first, rows].float(), vectors[second, rows].float()
 
 
 class PooledContrast(PooledVectors):
-    """NT-Xent between summaries of two sensors, over the samples of all ranks (SimCLR, arXiv 2002.05709; lightly)."""
+    """NT-Xent between the pooled vectors of two sensors, over the samples of all ranks (SimCLR, arXiv 2002.05709)."""
 
     def __init__(self, encoders: Mapping[str, Encoder], config: PooledConfig) -> None:
         super().__init__(encoders, config)
@@ -86,15 +89,15 @@ class PooledContrast(PooledVectors):
 
         self.loss = NTXentLoss(temperature=config.temperature, gather_distributed=torch.distributed.is_available())
 
-    def forward(self, view: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, a scalar, and nothing else to log."""
-        one, other = self.pairs(view)
-        with torch.autocast(one.device.type, enabled=False):
-            return self.loss(one, other), {}
+    def forward(self, encoded: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the loss, a scalar; there are no metrics to log."""
+        first, second = self.pairs(encoded)
+        with torch.autocast(first.device.type, enabled=False):
+            return self.loss(first, second), {}
 
 
 class PooledVICReg(PooledVectors):
-    """Variance, invariance and covariance of summaries (VICReg, arXiv 2105.04906; lightly), against collapse."""
+    """VICReg (arXiv 2105.04906) between the pooled vectors of two sensors; its variance term prevents collapse."""
 
     def __init__(self, encoders: Mapping[str, Encoder], config: PooledConfig) -> None:
         super().__init__(encoders, config)
@@ -102,8 +105,8 @@ class PooledVICReg(PooledVectors):
 
         self.loss = VICRegLoss(gather_distributed=torch.distributed.is_available())
 
-    def forward(self, view: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, a scalar, and nothing else to log."""
-        one, other = self.pairs(view)
-        with torch.autocast(one.device.type, enabled=False):
-            return self.loss(one, other), {}
+    def forward(self, encoded: EncodedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the loss, a scalar; there are no metrics to log."""
+        first, second = self.pairs(encoded)
+        with torch.autocast(first.device.type, enabled=False):
+            return self.loss(first, second), {}

@@ -1,4 +1,4 @@
-"""The recipes for pretraining: what they optimise, and that each of CPU size trains."""
+"""Pretraining recipes: their objectives, training of the quickstart recipes, messages about wrong values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.evaluation.probe import Probe, ProbeConfig
-from bocage.ssl.pretrain import PretrainConfig, build_task, pretrain
+from bocage.ssl.pretrain import build_pretraining_model, pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
-TERMS = {
+OBJECTIVES = {
     "mae_multimodal": {"masked", "contrastive"},
     "mae_aerial": {"masked"},
     "mae_sentinel": {"masked", "contrastive"},
@@ -38,59 +39,74 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
 
 
-def test_every_recipe_for_pretraining_is_listed_here() -> None:
-    small = {f"{name}_quickstart" for name in TERMS if name != "mae_multimodal"} | {"quickstart"}
+def test_all_pretraining_recipes_are_tested() -> None:
+    quickstart = {f"{name}_quickstart" for name in OBJECTIVES if name != "mae_multimodal"} | {"quickstart"}
     assert {
         name for name in recipes.list_recipes() if not name.startswith(("finetune", "label_efficiency", "official/"))
-    } == set(TERMS) | small
+    } == set(OBJECTIVES) | quickstart
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_a_recipe_and_its_small_one_optimise_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_recipe_and_its_quickstart_have_the_same_objectives(name: str) -> None:
     small = resolved("quickstart" if name == "mae_multimodal" else f"{name}_quickstart")
     full = resolved(name)
-    assert {term for term, weight in full.weights.items() if weight} == TERMS[name]
+    assert {objective for objective, weight in full.weights.items() if weight} == OBJECTIVES[name]
     assert small.weights == full.weights and small.modalities == full.modalities
     assert small.engine.steps < full.engine.steps / 100
     assert small.swin.options["embed_dim"] == 32 and full.swin.name.startswith("swin_base")
 
 
 # Some 8 s each: seven sensors take two steps.
-@pytest.mark.parametrize("name", TERMS)
-def test_the_small_recipes_train(name: str, manifest: Manifest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_quickstart_recipes_train(name: str, manifest: Manifest, tmp_path: Path) -> None:
     recipe = "quickstart" if name == "mae_multimodal" else f"{name}_quickstart"
-    words = [f"shards={manifest.path}", f"output={tmp_path}", "split=all", "batch_size=2", "workers=0", "pictures=1"]
+    words = [
+        f"shards={manifest.path}",
+        f"output={tmp_path}",
+        "split=all",
+        "batch_size=2",
+        "workers=0",
+        "reconstructions=1",
+    ]
     words += ["engine.steps=2", "engine.log_every=1", "engine.optimizer.warmup_steps=0"]
     pretrain(resolved(recipe, *words))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(lines[-1][term] > 0 for term in TERMS[name])
-    assert (tmp_path / "pictures").exists() == ("masked" in TERMS[name])
+    assert all(lines[-1][objective] > 0 for objective in OBJECTIVES[name])
+    assert (tmp_path / "reconstructions").exists() == ("masked" in OBJECTIVES[name])
 
 
-def test_one_sensor_alone_cannot_be_contrasted(manifest: Manifest) -> None:
+def test_contrast_of_a_single_sensor_raises(manifest: Manifest) -> None:
     config = resolved("quickstart", f"shards={manifest.path}", "modalities=[SPOT_RGBI]")
-    with pytest.raises(InputError, match=r"modalities has SPOT_RGBI alone: add one, or give weights\.contrastive=0"):
-        build_task(config, manifest)
+    with pytest.raises(InputError, match=r"modalities has SPOT_RGBI alone: add one, or set weights\.contrastive=0"):
+        build_pretraining_model(config, manifest)
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["batch_size=1"], r"weights.contrastive tells samples apart, and batch_size=1 on one rank has none"),
-        (["batch_size=1", "weights.contrastive=0", "weights.global=1"], r"weights.global tells samples apart"),
-        (["masking.modality_ratio=1"], r"masking.modality_ratio=1 leaves one"),
+        (
+            ["batch_size=1"],
+            r"batch_size=1 on one rank leaves no negatives for weights.contrastive: .* or contrastive.queue=4096",
+        ),
+        (
+            ["batch_size=1", "weights.contrastive=0", "weights.pooled_contrast=1"],
+            r"no negatives for weights.pooled_contrast",
+        ),
+        (["masking.modality_ratio=1"], r"masking.modality_ratio=1 leaves one per sample"),
         (["contrastive.cell=0.1"], r"contrastive.cell=0.1: the finest feature map, of AERIAL_RGBI, has cells of 0.8 m"),
         (["output="], r"output= is empty"),
         (["modalities=[AERIAL]"], r"unknown modality 'AERIAL'; did you mean AERIAL_RGBI\?"),
         (["modalities=[spot_rgbi]"], r"did you mean SPOT_RGBI\?"),
     ],
 )
-def test_what_could_teach_nothing_is_refused_before_it_starts(
+def test_runs_that_cannot_learn_stop_before_they_start(
     words: list[str], sentence: str, manifest: Manifest, tmp_path: Path
 ) -> None:
-    given = ["modalities=[AERIAL_RGBI,SPOT_RGBI]"] if not any(word.startswith("modalities") for word in words) else []
+    modalities = (
+        ["modalities=[AERIAL_RGBI,SPOT_RGBI]"] if not any(word.startswith("modalities") for word in words) else []
+    )
     config = resolved(
-        "quickstart", f"shards={manifest.path}", f"output={tmp_path / 'run'}", "split=all", *given, *words
+        "quickstart", f"shards={manifest.path}", f"output={tmp_path / 'run'}", "split=all", *modalities, *words
     )
     with pytest.raises(InputError, match=sentence):
         pretrain(config)
@@ -105,7 +121,7 @@ def test_what_could_teach_nothing_is_refused_before_it_starts(
         (["contrastive.cell=1000"], r"contrastive.cell=1000.0 must be positive, and at most a patch"),
         (["contrastive.temperature=inf"], r"contrastive.temperature=inf"),
         (["augment.offset=inf"], r"augment.offset=inf"),
-        (["augment.jitter=400"], r"augment.jitter=400 must be between 0 and 182 days"),
+        (["augment.date_jitter=400"], r"augment.date_jitter=400 must be between 0 and 182 days"),
         (["masked.decoder.heads=3"], r"masked.decoder.width=128"),
         (["latent.decoder.heads=3"], r"latent.decoder.width=256"),
         (
@@ -124,17 +140,17 @@ def test_what_could_teach_nothing_is_refused_before_it_starts(
         (["batchsize=3"], r"did you mean 'batch_size'\?"),
     ],
 )
-def test_a_wrong_word_is_told_by_its_whole_key(words: list[str], sentence: str) -> None:
+def test_a_wrong_value_names_its_full_key(words: list[str], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         resolved("quickstart", *words)
 
 
-def test_probes_of_encoders_in_bfloat16(manifest: Manifest) -> None:
+def test_probes_run_under_bfloat16_autocast(manifest: Manifest) -> None:
     config = resolved("quickstart", "modalities=[SPOT_RGBI]", "weights.contrastive=0")
-    task = build_task(config, manifest).eval()
+    model = build_pretraining_model(config, manifest).eval()
     probe = Probe(manifest, ProbeConfig(label="AERIAL_LABEL-COSIA", patches=4, train="all", test="all"), "all")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = probe.figures(task, batch_size=2, workers=0)
-    whole = probe.figures(task, batch_size=2, workers=0)
+        half = probe.scores(model, batch_size=2, workers=0)
+    whole = probe.scores(model, batch_size=2, workers=0)
     assert half.keys() == whole.keys()
     assert abs(half["linear_miou/SPOT_RGBI"] - whole["linear_miou/SPOT_RGBI"]) < 10

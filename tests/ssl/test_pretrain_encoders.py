@@ -1,4 +1,4 @@
-"""Pretraining that starts from given encoders: their weights and statistics go in, and what does not fit is refused."""
+"""Initial weights and architectures of encoders in pretraining (``encoders=``, ``architectures=``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.objectives.model import PretrainingModel
-from bocage.ssl.pretrain import PretrainConfig, build_task
+from bocage.ssl.pretrain import build_pretraining_model
+from bocage.ssl.pretrain_config import PretrainConfig
 
 SENSORS = ("AERIAL_RGBI", "SENTINEL2_TS")
 
@@ -36,46 +37,46 @@ def resolved(*words: str) -> PretrainConfig:
     return recipes.resolve(PretrainConfig, ["recipe=quickstart", f"modalities=[{','.join(SENSORS)}]", *words])
 
 
-def task_of(manifest: Manifest, *words: str, seed: int = 3) -> PretrainingModel:
+def build_model(manifest: Manifest, *words: str, seed: int = 3) -> PretrainingModel:
     torch.manual_seed(seed)
-    return build_task(resolved(*words), manifest)
+    return build_pretraining_model(resolved(*words), manifest)
 
 
 def saved_encoders(manifest: Manifest, folder: Path) -> list[str]:
-    """Encoders of another run, and the words that name them."""
-    task = task_of(manifest, "masking.images=mask_token", seed=8)
+    """Save encoders of another run; return the arguments that start from them."""
+    model = build_model(manifest, "masking.images=mask_token", seed=8)
     for name in SENSORS:
-        save_encoder(task.encoder(name), folder / name)
+        save_encoder(model.encoder(name), folder / name)
     return [f"encoders.{name}={folder / name}" for name in SENSORS]
 
 
 @pytest.mark.parametrize("images", ["packed", "mask_token"])
-def test_encoders_go_on_from_saved_ones(images: str, manifest: Manifest, tmp_path: Path) -> None:
+def test_encoders_start_from_saved_encoders(images: str, manifest: Manifest, tmp_path: Path) -> None:
     words = saved_encoders(manifest, tmp_path)
-    before = task_of(manifest, "masking.images=mask_token", seed=8).state_dict()
-    scratch = task_of(manifest, f"masking.images={images}").state_dict()
-    state = task_of(manifest, f"masking.images={images}", *words).state_dict()
+    before = build_model(manifest, "masking.images=mask_token", seed=8).state_dict()
+    scratch = build_model(manifest, f"masking.images={images}").state_dict()
+    state = build_model(manifest, f"masking.images={images}", *words).state_dict()
     for name, tensor in state.items():
-        continued = name.startswith("encoders.") and not name.endswith("mask_token")
-        assert torch.equal(tensor, (before if continued else scratch)[name]), name
+        pretrained = name.startswith("encoders.") and not name.endswith("mask_token")
+        assert torch.equal(tensor, (before if pretrained else scratch)[name]), name
 
 
-def test_the_resolved_recipe_names_the_sources(manifest: Manifest, tmp_path: Path) -> None:
+def test_the_resolved_recipe_contains_the_initial_weights(manifest: Manifest, tmp_path: Path) -> None:
     config = resolved(*saved_encoders(manifest, tmp_path))
     assert asdict(config)["encoders"] == {name: str(tmp_path / name) for name in SENSORS}
     assert str(tmp_path / SENSORS[0]) in recipes.to_yaml(config)
 
 
-def test_pretraining_starts_from_imagenet(manifest: Manifest, tmp_path: Path) -> None:
-    own = resolved().swin
-    options: dict[str, Any] = dict(own.options)
-    weights = timm.create_model(own.name, **options).state_dict()
+def test_encoders_start_from_imagenet_weights(manifest: Manifest, tmp_path: Path) -> None:
+    swin = resolved().swin
+    options: dict[str, Any] = dict(swin.options)
+    weights = timm.create_model(swin.name, **options).state_dict()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "weights.safetensors")
-    task = task_of(manifest, f"encoders.AERIAL_RGBI=imagenet:{tmp_path / 'weights.safetensors'}")
-    found = task.encoder("AERIAL_RGBI").state_dict()
+    model = build_model(manifest, f"encoders.AERIAL_RGBI=imagenet:{tmp_path / 'weights.safetensors'}")
+    state = model.encoder("AERIAL_RGBI").state_dict()
     bias = "layers_3.blocks.0.mlp.fc1.bias"
-    assert torch.equal(found[f"model.{bias}"], weights[bias.replace("layers_", "layers.")])
-    assert task.encoder("AERIAL_RGBI").spec == manifest.input_spec("AERIAL_RGBI")
+    assert torch.equal(state[f"model.{bias}"], weights[bias.replace("layers_", "layers.")])
+    assert model.encoder("AERIAL_RGBI").spec == manifest.input_spec("AERIAL_RGBI")
 
 
 @pytest.mark.parametrize(
@@ -89,15 +90,17 @@ def test_pretraining_starts_from_imagenet(manifest: Manifest, tmp_path: Path) ->
         (["utae.options.d_k=2"], r"SENTINEL2_TS: .* d_k = 4, here 2"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(words: list[str], sentence: str, manifest: Manifest, tmp_path: Path) -> None:
+def test_encoders_that_do_not_fit_raise_a_one_line_message(
+    words: list[str], sentence: str, manifest: Manifest, tmp_path: Path
+) -> None:
     if not any(word.startswith("encoders") for word in words):
         words = [*words, *saved_encoders(manifest, tmp_path)]
     with pytest.raises(InputError, match=sentence) as caught:
-        task_of(manifest, *words)
+        build_model(manifest, *words)
     assert "\n" not in str(caught.value)
 
 
-def test_one_modality_may_have_an_architecture_of_its_own(manifest: Manifest) -> None:
+def test_architecture_of_a_single_modality(manifest: Manifest) -> None:
     options = "{embed_dim: 16, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2]}"
-    task = task_of(manifest, f"architectures.AERIAL_RGBI.options={options}")
-    assert task.encoder("AERIAL_RGBI").widths == (16, 32, 64, 128)
+    model = build_model(manifest, f"architectures.AERIAL_RGBI.options={options}")
+    assert model.encoder("AERIAL_RGBI").widths == (16, 32, 64, 128)

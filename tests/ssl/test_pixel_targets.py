@@ -1,3 +1,7 @@
+"""Reconstruction targets: mask units and their normalisation."""
+
+from __future__ import annotations
+
 import torch
 
 from bocage.shards.modality import FLAIR_HUB
@@ -15,26 +19,26 @@ def test_units_round_trip_for_images_and_series() -> None:
     assert units[0, 0, 1, 0].tolist() == [[2.0, 3.0], [6.0, 7.0]]
 
 
-def test_groups_are_normalised_together_and_alone() -> None:
+def test_each_band_group_has_its_own_mean_and_std() -> None:
     modality = FLAIR_HUB["AERIAL_RGBI"]
     units = to_units(torch.rand(3, 4, 64, 64, generator=torch.Generator().manual_seed(0)) * 4 + 2, 32)
-    everywhere = torch.ones_like(units, dtype=torch.bool)
-    mean, std = group_statistics(units, everywhere, modality)
+    valid = torch.ones_like(units, dtype=torch.bool)
+    mean, std = group_statistics(units, valid, modality)
     normal = (units - mean) / std
     colours, infrared = normal[:, :, :, :3], normal[:, :, :, 3]
     for group in (colours.flatten(3), infrared.flatten(3)):
         assert group.mean(dim=-1).abs().max() < 1e-4
         assert (group.std(dim=-1) - 1).abs().max() < 1e-2
-    # Ratios inside a group survive: one band's own mean is not removed.
+    # Differences between the bands of a group stay: the mean of a single band is not removed.
     brighter = units.clone()
     brighter[:, :, :, 0] += 3
-    mean, std = group_statistics(brighter, everywhere, modality)
+    mean, std = group_statistics(brighter, valid, modality)
     shifted = (brighter - mean) / std
     assert (shifted[:, :, :, 0].mean() - shifted[:, :, :, 1].mean()) > 0.5
     assert torch.equal(shifted[:, :, :, 3], normal[:, :, :, 3])
 
 
-def test_constant_units_and_holes_stay_finite() -> None:
+def test_constant_units_with_holes_become_zeros() -> None:
     modality = FLAIR_HUB["DEM_ELEV"]
     units = torch.full((1, 1, 1, 2, 32, 32), 5.0)
     valid = torch.ones_like(units, dtype=torch.bool)
@@ -45,7 +49,7 @@ def test_constant_units_and_holes_stay_finite() -> None:
     assert normal[..., 1, :, :].abs().max() == 0
 
 
-def test_holes_do_not_move_the_statistics() -> None:
+def test_holes_do_not_change_the_statistics() -> None:
     modality = FLAIR_HUB["AERIAL-RLT_PAN"]
     units = torch.rand(1, 1, 1, 1, 16, 16)
     valid = torch.ones_like(units, dtype=torch.bool)
