@@ -164,7 +164,8 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
 
 # A sharding worker is to stay under 400 MB, of which torch alone would take most.
 @pytest.mark.parametrize(
-    "module", ["format.codec", "preprocess.normalize", "source.catalogue", "source.rasters", "write.writer"]
+    "module",
+    ["format.codec", "format.manifest", "preprocess.normalize", "source.catalogue", "source.rasters", "write.writer"],
 )
 def test_sharding_imports_no_torch(module: str) -> None:
     code = f"import bocage.shards.{module}, sys; print('torch' in sys.modules)"
