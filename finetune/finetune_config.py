@@ -1,64 +1,69 @@
-"""The configuration of a fine-tuning run."""
+"""Configuration of a fine-tuning run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from bocage.finetune.models.supervision import Supervision, TaskConfig
-from bocage.finetune.models.upernet import DecoderConfig
-from bocage.finetune.subsets.draw import TRACKS, Track
+from bocage.finetune.models.upernet import UPerNetConfig
+from bocage.finetune.subsets.sampling import SAMPLING_UNITS, SamplingUnit
 from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.read.cache import CacheConfig
 from bocage.ssl.encoders.base import EncoderConfig
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """A fine-tuning run.
+    """Settings of a fine-tuning run.
 
     Attributes:
-        recipe: name of the recipe it came from.
-        shards: folder that ``bocage shard`` wrote, or its address (``shards.remote``).
-        cache: where shards of another machine are kept, and how many.
+        recipe: name of the recipe.
+        shards: folder that ``bocage shard`` wrote, or its address (see ``shards.read.object_store``).
+        cache: location and size of the local cache of remote shards.
         output: folder of the run: checkpoints, model, scores, predictions.
-        labels: label rasters to learn, one decoder each on what the encoders share. Samples that lack one of them
-            teach the others.
-        tasks: by label, its level, grouping, weight and loss, where they are not those of ``TaskConfig``.
-        modalities: inputs of the model; empty means every input the shards hold.
-        encoders: by modality, where the weights of its encoder come from (``ssl.encoders.sources``): the folder of a
-            saved encoder, ``hf:org/name``, ``imagenet`` or ``imagenet:FILE``. The others start from scratch. A saved
-            encoder keeps its own architecture; ImageNet weights go into the one that ``swin`` describes.
-        freeze: encoders that stay as they are, ``MODALITY``, or whose stem and first stages do, ``MODALITY:STAGES``.
-        modality_dropout: by modality, the probability that a training sample goes without it; one always stays.
-        swin, utae: how encoders from scratch are built, for images and for series.
-        decoder: widths and norm of the decoder.
-        official: build and compute as IGN's code does (``finetune.official``): its channels and normalisation, Swins of
-            one image size, heads of series. Sensors must all be there: patches that lack one are left out.
-        auxiliary: modalities with decoders of their own while training (deep supervision).
-        auxiliary_weight: weight of the mean of their losses beside the main one.
-        split: split column of the shards, or ``all``: train on every patch and measure the fit on the same ones.
-        train, valid, test: values of the split. Without patches of the value ``test`` nothing is tested.
-        train_fraction: share of the training patches to use (``finetune.subsets``).
-        draw: which subset of that size; those of one draw are nested, a larger one holds the smaller ones.
-        track: whether subsets are of single patches (``patch``) or of whole regions (``roi``).
-        disjoint_validation: validate on whole regions that nothing is trained on, drawn within domains from the patches
-            of ``train`` and ``valid``, about as many as ``valid`` has.
-        window: side of the ground window trained on, metres. Evaluation sees whole patches.
-        label_stride: learn from every which pixel of labels, along both axes: logits are made for these alone, which
-            saves most of the time of a step where sensors are far coarser than labels. Evaluation counts all pixels.
-        batch_size: samples a rank and micro-batch.
-        workers: reading processes of each rank.
-        encoder_lr: learning rate of pretrained and other encoders, as a multiple of ``engine``'s, which is that of the
-            decoders.
-        fusion_lr: that of the fusion and of the tokens of absent sensors.
-        predictions: validation patches to write as GeoTIFFs at the end.
-        pictures: validation patches to draw at each evaluation of training: input, label, prediction and errors.
-        engine: the training loop.
+        labels: label rasters to predict, with one decoder each. Samples that lack one of them are still used for the
+            others.
+        tasks: level, grouping, weight and loss by label; the default is ``TaskConfig()``.
+        modalities: inputs of the model; empty means every input of the shards.
+        encoders: source of pretrained weights by modality (see ``ssl.encoders.initialization``): the folder of a saved
+            encoder, ``hf:org/name``, ``imagenet`` or ``imagenet:FILE``. Other encoders start from scratch. A saved
+            encoder keeps its architecture; ImageNet weights are loaded into the architecture of ``swin``.
+        freeze: frozen encoders: ``MODALITY`` freezes all of one, ``MODALITY:STAGES`` its stem and first stages.
+        modality_dropout: probability of dropping a modality from a training sample, by modality; one always remains.
+        swin: architecture of image encoders that start from scratch.
+        utae: architecture of time-series encoders that start from scratch.
+        decoder: widths and norm of the decoders.
+        official: whether to build the model of IGN's code (see ``finetune.official``), with its channels,
+            normalisation, fixed image sizes and heads of series. Patches that lack a modality are left out.
+        auxiliary: modalities with an auxiliary decoder during training (deep supervision).
+        auxiliary_weight: weight of the mean loss of the auxiliary decoders in the total loss.
+        split: split column of the shards, or ``all`` to train on every patch and validate on the same ones.
+        train: value of the split column to train on.
+        valid: value of the split column to validate on.
+        test: value of the split column to test on; without such patches there is no test.
+        train_fraction: fraction of the training patches to use (see ``finetune.subsets``).
+        draw: number of the random draw of the subset. Subsets of one draw are nested: a larger fraction contains the
+            smaller ones.
+        sampling_unit: unit that is drawn: single patches (``patch``) or whole regions of interest (``roi``).
+        disjoint_validation: whether to validate on whole regions that contain no training patch. They are drawn within
+            each domain from the patches of ``train`` and ``valid``, about as many patches as ``valid`` has.
+        window: side of the ground window of a training sample, in metres. Evaluation uses whole patches.
+        label_stride: stride of the label pixels, along both axes, that the training loss uses. Logits are computed for
+            these pixels only, which saves most of the time where sensors are much coarser than labels. Evaluation uses
+            all pixels.
+        batch_size: samples per rank and micro-batch.
+        workers: DataLoader workers per rank.
+        encoder_lr_scale: learning rate of the encoders, as a multiple of ``engine.optimizer.learning_rate``, which is
+            the rate of the decoders.
+        fusion_lr_scale: learning rate of the fusion and of the tokens of absent modalities, as such a multiple.
+        predictions: number of validation patches to write as GeoTIFFs at the end.
+        pictures: number of validation patches to draw at each evaluation: input, label, prediction and errors.
+        engine: settings of the trainer.
 
     Raises:
-        ValueError: a number out of its range, an unknown ``track``, or choices that exclude each other.
+        ValueError: a number is out of range, ``sampling_unit`` is unknown, or two settings exclude each other.
     """
 
     recipe: str = ""
@@ -73,7 +78,7 @@ class FinetuneConfig:
     modality_dropout: dict[str, float] = field(default_factory=dict)
     swin: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="swin"))
     utae: EncoderConfig = field(default_factory=lambda: EncoderConfig(architecture="utae"))
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    decoder: UPerNetConfig = field(default_factory=UPerNetConfig)
     official: bool = False
     auxiliary: list[str] = field(default_factory=list)
     auxiliary_weight: float = 0.4
@@ -83,25 +88,27 @@ class FinetuneConfig:
     test: str = "test"
     train_fraction: float = 1.0
     draw: int = 0
-    track: Track = "patch"
+    sampling_unit: SamplingUnit = "patch"
     disjoint_validation: bool = False
     window: float = PATCH_SIZE
     label_stride: int = 1
     batch_size: int = 4
     workers: int = 0
-    encoder_lr: float = 1.0
-    fusion_lr: float = 1.0
+    encoder_lr_scale: float = 1.0
+    fusion_lr_scale: float = 1.0
     predictions: int = 8
     pictures: int = 4
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"train_fraction={self.train_fraction} is not in (0, 1]")
-        if self.track not in TRACKS:
-            raise ValueError(f"track={self.track} is not one of {', '.join(TRACKS)}")
+            raise ValueError(f"train_fraction={self.train_fraction} must be above 0 and at most 1")
+        if self.sampling_unit not in SAMPLING_UNITS:
+            raise ValueError(f"sampling_unit={self.sampling_unit} is not one of {', '.join(SAMPLING_UNITS)}")
         if self.disjoint_validation and self.split == EVERY_SAMPLE:
-            raise ValueError(f"disjoint_validation: split={EVERY_SAMPLE} validates on what it trains on; name a split")
+            raise ValueError(
+                f"disjoint_validation: split={EVERY_SAMPLE} validates on the training patches; name a split column"
+            )
         for key, value in (("batch_size", self.batch_size), ("label_stride", self.label_stride)):
             if value < 1:
                 raise ValueError(f"{key}={value} must be at least 1")
@@ -109,8 +116,8 @@ class FinetuneConfig:
             raise ValueError("batch_size=1 cannot train decoder.norm=batch; use decoder.norm=group")
         if min(self.workers, self.predictions, self.pictures) < 0:
             raise ValueError("workers, predictions and pictures must not be negative")
-        if min(self.encoder_lr, self.fusion_lr, self.auxiliary_weight) < 0:
-            raise ValueError("encoder_lr, fusion_lr and auxiliary_weight must not be negative")
+        if min(self.encoder_lr_scale, self.fusion_lr_scale, self.auxiliary_weight) < 0:
+            raise ValueError("encoder_lr_scale, fusion_lr_scale and auxiliary_weight must not be negative")
         if self.official:
             self._check_official()
         for name, rate in self.modality_dropout.items():
@@ -118,21 +125,21 @@ class FinetuneConfig:
                 raise ValueError(f"modality_dropout.{name}={rate} is not a probability in [0, 1]")
 
     def _check_official(self) -> None:
-        wrong = {
-            f"decoder={self.decoder}": self.decoder != DecoderConfig(),
+        changed = {
+            f"decoder={self.decoder}": self.decoder != UPerNetConfig(),
             f"swin.options={self.swin.options}": bool(self.swin.options),
             f"window={self.window}": self.window != PATCH_SIZE,
             f"label_stride={self.label_stride}": self.label_stride != 1,
         }
-        for key, differs in wrong.items():
+        for key, differs in changed.items():
             if differs:
                 raise ValueError(
-                    f"{key}: official=true has its own decoder and Swin, and learns from whole patches; leave it out"
+                    f"{key}: official=true has a fixed decoder and Swin and trains on whole patches; leave it out"
                 )
 
     @property
     def supervision(self) -> Supervision:
-        """How the model learns."""
+        """Training settings of the model."""
         return Supervision(
             freeze=self.freeze,
             modality_dropout=self.modality_dropout,

@@ -23,7 +23,7 @@ from bocage.finetune.models.supervision import (
 )
 from bocage.finetune.models.targets import Target
 from bocage.finetune.models.uperfuse import Predictions, UPerFuse
-from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
@@ -61,7 +61,7 @@ class Segmentation(nn.Module):
         self,
         encoders: Mapping[str, Encoder],
         targets: Sequence[Target],
-        decoder: DecoderConfig,
+        decoder: UPerNetConfig,
         quality_masks: Mapping[str, str],
         *,
         auxiliary: Collection[str] = (),
@@ -290,7 +290,7 @@ def segmentation_from_json(config: dict[str, Any], supervision: Supervision | No
     return Segmentation(
         encoders,
         [Target.from_json(item) for item in config["targets"]],
-        DecoderConfig(**config["decoder"]),
+        UPerNetConfig(**config["decoder"]),
         config["quality_masks"],
         auxiliary=config["auxiliary"],
         official=config["official"],

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d, interpolate
 
-from bocage.finetune.models.upernet import DecoderConfig, UPerNet, resize
+from bocage.finetune.models.upernet import UPerNet, UPerNetConfig, resize
 from bocage.shards.errors import InputError
 from bocage.shards.preprocess.inputs import EncoderInput
 from bocage.ssl.encoders.base import Encoder
@@ -141,7 +141,7 @@ class UPerFuse(nn.Module):
         self,
         encoders: Mapping[str, Encoder],
         tasks: Mapping[str, int],
-        decoder: DecoderConfig,
+        decoder: UPerNetConfig,
         *,
         auxiliary: Collection[str] = (),
         official: bool = False,

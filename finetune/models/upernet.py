@@ -22,7 +22,7 @@ _MIN_GROUP_WIDTH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class UPerNetConfig:
     """Architecture of a decoder.
 
     Attributes:
@@ -109,7 +109,7 @@ def _smooth(values: torch.Tensor) -> torch.Tensor:
 class PyramidDecoder(nn.Module):
     """UPerNet without its last layer."""
 
-    def __init__(self, widths: Sequence[int], config: DecoderConfig) -> None:
+    def __init__(self, widths: Sequence[int], config: UPerNetConfig) -> None:
         super().__init__()
         *finer, coarsest = widths
         width, norm = config.pyramid_width, config.norm
@@ -141,7 +141,7 @@ class UPerNet(nn.Module):
         config: widths and norm of the decoder.
     """
 
-    def __init__(self, widths: Sequence[int], classes: int, config: DecoderConfig) -> None:
+    def __init__(self, widths: Sequence[int], classes: int, config: UPerNetConfig) -> None:
         super().__init__()
         self.decoder = PyramidDecoder(widths, config)
         self.segmentation_head = nn.Sequential(nn.Conv2d(config.width, classes, 1))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from bocage.finetune.models.segmentation import Segmentation, save_segmentation
 from bocage.finetune.models.targets import Target
 from bocage.finetune.models.uperfuse import UPerFuse
-from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.finetune.official.infer_model import infer_model
 from bocage.finetune.official.official_model import DEFAULT_ARCH, OfficialModel, baseline_input, build_official
 from bocage.shards.errors import InputError
@@ -147,7 +147,7 @@ def extract_segmentations(model: OfficialModel) -> dict[str, Segmentation]:
         segmentation = Segmentation(
             encoders,
             [Target(label=FLAIR_HUB[task], band=sizes.index(classes))],
-            DecoderConfig(),
+            UPerNetConfig(),
             quality_masks(FLAIR_HUB, list(encoders)),
             auxiliary=list(inner.auxiliary),
             official=True,
@@ -213,8 +213,8 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
             "the official architecture decodes series alone with the head of the U-TAE, and this model with UPerNet, "
             "so it cannot be converted: fine-tune an official checkpoint instead, or add an image"
         )
-    if task.decoder_config != DecoderConfig():
-        theirs, own = asdict(DecoderConfig()), asdict(task.decoder_config)
+    if task.decoder_config != UPerNetConfig():
+        theirs, own = asdict(UPerNetConfig()), asdict(task.decoder_config)
         keys = ", ".join(f"decoder.{key}={theirs[key]} (here {own[key]})" for key in own if own[key] != theirs[key])
         raise InputError(f"the decoder differs from the official one: fine-tune with {keys} to convert")
     for name, encoder in encoders.items():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bocage.finetune.models.uperfuse import EncodedModality, Fusion, Grid, Predictions, UPerFuse
-from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, Modality
 from bocage.shards.preprocess.normalize import InputSpec
@@ -274,7 +274,7 @@ def build_official(
             size = sizes.get(modality.name, modality.size)
             config = EncoderConfig(architecture="swin", name=swin_name(arch), fixed_size=size)
         encoders[modality.name] = build_encoder(spec, config)
-    return OfficialModel(UPerFuse(encoders, tasks, DecoderConfig(), auxiliary=auxiliary, official=True))
+    return OfficialModel(UPerFuse(encoders, tasks, UPerNetConfig(), auxiliary=auxiliary, official=True))
 
 
 def _classes(label: str, labels: Collection[str] | Mapping[str, int]) -> int:

@@ -13,13 +13,13 @@ from tiny_task import batch
 
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.finetune.models.targets import Target
-from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.finetune.official.convert import (
     extract_encoder,
+    extract_segmentations,
     from_official,
     load_official,
     save_official,
-    extract_segmentations,
     to_official,
 )
 from bocage.finetune.official.official_model import OfficialModel, baseline_input, build_official
@@ -188,13 +188,13 @@ def test_one_of_several_tasks_goes_back_without_the_heads_they_shared() -> None:
     assert all(name.startswith((f"encoders.{S2}.out_conv.", f"auxiliary.{S2}.")) for name in report.dropped)
     assert list(again.aux_decoders) == [f"{SPOT}__{LPIS}"]
     alone = official(S2, labels=(COSIA, LPIS))
-    with pytest.raises(InputError, match="head of SENTINEL2_TS serves other tasks"):
+    with pytest.raises(InputError, match="head of SENTINEL2_TS also serves tasks"):
         to_official(extract_segmentations(alone)[COSIA])
 
 
 def ours(
     *names: str,
-    decoder: DecoderConfig | None = None,
+    decoder: UPerNetConfig | None = None,
     mean: tuple[float, ...] = (0.0,) * 10,
     std: tuple[float, ...] = (1.0,) * 10,
     **options: Any,
@@ -210,7 +210,7 @@ def ours(
         else:
             config = EncoderConfig(architecture="swin", name="swin_tiny_patch4_window7_224")
         encoders[name] = build_encoder(spec, config)
-    return Segmentation(encoders, [Target(label=FLAIR_HUB[COSIA])], decoder or DecoderConfig(), {}, auxiliary=names)
+    return Segmentation(encoders, [Target(label=FLAIR_HUB[COSIA])], decoder or UPerNetConfig(), {}, auxiliary=names)
 
 
 def test_a_model_of_ours_fills_every_official_name() -> None:
@@ -233,8 +233,8 @@ def test_a_model_of_ours_fills_every_official_name() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (lambda: ours(S2), "has no official form"),
-        (lambda: ours(SPOT, decoder=DecoderConfig(norm="group")), r"decoder\.norm=batch \(here group\)"),
+        (lambda: ours(S2), "cannot be converted: .* add an image"),
+        (lambda: ours(SPOT, decoder=UPerNetConfig(norm="group")), r"decoder\.norm=batch \(here group\)"),
         (lambda: ours(SPOT, S2, agg_mode="mean"), "agg_mode = mean, official att_group"),
         (lambda: ours(SPOT, S2, n_head=8), "n_head = 8, official 16"),
     ],
@@ -258,7 +258,7 @@ def test_the_standardisation_of_series_moves_into_their_first_convolution() -> N
     """The official code feeds series as they are stored."""
     task = ours(SPOT, S2, mean=tuple(range(100, 1100, 100)), std=tuple(range(10, 110, 10)))
     model, report = to_official(task)
-    assert {what for name, what in report.adapted.items() if "in_conv" in name} == {"standardisation moved in"}
+    assert {what for name, what in report.adapted.items() if "in_conv" in name} == {"standardisation folded in"}
     theirs, own = model.uperfuse.encoder(S2), task.model.encoder(S2)
     stored = torch.randint(0, 3000, (2, 4, 10, 10, 10), generator=torch.Generator().manual_seed(0)).float()
     dates = torch.tensor([[0.0, 10, 20, 30]] * 2)
@@ -275,8 +275,8 @@ def test_the_recipe_of_a_user_converts_with_the_official_widths(tmp_path: Path) 
     dem = FLAIR_HUB["DEM_ELEV"]
     spec = InputSpec.from_modality(dem, (0.0, 0.0), (1.0, 1.0))
     swin = EncoderConfig(architecture="swin", name="swin_tiny_patch4_window7_224")
-    task = Segmentation({"DEM_ELEV": build_encoder(spec, swin)}, [Target(label=FLAIR_HUB[COSIA])], DecoderConfig(), {})
-    with pytest.raises(InputError, match=r"DEM_ELEV reads relief values.* \(it feeds elevation ones\)"):
+    task = Segmentation({"DEM_ELEV": build_encoder(spec, swin)}, [Target(label=FLAIR_HUB[COSIA])], UPerNetConfig(), {})
+    with pytest.raises(InputError, match=r"DEM_ELEV reads relief values.* \(it computes elevation\)"):
         to_official(task)
 
 
@@ -319,7 +319,7 @@ def test_channels_and_image_sizes_can_be_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             load_official(tmp_path / "a.safetensors", channels=channels)
-    with pytest.raises(InputError, match="AERIAL_RGBI: which 1 channels"):
+    with pytest.raises(InputError, match="AERIAL_RGBI: name the 1 channels"):
         build_official({AERIAL: 1}, (COSIA,), TINY)
 
 
@@ -387,15 +387,15 @@ def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
         ("extra", "1 unexpected .surprise"),
         ("shape", "shape .7. instead of .19."),
         ("not a number", "holds NaN"),
-        ("missing stem", "SENTINEL2_TS is not a U-TAE: there is no"),
+        ("missing stem", "SENTINEL2_TS is not a U-TAE: encoders.* is missing"),
         ("table", "SPOT_RGBI"),
-        ("scalar table", "not .offsets, heads."),
+        ("scalar table", "shape .offsets, heads."),
         ("scalar", "is not the weight of a convolution"),
-        ("sensor", "PLANET is not an input of FLAIR-HUB's models"),
+        ("sensor", "PLANET is not an input of the official FLAIR-HUB models"),
         ("decoder", "is not a UPerNet"),
         ("mixed prefix", "mixes names with and without the prefix"),
         ("encoders alone", "no main decoder"),
-        ("something else", "holds no parameter of an official FLAIR-HUB model"),
+        ("something else", "has no parameter of an official FLAIR-HUB model"),
         ("payload", "holds more than tensors"),
         ("payload under another name", "truncated or not a safetensors file"),
     ],
@@ -421,7 +421,8 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
     save_official(first, tmp_path / "official.safetensors")
     account = tmp_path / "keys.txt"
     assert (
-        main(["convert", str(tmp_path / "official.safetensors"), str(tmp_path / "out"), "--key-report", str(account)]) == 0
+        main(["convert", str(tmp_path / "official.safetensors"), str(tmp_path / "out"), "--key-report", str(account)])
+        == 0
     )
     assert f"{len(first.state_dict())} loaded" in capsys.readouterr().out
     assert len(account.read_text().splitlines()) == len(first.state_dict())
@@ -446,7 +447,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
         (["out", "--channels", "SPOT_RGBI"], "expected MODALITY=VALUE"),
         (["out", "--image-size", "SPOT_RGBI=big"], "'big' is not a number of pixels"),
         (["out", "--image-size", "SPOT_RGBI=63"], "sides are multiples of 4"),
-        (["out", "--arch", "swin_base_patch4_window7_224-upernet"], "leave it out or correct it"),
+        (["out", "--arch", "swin_base_patch4_window7_224-upernet"], "leave arch out or correct it"),
     ],
 )
 def test_wrong_words_end_before_anything_is_written(
@@ -476,7 +477,7 @@ def test_predicting_leaves_out_patches_that_lack_a_sensor(tmp_path: Path, capsys
     from_official(official(S2, S1), tmp_path / "both")
     words = [str(manifest.path), str(tmp_path / "maps")]
     assert main(["predict", str(tmp_path / "both"), *words]) == 2
-    assert f"there is one in {COSIA} below it" in capsys.readouterr().err
+    assert f"the runs in {tmp_path / 'both'} are {COSIA}" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "both" / COSIA), *words]) == 0
     printed = capsys.readouterr()
     assert "1 of 4 patches left out: they lack a sensor" in printed.err

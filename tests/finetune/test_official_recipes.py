@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.models.segmentation import load_segmentation
 from bocage.finetune.official.convert import to_official
 from bocage.finetune.train import build_task, finetune
@@ -116,7 +116,7 @@ def test_an_official_model_trains_from_shards_to_maps(manifest: Manifest, tmp_pa
     "words", [["window=51.2"], ["decoder.width=32"], ["swin.options={embed_dim: 32}"], ["decoder.norm=group"]]
 )
 def test_what_the_official_architecture_cannot_be_is_refused(words: list[str]) -> None:
-    with pytest.raises(InputError, match="official=true has its own decoder and Swin, and learns from whole patches"):
+    with pytest.raises(InputError, match="official=true has a fixed decoder and Swin and trains on whole patches"):
         resolved("recipe=official/lc_i", *words)
 
 

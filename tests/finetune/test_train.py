@@ -13,8 +13,8 @@ import torch
 from tiny_task import AERIAL, COSIA, DECODER, LPIS, SWIN, UTAE
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
-from bocage.finetune.evaluation.evaluate import confusion, labelled_rows
+from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.finetune.evaluation.evaluate import compute_confusions, labelled_rows
 from bocage.finetune.models.segmentation import load_segmentation, save_segmentation
 from bocage.finetune.models.supervision import TaskConfig
 from bocage.finetune.train import build_task, finetune
@@ -27,7 +27,7 @@ from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import save_encoder
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig
 from bocage.tools.main import main
 
@@ -104,7 +104,7 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
     assert "complete" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("key", "still"), [("encoder_lr", ("encoders",)), ("fusion_lr", ("fusion", "absent"))])
+@pytest.mark.parametrize(("key", "still"), [("encoder_lr_scale", ("encoders",)), ("fusion_lr_scale", ("fusion", "absent"))])
 def test_parts_learn_at_rates_of_their_own(simulated: Path, tmp_path: Path, key: str, still: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     settings = config(simulated, tmp_path, modalities=["SPOT_RGBI", "SENTINEL2_TS"], predictions=0, **{key: 0.0})
@@ -133,7 +133,7 @@ def test_patches_of_which_a_model_sees_nothing_get_no_map(
 ) -> None:
     task = build_task(config(simulated, tmp_path, modalities=["SPOT_RGBI"]), Manifest.open(simulated))
     save_segmentation(task, tmp_path / "model")
-    held = ShardPatches(Manifest.open(simulated)).held("SPOT_RGBI")
+    held = ShardPatches(Manifest.open(simulated)).has_modality("SPOT_RGBI")
     assert 0 < held.sum() < len(held)
     for source in (simulated, simulated.parent / "tree"):
         out = tmp_path / source.name
@@ -232,7 +232,7 @@ def test_two_labels_from_shards_to_maps_and_tables(simulated: Path, tmp_path: Pa
     with rasterio.open(next((run / "predictions" / COSIA).glob("*.tif"))) as file:
         assert file.tags(1)["CLASS_12"] == "other"
     assert main(["predict", str(run), str(simulated), str(tmp_path / "maps"), "--preview", "0"]) == 0
-    held = ShardPatches(Manifest.open(simulated)).held
+    held = ShardPatches(Manifest.open(simulated)).has_modality
     seen = (held(AERIAL) | held("SENTINEL2_TS")).sum()
     assert len(list((tmp_path / "maps" / LPIS).glob("*.tif"))) == seen
     assert not list((tmp_path / "maps").rglob("*.png"))
@@ -284,13 +284,13 @@ def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path)
     [
         ({"shards": ""}, r"`bocage shard SRC OUT`"),
         ({"output": ""}, r"output=PATH is missing"),
-        ({"modalities": ["DEM_ELEV"]}, r"DEM_ELEV is not an input that .* holds; inputs there: AERIAL_RGBI"),
+        ({"modalities": ["DEM_ELEV"]}, r"DEM_ELEV is not an input of .*; its inputs are AERIAL_RGBI"),
         ({"modalities": [COSIA]}, r"is not an input"),
         ({"encoders": {"SPOT_RGBI": "x"}}, r"encoders: SPOT_RGBI not among the modalities AERIAL_RGBI"),
-        ({"labels": [LPIS]}, r"labels: ALL_LABEL-LPIS is not a label that .* holds; labels there: AERIAL_LABEL-COSIA"),
-        ({"labels": [AERIAL]}, r"labels: AERIAL_RGBI is not a label that .* holds; labels there: AERIAL_LABEL-COSIA"),
+        ({"labels": [LPIS]}, r"labels: ALL_LABEL-LPIS is not a label of .*; its labels are AERIAL_LABEL-COSIA"),
+        ({"labels": [AERIAL]}, r"labels: AERIAL_RGBI is not a label of .*; its labels are AERIAL_LABEL-COSIA"),
         ({"labels": []}, r"labels: name at least one"),
-        ({"labels": [COSIA, COSIA]}, r"each can be given once"),
+        ({"labels": [COSIA, COSIA]}, r"give each label once"),
         ({"tasks": {COSIA: TaskConfig(level=2)}}, r"has levels 1 to 1, not 2"),
         ({"tasks": {LPIS: TaskConfig()}}, r"tasks: ALL_LABEL-LPIS not among the labels AERIAL_LABEL-COSIA"),
         ({"tasks": {COSIA: TaskConfig(grouping="flair")}}, r"grouping=flair is not one of flair_challenge"),
@@ -314,7 +314,7 @@ def test_wrong_input_is_refused_before_any_work(
     ("changes", "key"),
     [
         ({"train_fraction": 0.0}, "train_fraction"),
-        ({"track": "pixel"}, "track=pixel"),
+        ({"sampling_unit": "pixel"}, "sampling_unit=pixel"),
         ({"disjoint_validation": True}, "disjoint_validation: split=all"),
         ({"batch_size": 0}, "batch_size"),
         ({"label_stride": 0}, "label_stride=0 must be at least 1"),
@@ -333,7 +333,7 @@ def test_evaluation_counts_every_patch_once_whatever_the_batch(shards: Path, tmp
     torch.manual_seed(0)
     task = build_task(settings, manifest).eval()
     rows = labelled_rows(ShardPatches(manifest), task, "all", "train")
-    matrices = [confusion(task, manifest, rows, batch_size=size, workers=0) for size in (1, 2)]
+    matrices = [compute_confusions(task, manifest, rows, batch_size=size, workers=0) for size in (1, 2)]
     assert matrices[0][COSIA].total.sum() == 3 * 512 * 512
     assert np.array_equal(matrices[0][COSIA].total, matrices[1][COSIA].total)
     assert set(matrices[0][COSIA].by_roi) == {manifest.row(index)["roi"] for index in range(3)}

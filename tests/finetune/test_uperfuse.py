@@ -4,7 +4,7 @@ from tiny_task import AERIAL, DECODER, DEM, S1, S2, batch, encoders, task
 from torch.nn.functional import conv2d, interpolate
 
 from bocage.finetune.models.uperfuse import Fusion, UPerFuse
-from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.preprocess.inputs import EncoderInput, encoder_inputs
@@ -183,7 +183,7 @@ def test_auxiliary_decoders_learn_from_the_samples_that_have_the_sensor() -> Non
 
 def test_an_auxiliary_decoder_with_batch_statistics_sits_out_a_lone_sample() -> None:
     names = (AERIAL, S2)
-    net = UPerFuse(encoders(*names), {"land": 4}, DecoderConfig(pyramid_width=32, width=16), auxiliary=names).train()
+    net = UPerFuse(encoders(*names), {"land": 4}, UPerNetConfig(pyramid_width=32, width=16), auxiliary=names).train()
     given = inputs_of(net, batch((AERIAL,), names, inputs=names))
     assert net(given, SIDE, 64).auxiliary["land"].keys() == {AERIAL}
 

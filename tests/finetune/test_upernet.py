@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
-from bocage.finetune.models.upernet import DecoderConfig, UPerNet, _smoothed
+from bocage.finetune.models.upernet import UPerNet, UPerNetConfig, _smooth
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 DECODER = "main_decoders.AERIAL_LABEL-COSIA.seg_model."
@@ -27,7 +27,7 @@ def golden_draws():  # type: ignore[no-untyped-def]
 
 def test_names_and_shapes_are_those_of_the_official_weights() -> None:
     official = json.loads((GOLDEN / "lc_a.keys.json").read_text())
-    ours = UPerNet(SWIN_TINY, 19, DecoderConfig()).state_dict()
+    ours = UPerNet(SWIN_TINY, 19, UPerNetConfig()).state_dict()
     expected = {name: shape for name, shape in official.items() if name.startswith(DECODER)}
     assert {DECODER + name: list(tensor.shape) for name, tensor in ours.items()} == expected
 
@@ -36,7 +36,7 @@ def test_logits_equal_those_of_the_official_code() -> None:
     golden = golden_draws()
     encoder = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=128).eval()
     encoder.load_state_dict({name: golden.fill(ENCODER + name, value) for name, value in encoder.state_dict().items()})
-    decoder = UPerNet(SWIN_TINY, 19, DecoderConfig()).eval()
+    decoder = UPerNet(SWIN_TINY, 19, UPerNetConfig()).eval()
     decoder.load_state_dict({name: golden.fill(DECODER + name, value) for name, value in decoder.state_dict().items()})
     with torch.no_grad():
         maps = encoder(golden.make_input("AERIAL_RGBI", (2, 3, 128, 128)))
@@ -52,20 +52,20 @@ def test_smoothing_is_enlarging_twofold_and_reducing_again(size: tuple[int, int]
     values = torch.randn(2, 3, *size, dtype=torch.float64)
     large = interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
     expected = interpolate(large, size=size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(_smoothed(values), expected)
+    torch.testing.assert_close(_smooth(values), expected)
 
 
 @pytest.mark.parametrize("width", [16, 24, 64])
 def test_group_norm_trains_with_one_sample_and_learns_from_pooled_maps(width: int) -> None:
     torch.manual_seed(0)
-    decoder = UPerNet((32, width), 5, DecoderConfig(pyramid_width=32, width=16, norm="group")).train()
+    decoder = UPerNet((32, width), 5, UPerNetConfig(pyramid_width=32, width=16, norm="group")).train()
     decoder([torch.randn(1, 32, 8, 8), torch.randn(1, width, 4, 4)]).square().mean().backward()
     first_branch = decoder.decoder.psp.blocks[0][1][0]
     assert first_branch.weight.grad.abs().max() > 0
 
 
 def test_every_trainable_parameter_receives_a_gradient() -> None:
-    decoder = UPerNet((8, 16, 32), 5, DecoderConfig(pyramid_width=16, width=8))
+    decoder = UPerNet((8, 16, 32), 5, UPerNetConfig(pyramid_width=16, width=8))
     maps = [torch.randn(2, width, side, side) for width, side in ((8, 16), (16, 8), (32, 4))]
     logits = decoder(maps)
     assert logits.shape == (2, 5, 16, 16)
@@ -77,4 +77,4 @@ def test_every_trainable_parameter_receives_a_gradient() -> None:
 @pytest.mark.parametrize("wrong", [{"pyramid_width": 0}, {"width": 0}])
 def test_widths_must_be_positive(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="positive"):
-        DecoderConfig(**wrong)  # type: ignore[arg-type]
+        UPerNetConfig(**wrong)  # type: ignore[arg-type]

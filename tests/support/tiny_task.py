@@ -9,10 +9,10 @@ import torch
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.finetune.models.supervision import Supervision
 from bocage.finetune.models.targets import Target
-from bocage.finetune.models.upernet import DecoderConfig
+from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.preprocess.inputs import quality_masks, wanted_modalities
+from bocage.shards.preprocess.inputs import quality_masks, required_modalities
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.collate import collate
 from bocage.shards.sample_seed import sample_seed
@@ -30,7 +30,7 @@ UTAE = EncoderConfig(
     architecture="utae",
     options={"encoder_widths": [16, 16, 32], "decoder_widths": [16, 16, 32], "d_model": 32, "n_head": 4, "d_k": 4},
 )
-DECODER = DecoderConfig(pyramid_width=32, width=16, norm="group")
+DECODER = UPerNetConfig(pyramid_width=32, width=16, norm="group")
 
 
 def encoders(*names: str) -> dict[str, Encoder]:
@@ -38,7 +38,7 @@ def encoders(*names: str) -> dict[str, Encoder]:
     for name in names:
         modality = FLAIR_HUB[name]
         channels = len(modality.channels)
-        spec = InputSpec.of(modality, (128.0,) * channels, (64.0,) * channels)
+        spec = InputSpec.from_modality(modality, (128.0,) * channels, (64.0,) * channels)
         built[name] = build_encoder(spec, UTAE if spec.series else SWIN)
     return built
 
@@ -47,7 +47,7 @@ def task(
     *names: str,
     labels: tuple[str, ...] = (COSIA,),
     band: int = 0,
-    decoder: DecoderConfig = DECODER,
+    decoder: UPerNetConfig = DECODER,
     auxiliary: tuple[str, ...] = (),
     official: bool = False,
     **supervision: Any,
@@ -76,7 +76,7 @@ def sample(index: int, held: tuple[str, ...]) -> Sample:
         place = np.minimum(np.arange(size) * 5 // size, 4)
         seen = (grey if modality.is_input else np.array(CLASSES)[cells])[place[:, None], place[None, :]]
         array = np.broadcast_to(seen, (len(modality.bands), size, size))
-        if modality.has_dates:
+        if modality.has_time_axis:
             array = np.broadcast_to(array, (3 + index % 2, *array.shape))
             dates[name] = np.arange(len(array), dtype=np.int32) * 30
         arrays[name] = np.ascontiguousarray(array, dtype=modality.dtype)
@@ -86,7 +86,7 @@ def sample(index: int, held: tuple[str, ...]) -> Sample:
 def batch(*held: tuple[str, ...], inputs: tuple[str, ...], labels: tuple[str, ...] = (COSIA,)) -> Batch:
     """One sample for each tuple of modalities that it holds, with places for all ``inputs``."""
     samples = [sample(index, (*names, *labels)) for index, names in enumerate(held)]
-    wanted = wanted_modalities(FLAIR_HUB, list(inputs), list(labels))
+    wanted = required_modalities(FLAIR_HUB, list(inputs), list(labels))
     return collate(samples, wanted)
 
 
