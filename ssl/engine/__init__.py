@@ -1,1 +1,1 @@
-"""The one training loop, shared by pretraining and fine-tuning."""
+"""The training engine of pretraining and fine-tuning: ``trainer.Trainer``."""

@@ -1,6 +1,7 @@
-"""State of the global random generators, kept in plain tensors and containers.
+"""Save and restore the global random generators of Python, NumPy and torch.
 
-Samples draw from ``shards/counter_rng.py`` and need none of this; dropout, drop-path and whatever a library draws do.
+Samples use counter-based random numbers (``shards/counter_rng.py``) and need none of this. Dropout, drop-path and
+library code use the global generators.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """State of Python's, NumPy's and torch's global generators, loadable by ``torch.load(weights_only=True)``."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002  (others' global draws)
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002  (libraries use it)
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)),
@@ -28,7 +29,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the generators to what ``random_state`` returned."""
+    """Set the generators to a state that ``random_state`` returned."""
     random.setstate(state["python"])
     keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
@@ -39,7 +40,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Context whose draws from the global generators leave no trace."""
+    """Context after which the global generators have the state from before."""
     state = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Interruption: a signal asks the loop to finish its step and save; a second one ends the process at once."""
+"""Stop a run on SIGINT, SIGTERM or SIGUSR1 after the present step; a second signal ends the process at once."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, the polite kill of schedulers, and SLURM's warning before the time limit (``--signal=USR1@120``)."""
+"""Ctrl-C, the schedulers' request to end, and SLURM's warning before the time limit (``--signal=USR1@120``)."""
 
-# Launchers pass a terminal's Ctrl-C on to processes that already had it: that is not a second request.
+# A launcher forwards the Ctrl-C of a terminal to ranks that already received it; that is no second request.
 _DEBOUNCE_SECONDS = 0.5
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
-def exit_code(received: int) -> int:
-    """Exit status of a process stopped by signal ``received`` (0: not stopped): 130, 143, 138, as shells report."""
-    return 128 + received if received else 0
+def exit_code(signal_number: int) -> int:
+    """Exit status of a process that a signal stopped, as shells report it: 130, 143 or 138; 0 for no signal."""
+    return 128 + signal_number if signal_number else 0
 
 
 class StopSignals:
-    """Context in which ``STOP_SIGNALS`` set ``received`` instead of killing; earlier handlers return on exit.
+    """Context in which ``STOP_SIGNALS`` set ``received`` instead of killing; a second signal ends the process at once.
 
-    Outside the main thread Python cannot set handlers: then nothing is caught and ``received`` stays 0.
+    Previous handlers return on exit. Outside the main thread Python cannot set handlers, so ``received`` stays 0.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self._process = os.getpid()
-        self._when = 0.0
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -50,14 +50,14 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a forked data worker inherits the handler; the training process decides when workers end
+            return  # a forked DataLoader worker inherits the handler; the training process ends its workers
         now = time.monotonic()
         if not self.received:
-            self.received, self._when = number, now
+            self.received, self._received_at = number, now
             name = signal.Signals(number).name
-            # A handler may interrupt a print: os.write is safe where print is not.
-            os.write(2, f"\nbocage: {name}: finishing this step, then saving; once more stops at once\n".encode())
-        elif now - self._when > _DEBOUNCE_SECONDS:
+            # A handler may interrupt a print; os.write is safe there.
+            os.write(2, f"\nbocage: {name}: finishing this step, then saving; a second signal stops at once\n".encode())
+        elif now - self._received_at > _DEBOUNCE_SECONDS:
             if sys.stderr.isatty():
                 os.write(2, _SHOW_CURSOR)
             os._exit(exit_code(number))

@@ -24,14 +24,15 @@ import torch
 from bocage import recipes
 from bocage.shards.batch import Batch
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.preprocess.inputs import wanted_modalities
+from bocage.shards.preprocess.inputs import required_modalities
 from bocage.shards.read.dataset import TrainingStream
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer
-from bocage.ssl.engine.trainer import train
-from bocage.ssl.pretrain import PretrainConfig, build_task, export_encoders
+from bocage.ssl.engine.trainer import Trainer
+from bocage.ssl.pretrain import build_pretraining_model, export_encoders
+from bocage.ssl.pretrain_config import PretrainConfig
 
-_SETTINGS = OptimizerConfig(final_learning_rate=1.0)
+_SETTINGS = OptimizerConfig(min_lr_ratio=1.0)
 
 
 class Kept:
@@ -71,7 +72,9 @@ def looped(task: torch.nn.Module, source: Kept, steps: int, output: Path) -> flo
     config = EngineConfig(steps=steps, save_every=0, log_every=20, optimizer=_SETTINGS)
     began = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        train(task, source, config, output=output, recipe="bench", resolved={}, export=export_encoders)
+        Trainer(
+            task, source, config, output=output, recipe="bench", resolved_config={}, export=export_encoders
+        ).fit()
     return source.asked[0][0] - began
 
 
@@ -85,8 +88,8 @@ def main() -> None:
     torch.set_num_threads(1)
     manifest = Manifest.open(arguments.shards)
     config = recipes.resolve(PretrainConfig, ["recipe=quickstart", "batch_size=4"])
-    task = build_task(config, manifest)
-    modalities = wanted_modalities(manifest.registry, list(task.encoders), [])
+    task = build_pretraining_model(config, manifest)
+    modalities = required_modalities(manifest.registry, list(task.encoders), [])
     stream = TrainingStream(
         manifest, manifest.split("all", ""), modalities, batch_size=4, window=config.window, seed=0, workers=0
     )

@@ -1,4 +1,4 @@
-"""Trains and evaluates from real shards on every rank of a torchrun launch, and prints which samples each rank saw.
+"""Train and evaluate from shards on every rank of a torchrun launch, and write the samples of each rank to a file.
 
 torchrun --nproc_per_node 2 rank_run.py SHARDS OUTPUT STEPS
 """
@@ -17,21 +17,21 @@ from torch import nn
 from bocage.shards.batch import Batch
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.dataset import TrainingStream, evaluation_batches
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.parallel.distributed import all_gather_object, is_main, rank_and_world
-from bocage.ssl.engine.trainer import train
+from bocage.ssl.engine.trainer import Trainer
 
 
-class Witness(nn.Module):
-    """Learns nothing and remembers the keys of its batches."""
+class KeyRecorder(nn.Module):
+    """Module that records the keys of its batches and learns nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.seen: list[list[str]] = []
+        self.batch_keys: list[list[str]] = []
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.seen.append(batch.keys)
+        self.batch_keys.append(batch.keys)
         return self.weight.square(), {}
 
 
@@ -40,20 +40,20 @@ def main() -> None:
     torch.set_num_threads(1)
     manifest = Manifest.open(shards)
     rows, modalities = np.arange(len(manifest)), list(manifest.registry.values())
-    task, evaluated = Witness(), list[str]()
+    task, evaluated = KeyRecorder(), list[str]()
 
     def evaluate(module: nn.Module, step: int) -> dict[str, float]:
         rank, world = rank_and_world()
         batches = evaluation_batches(manifest, rows, modalities, batch_size=4, workers=1, rank=rank, world=world)
-        # Whoever hands them to Accelerate gets them back as they are.
+        # Accelerate leaves the batches unchanged.
         assert Accelerator().prepare(batches) is batches
         evaluated.extend(key for batch in batches for key in batch.keys)
         return {"patches": float(len(evaluated))}
 
     source = TrainingStream(manifest, rows, modalities, batch_size=3, seed=2, workers=1)
     config = EngineConfig(steps=steps, save_every=steps, evaluate_every=0)
-    train(task, source, config, output=output, recipe="ranks", resolved={}, evaluate=evaluate)
-    ranks = all_gather_object({"trained": task.seen, "evaluated": evaluated})
+    Trainer(task, source, config, output=output, recipe="ranks", resolved_config={}, evaluate=evaluate).fit()
+    ranks = all_gather_object({"trained": task.batch_keys, "evaluated": evaluated})
     if is_main():
         (output / "ranks.json").write_text(json.dumps(ranks))
 

@@ -22,10 +22,10 @@ from torch import nn
 from bocage.shards.batch import Batch
 from bocage.shards.counter_rng import uniform
 from bocage.shards.sample_seed import sample_seed
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig
-from bocage.ssl.engine.run import Outcome
-from bocage.ssl.engine.trainer import train
+from bocage.ssl.engine.trainer import Outcome, Trainer
+from bocage.tools.cli.logging_setup import configure_logging
 
 MODALITY = "DEM_ELEV"
 
@@ -113,14 +113,15 @@ def run(
     options: dict[str, Any] | None = None,
     **engine: Any,
 ) -> tuple[Outcome, TinyTask]:
-    """Train a ``TinyTask``; ``engine`` are keys of ``EngineConfig``, ``options`` further arguments of ``train``."""
+    """Train a ``TinyTask``; ``engine`` are keys of ``EngineConfig``, ``options`` further arguments of ``Trainer``."""
+    configure_logging()
     torch.set_num_threads(1)
     torch.manual_seed(1)
     task = task or TinyTask(plain)
     keys = {"steps": 12, "save_every": 4, "log_every": 2, "optimizer": OptimizerConfig(learning_rate=1e-2)} | engine
-    arguments = {"recipe": "tiny", "resolved": {"batch_size": 4}} | (options or {})
-    outcome = train(task, source or TinySource(), EngineConfig(**keys), output=output, **arguments)
-    return outcome, task
+    arguments = {"recipe": "tiny", "resolved_config": {"batch_size": 4}} | (options or {})
+    trainer = Trainer(task, source or TinySource(), EngineConfig(**keys), output=output, **arguments)
+    return trainer.fit(), task
 
 
 def records(output: Path) -> list[dict[str, Any]]:
@@ -169,7 +170,7 @@ def main() -> int:
     parser.add_argument("--broken", type=int, nargs="*", default=[])
     parser.add_argument("--kill", choices=["step", "save"], nargs="*", default=[], help="kill a forked run this often")
     words = parser.parse_args()
-    options: dict[str, Any] = {"resolved": {"hub_token": os.environ.get("TINY_TOKEN", "")}}
+    options: dict[str, Any] = {"resolved_config": {"hub_token": os.environ.get("TINY_TOKEN", "")}}
     if words.slow_export:
         options["export"] = _slow_export
 

@@ -1,1 +1,1 @@
-"""Write, verify and resume from checkpoints."""
+"""Write, verify and read checkpoints."""

@@ -1,1 +1,1 @@
-"""Detect and diagnose training problems: bad steps, collapse, dead ranks."""
+"""Lost ranks and bad steps."""

@@ -1,4 +1,4 @@
-"""Which rank is missing, when ranks that wait for each other give up."""
+"""Detect dead or hanging ranks with heartbeats, and name them when a collective fails."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from bocage.shards.errors import InputError
 from bocage.ssl.engine.parallel.distributed import rank_and_world
 
-_INTERVAL = 2.0  # seconds between signs of life
-_PATIENCE = 3  # intervals without one
+_INTERVAL = 2.0  # seconds between heartbeats
+_MISSED = 3  # missed heartbeats after which a rank counts as lost
 
 
 class RankHeartbeat:
-    """Signs of life of all ranks: each tells the store of the process group every two seconds, from a thread.
+    """Heartbeats of all ranks: a thread of each rank writes to the store of the process group every 2 s.
 
     Attributes:
-        step: that this rank works on; set by the loop.
+        step: step that this rank works on; the trainer sets it.
     """
 
     def __init__(self) -> None:
@@ -31,69 +31,70 @@ class RankHeartbeat:
         self._ended = threading.Event()
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Context that tells which rank is to blame when a collective fails. Other errors pass as they are.
+    def watch(self) -> Iterator[None]:
+        """Context that names the lost rank if a collective fails. Other errors pass unchanged.
 
         Raises:
-            InputError: a collective failed because a rank, which is named, is gone or hangs.
+            InputError: a collective failed because another rank is dead or hangs.
         """
         if self._world == 1:
             yield
             return
         store = torch.distributed.PrefixStore("bocage/peers", torch.distributed.distributed_c10d._get_default_store())
-        threading.Thread(target=self._tell, args=(store,), daemon=True).start()
+        threading.Thread(target=self._send, args=(store,), daemon=True).start()
         try:
             yield
-        except torch.OutOfMemoryError:  # this rank's own
+        except torch.OutOfMemoryError:  # an error of this rank
             raise
-        except RuntimeError as error:  # gloo's and NCCL's errors have no class of their own
-            answer: list[str] = []
-            # In a thread: a store whose host is stopped never answers.
-            asking = threading.Thread(target=lambda: answer.append(self._missing(store)), daemon=True)
-            asking.start()
-            asking.join((2 * _PATIENCE + 1) * _INTERVAL)
-            who = answer[0] if answer else "the rank that holds the store of the process group does not answer"
-            if who:
+        except RuntimeError as error:  # gloo and NCCL raise no more specific class
+            answers: list[str] = []
+            # In a thread, because a store on a stopped host never answers.
+            query = threading.Thread(target=lambda: answers.append(self._find_lost(store)), daemon=True)
+            query.start()
+            query.join((2 * _MISSED + 1) * _INTERVAL)
+            cause = answers[0] if answers else "the rank that holds the store of the process group does not answer"
+            if cause:
                 raise InputError(
-                    f"{who}; this is rank {self._rank}, in step {self.step}. Look at that rank's own messages (memory, "
+                    f"{cause}; this is rank {self._rank}, in step {self.step}. Read that rank's own messages (memory, "
                     "network, engine.rank_timeout); the same command resumes from the newest checkpoint, if any"
                 ) from error
             raise
         finally:
             self._ended.set()
 
-    def _tell(self, store: Any) -> None:
+    def _send(self, store: Any) -> None:
         count, host = 0, socket.gethostname()
         while True:
             count += 1
             try:
                 store.set(str(self._rank), f"{count} {self.step} {host}")
-            except RuntimeError:  # whoever holds the store is gone; the main thread will notice
+            except RuntimeError:  # the rank that holds the store is gone; the main thread will notice
                 return
             if self._ended.wait(_INTERVAL):
                 return
 
-    def _missing(self, store: Any) -> str:
-        """Who shows no sign of life, or is behind; empty when nobody is."""
+    def _find_lost(self, store: Any) -> str:
+        """Describe ranks without a heartbeat, else ranks that are behind; empty if there are none."""
         try:
-            before = self._signs(store)
-            time.sleep(_PATIENCE * _INTERVAL)
-            after = self._signs(store)
+            before = self._read(store)
+            time.sleep(_MISSED * _INTERVAL)
+            after = self._read(store)
         except RuntimeError:
             return "the rank that holds the store of the process group is gone"
         silent = [rank for rank in before if before[rank][0] == after[rank][0] and rank != self._rank]
         if silent:
-            hosts = ", ".join(f"{rank} (on {after[rank][2]}, last seen in step {after[rank][1]})" for rank in silent)
-            return f"no sign of life from rank {hosts}"
+            names = ", ".join(f"{rank} (on {after[rank][2]}, last seen in step {after[rank][1]})" for rank in silent)
+            return f"no sign of life from rank {names}"
         behind = [rank for rank in after if after[rank][1] < self.step]
-        hosts = ", ".join(f"{rank} (on {after[rank][2]}, in step {after[rank][1]})" for rank in behind)
-        return f"the others wait for rank {hosts}" if behind else ""
+        names = ", ".join(f"{rank} (on {after[rank][2]}, in step {after[rank][1]})" for rank in behind)
+        return f"the other ranks wait for rank {names}" if behind else ""
 
-    def _signs(self, store: Any) -> dict[int, tuple[int, int, str]]:
-        signs = {}
+    def _read(self, store: Any) -> dict[int, tuple[int, int, str]]:
+        """Count, step and host of the latest heartbeat of each rank."""
+        beats = {}
         for rank in range(self._world):
-            # A rank may fail before it has told anything.
+            # A rank may fail before its first heartbeat.
             text = store.get(str(rank)).decode() if store.check([str(rank)]) else "0 0 ?"
             count, step, host = text.split(" ", 2)
-            signs[rank] = (int(count), int(step), host)
-        return signs
+            beats[rank] = (int(count), int(step), host)
+        return beats

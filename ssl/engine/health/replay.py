@@ -1,4 +1,4 @@
-"""A bad step once more, from its dump: what is not finite, where it first appears, and in which sample."""
+"""Replay a bad step from its dump: which values are not finite, where they first appear, and in which samples."""
 
 from __future__ import annotations
 
@@ -21,86 +21,89 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Finding:
-    """What the replay of one micro-batch found.
+    """Result of the replay of one micro-batch.
 
     Attributes:
-        losses: the loss, and what the task logged, by name.
-        where: name of the first module whose output is not finite; empty when all are.
-        gradients: names of parameters whose gradient is not finite.
-        samples: keys of the samples whose loss or gradient is not finite when they are alone.
-        refused: what the task said when it would not take one sample alone.
-        inputs: by key and modality, how many values of the batch are not finite.
+        losses: loss and logs of the task, by name.
+        first_module: name of the first module with a non-finite output; empty if all outputs are finite.
+        gradients: names of parameters with a non-finite gradient.
+        samples: keys of the samples that alone give a non-finite loss or gradient.
+        refusal: error of the task if it does not accept a single sample; else empty.
+        inputs: number of non-finite input values, by sample key and modality.
     """
 
     losses: dict[str, float]
-    where: str
+    first_module: str
     gradients: list[str]
     samples: list[str]
-    refused: str
+    refusal: str
     inputs: dict[tuple[str, str], int]
 
     @property
     def finite(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether loss and gradients are finite."""
         return math.isfinite(self.losses["loss"]) and not self.gradients
 
 
 def replay(
     task: nn.Module, dump: RankDump, *, precision: Precision, scale: float, threads: int, device: torch.device
 ) -> Iterator[Finding]:
-    """What each micro-batch of a rank gives with the weights of ``task``; its buffers are as before in the end.
+    """Replay each micro-batch of a rank with the weights of ``task``. The buffers of ``task`` end unchanged.
 
-    When several ranks replay their parts together, all of them iterate in step.
+    If several ranks replay their parts together, all of them must iterate over as many micro-batches.
 
     Args:
-        task: as it was before the step; in training mode afterwards.
-        dump: what the rank had.
-        precision: of the forward pass.
-        scale: of the loss in the backward pass (fp16).
-        threads: of the run, where it computed on a CPU.
-        device: where to compute.
+        task: module with the weights from before the step; it ends in training mode.
+        dump: inputs of the rank.
+        precision: precision of the forward pass.
+        scale: loss scale of the backward pass (fp16).
+        threads: number of threads of the run, which affects sums on a CPU.
+        device: device of the replay.
     """
     task.to(device).train()
     restore_random_state(dump.random)
-    threads_here = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with _kept_buffers(task):
+        with _preserved_buffers(task):
             for batch in dump.batches:
-                with _first_not_finite(task) as found:
-                    loss, logs = _passed(task, batch, precision, scale / len(dump.batches), device)
+                with _non_finite_modules(task) as modules:
+                    loss, logs = _forward_backward(task, batch, precision, scale / len(dump.batches), device)
                 finding = Finding(
-                    {"loss": float(loss), **{name: float(value) for name, value in logs.items() if value.ndim != 2}},
-                    found[0] if found else "",
-                    _bad_gradients(task),
-                    [],
-                    "",
-                    _not_finite_inputs(batch),
+                    losses={
+                        "loss": float(loss),
+                        **{name: float(value) for name, value in logs.items() if value.ndim != 2},
+                    },
+                    first_module=modules[0] if modules else "",
+                    gradients=_non_finite_gradients(task),
+                    samples=[],
+                    refusal="",
+                    inputs=_non_finite_inputs(batch),
                 )
                 if any(all_gather_object(not finding.finite)):
-                    _look_one_by_one(finding, task, batch, precision, scale, device)
+                    _try_single_samples(finding, task, batch, precision, scale, device)
                 yield finding
     finally:
-        torch.set_num_threads(threads_here)
+        torch.set_num_threads(threads_before)
 
 
-def _look_one_by_one(
+def _try_single_samples(
     finding: Finding, task: nn.Module, batch: Batch, precision: Precision, scale: float, device: torch.device
 ) -> None:
     for index, key in enumerate(batch.keys):
-        # Twice the same: statistics of batches want two samples.
-        with preserved_random_state(), _kept_buffers(task):
+        # The sample is there twice, because batch statistics need two samples.
+        with preserved_random_state(), _preserved_buffers(task):
             try:
-                loss, _ = _passed(task, batch.subset([index, index]), precision, scale, device)
+                loss, _ = _forward_backward(task, batch.subset([index, index]), precision, scale, device)
             except (RuntimeError, ValueError, AssertionError) as error:
-                finding.refused = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                finding.refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 task.zero_grad()
                 return
-            if _bad_gradients(task) or not loss.isfinite():
+            if _non_finite_gradients(task) or not loss.isfinite():
                 finding.samples.append(key)
 
 
-def _passed(
+def _forward_backward(
     task: nn.Module, batch: Batch, precision: Precision, scale: float, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     with _autocast(precision, device):
@@ -110,15 +113,15 @@ def _passed(
 
 
 @contextmanager
-def _kept_buffers(task: nn.Module) -> Iterator[None]:
-    """Context whose forward passes leave no trace in running statistics and queues."""
-    kept = {name: value.clone() for name, value in task.named_buffers()}
+def _preserved_buffers(task: nn.Module) -> Iterator[None]:
+    """Context after which running statistics and queues have their values from before."""
+    values = {name: value.clone() for name, value in task.named_buffers()}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, value in task.named_buffers():
-                value.copy_(kept[name])
+                value.copy_(values[name])
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -126,20 +129,20 @@ def _autocast(precision: Precision, device: torch.device) -> AbstractContextMana
 
 
 @contextmanager
-def _first_not_finite(task: nn.Module) -> Iterator[list[str]]:
-    """Context that gathers names of modules whose output is not finite, in the order in which they end."""
-    found: list[str] = []
+def _non_finite_modules(task: nn.Module) -> Iterator[list[str]]:
+    """Context that lists the names of modules with a non-finite output, in the order in which they finish."""
+    names: list[str] = []
 
-    def hook(name: str) -> Any:
-        def look(module: nn.Module, given: Any, output: Any) -> None:
+    def make_hook(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if any(not tensor.isfinite().all() for tensor in _tensors(output)):
-                found.append(name)
+                names.append(name)
 
-        return look
+        return hook
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in task.named_modules() if name]
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in task.named_modules() if name]
     try:
-        yield found
+        yield names
     finally:
         for handle in handles:
             handle.remove()
@@ -156,8 +159,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _bad_gradients(task: nn.Module) -> list[str]:
-    """Names of the parameters whose gradient is not finite; no gradient is left."""
+def _non_finite_gradients(task: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient is not finite; all gradients are cleared."""
     names = [
         name
         for name, parameter in task.named_parameters()
@@ -167,7 +170,7 @@ def _bad_gradients(task: nn.Module) -> list[str]:
     return names
 
 
-def _not_finite_inputs(batch: Batch) -> dict[tuple[str, str], int]:
+def _non_finite_inputs(batch: Batch) -> dict[tuple[str, str], int]:
     return {
         (key, name): int((~values[index].isfinite()).sum())
         for name, values in batch.values.items()

@@ -1,1 +1,1 @@
-"""Record metrics, provenance and profiles of a run."""
+"""Metrics, the run log and trackers, provenance, profiles."""

@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: a trace and a table by torch's profiler."""
+"""Profile a few steps with torch's profiler: a trace and a table of operators."""
 
 from __future__ import annotations
 
@@ -9,37 +9,42 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from bocage.shards.files import written_atomically
+from bocage.shards.files import atomic_write
 
-_WAIT, _WARM_UP = 2, 1  # steps before: the first ones allocate and compile
-_SHOWN = 20
+_WAIT, _WARM_UP = 2, 1  # unrecorded first steps, which allocate memory and compile
+_TABLE_ROWS = 20
 TRACE, TABLE = "trace.json", "operators.txt"
 
 
 @contextmanager
-def profiled(steps: int, folder: Path, tell: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Context that records ``steps`` steps from the fourth on; gives what to call after each step.
+def profiled_steps(steps: int, folder: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Context that profiles ``steps`` steps from the fourth on, and yields a function to call after each step.
 
-    ``folder`` then holds ``trace.json`` for https://ui.perfetto.dev and ``operators.txt``, the 20 operators that took
-    most time of their own; ``tell`` is told. A run that ends before has neither. With 0 steps nothing is recorded.
+    It writes ``trace.json`` for https://ui.perfetto.dev and ``operators.txt``, the 20 operators with the largest self
+    time. A run that ends earlier writes neither.
+
+    Args:
+        steps: number of steps to profile; 0: no profiling.
+        folder: folder of both files.
+        log: function that prints a message when the files are written.
     """
     if steps == 0:
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU]
-    time = "self_cpu_time_total"
+    sort_key = "self_cpu_time_total"
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-        time = "self_cuda_time_total"
+        sort_key = "self_cuda_time_total"
 
-    def write(found: profile) -> None:
+    def write(profiler: profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with written_atomically(folder / TRACE) as partial:
-            found.export_chrome_trace(str(partial))
-        with written_atomically(folder / TABLE) as partial:
-            partial.write_text(found.key_averages().table(sort_by=time, row_limit=_SHOWN), encoding="utf-8")
-        tell(f"profile of {steps} steps: {folder}")
+        with atomic_write(folder / TRACE) as partial:
+            profiler.export_chrome_trace(str(partial))
+        with atomic_write(folder / TABLE) as partial:
+            partial.write_text(profiler.key_averages().table(sort_by=sort_key, row_limit=_TABLE_ROWS), encoding="utf-8")
+        log(f"profile of {steps} steps: {folder}")
 
     plan = schedule(wait=_WAIT, warmup=_WARM_UP, active=steps, repeat=1)
-    with profile(activities=activities, schedule=plan, on_trace_ready=write, acc_events=True) as recording:
-        yield recording.step
+    with profile(activities=activities, schedule=plan, on_trace_ready=write, acc_events=True) as profiler:
+        yield profiler.step

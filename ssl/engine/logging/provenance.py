@@ -1,4 +1,4 @@
-"""What a run was: its configuration without secrets, the versions and the commit it ran on."""
+"""Record the configuration of a run without secrets, its library versions and its git commit."""
 
 from __future__ import annotations
 
@@ -25,84 +25,83 @@ CHANGEABLE_KEYS = (
     "engine.checkpoint",
     "engine.save_every",
     "engine.save_minutes",
-    "engine.keep",
+    "engine.keep_last",
     "engine.milestone_every",
     "engine.log_every",
     "engine.evaluate_every",
     "engine.max_bad_steps",
     "engine.dump_bad_steps",
-    "engine.least_feature_std",
-    "engine.least_rankme",
+    "engine.min_feature_std",
+    "engine.min_rankme",
     "engine.profile_steps",
     "engine.rank_timeout",
     "engine.tracker",
     "engine.project",
 )
-"""Keys of the resolved configuration that a resumed run may change; any other change is refused.
+"""Keys of the resolved configuration that a resumed run may change; changes of other keys are refused.
 
 A new ``engine.steps`` stretches or shortens the cosine from the resumed step on.
 """
 
-_CODE = (".py", ".yaml", ".jinja", ".toml")
+_CODE_SUFFIXES = (".py", ".yaml", ".jinja", ".toml")
 _LIBRARIES = ("bocage", "torch", "accelerate", "timm", "numpy", "safetensors")
 _REDACTED = "<redacted>"
-_WORDS = r"(?:(?<!mask_)(?<!cls_)token|secret|password|passwd|credentials?|signature|api[-_]?key|access[-_]?key)"
-_SECRET_NAME = re.compile(rf"(?:^|[_.-]){_WORDS}(?:$|_)", re.IGNORECASE)
-_SECRET_ARGUMENT = re.compile(rf"((?:^|[\s_.-]){_WORDS}\w*=)\S+", re.IGNORECASE)
+_SECRET_WORDS = r"(?:(?<!mask_)(?<!cls_)token|secret|password|passwd|credentials?|signature|api[-_]?key|access[-_]?key)"
+_SECRET_NAME = re.compile(rf"(?:^|[_.-]){_SECRET_WORDS}(?:$|_)", re.IGNORECASE)
+_SECRET_ARGUMENT = re.compile(rf"((?:^|[\s_.-]){_SECRET_WORDS}\w*=)\S+", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
-_QUERY_OF_URL = re.compile(r"(://[^\s?#]*\?)\S+")  # signed addresses hold the right to read there
-_SHORTEST_SECRET = 8
+_QUERY_OF_URL = re.compile(r"(://[^\s?#]*\?)\S+")  # signed URLs carry credentials
+_MIN_SECRET_LENGTH = 8
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of bocage and of the libraries that decide a run's numbers."""
+    """Versions of bocage and of the libraries that affect the numbers of a run."""
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def git_revision() -> str | None:
-    """Commit of the working tree this file is tracked in; None outside one.
+    """Commit of the git working tree that tracks this file; None without one.
 
-    With ``-dirty`` where code or recipes have changed since. What a run writes there, as reports, changes neither.
+    The commit ends in ``-dirty`` if code or recipes have changed since. Other files, such as reports, do not count.
     """
     here = Path(__file__).resolve()
 
-    def told(*words: str) -> str:
-        line = ["git", *words]
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         return subprocess.run(
-            line, cwd=here.parent, capture_output=True, text=True, timeout=20, check=True
+            command, cwd=here.parent, capture_output=True, text=True, timeout=20, check=True
         ).stdout.strip()
 
     try:
-        told("ls-files", "--error-unmatch", here.name)
-        revision = told("rev-parse", "HEAD")
-        changed = told("diff", "--name-only", "HEAD", "--", *(f":(top)*{ending}" for ending in _CODE))
+        git("ls-files", "--error-unmatch", here.name)
+        revision = git("rev-parse", "HEAD")
+        changed = git("diff", "--name-only", "HEAD", "--", *(f":(top)*{suffix}" for suffix in _CODE_SUFFIXES))
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{revision}-dirty" if changed else revision
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` as JSON gives it back (tuples become lists, paths strings), with secrets replaced.
+    """Convert ``config`` to JSON types (tuples become lists, paths strings) and replace secrets.
 
-    A secret is the text under a key that is named like one (token, password, api_key, ...), in an argument
-    ``api_key=...``, in the user part of a URL or behind its ``?``, or equal to the value of an environment variable
-    named like one.
+    A secret is a text under a key with a secret's name (token, password, api_key, ...), in an argument ``api_key=...``,
+    in the user part or the query of a URL, or equal to an environment variable with a secret's name.
     """
     secrets = [
-        value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
+        value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _MIN_SECRET_LENGTH
     ]
-    cleaned: dict[str, Any] = _without(json.loads(json.dumps(dict(config), default=str)), secrets)
+    cleaned: dict[str, Any] = _redacted(json.loads(json.dumps(dict(config), default=str)), secrets)
     return cleaned
 
 
-def _without(value: Any, secrets: list[str]) -> Any:
+def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, dict):
         return {
-            key: _REDACTED if isinstance(item, str) and item and _SECRET_NAME.search(key) else _without(item, secrets)
+            key: _REDACTED if isinstance(item, str) and item and _SECRET_NAME.search(key) else _redacted(item, secrets)
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [_without(item, secrets) for item in value]
+        return [_redacted(item, secrets) for item in value]
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, _REDACTED)
@@ -112,7 +111,7 @@ def _without(value: Any, secrets: list[str]) -> Any:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of a nested configuration by dotted name; lists and empty mappings are leaves."""
+    """Flatten a nested configuration to leaves by dotted name; lists and empty mappings are leaves."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -124,7 +123,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """By key, ``saved -> current`` for each leaf that differs and is not among ``CHANGEABLE_KEYS``."""
+    """Compare two configurations: ``saved -> current`` by key, without ``CHANGEABLE_KEYS``."""
     old, new = flat(saved), flat(current)
     return {
         key: f"{old.get(key, '(not set)')} -> {new.get(key, '(not set)')}"
@@ -134,10 +133,10 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration, whatever the order of its keys."""
+    """SHA-256 of a configuration, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
-    """Whether a key fits one of the patterns, ``*`` standing for any text."""
+    """Whether a key matches one of the patterns; ``*`` stands for any text."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)

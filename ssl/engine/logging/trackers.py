@@ -1,4 +1,4 @@
-"""W&B and TensorBoard behind one key: opening a run there, again when it is resumed, and links to what it left."""
+"""Start, resume, link and finish runs in W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_tracker(tracker: TrackerName) -> None:
     """Check that the package of a tracker is installed.
 
     Raises:
-        InputError: it is missing.
+        InputError: the package is missing.
     """
     packages = {"none": (), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}[tracker]
     if packages and not any(importlib.util.find_spec(package) for package in packages):
@@ -37,30 +37,30 @@ def start_tracker(
     tracker: TrackerName,
     output: Path,
     project: str,
-    run: str,
+    run_id: str,
     config: Mapping[str, Any],
     reported_step: int,
 ) -> str:
-    """Open the run where it is tracked; a resumed one goes on there.
+    """Start the run in its tracker, or resume it there.
 
     Args:
-        accelerator: which keeps the tracker.
-        tracker: which one.
-        output: the folder of the run, where files of the tracker go.
-        project: its name there, also of TensorBoard's folder.
-        run: identity of the run, the same when it is resumed.
-        config: what it runs with; secrets are replaced.
-        reported_step: the last step recorded; TensorBoard shows none after it from before.
+        accelerator: Accelerator that keeps the tracker.
+        tracker: name of the tracker.
+        output: folder of the run, in which the tracker writes.
+        project: name of W&B's project and of TensorBoard's folder.
+        run_id: identifier of the run, the same after every resume.
+        config: configuration to show; secrets are replaced.
+        reported_step: last recorded step; TensorBoard hides older records of later steps.
 
     Returns:
-        What the user should know of it; empty where that is nothing.
+        A notice for the user, or an empty string.
 
     Raises:
-        InputError: W&B cannot be reached, or refuses.
+        InputError: W&B cannot be reached or refuses the run.
     """
     if tracker == "wandb":
         with _wandb_faults():
-            options = {**_wandb_options(output, run, offline=not has_wandb_key()), "name": output.name}
+            options = {**_wandb_options(output, run_id, offline=not has_wandb_key()), "name": output.name}
             accelerator.init_trackers(project, config=plain(config), init_kwargs={"wandb": options})
         if options["mode"] == "offline":
             return f"W&B is offline; afterwards: wandb sync {output}/wandb/offline-run-*"
@@ -74,62 +74,62 @@ def start_tracker(
     return ""
 
 
-def link(trackers: Iterable[Any], step: int, name: str, place: str) -> None:
-    """Say in a run that is open where something lies: in W&B's summary, as a text of TensorBoard.
+def link(trackers: Iterable[Any], step: int, name: str, location: str) -> None:
+    """Show a location in an open run: in W&B's summary, or as a text of TensorBoard.
 
     Args:
-        trackers: Accelerate's.
-        step: at which.
-        name: of what lies there, e.g. ``checkpoint``.
-        place: path or address.
+        trackers: trackers of Accelerate.
+        step: step at which TensorBoard shows the text.
+        name: name of what is at the location, e.g. ``checkpoint``.
+        location: path or address.
     """
     for tracker in trackers:
         if tracker.name == "wandb":
-            tracker.tracker.summary[name] = place
+            tracker.tracker.summary[name] = location
         else:
-            tracker.tracker.add_text(name, place, step)
+            tracker.tracker.add_text(name, location, step)
 
 
 def link_afterwards(
-    tracker: TrackerName, output: Path, project: str, run: str, step: int, places: Mapping[str, str]
+    tracker: TrackerName, output: Path, project: str, run_id: str, step: int, locations: Mapping[str, str]
 ) -> None:
-    """``link`` in a run that has ended, and was tracked: it is opened once more, offline where it was so.
+    """Reopen a finished run in its tracker and show locations there; a run that W&B has offline stays offline.
 
     Args:
-        tracker: of the run; with ``none`` nothing happens.
-        output: the folder of the run.
-        project: as the run had it.
-        run: its identity.
-        step: its last.
-        places: path or address by name.
+        tracker: tracker of the run; ``none`` does nothing.
+        output: folder of the run.
+        project: project of the run.
+        run_id: identifier of the run.
+        step: last step of the run.
+        locations: paths or addresses by name.
 
     Raises:
         InputError: the tracker's package is missing, W&B cannot be reached, or the folder cannot be written.
     """
     check_tracker(tracker)
     if tracker == "wandb":
-        online, offline = (any((output / "wandb").glob(f"{kind}-*-{run}")) for kind in ("run", "offline-run"))
+        online, offline = (any((output / "wandb").glob(f"{kind}-*-{run_id}")) for kind in ("run", "offline-run"))
         if not online and not offline:
             return
         import wandb
 
         with _wandb_faults():
-            options = _wandb_options(output, run, offline=not online or not has_wandb_key())
+            options = _wandb_options(output, run_id, offline=not online or not has_wandb_key())
             with wandb.init(project=project, **options) as opened:
-                opened.summary.update(dict(places))
+                opened.summary.update(dict(locations))
     elif tracker == "tensorboard" and (output / project).is_dir():
         from torch.utils.tensorboard import SummaryWriter
 
         try:
             with SummaryWriter(str(output / project)) as writer:
-                for name, place in places.items():
-                    writer.add_text(name, place, step)
+                for name, location in locations.items():
+                    writer.add_text(name, location, step)
         except OSError as error:
             raise InputError(f"{output / project} cannot be written: {error.strerror}") from error
 
 
-def finish(trackers: Iterable[Any], *, failed: bool) -> None:
-    """End a run where it is tracked; W&B marks one that failed."""
+def finish_trackers(trackers: Iterable[Any], *, failed: bool) -> None:
+    """Finish the run in its trackers; W&B marks a failed run."""
     for tracker in trackers:
         if tracker.name == "wandb" and failed:
             tracker.tracker.finish(exit_code=1)
@@ -144,26 +144,26 @@ def _wandb_faults() -> Iterator[None]:
     try:
         yield
     except (wandb.Error, OSError) as error:
-        what = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"W&B: {what}; WANDB_MODE=offline keeps the run here, engine.tracker=none does without"
+            f"W&B: {message}; set WANDB_MODE=offline to keep the run here, or engine.tracker=none to go without W&B"
         ) from error
 
 
-def _wandb_options(output: Path, run: str, *, offline: bool) -> dict[str, Any]:
+def _wandb_options(output: Path, run_id: str, *, offline: bool) -> dict[str, Any]:
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
     if mode not in _WANDB_MODES:
         raise InputError(f"WANDB_MODE={mode} is not one of {', '.join(_WANDB_MODES)}")
-    # W&B notes the command line with its metadata; it may not when that holds a secret.
-    secret = plain({"words": sys.argv})["words"] != sys.argv
+    # W&B's metadata include the command line, so they are disabled if it holds a secret.
+    secret = plain({"argv": sys.argv})["argv"] != sys.argv
     settings = wandb.Settings(console="off", silent=True, x_disable_meta=secret)
-    return {"id": run, "resume": "allow", "dir": str(output), "mode": mode, "settings": settings}
+    return {"id": run_id, "resume": "allow", "dir": str(output), "mode": mode, "settings": settings}
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B would find credentials (their presence only), so that nobody without an account is asked for one."""
+    """Whether W&B would find credentials; without any, a run is offline and W&B does not ask for an account."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

@@ -1,1 +1,1 @@
-"""Distributed training: ranks, collectives, FSDP, block compilation."""
+"""Ranks and collectives, DDP and FSDP, block compilation."""

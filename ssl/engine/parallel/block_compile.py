@@ -1,4 +1,4 @@
-"""The blocks a model repeats: compiled or recomputed one by one, they cost what few do and help as all would."""
+"""Compile or checkpoint each repeated block separately."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ COMPILE_BACKENDS: tuple[str, ...] = get_args(CompileBackend)
 
 
 def repeated_blocks(task: nn.Module) -> list[nn.Module]:
-    """The outermost modules of lists and sequences that have parts and whose class occurs more than once in ``task``.
+    """Find the blocks of ``task``: outermost items of lists and sequences whose class occurs more than once.
 
-    Blocks of Swins, of U-TAE's convolutions and of the fusion decoder: nine tenths of the weights of
-    ``mae_multimodal``.
+    An item without children is no block. Swin blocks, U-TAE's convolution blocks and the blocks of the fusion decoder
+    hold nine tenths of the weights of ``mae_multimodal``.
     """
-    held = [
-        module
+    items = [
+        item
         for container in task.modules()
         if isinstance(container, nn.ModuleList | nn.Sequential)
-        for module in container
-        if not isinstance(module, nn.ModuleList | nn.Sequential) and any(True for _ in module.children())
+        for item in container
+        if not isinstance(item, nn.ModuleList | nn.Sequential) and any(True for _ in item.children())
     ]
-    counts = Counter(type(module) for module in held)
-    found: list[nn.Module] = []
+    counts = Counter(type(item) for item in items)
+    blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()
-    for module in held:
-        if counts[type(module)] > 1 and module not in inside:
-            found.append(module)
-            inside.update(module.modules())
-    return found
+    for item in items:
+        if counts[type(item)] > 1 and item not in inside:
+            blocks.append(item)
+            inside.update(item.modules())
+    return blocks
 
 
 @contextmanager
@@ -43,11 +43,11 @@ def compiled_blocks(task: nn.Module, backend: CompileBackend) -> Iterator[None]:
     """Context in which the repeated blocks of ``task`` are compiled, each class once (regional compilation).
 
     Args:
-        task: names of its parameters do not change.
-        backend: of ``torch.compile``; ``none`` leaves the blocks as they are.
+        task: module with repeated blocks; the names of its parameters do not change.
+        backend: backend of ``torch.compile``; ``none`` compiles nothing.
 
     Raises:
-        InputError: nothing in ``task`` repeats.
+        InputError: ``task`` has no repeated blocks.
     """
     blocks = repeated_blocks(task) if backend != "none" else []
     if backend != "none" and not blocks:
@@ -62,22 +62,24 @@ def compiled_blocks(task: nn.Module, backend: CompileBackend) -> Iterator[None]:
 
 
 @contextmanager
-def activation_checkpointing(task: nn.Module, wanted: bool) -> Iterator[None]:
-    """Context in which encoders keep no activations of their blocks but compute them again in the backward pass.
+def activation_checkpointing(task: nn.Module, enabled: bool) -> Iterator[None]:
+    """Context in which encoders recompute the activations of their blocks in the backward pass.
 
     Activation checkpointing: Chen et al., arXiv 1604.06174.
 
     Raises:
-        InputError: no part of ``task`` can.
+        InputError: no module of ``task`` supports it.
     """
-    switches = [getattr(module, "set_gradient_checkpointing", None) for module in task.modules()] if wanted else []
-    able: list[Callable[[bool], None]] = [switch for switch in switches if switch is not None]
-    if wanted and not able:
-        raise InputError("engine.activation_checkpointing: only Swin encoders can, and there is none; leave it off")
-    for switch in able:
+    candidates = [getattr(module, "set_gradient_checkpointing", None) for module in task.modules()] if enabled else []
+    switches: list[Callable[[bool], None]] = [switch for switch in candidates if switch is not None]
+    if enabled and not switches:
+        raise InputError(
+            "engine.activation_checkpointing: only Swin encoders support it, and this model has none; leave it off"
+        )
+    for switch in switches:
         switch(True)
     try:
         yield
     finally:
-        for switch in able:
+        for switch in switches:
             switch(False)
