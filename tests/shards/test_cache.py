@@ -1,3 +1,5 @@
+"""The cache of remote shards: size limit, removal, concurrent processes, resume, and prefetch."""
+
 import errno
 import fcntl
 import hashlib
@@ -27,19 +29,19 @@ from bocage.shards.read.open import RemoteShards
 
 SIZE = 200_000
 QUICK = RetryPolicy(attempts=3, backoff=0.01, timeout=1.0)
-# Tests with processes take some seconds: each process imports the reader.
+# Tests with processes take some seconds, because each process imports the reader.
 SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RemoteFile]]:
-    """Eight files of random bytes, and what they are."""
-    folder, wanted = tmp_path_factory.mktemp("origin"), []
+    """Folder with eight files of random bytes, and their sizes and hashes."""
+    folder, files = tmp_path_factory.mktemp("origin"), []
     for index in range(8):
         data = np.random.default_rng(index).bytes(SIZE)
         (folder / f"s{index}.tar").write_bytes(data)
-        wanted.append(RemoteFile(f"s{index}.tar", SIZE, hashlib.sha256(data).hexdigest()))
-    return folder, wanted
+        files.append(RemoteFile(f"s{index}.tar", SIZE, hashlib.sha256(data).hexdigest()))
+    return folder, files
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def make_cache(server: FaultyServer, folder: Path, count: float = 3, digest: str
 
 
 def occupied(folder: Path) -> int:
-    """Bytes of shards on disk, seen from outside."""
+    """Bytes that shards occupy on disk."""
     total = 0
     for path in folder.glob("*/*.tar*"):
         try:
@@ -68,8 +70,8 @@ def occupied(folder: Path) -> int:
     return total
 
 
-class Watch(threading.Thread):
-    """The most that the folder ever held."""
+class SizeMonitor(threading.Thread):
+    """Thread that records the largest size of the folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
@@ -80,7 +82,7 @@ class Watch(threading.Thread):
             self.most, self.samples = max(self.most, occupied(self.folder)), self.samples + 1
             time.sleep(0.001)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "SizeMonitor":
         self.start()
         return self
 
@@ -92,23 +94,21 @@ class Watch(threading.Thread):
 @pytest.mark.parametrize(
     ("size", "expected"), [("100GB", 10**11), ("1.5 MiB", 3 << 19), ("123", 123), ("2tb", 2 * 10**12)]
 )
-def test_sizes_are_read_as_people_write_them(size: str, expected: int) -> None:
+def test_sizes_are_parsed(size: str, expected: int) -> None:
     assert CacheConfig(size=size).bytes == expected
 
 
-def test_a_size_that_is_none_is_refused() -> None:
+def test_invalid_size_is_refused() -> None:
     with pytest.raises(ValueError, match="size='much'"):
         CacheConfig(size="much")
 
 
-def test_the_folder_is_the_users_cache_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_folder_is_the_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert CacheConfig().path == tmp_path / "bocage" / "shards"
 
 
-def test_bytes_are_those_of_the_origin_and_fetched_once(
-    server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
-) -> None:
+def test_shard_is_downloaded_once(server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path) -> None:
     cache = make_cache(server, tmp_path)
     for offset in (0, 77, SIZE - 5):
         assert cache.read(shards[1][0], offset, 5) == (shards[0] / "s0.tar").read_bytes()[offset : offset + 5]
@@ -117,18 +117,18 @@ def test_bytes_are_those_of_the_origin_and_fetched_once(
     assert server.sent["s0.tar"] == SIZE
 
 
-def test_the_least_recently_used_shard_goes_and_the_bound_is_kept(
+def test_least_recently_used_shard_is_removed_and_size_is_bounded(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     cache = make_cache(server, tmp_path)
-    with Watch(tmp_path) as watch:
+    with SizeMonitor(tmp_path) as monitor:
         for index in (0, 1, 2, 0, 3):
             cache.read(shards[1][index], 0, 10)
     assert sorted(path.name for path in cache.folder.iterdir()) == ["s0.tar", "s2.tar", "s3.tar"]
-    assert 2 * SIZE < watch.most <= 3 * (SIZE + 4096) and watch.samples > 3
+    assert 2 * SIZE < monitor.most <= 3 * (SIZE + 4096) and monitor.samples > 3
 
 
-def test_shards_of_other_versions_count_and_go_first(
+def test_shards_of_other_versions_count_and_are_removed_first(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     old, new = make_cache(server, tmp_path, 2, "a" * 64), make_cache(server, tmp_path, 2, "b" * 64)
@@ -139,7 +139,7 @@ def test_shards_of_other_versions_count_and_go_first(
     assert [path.name for path in old.folder.iterdir()] == ["s1.tar"]
 
 
-def test_a_shard_being_read_is_not_removed(
+def test_shard_being_read_is_not_removed(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     import fcntl
@@ -152,39 +152,39 @@ def test_a_shard_being_read_is_not_removed(
         assert sorted(path.name for path in cache.folder.iterdir()) == ["s0.tar", "s2.tar"]
 
 
-def _read_all(address: str, folder: Path, wanted: list[RemoteFile], seed: int, results: object) -> None:
+def _read_all(address: str, folder: Path, files: list[RemoteFile], seed: int, results: object) -> None:
     cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
-    random, right = np.random.default_rng(seed), True
+    random, is_equal = np.random.default_rng(seed), True
     for _ in range(60):
-        index, offset = int(random.integers(len(wanted))), int(random.integers(SIZE - 100))
-        right &= cache.read(wanted[index], offset, 100) == np.random.default_rng(index).bytes(SIZE)[offset:][:100]
-    results.put(right)  # type: ignore[attr-defined]
+        index, offset = int(random.integers(len(files))), int(random.integers(SIZE - 100))
+        is_equal &= cache.read(files[index], offset, 100) == np.random.default_rng(index).bytes(SIZE)[offset:][:100]
+    results.put(is_equal)  # type: ignore[attr-defined]
 
 
-def test_two_processes_share_a_cache_that_must_remove(
+def test_two_processes_share_a_small_cache(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     results = SPAWN.Queue()
     readers = [
         SPAWN.Process(target=_read_all, args=(server.address, tmp_path, shards[1], seed, results)) for seed in (1, 2)
     ]
-    with Watch(tmp_path) as watch:
+    with SizeMonitor(tmp_path) as monitor:
         for reader in readers:
             reader.start()
         assert [results.get(timeout=60) for _ in readers] == [True, True]
         for reader in readers:
             reader.join(timeout=10)
     assert [reader.exitcode for reader in readers] == [0, 0]
-    assert sum(server.sent.values()) > 8 * SIZE  # some were removed and fetched again
-    assert watch.samples > 50 and watch.most <= 3 * (SIZE + 4096)
+    assert sum(server.sent.values()) > 8 * SIZE  # some shards were removed and downloaded again
+    assert monitor.samples > 50 and monitor.most <= 3 * (SIZE + 4096)
 
 
-def _read_one(address: str, folder: Path, wanted: RemoteFile) -> None:
+def _read_one(address: str, folder: Path, file: RemoteFile) -> None:
     cache = Cache(ObjectStore(address, QUICK), CacheConfig(folder=str(folder), size=str(3 * SIZE)), "d" * 64)
-    cache.read(wanted, 0, 10)
+    cache.read(file, 0, 10)
 
 
-def test_processes_that_want_the_same_shard_fetch_it_once(
+def test_concurrent_readers_download_a_shard_once(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     server.pause = 0.1
@@ -197,7 +197,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(
     assert server.sent["s0.tar"] == SIZE
 
 
-def test_the_part_of_a_killed_process_is_taken_over_and_resumed(
+def test_partial_download_of_a_killed_process_is_resumed(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.pause = 0.2
@@ -210,22 +210,22 @@ def test_the_part_of_a_killed_process_is_taken_over_and_resumed(
         time.sleep(0.01)
     os.kill(reader.pid or 0, signal.SIGKILL)
     reader.join()
-    kept = part.stat().st_size
-    assert 0 < kept < SIZE
-    time.sleep(0.5)  # the server notices that nobody listens
+    partial = part.stat().st_size
+    assert 0 < partial < SIZE
+    time.sleep(0.5)  # until the server notices the closed connection
     server.pause, before = 0.0, server.sent["s0.tar"]
     assert make_cache(server, tmp_path).read(shards[1][0], 0, 50) == (shards[0] / "s0.tar").read_bytes()[:50]
-    assert server.sent["s0.tar"] - before == SIZE - kept
+    assert server.sent["s0.tar"] - before == SIZE - partial
     assert not part.exists()
 
 
-def _read_one_in_small_requests(address: str, folder: Path, wanted: RemoteFile) -> None:
+def _read_one_in_small_requests(address: str, folder: Path, file: RemoteFile) -> None:
     object_store._REQUEST_BYTES = 30_000
-    _read_one(address, folder, wanted)
+    _read_one(address, folder, file)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_shard_damaged_in_the_cache_is_fetched_again(
+def test_shard_damaged_in_the_cache_is_downloaded_again(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, damage: str
 ) -> None:
     cache = make_cache(server, tmp_path)
@@ -237,13 +237,13 @@ def test_a_shard_damaged_in_the_cache_is_fetched_again(
             file.truncate(1000)
         else:
             file.write(b"\x00" * 50)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # rot leaves no trace in the times
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # damage on disk does not change the timestamps
     time.sleep(0.01)
     assert make_cache(server, tmp_path).read(shards[1][0], 0, 50) == (shards[0] / "s0.tar").read_bytes()[:50]
     assert server.sent["s0.tar"] == 2 * SIZE
 
 
-def test_a_shard_damaged_at_its_origin_is_named(
+def test_shard_damaged_at_its_origin_is_named(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     cache = make_cache(server, tmp_path)
@@ -252,17 +252,17 @@ def test_a_shard_damaged_at_its_origin_is_named(
     assert server.sent["s0.tar"] == 2 * SIZE and not list(cache.folder.iterdir())
 
 
-def make_remote(cache: Cache, wanted: list[RemoteFile]) -> RemoteShards:
-    return RemoteShards(cache, [Shard(item.name, 1, item.bytes, item.sha256) for item in wanted])
+def make_remote(cache: Cache, files: list[RemoteFile]) -> RemoteShards:
+    return RemoteShards(cache, [Shard(item.name, 1, item.bytes, item.sha256) for item in files])
 
 
-def test_what_comes_next_is_fetched_behind_the_readers_back(
+def test_upcoming_shards_are_prefetched(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     server.pause = 0.05
     files = make_remote(make_cache(server, tmp_path), shards[1])
     started = time.monotonic()
-    files.prefetch([4, 5, 6, 7])  # four, where three fit
+    files.prefetch([4, 5, 6, 7])  # four shards, but the cache has room for three
     assert time.monotonic() - started < 0.1
     assert files.read(5, 0, 20) == (shards[0] / "s5.tar").read_bytes()[:20]
     deadline = time.monotonic() + 10
@@ -279,12 +279,12 @@ def _fetch_in_the_background(files: RemoteShards) -> None:
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_process_ends_at_once_whatever_its_thread_does(
+def test_process_exits_during_prefetch(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, start: str
 ) -> None:
     server.pause = 0.3
     files = make_remote(make_cache(server, tmp_path), shards[1])
-    files.prefetch([7])  # a thread, a connection and a lock of the parent, which the child must not mind
+    files.prefetch([7])  # gives the parent a thread, a connection and a lock
     time.sleep(0.1)
     pickle.loads(pickle.dumps(files))
     reader = multiprocessing.get_context(start).Process(target=_fetch_in_the_background, args=(files,))
@@ -298,7 +298,7 @@ def _fetch_for_ever(files: RemoteShards) -> None:
     files.read(0, 0, 1)
 
 
-def test_a_process_that_waits_for_a_shard_ends_when_told(
+def test_process_that_waits_for_a_shard_ends_on_sigterm(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     server.pause = 5.0
@@ -328,18 +328,18 @@ except InputError as error:
 """
 
 
-def test_a_full_disk_is_one_sentence_and_nothing_is_left(
+def test_full_disk_is_named_and_leaves_no_partial_file(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path
 ) -> None:
     mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
     inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
-        pytest.skip("needs a mount namespace of its own")
+        pytest.skip("needs a mount namespace")
     command = [sys.executable, "-c", _READ_ONTO_A_FULL_DISK, server.address, str(tmp_path), shards[1][0].sha256]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SUPPORT), str(Path(__file__).parent)))}
-    found = subprocess.run([*inside, *command], env=environment, capture_output=True, text=True, timeout=60)
+    process = subprocess.run([*inside, *command], env=environment, capture_output=True, text=True, timeout=60)
     expected = f"{tmp_path}: the disk of the cache is full; lower cache.size or move cache.folder []"
-    assert found.stdout.strip() == expected, found.stderr
+    assert process.stdout.strip() == expected, process.stderr
 
 
 def test_recipes_have_keys_for_the_cache() -> None:
@@ -347,19 +347,19 @@ def test_recipes_have_keys_for_the_cache() -> None:
     from bocage.finetune.finetune_config import FinetuneConfig
     from bocage.ssl.pretrain_config import PretrainConfig
 
-    words = ["cache.size=2GB", "cache.folder=/somewhere"]
-    assert recipes.resolve(PretrainConfig, ["recipe=quickstart", *words]).cache.bytes == 2 * 10**9
+    overrides = ["cache.size=2GB", "cache.folder=/somewhere"]
+    assert recipes.resolve(PretrainConfig, ["recipe=quickstart", *overrides]).cache.bytes == 2 * 10**9
     name = next(name for name in recipes.list_recipes() if name.startswith("finetune"))
-    assert recipes.resolve(FinetuneConfig, [f"recipe={name}", *words]).cache.path == Path("/somewhere")
+    assert recipes.resolve(FinetuneConfig, [f"recipe={name}", *overrides]).cache.path == Path("/somewhere")
     with pytest.raises(InputError, match=r"size='much' is not a size such as 100GB"):
         recipes.resolve(PretrainConfig, ["recipe=quickstart", "cache.size=much"])
     assert recipes.resolve(PretrainConfig, ["recipe=quickstart", "cache.size=123456"]).cache.bytes == 123456
 
 
-def test_a_shard_is_verified_once_where_times_are_whole_seconds(
+def test_shard_is_verified_once_with_whole_second_timestamps(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Lustre and ext3 keep them; SMB keeps 100 ns."""
+    """Lustre and ext3 store whole seconds; SMB stores 100 ns."""
     precise, digest, verified = os.utime, hashlib.file_digest, []
 
     def coarse(path: int | Path, ns: tuple[int, int] | None = None) -> None:
@@ -371,19 +371,19 @@ def test_a_shard_is_verified_once_where_times_are_whole_seconds(
 
     monkeypatch.setattr(os, "utime", coarse)
     monkeypatch.setattr(hashlib, "file_digest", counted)
-    wanted = shards[1][0]
-    make_cache(server, tmp_path).read(wanted, 0, 10)
+    file = shards[1][0]
+    make_cache(server, tmp_path).read(file, 0, 10)
     time.sleep(1.0)
     again = make_cache(server, tmp_path)
     for _ in range(10):
-        again.read(wanted, 0, 10)
-    assert len(verified) == 2  # when it came, and by the second cache
+        again.read(file, 0, 10)
+    assert len(verified) == 2  # after the download, and by the second cache
 
 
-def test_room_is_made_where_exclusive_locks_need_a_file_open_for_writing(
+def test_shards_are_removed_on_nfs(
     server: FaultyServer, shards: tuple[Path, list[RemoteFile]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on NFS."""
+    """On NFS, an exclusive lock needs a file that is open for writing."""
     flock = fcntl.flock
 
     def as_nfs(descriptor: int, operation: int) -> None:
@@ -393,5 +393,5 @@ def test_room_is_made_where_exclusive_locks_need_a_file_open_for_writing(
 
     monkeypatch.setattr(fcntl, "flock", as_nfs)
     cache = make_cache(server, tmp_path, count=1)
-    for wanted in shards[1][:3]:
-        assert len(cache.read(wanted, 0, 10)) == 10
+    for file in shards[1][:3]:
+        assert len(cache.read(file, 0, 10)) == 10

@@ -1,3 +1,5 @@
+"""The catalogue of a tree of folders: order, dates, splits, counts, and hints for wrong roots."""
+
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]
 
 
 def touch(root: Path, keys: list[str], *names: str) -> Path:
-    """Empty files: the catalogue looks at names only."""
+    """Create empty rasters, because the catalogue reads only names."""
     for key in keys:
         for name in names:
             path = raster_path(root, FLAIR_HUB[name], key)
@@ -52,7 +54,7 @@ def test_order_is_numeric_and_independent_of_the_modalities(tmp_path: Path) -> N
     assert catalogue.report().present["DEM_ELEV"] == 2
 
 
-def test_historical_image_serves_every_year_of_its_place(tmp_path: Path) -> None:
+def test_historical_image_belongs_to_every_year_of_its_department(tmp_path: Path) -> None:
     keys = ["D017-2018_UU-S2-1_3-4", "D017-2021_UU-S2-1_3-4", "D017-2021_UU-S2-1_3-5"]
     touch(tmp_path, keys, "AERIAL_RGBI")
     touch(tmp_path, [keys[0], "D017-2018_UU-S2-1_9-9"], "AERIAL-RLT_PAN")
@@ -79,7 +81,7 @@ def test_dates_and_splits(tmp_path: Path) -> None:
     expected = [days(date.year, date.month, date.day) for date in map(series_date, (1, 2, 3))]
     assert patch.dates["SENTINEL2_TS"].tolist() == patch.dates["SENTINEL2_MSK-SC"].tolist() == expected
     assert patch.dates["SENTINEL2_TS"].dtype == np.int32
-    assert patch.dates["AERIAL-RLT_PAN"].tolist() == [days(1955, 6, 1)]  # 19550600: day unknown
+    assert patch.dates["AERIAL-RLT_PAN"].tolist() == [days(1955, 6, 1)]  # stored as 19550600: unknown day
     assert patch.dates["SPOT_RGBI"].tolist() == [days(2019, 7, 4)]
     assert [catalogue.patch(index).splits["split_1"] for index in range(4)] == ["train", "valid", "test", "train"]
     assert patch.splits["split_toy"] is None
@@ -99,14 +101,14 @@ def test_odd_metadata_rows_are_counted(tmp_path: Path) -> None:
     catalogue = Catalogue.open(tmp_path)
     report = catalogue.report()
     assert (report.duplicate_rows, report.unreadable_dates) == (1, 1)
-    # In the order of the band numbers, not of the text and not of time.
+    # Dates have the order of the band numbers, not of the JSON text or of time.
     assert catalogue.patch(0).dates["SENTINEL1-ASC_TS"].tolist() == [
         days(2021, 5, 1),
         days(2021, 3, 1),
         days(2021, 6, 1),
     ]
     assert catalogue.patch(1).dates["SENTINEL1-ASC_TS"].tolist() == []
-    # Unreadable or no dates: the series is left out and counted.
+    # A series without readable dates is left out and counted.
     assert report.undated == {"SENTINEL1-ASC_TS": 2}
     assert list(catalogue.patch(2).sources) == ["AERIAL_RGBI"]
     assert report.present["SENTINEL1-ASC_TS"] == 2
@@ -168,7 +170,7 @@ def test_unusable_csv_is_named(tmp_path: Path) -> None:
         catalogue.with_csv_split("split_x", {"train": path})
 
 
-def test_wrong_roots_get_a_hint(tmp_path: Path) -> None:
+def test_wrong_root_gets_a_hint(tmp_path: Path) -> None:
     tree = touch(tmp_path / "data", ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI")
     for root, hint in (
         (tmp_path / "nowhere", "no such folder"),
@@ -188,7 +190,7 @@ def test_wrong_roots_get_a_hint(tmp_path: Path) -> None:
         Catalogue.open(zips)
 
 
-def test_only_what_cannot_stand_alone(tmp_path: Path) -> None:
+def test_historical_images_and_undated_series_alone_are_refused(tmp_path: Path) -> None:
     touch(tmp_path / "old", ["D012-2019_AF-S1-27_5-10"], "AERIAL-RLT_PAN")
     with pytest.raises(InputError, match="historical"):
         Catalogue.open(tmp_path / "old")
@@ -197,7 +199,7 @@ def test_only_what_cannot_stand_alone(tmp_path: Path) -> None:
         Catalogue.open(tmp_path / "series")
 
 
-def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_not_location(tmp_path: Path) -> None:
     first = Catalogue.open(touch(tmp_path / "a", ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI"))
     second = Catalogue.open(touch(tmp_path / "b", ["D012-2019_AF-S1-27_5-10"], "AERIAL_RGBI"))
     third = Catalogue.open(touch(tmp_path / "c", ["D012-2019_AF-S1-27_5-11"], "AERIAL_RGBI"))

@@ -1,4 +1,4 @@
-"""The catalogue of zips, of folders, and of a mix; what it reports as repeated, empty or unreadable."""
+"""The catalogue of zips, of folders, and of a mix: duplicate, empty and unreadable files."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def tree(folders: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_zips_and_folders_make_the_same_catalogue(folders: Path, tree: Path, nested: bool, method: int) -> None:
+def test_zips_and_folders_give_the_same_catalogue(folders: Path, tree: Path, nested: bool, method: int) -> None:
     zip_folders(tree, method, nested)
     assert not any(path.is_dir() for path in tree.iterdir())
     first, second = Catalogue.open(folders), Catalogue.open(tree)
@@ -50,12 +50,12 @@ def test_zips_and_folders_make_the_same_catalogue(folders: Path, tree: Path, nes
         assert {name: days.tolist() for name, days in one.dates.items()} == {
             name: days.tolist() for name, days in other.dates.items()
         }
-        # What says where a raster lies reaches worker processes.
+        # Sources are picklable for worker processes.
         assert pickle.loads(pickle.dumps(other)).sources == other.sources
     assert str(second.patch(0).sources["SPOT_RGBI"]).startswith(f"{tree / 'D012-2019_SPOT_RGBI.zip'}/")
 
 
-def test_shards_from_zips_are_those_from_folders(folders: Path, tree: Path, tmp_path: Path) -> None:
+def test_zips_and_folders_give_the_same_shards(folders: Path, tree: Path, tmp_path: Path) -> None:
     zip_folders(tree, zipfile.ZIP_DEFLATED)
     for root, name in ((folders, "a"), (tree, "b")):
         write_shards(Catalogue.open(root), tmp_path / name, samples_per_shard=4)
@@ -65,11 +65,11 @@ def test_shards_from_zips_are_those_from_folders(folders: Path, tree: Path, tmp_
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_a_mix_reads_each_raster_once_and_counts_the_rest(folders: Path, tree: Path) -> None:
+def test_duplicates_in_folders_and_zips_are_counted(folders: Path, tree: Path) -> None:
     folder = tree / "D012-2019_SPOT_RGBI"
-    kept = Path(shutil.copytree(folder, tree.parent / "kept"))
+    copy = Path(shutil.copytree(folder, tree.parent / "copy"))
     zip_folders(tree)
-    kept.rename(folder)
+    copy.rename(folder)
     shutil.rmtree(folder / "AF-S1-10")
     catalogue = Catalogue.open(tree)
     assert catalogue.fingerprint() == Catalogue.open(folders).fingerprint()
@@ -80,7 +80,7 @@ def test_a_mix_reads_each_raster_once_and_counts_the_rest(folders: Path, tree: P
     assert report.duplicate_examples[0] == "D012-2019_SPOT_RGBI/AF-S1-2/D012-2019_SPOT_RGBI_AF-S1-2_5-0.tif"
 
 
-def test_a_member_twice_in_its_zip_counts_once(tree: Path) -> None:
+def test_duplicate_members_of_a_zip_are_counted(tree: Path) -> None:
     zip_folders(tree)
     path = tree / "D012-2019_SPOT_RGBI.zip"
     with zipfile.ZipFile(path, "a") as file:
@@ -112,7 +112,7 @@ def test_broken_zips_are_left_out_and_named(tree: Path) -> None:
     assert json.loads(json.dumps(report.to_json()))["missing"]["SPOT_RGBI"] == 6
 
 
-def test_a_broken_zip_of_metadata_stops(tree: Path) -> None:
+def test_broken_metadata_zip_is_an_error(tree: Path) -> None:
     zip_folders(tree)
     path = tree / "GLOBAL_ALL_MTD.zip"
     path.write_bytes(path.read_bytes()[:-40])
@@ -130,11 +130,11 @@ def test_empty_files_are_counted_and_fail_when_read(tree: Path) -> None:
         assert report.empty_examples[0].endswith("D012-2019_SPOT_RGBI_AF-S1-2_5-1.tif")
 
 
-def test_a_folder_that_may_not_be_read_is_counted(tree: Path) -> None:
+def test_folder_without_read_permission_is_counted(tree: Path) -> None:
     folder = tree / "D012-2019_SPOT_RGBI" / "AF-S1-10"
     folder.chmod(0)
     tree.chmod(0o755)
-    # As nobody, because root may read everything.
+    # Run as nobody, because root may read everything.
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -155,14 +155,14 @@ def test_a_folder_that_may_not_be_read_is_counted(tree: Path) -> None:
     assert done.stdout == "1 D012-2019_SPOT_RGBI/AF-S1-10: cannot be read: Permission denied\n", done.stderr
 
 
-def test_a_raster_gone_since_is_named(tree: Path) -> None:
+def test_deleted_raster_is_named(tree: Path) -> None:
     source = Catalogue.open(tree).patch(0).sources["SPOT_RGBI"]
     source.path.unlink()
     with pytest.raises(RasterError, match=r"_5-0\.tif: cannot be read: No such file"):
         source.read()
 
 
-def test_file_names_of_any_bytes_can_be_reported(tree: Path) -> None:
+def test_file_names_with_any_bytes_can_be_reported(tree: Path) -> None:
     roi = os.fsencode(tree / "D012-2019_SPOT_RGBI" / "AF-S1-2")
     Path(os.fsdecode(roi + b"/\xff\x1b[31m.tif")).touch()
     report = Catalogue.open(tree).report()
@@ -181,14 +181,14 @@ def test_domain_split(tree: Path) -> None:
         catalogue.with_domain_split("split_x", {"test": ["D017-2018"], "valid": ["D017-2018"]})
 
 
-def test_places_number_domains_and_rois(tree: Path) -> None:
+def test_domain_and_roi_ids(tree: Path) -> None:
     domains, rois = Catalogue.open(tree).domain_and_roi_ids()
     assert domains.tolist() == [0] * 6 + [1]
     assert [len(set(rois[:3])), len(set(rois[3:6])), len(set(rois))] == [1, 1, 3]
 
 
-def test_a_tree_of_names_alone_as_folders_and_as_zips(tmp_path: Path) -> None:
-    """The tree that the benchmark makes at full size."""
+def test_benchmark_tree_as_folders_and_as_zips(tmp_path: Path) -> None:
+    """The benchmark makes the same tree at full size."""
     count = 500
     write_folders(tmp_path / "folders", count)
     write_zips(tmp_path / "zips", count)

@@ -1,4 +1,4 @@
-"""Every sample exactly once and in one global order, whatever the number of ranks and reading processes."""
+"""Every sample is read exactly once and in one global order, for any number of ranks and workers."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ COUNT = 42
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 
 
-class Recorded:
-    """Shards that remember what was read and announced."""
+class RecordingShards:
+    """Shards that record reads and prefetched shards."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.files, self.read_bytes, self.announced = manifest.files, list[tuple[int, int, int]](), list[list[int]]()
+        self.files, self.read_bytes, self.prefetched = manifest.files, list[tuple[int, int, int]](), list[list[int]]()
 
     def name(self, shard: int) -> str:
         return self.files.name(shard)
@@ -39,7 +39,7 @@ class Recorded:
         return self.files.read(shard, offset, length)
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        self.announced.append(list(shards))
+        self.prefetched.append(list(shards))
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +75,23 @@ def streams(manifest: Manifest, position: int, world: int, workers: int, batch_s
 
 
 def taken(ranks: list[Iterator[Batch]], rounds: int) -> list[str]:
-    """Keys of some rounds of batches in the global order; then the readers are ended."""
-    found = []
+    """Keys of ``rounds`` batches per rank, in the global order; closes the readers."""
+    keys = []
     for _ in range(rounds):
         batches = [next(rank) for rank in ranks]
-        found += [batch.keys[index] for index in range(len(batches[0])) for batch in batches]
+        keys += [batch.keys[index] for index in range(len(batches[0])) for batch in batches]
     for rank in ranks:
         rank.close()  # type: ignore[attr-defined]
-    return found
+    return keys
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_evaluation_delivers_every_sample_once_in_the_order_given(manifest: Manifest, world: int, workers: int) -> None:
+def test_evaluation_reads_every_sample_once_in_order(manifest: Manifest, world: int, workers: int) -> None:
     rows = np.random.default_rng(world).permutation(COUNT)
     ranks = [[key for batch in batches for key in batch.keys] for batches in evaluated(manifest, rows, world, workers)]
     assert Counter(key for keys in ranks for key in keys) == Counter(keys_of(manifest, range(COUNT)))
-    # Batches are those of one rank, in turn.
+    # Ranks take the batches of a single rank in turn.
     alone = [batch.keys for batch in evaluated(manifest, rows, 1, workers=0)[0]]
     assert [key for keys in alone for key in keys] == keys_of(manifest, rows)
     assert ranks == [[key for keys in alone[rank::world] for key in keys] for rank in range(world)]
@@ -99,13 +99,11 @@ def test_evaluation_delivers_every_sample_once_in_the_order_given(manifest: Mani
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_epoch_of_training_delivers_every_sample_once_in_one_order(
-    manifest: Manifest, world: int, workers: int
-) -> None:
-    found = taken(streams(manifest, 0, world, workers, batch_size=COUNT // 7 // world), 7)
-    assert Counter(found) == Counter(keys_of(manifest, range(COUNT)))
+def test_training_epoch_reads_every_sample_once_in_order(manifest: Manifest, world: int, workers: int) -> None:
+    keys = taken(streams(manifest, 0, world, workers, batch_size=COUNT // 7 // world), 7)
+    assert Counter(keys) == Counter(keys_of(manifest, range(COUNT)))
     order = TrainingStream(manifest, np.arange(COUNT), [manifest.registry[SERIES]], batch_size=1, seed=11).order
-    assert found == keys_of(manifest, order.epoch(0))
+    assert keys == keys_of(manifest, order.epoch(0))
 
 
 @pytest.mark.parametrize("ranks", [4, 50])
@@ -115,7 +113,7 @@ def test_ranks_without_a_sample_get_no_batch(manifest: Manifest, ranks: int) -> 
     assert [[batch.keys for batch in rank] for rank in batches] == [[keys_of(manifest, rows)]] + [[]] * (ranks - 1)
 
 
-# A run that ends after any number of steps, and goes on with any other number of ranks and readers.
+# The run stops after any number of steps and resumes with another number of ranks and workers.
 @settings(max_examples=12, deadline=None)
 @given(
     before=st.tuples(st.integers(1, 3), st.sampled_from([0, 0, 2])),
@@ -123,7 +121,7 @@ def test_ranks_without_a_sample_get_no_batch(manifest: Manifest, ranks: int) -> 
     batch_size=st.integers(1, 5),
     rounds=st.integers(0, 12),
 )
-def test_a_run_that_was_stopped_goes_on_in_the_same_order(
+def test_resumed_run_continues_the_order(
     manifest: Manifest, before: tuple[int, int], after: tuple[int, int], batch_size: int, rounds: int
 ) -> None:
     head = taken(streams(manifest, 0, before[0], before[1], batch_size), rounds)
@@ -132,26 +130,26 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_order(
     assert head + tail == whole
 
 
-def test_spawned_readers_deliver_what_forked_ones_do(manifest: Manifest) -> None:
+def test_spawned_and_forked_workers_give_the_same_batches(manifest: Manifest) -> None:
     rows = np.arange(12)
     usual = torch.multiprocessing.get_start_method()
-    found = {}
+    results = {}
     try:
         for method in ("fork", "spawn"):
             torch.multiprocessing.set_start_method(method, force=True)
-            [found[method]] = evaluated(manifest, rows, 1, workers=1)
+            [results[method]] = evaluated(manifest, rows, 1, workers=1)
     finally:
         torch.multiprocessing.set_start_method(usual, force=True)
     [expected] = evaluated(manifest, rows, 1, workers=0)
-    for batches in found.values():
+    for batches in results.values():
         assert [batch.keys for batch in batches] == [batch.keys for batch in expected]
-        for batch, wanted in zip(batches, expected):
-            assert torch.equal(batch.seeds, wanted.seeds) and torch.equal(batch.windows, wanted.windows)
+        for batch, reference in zip(batches, expected):
+            assert torch.equal(batch.seeds, reference.seeds) and torch.equal(batch.windows, reference.windows)
             for field in ("values", "present", "dates", "padding"):
-                assert torch.equal(getattr(batch, field)[SERIES], getattr(wanted, field)[SERIES])
+                assert torch.equal(getattr(batch, field)[SERIES], getattr(reference, field)[SERIES])
 
 
-def test_a_batch_from_a_reading_process_is_one_block_of_shared_memory(manifest: Manifest) -> None:
+def test_worker_batch_is_one_block_of_shared_memory(manifest: Manifest) -> None:
     [batch, *_] = evaluated(manifest, np.arange(8), 1, workers=1)[0]
     tensors = [batch.seeds, batch.windows]
     tensors += [getattr(batch, field)[SERIES] for field in ("values", "present", "dates", "padding")]
@@ -160,41 +158,42 @@ def test_a_batch_from_a_reading_process_is_one_block_of_shared_memory(manifest: 
     assert batch.values[SERIES].is_contiguous()
 
 
-def test_readers_are_told_which_shards_come_next(manifest: Manifest) -> None:
-    files = Recorded(manifest)
+def test_upcoming_shards_are_prefetched(manifest: Manifest) -> None:
+    files = RecordingShards(manifest)
     opened = Manifest.open(manifest.path)
     opened.files = files
     modalities = [opened.registry[SERIES]]
     rows = np.arange(COUNT)
     list(evaluation_batches(opened, rows, modalities, batch_size=4))
-    assert files.announced[0] == [0, 1, 2, 3, 4, 5]
-    assert files.announced[-1] == [5]
+    assert files.prefetched[0] == [0, 1, 2, 3, 4, 5]
+    assert files.prefetched[-1] == [5]
     used = list(dict.fromkeys(shard for shard, _, _ in files.read_bytes))
     assert used == [0, 1, 2, 3, 4, 5]
 
-    files.announced.clear(), files.read_bytes.clear()
+    files.prefetched.clear(), files.read_bytes.clear()
     batches = TrainingStream(opened, rows, modalities, batch_size=2, seed=3).batches(0, 0, 1)
     for _ in range(3 * COUNT // 2):
         before = len(files.read_bytes)
         next(batches)
-        # What a batch reads was announced before, and what the first batches read stands first.
-        assert {shard for shard, _, _ in files.read_bytes[before:]} <= set(files.announced[-1])
-    assert files.announced[0][0] == files.read_bytes[0][0]
-    # The block after the one that is being read is known, into the next epoch too.
-    assert all(len(shards) >= 2 for shards in files.announced)
+        # Every shard of a batch was prefetched.
+        assert {shard for shard, _, _ in files.read_bytes[before:]} <= set(files.prefetched[-1])
+    assert files.prefetched[0][0] == files.read_bytes[0][0]
+    # The next block is prefetched too, across epochs.
+    assert all(len(shards) >= 2 for shards in files.prefetched)
 
 
-def test_only_the_wanted_members_are_read_and_neighbours_at_once(tmp_path: Path) -> None:
+def test_only_needed_members_are_read_and_neighbours_in_one_read(tmp_path: Path) -> None:
     names = ["SENTINEL2_TS", SERIES, "SENTINEL1-DESC_TS", "ALL_LABEL-LPIS"]
     write_tree(tmp_path / "tree", ["D001-2020_AA-S1-1_0-0"], names)
     manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
     row = manifest.row(0)
     spans = {name: (0, row[f"offset.{name}"], row[f"length.{name}"]) for name in names}
 
-    def reads(*wanted: str) -> list[tuple[int, int, int]]:
-        files = manifest.files = Recorded(Manifest.open(manifest.path))
-        [batch] = evaluation_batches(manifest, np.arange(1), [manifest.registry[name] for name in wanted], batch_size=1)
-        assert set(batch.values) == set(wanted)
+    def reads(*chosen: str) -> list[tuple[int, int, int]]:
+        files = manifest.files = RecordingShards(Manifest.open(manifest.path))
+        modalities = [manifest.registry[name] for name in chosen]
+        [batch] = evaluation_batches(manifest, np.arange(1), modalities, batch_size=1)
+        assert set(batch.values) == set(chosen)
         return files.read_bytes
 
     for name in names:
@@ -215,10 +214,10 @@ def test_only_the_wanted_members_are_read_and_neighbours_at_once(tmp_path: Path)
         (np.zeros((4, 2, 10, 10), np.float32), r"has 4 dates in its shard but 3 in the index"),
     ],
 )
-def test_an_array_that_does_not_fit_is_named_and_never_spread(
+def test_array_of_wrong_shape_is_named_and_never_broadcast(
     manifest: Manifest, stored: np.ndarray, message: str
 ) -> None:
-    class Swapped(Recorded):
+    class Swapped(RecordingShards):
         def read(self, shard: int, offset: int, length: int) -> bytes:
             return encode(stored, manifest.registry[SERIES].codec)
 

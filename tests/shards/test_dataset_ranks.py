@@ -1,4 +1,4 @@
-"""Two real ranks of the training loop share out the shards: every sample once, and in the order of one rank."""
+"""Two torchrun ranks of the training loop read every sample once, in the order of one rank."""
 
 import json
 import os
@@ -19,21 +19,22 @@ COUNT = 42
 
 
 # 10 to 20 s: torchrun starts two interpreters that import torch.
-def test_ranks_of_the_training_loop_share_the_samples(tmp_path: Path) -> None:
+def test_ranks_of_the_training_loop_split_the_samples(tmp_path: Path) -> None:
     keys = [f"D001-2020_AA-S1-1_0-{column}" for column in range(COUNT)]
     write_tree(tmp_path / "tree", keys, ["SENTINEL1-ASC_TS"])
     manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards", samples_per_shard=8)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     # Seven steps of two batches of three are one epoch; the eighth begins the next.
-    words += [str(manifest.path), str(tmp_path / "run"), "8"]
+    command += [str(manifest.path), str(tmp_path / "run"), "8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+    process = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     ranks = json.loads((tmp_path / "run" / "ranks.json").read_text())
 
     evaluated = [rank["evaluated"] for rank in ranks]
-    assert [len(found) for found in evaluated] == [22, 20]  # batches of four in turn, the last of two
-    assert Counter(key for found in evaluated for key in found) == Counter(keys)
+    # Ranks take batches of 4 in turn, and the last batch has 2.
+    assert [len(rank_keys) for rank_keys in evaluated] == [22, 20]
+    assert Counter(key for rank_keys in evaluated for key in rank_keys) == Counter(keys)
 
     rounds = zip(*(rank["trained"] for rank in ranks), strict=True)
     trained = [batch[index] for batches in rounds for index in range(3) for batch in batches]

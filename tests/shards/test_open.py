@@ -1,3 +1,5 @@
+"""Open shards over HTTP, S3 and the hub: equal epochs, retries, resume, and error messages."""
+
 import json
 import os
 import pickle
@@ -25,7 +27,7 @@ from bocage.shards.read.open import open_shards
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 
-pytestmark = pytest.mark.filterwarnings("ignore:cache.size")  # these caches are small so that they must remove
+pytestmark = pytest.mark.filterwarnings("ignore:cache.size")  # these caches are small on purpose
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 QUICK = RetryPolicy(attempts=3, backoff=0.01, timeout=0.5)
@@ -33,12 +35,12 @@ QUICK = RetryPolicy(attempts=3, backoff=0.01, timeout=0.5)
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """The three genuine patches, one to a shard."""
+    """Three real patches, one per shard."""
     return write_shards(Catalogue.open(REAL), tmp_path_factory.mktemp("shards") / "real", samples_per_shard=1)
 
 
 def cache_of(folder: Path, local: Manifest, count: float = 2) -> CacheConfig:
-    """Room for ``count`` of the largest shard."""
+    """Cache with room for ``count`` shards of the largest size."""
     largest = max(shard.bytes for shard in local.shards)
     return CacheConfig(folder=str(folder / "cache"), size=str(int(count * largest)))
 
@@ -69,23 +71,23 @@ def assert_same_epochs(local: Manifest, remote: Manifest, workers: int) -> None:
     pairs.append([[next(stream) for _ in range(6)] for stream in streams])
     for stream in streams:
         stream.close()  # type: ignore[attr-defined]
-    for here, there in pairs:
-        assert len(here) == len(there) > 0
-        assert all(same(first, second) for first, second in zip(here, there))
+    for local_batches, remote_batches in pairs:
+        assert len(local_batches) == len(remote_batches) > 0
+        assert all(same(first, second) for first, second in zip(local_batches, remote_batches))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranges", [True, False])
-def test_epochs_over_http_equal_local_ones(local: Manifest, tmp_path: Path, workers: int, ranges: bool) -> None:
+def test_http_epochs_equal_local_ones(local: Manifest, tmp_path: Path, workers: int, ranges: bool) -> None:
     with FaultyServer(local.path, ranges=ranges) as server:
         remote = open_shards(server.address, cache_of(tmp_path, local), QUICK)
         assert remote.digest == local.digest
         assert_same_epochs(local, remote, workers)
-    kept = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tar*"))
-    assert 0 < kept <= cache_of(tmp_path, local).bytes < sum(shard.bytes for shard in local.shards)
+    cached = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tar*"))
+    assert 0 < cached <= cache_of(tmp_path, local).bytes < sum(shard.bytes for shard in local.shards)
 
 
-def test_a_server_without_ranges_sends_shards_larger_than_a_request(
+def test_server_without_ranges_sends_shards_larger_than_a_request(
     local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_store, "_REQUEST_BYTES", 10_000)
@@ -95,7 +97,7 @@ def test_a_server_without_ranges_sends_shards_larger_than_a_request(
 
 @pytest.fixture(scope="module")
 def s3(local: Manifest) -> Iterator[str]:
-    """Address of the shards on an S3 server of its own process; the environment says how to reach it."""
+    """Address of the shards on an S3 server in another process; sets its endpoint and credentials."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     import socket
@@ -136,12 +138,12 @@ def s3(local: Manifest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_from_s3_equal_local_ones(local: Manifest, s3: str, tmp_path: Path, workers: int) -> None:
-    # These take 5 to 8 s: an S3 server starts, and a client of it in every reading process.
+def test_s3_epochs_equal_local_ones(local: Manifest, s3: str, tmp_path: Path, workers: int) -> None:
+    # 5 to 8 s: starts an S3 server, and a client in every DataLoader worker.
     assert_same_epochs(local, open_shards(s3, cache_of(tmp_path, local), QUICK), workers)
 
 
-def test_faults_of_an_s3_server_are_met_once(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_fault_of_an_s3_server_is_retried(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
     (tmp_path / "origin" / "bucket").mkdir(parents=True)
     (tmp_path / "origin" / "bucket" / "prefix").symlink_to(local.path)
@@ -164,7 +166,7 @@ def test_faults_of_an_s3_server_are_met_once(local: Manifest, tmp_path: Path, mo
             remote.files.read(0, 0, 1)
 
 
-def test_what_s3_lacks_or_refuses_is_one_sentence(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_s3_files_and_credentials_are_named(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CacheConfig(folder=str(tmp_path))
     for address in (f"{s3}/nowhere", "s3://another-bucket/x"):
         with pytest.raises(InputError, match=rf"{address}/dataset\.json: there is no such file$"):
@@ -178,7 +180,7 @@ def test_what_s3_lacks_or_refuses_is_one_sentence(s3: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize("name", ["dataset.json", "index.arrow", "tar"])
 @pytest.mark.parametrize("fault", ["503", "reset", "stall", "truncate"])
-def test_a_fault_is_met_once_and_the_bytes_are_right(local: Manifest, tmp_path: Path, fault: str, name: str) -> None:
+def test_one_fault_of_a_server_is_retried(local: Manifest, tmp_path: Path, fault: str, name: str) -> None:
     tar = local.shards[0]
     name = tar.name if name == "tar" else name
     with FaultyServer(local.path) as server:
@@ -190,16 +192,14 @@ def test_a_fault_is_met_once_and_the_bytes_are_right(local: Manifest, tmp_path: 
 
 
 @pytest.mark.parametrize("fault", ["503", "reset", "stall", "truncate"])
-def test_servers_without_ranges_are_started_over(local: Manifest, tmp_path: Path, fault: str) -> None:
+def test_download_without_ranges_starts_over_after_a_fault(local: Manifest, tmp_path: Path, fault: str) -> None:
     with FaultyServer(local.path, ranges=False) as server:
         server.faults[local.shards[0].name] = [fault]
         remote = open_shards(server.address, cache_of(tmp_path, local), QUICK)
         assert remote.files.read(0, 512, 4096) == local.files.read(0, 512, 4096)
 
 
-def test_an_interrupted_download_goes_on_where_it_was(
-    local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_download_resumes(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_REQUEST_BYTES", 100_000)
     tar = local.shards[0]
     assert tar.bytes > 400_000
@@ -210,9 +210,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("name", ["index.arrow", "manifest.parquet", "tar"])
-def test_a_flipped_bit_is_fetched_again_and_a_swapped_file_is_refused(
-    local: Manifest, tmp_path: Path, name: str
-) -> None:
+def test_file_with_wrong_hash_is_downloaded_twice_then_refused(local: Manifest, tmp_path: Path, name: str) -> None:
     name = local.shards[0].name if name == "tar" else name
     with FaultyServer(local.path) as server:
         server.faults[name] = ["flip"]
@@ -225,7 +223,7 @@ def test_a_flipped_bit_is_fetched_again_and_a_swapped_file_is_refused(
             open_shards(server.address, cache_of(tmp_path, local), QUICK).files.read(0, 0, 1)
 
 
-def test_a_server_that_stays_away_is_given_up(local: Manifest, tmp_path: Path) -> None:
+def test_unreachable_server_is_given_up(local: Manifest, tmp_path: Path) -> None:
     with FaultyServer(local.path) as server:
         server.faults["dataset.json"] = ["503"] * 3
         with pytest.raises(InputError, match=r"/dataset\.json: given up after 3 attempts: HTTP status 503$"):
@@ -235,26 +233,26 @@ def test_a_server_that_stays_away_is_given_up(local: Manifest, tmp_path: Path) -
         open_shards(address, cache_of(tmp_path, local), QUICK)
 
 
-def test_no_secret_is_told_and_a_refusal_is_final(local: Manifest, tmp_path: Path) -> None:
+def test_messages_hold_no_secret_and_refusals_are_final(local: Manifest, tmp_path: Path) -> None:
     with FaultyServer(local.path) as server:
         address = server.address.replace("http://", "http://someone:hidden@") + "/?signature=hidden"
         assert open_shards(address, cache_of(tmp_path, local), QUICK).files.name(0).startswith(server.address)
         assert set(server.queries) == {"signature=hidden"}
-        told = []
+        messages = []
         for fault in ("403", "503", "reset", "truncate"):
             server.faults["dataset.json"] = [fault] * 3
             with pytest.raises(InputError) as caught:
                 open_shards(address, cache_of(tmp_path, local), QUICK)
-            told.append(str(caught.value))
+            messages.append(str(caught.value))
             assert caught.value.__cause__ is None
             assert len(server.faults["dataset.json"]) == (2 if fault == "403" else 0)
-        assert told[0].endswith("/dataset.json: access refused; check the credentials")
+        assert messages[0].endswith("/dataset.json: access refused; check the credentials")
         with pytest.raises(InputError, match=r"/nowhere/dataset\.json: there is no such file$") as caught:
             open_shards(address.replace("/?", "/nowhere?"), cache_of(tmp_path, local), QUICK)
-        assert not any("hidden" in text for text in [*told, str(caught.value)])
+        assert not any("hidden" in text for text in [*messages, str(caught.value)])
 
 
-def test_another_version_at_the_same_address_is_not_mixed(local: Manifest, tmp_path: Path) -> None:
+def test_versions_at_the_same_address_are_not_mixed(local: Manifest, tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     shutil.copytree(local.path, origin)
     with FaultyServer(origin) as server:
@@ -269,7 +267,7 @@ def test_another_version_at_the_same_address_is_not_mixed(local: Manifest, tmp_p
             second.files.read(0, 0, 1)
 
 
-def test_a_cache_smaller_than_a_shard_is_refused_at_once(local: Manifest, tmp_path: Path) -> None:
+def test_cache_smaller_than_a_shard_is_refused(local: Manifest, tmp_path: Path) -> None:
     with (
         FaultyServer(local.path) as server,
         pytest.raises(InputError, match=r"^cache\.size=\d+ is less than one shard"),
@@ -277,11 +275,11 @@ def test_a_cache_smaller_than_a_shard_is_refused_at_once(local: Manifest, tmp_pa
         open_shards(server.address, cache_of(tmp_path, local, 0.9), QUICK)
 
 
-def test_folders_are_read_where_they_are(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folders_are_read_in_place(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for where in (local.path, str(local.path), local.path.as_uri()):
-        found = open_shards(where)
-        assert found.path == local.path and found.files.name(0) == str(local.shard_path(0))
+    for location in (local.path, str(local.path), local.path.as_uri()):
+        opened = open_shards(location)
+        assert opened.path == local.path and opened.files.name(0) == str(local.shard_path(0))
     assert not (tmp_path / "cache").exists()
     with pytest.raises(InputError, match="shards= is not set"):
         open_shards("")
@@ -289,7 +287,7 @@ def test_folders_are_read_where_they_are(local: Manifest, tmp_path: Path, monkey
     assert is_remote("HTTPS://user:secret@host/path") and not is_remote("file:///a")
 
 
-def test_other_kinds_of_address_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_schemes_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"^ftp://host/x: shards are read from a folder, file://, s3://"):
         ObjectStore("ftp://someone:hidden@host/x")
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -298,19 +296,19 @@ def test_other_kinds_of_address_and_missing_packages_are_named(monkeypatch: pyte
         ObjectStore("s3://bucket/x")
 
 
-def test_the_hub_offline_is_one_sentence(tmp_path: Path) -> None:
-    # The hub's client reads its settings once, so this needs a process of its own (2 s).
+def test_offline_hub_is_named(tmp_path: Path) -> None:
+    # 2 s: needs a new process, because the hub's client reads its settings once.
     script = (
         "from bocage.shards.read.open import open_shards\nfrom bocage.shards.read.cache import CacheConfig\n"
         f"open_shards('hf://datasets/org/name/shards', CacheConfig(folder={str(tmp_path)!r}))"
     )
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )
-    assert "hf://datasets/org/name/shards/dataset.json: HF_HUB_OFFLINE is set" in found.stderr.splitlines()[-1]
+    assert "hf://datasets/org/name/shards/dataset.json: HF_HUB_OFFLINE is set" in process.stderr.splitlines()[-1]
 
 
-def test_an_open_remote_dataset_can_be_pickled(local: Manifest, tmp_path: Path) -> None:
+def test_remote_dataset_can_be_pickled(local: Manifest, tmp_path: Path) -> None:
     with FaultyServer(local.path) as server:
         files = open_shards(server.address, cache_of(tmp_path, local), QUICK).files
         files.prefetch([0, 1])

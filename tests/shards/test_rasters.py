@@ -1,3 +1,5 @@
+"""Read GeoTIFFs of every layout, and refuse rasters that are damaged or contradict the registry."""
+
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ def layouts() -> list[tuple[str, dict[str, object]]]:
 
 
 @pytest.mark.parametrize(("name", "options"), layouts())
-def test_every_layout_reads_the_same(tmp_path: Path, name: str, options: dict[str, object]) -> None:
+def test_every_layout_gives_the_same_array(tmp_path: Path, name: str, options: dict[str, object]) -> None:
     modality = FLAIR_HUB[name]
     count = len(modality.bands) * (3 if modality.has_time_axis else 1)
     bands = np.random.default_rng(0).integers(0, 18, (count, modality.size, modality.size)).astype(modality.dtype)
@@ -40,7 +42,7 @@ def test_every_layout_reads_the_same(tmp_path: Path, name: str, options: dict[st
 
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
-def test_lambert_without_a_code_is_accepted(tmp_path: Path, name: str) -> None:
+def test_lambert_93_without_a_code_is_accepted(tmp_path: Path, name: str) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "local.tif"
     bands = np.zeros((len(modality.bands), modality.size, modality.size), modality.dtype)
@@ -67,18 +69,18 @@ def wrong(modality: Modality, path: Path, what: str) -> None:
 
 @pytest.mark.parametrize("name", ["AERIAL_RGBI", "SPOT_RGBI", "SENTINEL2_TS", "AERIAL_LABEL-COSIA"])
 @pytest.mark.parametrize(
-    ("what", "said"), [("bands", "bands, but"), ("size", "pixels, but"), ("dtype", "int16"), ("pixel", "pixels of")]
+    ("what", "message"), [("bands", "bands, but"), ("size", "pixels, but"), ("dtype", "int16"), ("pixel", "pixels of")]
 )
-def test_rasters_that_are_not_what_the_registry_says_are_named(tmp_path: Path, name: str, what: str, said: str) -> None:
+def test_rasters_that_contradict_the_registry_are_named(tmp_path: Path, name: str, what: str, message: str) -> None:
     path = tmp_path / "wrong.tif"
     wrong(FLAIR_HUB[name], path, what)
-    with pytest.raises(RasterError, match=said) as error:
+    with pytest.raises(RasterError, match=message) as error:
         rasters.read_raster(RasterSource(path), FLAIR_HUB[name])
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["AERIAL_RGBI", "SPOT_RGBI"])
-def test_blocks_that_were_never_written_are_not_zeros(tmp_path: Path, name: str) -> None:
+def test_missing_blocks_are_an_error(tmp_path: Path, name: str) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "sparse.tif"
     bands = np.ones((4, modality.size, modality.size), modality.dtype)
@@ -91,7 +93,7 @@ def test_blocks_that_were_never_written_are_not_zeros(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("nodata", [None, -9999.0, float("nan")])
-def test_tiles_that_were_never_written_are_not_heights(tmp_path: Path, nodata: float | None) -> None:
+def test_missing_tiles_of_heights_are_an_error(tmp_path: Path, nodata: float | None) -> None:
     bands = np.full((2, 512, 512), 120.0, np.float32)
     bands[:, :256, 256:] = 0 if nodata is None else nodata
     path = tmp_path / "sparse.tif"
@@ -99,8 +101,8 @@ def test_tiles_that_were_never_written_are_not_heights(tmp_path: Path, nodata: f
         if "tiled" not in options:
             bands[:, :256] = 0 if nodata is None else nodata
         write_raster(path, bands, 0.2, nodata=nodata, sparse_ok=False, **options)
-        found = rasters.read_raster(RasterSource(path), FLAIR_HUB["DEM_ELEV"]).array
-        assert np.isnan(found).sum() == (0 if nodata is None else (bands != 120).sum())
+        array = rasters.read_raster(RasterSource(path), FLAIR_HUB["DEM_ELEV"]).array
+        assert np.isnan(array).sum() == (0 if nodata is None else (bands != 120).sum())
         write_raster(path, bands, 0.2, nodata=nodata, sparse_ok=True, **options)
         with pytest.raises(RasterError, match="never written"):
             rasters.read_raster(RasterSource(path), FLAIR_HUB["DEM_ELEV"])
@@ -108,7 +110,7 @@ def test_tiles_that_were_never_written_are_not_heights(tmp_path: Path, nodata: f
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"])
 @pytest.mark.parametrize(
-    ("crs", "said"),
+    ("crs", "message"),
     [
         ("EPSG:32631", "coordinates in EPSG:32631"),
         ("EPSG:4326", "coordinates in EPSG:4326"),
@@ -116,20 +118,20 @@ def test_tiles_that_were_never_written_are_not_heights(tmp_path: Path, nodata: f
         ('GEOGCS["mine",DATUM["mine",SPHEROID["mine",6378137,298]],PRIMEM["G",0],UNIT["degree",0.0174]]', "geographic"),
     ],
 )
-def test_other_coordinate_systems_are_named(tmp_path: Path, name: str, crs: str, said: str) -> None:
+def test_other_coordinate_systems_are_named(tmp_path: Path, name: str, crs: str, message: str) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "elsewhere.tif"
     write_raster(
         path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd, crs=crs
     )
-    with pytest.raises(RasterError, match=said) as error:
+    with pytest.raises(RasterError, match=message) as error:
         rasters.read_raster(RasterSource(path), modality)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
 @pytest.mark.parametrize("crs", ["EPSG:9794", None])
-def test_lambert_by_another_code_and_no_system_are_accepted(tmp_path: Path, name: str, crs: str | None) -> None:
+def test_lambert_93_by_another_code_and_no_crs_are_accepted(tmp_path: Path, name: str, crs: str | None) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "same.tif"
     write_raster(
@@ -140,7 +142,7 @@ def test_lambert_by_another_code_and_no_system_are_accepted(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
-def test_turned_rasters_are_named(tmp_path: Path, name: str) -> None:
+def test_rotated_rasters_are_named(tmp_path: Path, name: str) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "turned.tif"
     bands = np.ones((len(modality.bands), modality.size, modality.size), modality.dtype)
@@ -152,7 +154,7 @@ def test_turned_rasters_are_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SPOT_RGBI", "DEM_ELEV"])
 @pytest.mark.parametrize("tag", [33550, 33922])
-def test_numbers_that_are_none_are_no_position(tmp_path: Path, name: str, tag: int) -> None:
+def test_nan_positions_are_named(tmp_path: Path, name: str, tag: int) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "nowhere.tif"
     write_raster(path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd)
@@ -163,14 +165,14 @@ def test_numbers_that_are_none_are_no_position(tmp_path: Path, name: str, tag: i
         rasters.read_raster(RasterSource(path), modality)
 
 
-def test_what_the_system_says_about_a_file_is_named(tmp_path: Path) -> None:
+def test_system_errors_are_named(tmp_path: Path) -> None:
     with pytest.raises(RasterError, match=r"gone\.tif: cannot be read: No such file"):
         rasters.read_raster(RasterSource(tmp_path / "gone.tif"), FLAIR_HUB["DEM_ELEV"])
     with pytest.raises(RasterError, match="cannot be read: Is a directory"):
         rasters.read_raster(RasterSource(tmp_path), FLAIR_HUB["DEM_ELEV"])
 
 
-def test_class_beyond_the_scheme_is_named(tmp_path: Path) -> None:
+def test_class_value_outside_the_scheme_is_named(tmp_path: Path) -> None:
     modality = FLAIR_HUB["ALL_LABEL-LPIS"]
     bands = np.zeros((3, 512, 512), np.uint8)
     bands[1, 3, 4] = 31

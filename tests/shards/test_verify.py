@@ -1,3 +1,5 @@
+"""Verify shards: damaged files, contradicting descriptions, workers, the command, and interrupts."""
+
 import json
 import os
 import shutil
@@ -41,22 +43,22 @@ def shards(sound: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sound, tmp_path / "shards")
 
 
-def described(found: Verification) -> list[tuple[str, str, str]]:
-    return [(problem.file, problem.member, problem.message) for problem in found.problems]
+def described(result: Verification) -> list[tuple[str, str, str]]:
+    return [(problem.file, problem.member, problem.message) for problem in result.problems]
 
 
 @pytest.mark.parametrize("decode", [0, 1, None])
-def test_what_was_written_is_sound(sound: Path, decode: int | None) -> None:
-    seen: list[tuple[int, int, int]] = []
-    found = verify(sound, decode=decode, progress=lambda *numbers: seen.append(numbers))
-    assert found.sound and not found.warnings and found.broken == []
-    assert (found.samples, found.shards) == (6, 3)
-    assert found.decoded == {0: 0, 1: 3, None: 6}[decode]
-    assert found.bytes == sum(path.stat().st_size for path in sound.glob("*.tar"))
-    assert seen[-1] == (found.bytes, found.bytes, 0) and len(seen) >= 3
+def test_written_shards_are_sound(sound: Path, decode: int | None) -> None:
+    calls: list[tuple[int, int, int]] = []
+    result = verify(sound, decode=decode, progress=lambda *numbers: calls.append(numbers))
+    assert result.sound and not result.warnings and result.broken == []
+    assert (result.samples, result.shards) == (6, 3)
+    assert result.decoded == {0: 0, 1: 3, None: 6}[decode]
+    assert result.bytes == sum(path.stat().st_size for path in sound.glob("*.tar"))
+    assert calls[-1] == (result.bytes, result.bytes, 0) and len(calls) >= 3
 
 
-def test_processes_find_the_same(shards: Path) -> None:
+def test_workers_find_the_same_problems(shards: Path) -> None:
     for key in (KEYS[0], KEYS[5]):
         offset, length = member_range(shards, key, "SENTINEL2_TS")
         flip_bit(shards / f"shard-00000{KEYS.index(key) // 2}.tar", offset + length - 1)
@@ -66,19 +68,19 @@ def test_processes_find_the_same(shards: Path) -> None:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 @pytest.mark.parametrize("decode", [0, None])
-def test_a_flipped_bit_is_named_with_its_member(shards: Path, modality: str, decode: int | None) -> None:
+def test_flipped_bit_is_named_with_its_member(shards: Path, modality: str, decode: int | None) -> None:
     offset, length = member_range(shards, KEYS[2], modality)
     flip_bit(shards / SECOND, offset + length // 2)
-    found = verify(shards, decode=decode)
-    whole, member = described(found)
+    result = verify(shards, decode=decode)
+    whole, member = described(result)
     assert whole == (SECOND, "", "damaged: its SHA-256 is not the one in the dataset's description")
     assert member[:2] == (SECOND, f"{KEYS[2]}.{modality}.bin")
     assert "checksum does not match" in member[2]
-    # The rest was checked: every sample of the damaged shard, and of the others what was asked for.
-    assert found.decoded == (2 if decode == 0 else 6)
+    # All samples of the damaged shard were decoded, and ``decode`` samples of the other shards.
+    assert result.decoded == (2 if decode == 0 else 6)
 
 
-def test_flips_outside_of_arrays_are_named_too(shards: Path) -> None:
+def test_flipped_bits_outside_of_arrays_are_named(shards: Path) -> None:
     path = shards / SECOND
     pristine = path.read_bytes()
     offset, length = member_range(shards, KEYS[2], "SPOT_RGBI")
@@ -102,32 +104,32 @@ def test_truncated_shards(shards: Path, share: float) -> None:
     path = shards / SECOND
     size = path.stat().st_size
     os.truncate(path, int(size * share))
-    found = verify(shards, decode=0)
-    whole, first, *more = described(found)
+    result = verify(shards, decode=0)
+    whole, first, *more = described(result)
     assert whole == (SECOND, "", f"{int(size * share)} bytes, but the dataset's description says {size}")
     assert "cut off" in first[2] and not more
     if share == 0:
         assert first[1] == f"{KEYS[2]}.SPOT_RGBI.bin" and "the 1 samples after it are lost" in first[2]
-    assert found.broken == [SECOND]
+    assert result.broken == [SECOND]
 
 
-def test_a_missing_shard_and_what_is_no_file(shards: Path) -> None:
+def test_missing_shard_and_pipe(shards: Path) -> None:
     (shards / SECOND).unlink()
     (shards / "shard-000000.tar").unlink()
-    os.mkfifo(shards / "shard-000000.tar")  # must not wait for a writer
-    found = verify(shards)
-    assert described(found) == [("shard-000000.tar", "", "not a regular file"), (SECOND, "", "missing")]
-    assert found.decoded == 2
+    os.mkfifo(shards / "shard-000000.tar")  # opening it must not wait for a writer
+    result = verify(shards)
+    assert described(result) == [("shard-000000.tar", "", "not a regular file"), (SECOND, "", "missing")]
+    assert result.decoded == 2
 
 
-def test_strangers_are_warnings(shards: Path) -> None:
+def test_unexpected_files_are_warnings(shards: Path) -> None:
     shutil.copy(shards / SECOND, shards / "stray.tar")
     (shards / "shard-000007.tar.0123.tmp").write_bytes(b"x")
     (shards / "parts").mkdir()
     (shards / "notes.txt").touch()
-    found = verify(shards)
-    assert found.sound
-    assert [(item.file, item.message.split(";")[0]) for item in found.warnings] == [
+    result = verify(shards)
+    assert result.sound
+    assert [(item.file, item.message.split(";")[0]) for item in result.warnings] == [
         ("parts", "left over from sharding"),
         ("shard-000007.tar.0123.tmp", "left over from an interrupted run"),
         ("stray.tar", "not in the manifest"),
@@ -138,12 +140,12 @@ def test_strangers_are_warnings(shards: Path) -> None:
 def test_damaged_descriptions(shards: Path, name: str) -> None:
     flip_bit(shards / name, 0)
     os.truncate(shards / SECOND, 1000)
-    found = verify(shards)
-    assert found.problems[0].file == name
-    assert str(shards) not in found.problems[0].message
-    # Without the description there is no saying what the shards should be; without one of the others there is.
-    assert (SECOND in found.broken) == (name != "dataset.json")
-    assert found.decoded == {"index.arrow": 4, "manifest.parquet": 0, "dataset.json": 0}[name]
+    result = verify(shards)
+    assert result.problems[0].file == name
+    assert str(shards) not in result.problems[0].message
+    # Shards are checked without the index or the table, but not without the description.
+    assert (SECOND in result.broken) == (name != "dataset.json")
+    assert result.decoded == {"index.arrow": 4, "manifest.parquet": 0, "dataset.json": 0}[name]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_rows_that_contradict_their_sample(
     edit_columns(shards, {column: lambda values: values.__setitem__(row, value)}, index=False)
     problems = described(verify(shards, decode=None))
     assert any(
-        found[0] == file and (member is None or found[1] == member) and what in found[2] for found in problems
+        problem[0] == file and (member is None or problem[1] == member) and what in problem[2] for problem in problems
     ), problems
 
 
@@ -205,8 +207,8 @@ def test_statistics_and_counts_of_the_dataset(shards: Path) -> None:
         ("SENTINEL1-ASC_TS", np.zeros((3, 2, 10, 10), np.int32), "int32 of 3 x 2 x 10 x 10, but"),
     ],
 )
-def test_arrays_of_another_kind_are_named(shards: Path, modality: str, array: np.ndarray, what: str) -> None:
-    """Members with intact checksums, in their place, whose arrays are not what registry and manifest say."""
+def test_contradicting_arrays_are_named(shards: Path, modality: str, array: np.ndarray, what: str) -> None:
+    """The members have intact checksums and offsets, but arrays that contradict registry or manifest."""
     replace_member(shards, KEYS[2], modality, encode(array, "plain"))
     problems = described(verify(shards, decode=None))
     assert {problem[:2] for problem in problems} <= {(SECOND, f"{KEYS[2]}.{modality}.bin")}
@@ -235,9 +237,9 @@ def test_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "schema version 1" in capsys.readouterr().err
 
 
-# Starts three processes and waits until they work.
+# Starts three processes and waits until the workers read.
 def test_interrupt_ends_all_processes(shards: Path) -> None:
-    size = 64 << 30  # a sparse file: hashing it takes far longer than this test waits, on a busy machine too
+    size = 64 << 30  # sparse: hashing takes far longer than this test waits
     for name in ("shard-000000.tar", SECOND):
         os.truncate(shards / name, size)
     edit_description(shards, lambda description: [entry.update(bytes=size) for entry in description["shards"][:2]])
@@ -249,7 +251,7 @@ def test_interrupt_ends_all_processes(shards: Path) -> None:
         folders = [Path(f"/proc/{child}/fd") for child in children.read_text().split()]
         try:
             opened = [os.readlink(link) for folder in folders for link in folder.iterdir()]
-        except OSError:  # closed, or its process ended, while this looked
+        except OSError:  # the file was closed or its process ended meanwhile
             return False
         return sum(name.endswith(".tar") for name in opened) == 2
 
@@ -263,6 +265,6 @@ def test_interrupt_ends_all_processes(shards: Path) -> None:
     assert "interrupted" in errors and "Traceback" not in errors
 
 
-def test_other_versions_and_no_shards_are_wrong_input(tmp_path: Path) -> None:
+def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         verify(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Zips made by ``zipfile``, then by hand what no honest program writes."""
+"""Read zips written by ``zipfile``, and refuse damaged and malicious ones."""
 
 import os
 import struct
@@ -28,7 +28,7 @@ def directory_start(data: bytes) -> int:
 
 
 def record(data: bytes, name: bytes) -> int:
-    """Where the directory's record of a member starts."""
+    """Offset of the directory record of a member."""
     return data.index(name, directory_start(data)) - 46
 
 
@@ -44,14 +44,14 @@ def test_an_empty_zip_has_no_member(tmp_path: Path) -> None:
     assert list(zips.members(write_zip(tmp_path / "x.zip", content={}))) == []
 
 
-def test_a_comment_that_looks_like_an_end_is_no_end(tmp_path: Path) -> None:
+def test_comment_that_looks_like_an_end_record(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip")
     with zipfile.ZipFile(path, "a") as file:
         file.comment = b"PK\5\6" + bytes(40)
     assert len(list(zips.members(path))) == 3
 
 
-def test_written_to_a_pipe_sizes_follow_the_data(tmp_path: Path) -> None:
+def test_zip_written_to_a_pipe_has_sizes_after_the_data(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     reader, writer = os.pipe()
     with open(writer, "wb") as pipe, zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as file:
@@ -62,13 +62,13 @@ def test_written_to_a_pipe_sizes_follow_the_data(tmp_path: Path) -> None:
     assert zips.read(path, member) == CONTENT["a/one.tif"]
 
 
-def test_zip64_by_force_and_by_place(tmp_path: Path) -> None:
+def test_zip64_by_flag_and_by_offset(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as file, file.open("a/one.tif", "w", force_zip64=True) as member:
         member.write(b"content")
     (found,) = zips.members(path)
     assert zips.read(path, found) == b"content"
-    # Beyond 4 GiB, in a file with a hole: offsets stand in the extra field, the end in its zip64 form.
+    # Beyond 4 GiB, in a sparse file: the extra field holds the offsets, and the end record is zip64.
     with path.open("wb") as raw:
         raw.seek(5 << 30)
         with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as file:
@@ -78,8 +78,8 @@ def test_zip64_by_force_and_by_place(tmp_path: Path) -> None:
     assert zips.read(path, found) == b"far away" * 100
 
 
-def test_more_members_than_16_bits_count(tmp_path: Path) -> None:
-    # By hand: zipfile takes seconds for as many.
+def test_more_than_65535_members(tmp_path: Path) -> None:
+    # Written by hand, because zipfile takes seconds for this many members.
     count = 65_600
     path = tmp_path / "x.zip"
     names = [f"{number:05}".encode() for number in range(count)]
@@ -105,7 +105,7 @@ def patched(path: Path, change: dict[int, bytes]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         (8, b"\1\0", "is encrypted"),
         (10, b"\x0c\0", "compressed by method 12"),
@@ -115,7 +115,7 @@ def patched(path: Path, change: dict[int, bytes]) -> Path:
         (42, b"\2\0\0\0", "overlap"),
         (28, b"\xff\xff", "directory is damaged"),
         (0, b"PK\1\3", "directory is damaged"),
-        (24, b"\xff\xff\xff\xff", "directory is damaged"),  # promises a zip64 field that is not there
+        (24, b"\xff\xff\xff\xff", "directory is damaged"),  # refers to a missing zip64 field
         (38, b"\0\0\xff\xa1", "is a link"),
         (46, b"../wo.tif", "leads out of the zip"),
         (46, b"/etc/wd.x", "leads out of the zip"),
@@ -123,26 +123,26 @@ def patched(path: Path, change: dict[int, bytes]) -> Path:
         (46, b"a\\two.tif", "leads out of the zip"),
     ],
 )
-def test_a_hostile_record_refuses_the_zip(tmp_path: Path, field: int, value: bytes, words: str) -> None:
+def test_malicious_directory_record_is_refused(tmp_path: Path, field: int, value: bytes, message: str) -> None:
     path = write_zip(tmp_path / "x.zip")
     path = patched(path, {record(path.read_bytes(), b"a/two.tif") + field: value})
-    with pytest.raises(zips.ZipError, match=words) as error:
+    with pytest.raises(zips.ZipError, match=message) as error:
         list(zips.members(path))
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [(8, b"\3\0", "split"), (4, b"\1\0", "split"), (12, b"\1\0\0\0", "damaged"), (16, b"\0\0\0\1", "damaged")],
 )
-def test_a_wrong_end_refuses_the_zip(tmp_path: Path, field: int, value: bytes, words: str) -> None:
+def test_wrong_end_record_is_refused(tmp_path: Path, field: int, value: bytes, message: str) -> None:
     path = write_zip(tmp_path / "x.zip")
     path = patched(path, {path.read_bytes().rindex(b"PK\5\6") + field: value})
-    with pytest.raises(zips.ZipError, match=words):
+    with pytest.raises(zips.ZipError, match=message):
         list(zips.members(path))
 
 
-def test_every_cut_is_noticed(tmp_path: Path) -> None:
+def test_truncation_at_any_length_is_detected(tmp_path: Path) -> None:
     whole = write_zip(tmp_path / "x.zip").read_bytes()
     path = tmp_path / "cut.zip"
     for length in range(0, len(whole), 5):
@@ -151,7 +151,7 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
             list(zips.members(path))
 
 
-def test_no_flipped_byte_changes_content_unnoticed(tmp_path: Path) -> None:
+def test_flipped_bits_never_change_content_silently(tmp_path: Path) -> None:
     whole = write_zip(tmp_path / "x.zip").read_bytes()
     path = tmp_path / "flipped.zip"
     known = set(CONTENT.values())
@@ -168,7 +168,7 @@ def test_no_flipped_byte_changes_content_unnoticed(tmp_path: Path) -> None:
     assert refused > 200
 
 
-def test_a_local_header_that_disagrees_is_named(tmp_path: Path) -> None:
+def test_contradicting_local_header_is_named(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip")
     member = list(zips.members(path))[1]
     original = path.read_bytes()
@@ -195,7 +195,7 @@ def test_content_longer_than_declared_is_not_inflated(tmp_path: Path) -> None:
         zips.read(path, member)
 
 
-def test_a_source_in_a_zip_names_zip_and_member(tmp_path: Path) -> None:
+def test_raster_source_in_a_zip_names_zip_and_member(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip", zipfile.ZIP_STORED)
     member = next(zips.members(path))
     source = RasterSource(path, member)

@@ -1,4 +1,4 @@
-"""A plain HTTP server of a folder that misbehaves as it is told to."""
+"""HTTP server of a folder with injected faults."""
 
 import socket
 import struct
@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves ``folder``; ``faults[name]`` are met by the next requests for the file, one each.
+    """Serve ``folder``; each request for a file consumes one of its faults.
 
     Attributes:
-        faults: ``503``, ``403``, ``reset``, ``stall``, ``truncate`` or ``flip``, by file name.
+        faults: faults of the next requests by file name: 503, 403, reset, stall, truncate or flip.
         sent: bytes of content sent, by file name.
-        pause: seconds between pieces of 64 KiB.
+        queries: query string of every request.
+        pause: seconds between chunks of 64 KiB.
     """
 
     daemon_threads = True
@@ -40,7 +41,7 @@ class FaultyServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients that hang up are part of the tests
+        pass  # some tests close connections on purpose
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -70,9 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data, start = path.read_bytes(), 0
         size = len(data)
-        wanted = self.headers.get("Range", "")
-        if self.ranges and wanted:
-            first, last = wanted.removeprefix("bytes=").split("-")
+        requested = self.headers.get("Range", "")
+        if self.ranges and requested:
+            first, last = requested.removeprefix("bytes=").split("-")
             start = int(first)
             data = data[start : int(last) + 1]
             self.send_response(206)
@@ -100,8 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, name: str, data: bytes) -> None:
         for start in range(0, len(data), 1 << 16):
-            piece = data[start : start + (1 << 16)]
-            self.wfile.write(piece)
-            self.server.sent[name] += len(piece)
+            chunk = data[start : start + (1 << 16)]
+            self.wfile.write(chunk)
+            self.server.sent[name] += len(chunk)
             if self.server.pause:
                 time.sleep(self.server.pause)

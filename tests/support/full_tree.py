@@ -1,4 +1,4 @@
-"""FLAIR-HUB trees of any size, made of names alone, and folders turned into the hub's zips."""
+"""FLAIR-HUB trees of any size with empty or tiny files, and conversion of folders to the hub's zips."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROIS, _DOMAINS, _PATCHES = 2822, 74, 241_100
 
 
 def zip_folders(root: Path, method: int = zipfile.ZIP_STORED, nested: bool = True) -> None:
-    """Replaces every folder of ``root`` by a zip of its name; ``nested``: names in it begin with the folder's."""
+    """Replace every folder of ``root`` by a zip; with ``nested``, member names begin with the folder's name."""
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         with zipfile.ZipFile(root / f"{folder.name}.zip", "w", method) as file:
             for path in sorted(folder.rglob("*.*")):
@@ -29,7 +29,7 @@ def zip_folders(root: Path, method: int = zipfile.ZIP_STORED, nested: bool = Tru
 
 
 def patches(count: int = _PATCHES) -> Iterator[tuple[str, str, range]]:
-    """Domain, ROI and numbers of the patches of each ROI, spread as in the dataset: a ROI holds about 85."""
+    """Domain, ROI and patch numbers of each ROI; as in the dataset, a ROI has about 85 patches."""
     rois = max(1, _ROIS * count // _PATCHES)
     domains = max(1, _DOMAINS * count // _PATCHES)
     bounds = np.linspace(0, count, rois + 1).astype(int).tolist()
@@ -39,7 +39,7 @@ def patches(count: int = _PATCHES) -> Iterator[tuple[str, str, range]]:
 
 
 def rasters(count: int) -> Iterator[tuple[str, str, list[str]]]:
-    """Folder, ROI and file names of every modality in every ROI."""
+    """Folder, ROI and file names, for every modality and ROI."""
     for modality in FLAIR_HUB.values():
         for domain, roi, numbers in patches(count):
             folder = f"{domain.split('-')[0]}-195X" if modality.historical else domain
@@ -48,7 +48,7 @@ def rasters(count: int) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def write_folders(root: Path, count: int = _PATCHES) -> None:
-    """The tree with empty files: as many names as the dataset's, no bytes."""
+    """Write the tree as folders with empty files."""
     for folder, roi, files in rasters(count):
         (root / folder / roi).mkdir(parents=True)
         for file in files:
@@ -56,7 +56,7 @@ def write_folders(root: Path, count: int = _PATCHES) -> None:
 
 
 def write_zips(root: Path, count: int = _PATCHES) -> None:
-    """The tree as zips with one stored byte a raster: whole directories, and local headers that agree."""
+    """Write the tree as valid zips with one stored byte per raster."""
     root.mkdir(parents=True, exist_ok=True)
     members: dict[str, list[bytes]] = {}
     for folder, roi, files in rasters(count):
@@ -75,7 +75,7 @@ def write_zips(root: Path, count: int = _PATCHES) -> None:
 
 
 def write_metadata(root: Path, count: int = _PATCHES) -> None:
-    """GLOBAL_ALL_MTD with a row a patch; dates of series are those of the ROI."""
+    """Write GLOBAL_ALL_MTD with one row per patch; all patches of a ROI share the dates of a series."""
     root.mkdir(parents=True, exist_ok=True)
     keys, texts = [], []
     for number, (domain, roi, numbers) in enumerate(patches(count)):
@@ -88,7 +88,7 @@ def write_metadata(root: Path, count: int = _PATCHES) -> None:
         if modality.dates_table is None:
             continue
         columns = {"patch_id": keys, "date": ["20190704"] * count}
-        if modality.has_dates:
+        if modality.has_time_axis:
             columns = {"patch_id": keys, "acquisition_dates": texts}
         _write_table(root / f"GLOBAL_{modality.dates_table}_MTD_DATES.gpkg", columns)
     names = [*(f"split_{number}" for number in range(1, 6)), "split_flairchallenge", "split_toy"]

@@ -22,11 +22,11 @@ _TREESAT = {
     "SENTINEL1-DESC_TS": ("sen-1-des-data", "sen-1-des-products"),
 }
 _PASTIS = {"SENTINEL2_TS": "s2", "SENTINEL1-ASC_TS": "s1a", "SENTINEL1-DESC_TS": "s1d"}
-_PASTIS_DAYS = ["20190112", "20190521", "20190903"]  # invented: the files have none
+_PASTIS_DAYS = ["20190112", "20190521", "20190903"]  # invented, because the files have no dates
 
 
 def treesat_tree(root: Path) -> dict[tuple[str, str], np.ndarray]:
-    """One patch, 6 x 6 pixels mirrored to 10 x 10, real dates; returns what was written, by (key, modality)."""
+    """Write one patch of 6 x 6 pixels mirrored to 10 x 10, with real dates; returns arrays by (key, modality)."""
     key = "D900-2019_AA-S1-1_0-0"
     written: dict[tuple[str, str], np.ndarray] = {}
     with h5py.File(DATA / "treesatai_ts" / "Betula_spec._1_15679_WEFL_NLF_2019.h5") as source:
@@ -40,7 +40,7 @@ def treesat_tree(root: Path) -> dict[tuple[str, str], np.ndarray]:
 
 
 def pastis_tree(root: Path) -> dict[tuple[str, str], np.ndarray]:
-    """Nine patches of 10 x 10 pixels from each 32 x 32 sample, radar made linear; returns what was written."""
+    """Write nine patches of 10 x 10 pixels from each 32 x 32 sample, with linear radar; returns arrays likewise."""
     written: dict[tuple[str, str], np.ndarray] = {}
     for name, band in _PASTIS.items():
         keys = []
