@@ -1,5 +1,5 @@
-"""Resolve a recipe, a YAML file, and ``key=value`` overrides into a checked configuration."""
+"""Load recipes (YAML files) and ``key=value`` overrides as checked configurations."""
 
-from bocage.recipes.loader import list_recipes, recipes_for, resolve, restored, to_yaml
+from bocage.recipes.loader import config_from_dict, list_recipes, recipes_for, resolve, to_yaml
 
-__all__ = ["list_recipes", "recipes_for", "resolve", "restored", "to_yaml"]
+__all__ = ["config_from_dict", "list_recipes", "recipes_for", "resolve", "to_yaml"]

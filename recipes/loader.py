@@ -1,10 +1,10 @@
-"""Recipes: YAML files, one for each run, and how one becomes a typed, checked configuration.
+"""Resolve recipes (YAML files) and command-line overrides into typed, checked configurations.
 
-A configuration is a dataclass. Its values come from the defaults of the dataclass, then the recipe's ``base`` recipe,
-then the recipe, then ``key=value`` arguments, each overriding the one before. A ``base`` is the name of a recipe that
-comes with bocage, or the path of a YAML file, relative to the folder of the recipe that names it; or a list of these,
-of which the later override the earlier. A recipe on which several of them build counts once, as the first. Everything
-is checked here, before any work starts.
+A configuration is a dataclass. Its values come from four layers, each overriding the one before: the defaults of the
+dataclass, the ``base`` of the recipe, the recipe, and the ``key=value`` arguments. A ``base`` is the name of a recipe
+that comes with bocage, or the path of a YAML file relative to the recipe that names it. It may also be a list of these,
+where later ones override earlier ones. A recipe that several bases share is applied once, before all of them. All
+values are checked before any work starts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bocage.recipes.recipe_errors import full_key, misfit, placed, refused, unread
+from bocage.recipes.recipe_errors import (
+    explain_list_mismatch,
+    explain_merge_error,
+    explain_parse_error,
+    explain_value_error,
+    full_key,
+)
 from bocage.shards.errors import InputError
 
 Config = TypeVar("Config")
 
 _MAX_BASES = 8
-_FILE_ENDINGS = (".yaml", ".yml")
-# Folders of recipes, and what their names start with: official/ has a namesake of each row of IGN's tables.
+_FILE_EXTENSIONS = (".yaml", ".yml")
+# Folders of recipes and the prefixes of their names. Recipes of official/ are named after the rows of IGN's tables.
 _FOLDERS = {"pretrain": "", "finetune": "", "study": "", "official": "official/"}
 
 
@@ -37,7 +43,7 @@ def list_recipes() -> list[str]:
 
 
 def _packaged_recipes() -> dict[str, Traversable]:
-    """The file of each recipe that comes with bocage, by name."""
+    """Files of the recipes that come with bocage, by name."""
     return {
         prefix + file.name.removesuffix(".yaml"): file
         for folder, prefix in _FOLDERS.items()
@@ -47,35 +53,35 @@ def _packaged_recipes() -> dict[str, Traversable]:
 
 
 def recipes_for(schema: type) -> list[str]:
-    """Names of the recipes of one command, whose configuration is ``schema``, without the official ones."""
-    return [name for name in list_recipes() if "/" not in name and _fits(schema, name)]
+    """Names of the recipes whose configuration is ``schema``, without those of official/."""
+    return [name for name in list_recipes() if "/" not in name and _matches_schema(schema, name)]
 
 
-def _listed() -> str:
-    """Names for a message; what a folder holds is told by one of them."""
-    every = list_recipes()
-    folders = sorted({name.partition("/")[0] for name in every if "/" in name})
-    shown = [name for name in every if "/" not in name]
-    return ", ".join([*shown, *(f"{folder}/*" for folder in folders)])
+def _format_recipe_list() -> str:
+    """Recipe names for a message; folders such as ``official/*`` are abbreviated."""
+    names = list_recipes()
+    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
+    top_level = [name for name in names if "/" not in name]
+    return ", ".join([*top_level, *(f"{folder}/*" for folder in folders)])
 
 
-def _read(name: str) -> DictConfig:
-    """One recipe: a name that comes with bocage, or the path of a YAML file."""
-    if name.endswith(_FILE_ENDINGS):
+def _read_recipe(name: str) -> DictConfig:
+    """Read one recipe, given by the name of a packaged recipe or by the path of a YAML file."""
+    if name.endswith(_FILE_EXTENSIONS):
         path = Path(name)
         if not path.is_file():
             raise InputError(f"recipe={name}: no such file")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"recipe={name}: not a text in UTF-8: {error}") from error
+            raise InputError(f"recipe={name}: not UTF-8 text: {error}") from error
         except OSError as error:
             raise InputError(f"recipe={name}: cannot be read: {error.strerror}") from error
     else:
         packaged = _packaged_recipes()
         if name not in packaged:
             near = difflib.get_close_matches(name, packaged, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"recipes: {_listed()}"
+            hint = f"did you mean {near[0]!r}?" if near else f"recipes: {_format_recipe_list()}"
             raise InputError(f"recipe={name}: no such recipe; {hint}")
         text = packaged[name].read_text(encoding="utf-8")
     try:
@@ -87,132 +93,137 @@ def _read(name: str) -> DictConfig:
     return config
 
 
-def _layers(name: str) -> dict[str, DictConfig]:
-    """The recipe and all its bases by name, each once and after its own bases, without the key ``base``."""
-    found: dict[str, DictConfig] = {}
+def _load_with_bases(name: str) -> dict[str, DictConfig]:
+    """Load a recipe and all its bases by name, without the key ``base``. Each appears once, after its own bases."""
+    layers: dict[str, DictConfig] = {}
 
-    def add(current: str, above: tuple[str, ...]) -> None:
-        if current.endswith(_FILE_ENDINGS):
-            current = os.path.normpath(current)  # one file, however it is spelt
-        if current in above or len(above) == _MAX_BASES:
-            raise InputError(f"recipe={name}: its `base` recipes form a circle at {current!r}")
-        if current not in found:
-            config = _read(current)
-            for base in _bases(current, config):
-                add(base, (*above, current))
-            found[current] = config
+    def add(current: str, ancestors: tuple[str, ...]) -> None:
+        if current.endswith(_FILE_EXTENSIONS):
+            current = os.path.normpath(current)  # one name per file
+        if current in ancestors or len(ancestors) == _MAX_BASES:
+            raise InputError(
+                f"recipe={name}: the `base` recipes form a cycle or nest over {_MAX_BASES} levels deep, at {current!r}"
+            )
+        if current not in layers:
+            config = _read_recipe(current)
+            for base in _pop_bases(current, config):
+                add(base, (*ancestors, current))
+            layers[current] = config
 
     add(name, ())
-    return found
+    return layers
 
 
-def _bases(name: str, config: DictConfig) -> list[str]:
-    """Takes the key ``base`` out of a recipe; a file is looked for beside the recipe that names it."""
+def _pop_bases(name: str, config: DictConfig) -> list[str]:
+    """Remove the key ``base`` from a recipe and return the bases. A path is relative to the recipe that names it."""
     try:
-        given = config.pop("base", None)
-        bases = given
-        if OmegaConf.is_list(given):
-            bases = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+        bases = config.pop("base", None)
+        if OmegaConf.is_list(bases):
+            bases = OmegaConf.to_container(bases, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(f"recipe={name}: base: {str(error).splitlines()[0]}") from error
-    found = []
+    names = []
     for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
         if not isinstance(base, str):
             raise InputError(f"recipe={name}: base: {base!r} is not the name of a recipe or the path of a YAML file")
-        if base.endswith(_FILE_ENDINGS) and name.endswith(_FILE_ENDINGS):
+        if base.endswith(_FILE_EXTENSIONS) and name.endswith(_FILE_EXTENSIONS):
             base = str(Path(name).parent / base)
-        found.append(base)
-    return found
+        names.append(base)
+    return names
 
 
 def _merge(config: Any, layer: Any, source: str) -> Any:
-    if wrong := misfit(config, layer):
-        raise InputError(f"{source}: {wrong}")
+    if message := explain_list_mismatch(config, layer):
+        raise InputError(f"{source}: {message}")
     try:
         return OmegaConf.merge(config, layer)
     except OmegaConfBaseException as error:
-        raise InputError(f"{source}: {refused(config, layer, error)}") from error
+        raise InputError(f"{source}: {explain_merge_error(config, layer, error)}") from error
 
 
-def _fits(schema: type, name: str) -> bool:
-    """Whether a recipe that comes with bocage is one of a schema."""
+def _matches_schema(schema: type, name: str) -> bool:
+    """Whether all keys of a packaged recipe are fields of ``schema``."""
     known = OmegaConf.structured(schema)
-    return all(key in known for layer in _layers(name).values() for key in layer)
+    return all(key in known for layer in _load_with_bases(name).values() for key in layer)
 
 
-def _remove(config: Any, key: str) -> None:
-    """Take an entry out of a mapping; what a dataclass names cannot be absent."""
-    above, _, name = key.rpartition(".")
+def _remove_entry(config: Any, key: str) -> None:
+    """Remove an entry of a mapping. Fields of a dataclass cannot be removed."""
+    parent, _, name = key.rpartition(".")
     try:
-        node = OmegaConf.select(config, above) if above else config
+        node = OmegaConf.select(config, parent) if parent else config
     except OmegaConfBaseException:
         node = None
     if not isinstance(node, DictConfig) or name not in node:
-        raise InputError(f"command line: ~{key}: there is no {key} to take away")
+        raise InputError(f"command line: ~{key}: there is no entry {key} to remove")
     if OmegaConf.get_type(node) is not dict:
-        raise InputError(f"command line: ~{key}: {key} has a value always: give another one, as {key}=VALUE")
+        raise InputError(f"command line: ~{key}: {key} cannot be removed: set another value as {key}=VALUE")
     with read_write(node), open_dict(node):
         del node[name]
 
 
 def resolve(schema: type[Config], arguments: list[str]) -> Config:
-    """The configuration that ``recipe=NAME key=value ...`` asks for.
+    """Build the configuration of ``recipe=NAME key=value ...``.
 
     Args:
-        schema: the dataclass of the configuration; its field ``recipe`` receives the recipe's name.
-        arguments: words of the command line. ``recipe=`` is required; ``key=`` alone is the empty text; ``~key`` takes
-            an entry of a mapping, as ``~starts.imagenet``, out of what recipes give.
+        schema: dataclass of the configuration; its field ``recipe`` receives the name of the recipe.
+        arguments: command-line arguments. ``recipe=NAME`` is required, ``key=value`` overrides a value, ``key=`` sets
+            the empty string, and ``~key`` removes an entry of a mapping of the recipe, e.g.
+            ``~initializations.imagenet``.
 
     Raises:
-        InputError: no or unknown recipe, unknown key (named with the nearest valid one), value of the wrong type, or
-            a value that a dataclass refuses.
+        InputError: the recipe is missing or unknown, a key is unknown (the message suggests the nearest valid one), or
+            a value has the wrong type or is rejected by its dataclass.
     """
     if not is_dataclass(schema):
         raise TypeError(f"{schema} is not a dataclass")
-    removed = [word[1:] for word in arguments if word.startswith("~")]
-    arguments = [word for word in arguments if not word.startswith("~")]
-    for word in arguments:
-        if "=" not in word:
-            raise InputError(f"argument {word!r} is not of the form key=value")
-    chosen = [word.split("=", 1)[1] for word in arguments if word.startswith("recipe=")]
-    if len(chosen) != 1:
-        raise InputError(f"give one recipe as recipe=NAME; recipes: {_listed()}")
+    removed = [argument[1:] for argument in arguments if argument.startswith("~")]
+    arguments = [argument for argument in arguments if not argument.startswith("~")]
+    for argument in arguments:
+        if "=" not in argument:
+            raise InputError(f"argument {argument!r} is not of the form key=value")
+    names = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("recipe=")]
+    if len(names) != 1:
+        raise InputError(f"give one recipe as recipe=NAME; recipes: {_format_recipe_list()}")
     config: Any = OmegaConf.structured(schema)
-    for name, layer in _layers(chosen[0]).items():
-        if not name.endswith(_FILE_ENDINGS) and (alien := [key for key in layer if key not in config]):
+    recipe = names[0]
+    for name, layer in _load_with_bases(recipe).items():
+        if not name.endswith(_FILE_EXTENSIONS) and (unknown := [key for key in layer if key not in config]):
             others = ", ".join(recipes_for(schema))
             raise InputError(
-                f"recipe={chosen[0]} is of another command: this one has no {alien[0]!s}, which {name} gives; recipes "
-                f"here: {others or 'none that comes with bocage'}"
+                f"recipe={recipe} belongs to another command: this one has no key {unknown[0]!s}, which {name} sets; "
+                f"recipes of this command: {others or 'none that come with bocage'}"
             )
         config = _merge(config, layer, f"recipe {name}")
     for key in removed:
-        _remove(config, key)
+        _remove_entry(config, key)
     try:
-        # Nothing after the sign is an empty text, as in a shell, and not null.
-        overrides = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in arguments])
+        # ``key=`` sets the empty string, as in a shell, not null.
+        overrides = OmegaConf.from_dotlist(
+            [f"{argument}''" if argument.endswith("=") else argument for argument in arguments]
+        )
     except Exception as error:  # OmegaConf's, or PyYAML's
-        raise InputError(f"command line: {unread(arguments) or ' '.join(str(error).split())}") from error
+        raise InputError(f"command line: {explain_parse_error(arguments) or ' '.join(str(error).split())}") from error
     config = _merge(config, overrides, "command line")
     try:
         return cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise InputError(f"recipe {chosen[0]}: {full_key(error)}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"recipe {recipe}: {full_key(error)}: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError) as error:
-        given = " and what the command line changes" if len(arguments) > 1 else ""
-        raise InputError(f"recipe {chosen[0]}{given}: {placed(config, error)}") from error
+        source = f"recipe {recipe} and command line" if len(arguments) > 1 else f"recipe {recipe}"
+        raise InputError(f"{source}: {explain_value_error(config, error)}") from error
 
 
-def restored(schema: type[Config], values: dict[str, Any], source: str) -> Config:
-    """The configuration that ``dataclasses.asdict`` gave, read back from JSON.
+def config_from_dict(schema: type[Config], values: dict[str, Any], source: str) -> Config:
+    """Build a configuration from the nested dict of ``dataclasses.asdict``, e.g. one stored as JSON.
 
     Args:
-        schema: its dataclass.
-        values: by key.
-        source: the file they are from, for messages.
+        schema: dataclass of the configuration.
+        values: values by key.
+        source: file that the values come from, for messages.
 
     Raises:
-        InputError: keys or values that do not fit, e.g. of another version.
+        InputError: keys or values do not match the dataclass, e.g. because another version of bocage wrote them.
     """
     config = _merge(OmegaConf.structured(schema), values, source)
     try:
@@ -222,5 +233,5 @@ def restored(schema: type[Config], values: dict[str, Any], source: str) -> Confi
 
 
 def to_yaml(config: Any) -> str:
-    """A resolved configuration as YAML."""
+    """Format a configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

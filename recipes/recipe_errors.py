@@ -1,4 +1,7 @@
-"""What is wrong with a recipe or a command line, in words that name the key, where OmegaConf speaks of its classes."""
+"""Explain errors in a recipe or on the command line by key and value.
+
+OmegaConf and PyYAML name their own classes and the last part of a key; users need the whole key and a suggestion.
+"""
 
 from __future__ import annotations
 
@@ -10,84 +13,88 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
-def misfit(config: Any, layer: Any, above: str = "") -> str:
-    """Where ``layer`` has keys below a list of ``config``, which merging has no words for; empty where nowhere."""
+def explain_list_mismatch(config: Any, layer: Any, prefix: str = "") -> str:
+    """Explain keys that ``layer`` sets inside a list of ``config``, which OmegaConf does not explain; empty if none."""
     for name in layer if isinstance(layer, DictConfig) and isinstance(config, DictConfig) else ():
-        value, wanted = (item._get_node(name) if name in item else None for item in (layer, config))
-        if isinstance(wanted, ListConfig) and isinstance(value, DictConfig):
-            return f"{above}{name!s} is a list, whose items are given together: {above}{name!s}=[...]"
-        if found := misfit(wanted, value, f"{above}{name!s}."):
-            return found
+        value, current = (node._get_node(name) if name in node else None for node in (layer, config))
+        if isinstance(current, ListConfig) and isinstance(value, DictConfig):
+            return f"{prefix}{name!s} is a list: set all its items at once, as {prefix}{name!s}=[...]"
+        if message := explain_list_mismatch(current, value, f"{prefix}{name!s}."):
+            return message
     return ""
 
 
-def refused(config: Any, layer: Any, error: OmegaConfBaseException) -> str:
-    """Why ``layer`` could not be merged into ``config``."""
-    if given := _colon_for_space(layer):
-        return f"{given!r}: in braces, write a space after each colon, as in {{key: value}}"
+def explain_merge_error(config: Any, layer: Any, error: OmegaConfBaseException) -> str:
+    """Explain why ``layer`` could not be merged into ``config``."""
+    if key := _key_without_space(layer):
+        return f"{key!r}: in braces, write a space after each colon, as in {{key: value}}"
     if isinstance(error, ConfigKeyError):
-        return f"unknown key {full_key(error)!r}; {_nearest(config, error)}"
+        return f"unknown key {full_key(error)!r}; {_suggest_keys(config, error)}"
     for key, value in _leaves(layer):
         try:
-            wanted = OmegaConf.select(config, key)
-            node = OmegaConf.select(config, key.rpartition(".")[0])
+            current = OmegaConf.select(config, key)
+            parent = OmegaConf.select(config, key.rpartition(".")[0])
         except OmegaConfBaseException:
             continue
-        if isinstance(wanted, ListConfig) and not OmegaConf.is_list(value):
+        if isinstance(current, ListConfig) and not OmegaConf.is_list(value):
             return f"{key} is a list: write {key}=[{value}]"
-        if isinstance(wanted, DictConfig) and not OmegaConf.is_dict(value):
-            below = f"one of {', '.join(f'{key}.{name!s}' for name in wanted)}" if len(wanted) else f"{key}.NAME"
-            return f"{key} is no single value: give {below}"
-        if wanted is None and isinstance(node, DictConfig) and get_origin(node._metadata.element_type) is dict:
-            return f"{key} is no single value: give {key}.NAME"
+        if isinstance(current, DictConfig) and not OmegaConf.is_dict(value):
+            subkeys = f"one of {', '.join(f'{key}.{name!s}' for name in current)}" if len(current) else f"{key}.NAME"
+            return f"{key} is a mapping, not a single value: set {subkeys}"
+        if current is None and isinstance(parent, DictConfig) and get_origin(parent._metadata.element_type) is dict:
+            return f"{key} is a mapping, not a single value: set {key}.NAME"
     return f"{full_key(error)}: {str(error).splitlines()[0]}"
 
 
-def unread(arguments: list[str]) -> str:
-    """Which word YAML does not understand, and what is wrong with it in short."""
-    for word in arguments:
+def explain_parse_error(arguments: list[str]) -> str:
+    """Name the first argument that YAML cannot parse, and why; empty if all can be parsed."""
+    for argument in arguments:
         try:
-            OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word])
+            OmegaConf.from_dotlist([f"{argument}''" if argument.endswith("=") else argument])
         except OmegaConfBaseException:
             continue
-        except Exception as error:  # PyYAML's, which have no public base that OmegaConf re-exports
+        except Exception as error:  # PyYAML's errors have no common public base that OmegaConf re-exports
             problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-            return f"{word!r} cannot be read: {problem}; do brackets and quotes close, and do spaces follow colons?"
+            return (
+                f"{argument!r} cannot be parsed: {problem}; close brackets and quotes, and write a space after each "
+                "colon"
+            )
     return ""
 
 
-def placed(config: Any, error: Exception) -> str:
-    """What a dataclass says of its values, with the whole key: ``masked.decoder.width``, and not ``decoder.width``."""
-    text = " ".join(str(error).split())
-    *above, own = _place(config) or [""]
-    if not own:
-        return text
-    inside = text.startswith(f"{own}.") or text.startswith(f"{own}:")
-    return ".".join([*above, text]) if inside else f"{'.'.join([*above, own])}: {text}"
+def explain_value_error(config: Any, error: Exception) -> str:
+    """Prefix the message of a dataclass with the whole key: ``masked.decoder.width`` instead of ``decoder.width``."""
+    message = " ".join(str(error).split())
+    *parents, name = _invalid_key_path(config) or [""]
+    if not name:
+        return message
+    names_key = message.startswith(f"{name}.") or message.startswith(f"{name}:")
+    return ".".join([*parents, message]) if names_key else f"{'.'.join([*parents, name])}: {message}"
 
 
-def _place(config: Any) -> list[str]:
-    """The parts of the key of the innermost configuration that its dataclass refuses."""
+def _invalid_key_path(config: Any) -> list[str]:
+    """Key, in parts, of the innermost configuration that its dataclass rejects; empty if none."""
     for name in config:
         node = config._get_node(name)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
             try:
                 OmegaConf.to_object(node)
             except (ValueError, TypeError):
-                return [str(name), *_place(node)]
+                return [str(name), *_invalid_key_path(node)]
     return []
 
 
 def full_key(error: OmegaConfBaseException) -> str:
-    """The dotted key that an error is about."""
+    """Dotted key that an error is about."""
     return str(getattr(error, "full_key", "") or getattr(error, "key", ""))
 
 
-def _nearest(config: Any, error: OmegaConfBaseException) -> str:
-    """The valid keys beside an unknown one, the likeliest first."""
+def _suggest_keys(config: Any, error: OmegaConfBaseException) -> str:
+    """Suggest the nearest valid key for an unknown one, or list the valid keys."""
     *parents, key = full_key(error).split(".")
     if not parents and is_dataclass(error.object_type) and error.object_type is not OmegaConf.get_type(config):
-        return f"valid keys there: {', '.join(item.name for item in fields(error.object_type))}"  # of an item of a list
+        # The unknown key is in an item of a list.
+        return f"valid keys there: {', '.join(item.name for item in fields(error.object_type))}"
     node = OmegaConf.select(config, ".".join(parents)) if parents else config
     valid = [str(name) for name in node] if isinstance(node, DictConfig) else []
     elsewhere = [path for path, _ in _leaves(config) if path.rpartition(".")[2] == key]
@@ -99,22 +106,22 @@ def _nearest(config: Any, error: OmegaConfBaseException) -> str:
     return f"valid keys here: {', '.join(valid)}"
 
 
-def _leaves(layer: Any, above: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys of a mapping and what is not a mapping there."""
+def _leaves(layer: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values of all entries that are not mappings themselves."""
     if not isinstance(layer, DictConfig):
         return []
-    found: list[tuple[str, Any]] = []
+    leaves: list[tuple[str, Any]] = []
     for name in layer:
-        key, value = f"{above}{name!s}", layer._get_node(name)
+        key, value = f"{prefix}{name!s}", layer._get_node(name)
         if isinstance(value, DictConfig):
-            found += _leaves(value, f"{key}.")
+            leaves += _leaves(value, f"{key}.")
         else:
-            found.append((key, value if isinstance(value, ListConfig) else layer[name]))
-    return found
+            leaves.append((key, value if isinstance(value, ListConfig) else layer[name]))
+    return leaves
 
 
-def _colon_for_space(layer: Any) -> str:
-    """A key such as ``masked:1``, which YAML reads where a space is missing; empty where there is none."""
+def _key_without_space(layer: Any) -> str:
+    """Find a key such as ``masked:1``, the result of a missing space after the colon; empty if there is none."""
     for key, value in _leaves(layer):
         name = key.rpartition(".")[2]
         if ":" in name and value is None:

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.shards.errors import InputError
 
 
@@ -51,7 +51,7 @@ def test_layers_override_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("argument", "message"),
     [
         ("stepps=3", "unknown key 'stepps'; did you mean 'steps'?"),
         ("inner.ratte=3", "unknown key 'inner.ratte'; did you mean 'inner.rate'?"),
@@ -60,32 +60,32 @@ def test_layers_override_each_other(tmp_path: Path) -> None:
         ("inner.mode=slow", "inner.mode"),
         ("inner.rate=-1", "inner.rate=-1.0 must not be negative"),
         ("steps", "not of the form key=value"),
-        ("names.0=a", "names is a list, whose items are given together: names=[...]"),
-        ("pairs.0.left=1", "pairs is a list, whose items are given together: pairs=[...]"),
+        ("names.0=a", "names is a list: set all its items at once, as names=[...]"),
+        ("pairs.0.left=1", "pairs is a list: set all its items at once, as pairs=[...]"),
         ("pairs=[{lefft: 1}]", "unknown key 'lefft'; valid keys there: left, right"),
-        ("sources.a=b", "sources.a is no single value: give sources.a.NAME"),
-        ("~sources.c", "there is no sources.c to take away"),
-        ("~names.0", "there is no names.0 to take away"),
-        ("~steps", "steps has a value always: give another one, as steps=VALUE"),
-        ("~inner.rate", "inner.rate has a value always"),
+        ("sources.a=b", "sources.a is a mapping, not a single value: set sources.a.NAME"),
+        ("~sources.c", "there is no entry sources.c to remove"),
+        ("~names.0", "there is no entry names.0 to remove"),
+        ("~steps", "steps cannot be removed: set another value as steps=VALUE"),
+        ("~inner.rate", "inner.rate cannot be removed"),
     ],
 )
-def test_wrong_words_end_in_one_sentence(tmp_path: Path, word: str, message: str) -> None:
+def test_wrong_arguments_raise_one_line_errors(tmp_path: Path, argument: str, message: str) -> None:
     recipe = write(tmp_path / "r.yaml", "steps: 1\n")
     with pytest.raises(InputError) as caught:
-        recipes.resolve(Outer, [recipe, word])
+        recipes.resolve(Outer, [recipe, argument])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_entries_of_a_mapping_can_be_taken_away(tmp_path: Path) -> None:
+def test_entries_of_a_mapping_can_be_removed(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "sources: {a: {x: y}, b: {}}\n")
     assert recipes.resolve(Outer, [recipe, "~sources.a"]).sources == {"b": {}}
-    # What words give comes after: so a whole entry is replaced, and not merged with the recipe's.
+    # Removal happens before the overrides, so this replaces the entry instead of merging it.
     assert recipes.resolve(Outer, ["sources.a.z=w", recipe, "~sources.a"]).sources == {"a": {"z": "w"}, "b": {}}
 
 
-def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:
+def test_errors_for_unknown_recipes_suggest_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'quickstart'"):
         recipes.resolve(Outer, ["recipe=quikstart"])
     with pytest.raises(InputError, match="give one recipe"):
@@ -94,22 +94,22 @@ def test_unknown_recipes_name_the_nearest(tmp_path: Path) -> None:
         recipes.resolve(Outer, [f"recipe={tmp_path}/none.yaml"])
 
 
-def test_a_recipe_of_another_command_is_told_as_such() -> None:
+def test_a_recipe_of_another_command_is_rejected() -> None:
     with pytest.raises(InputError) as caught:
         recipes.resolve(FinetuneConfig, ["recipe=quickstart"])
     text = str(caught.value)
     assert text.startswith(
-        "recipe=quickstart is of another command: this one has no weights, which mae_multimodal gives"
+        "recipe=quickstart belongs to another command: this one has no key weights, which mae_multimodal sets"
     )
     assert "finetune_quickstart" in text
     assert "label_efficiency" not in text
 
 
-def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+def test_cyclic_bases_are_rejected(tmp_path: Path) -> None:
     first = tmp_path / "first.yaml"
     second = write(tmp_path / "second.yaml", f"base: {first}\n")
     write(first, f"base: {tmp_path / 'second.yaml'}\n")
-    with pytest.raises(InputError, match="circle"):
+    with pytest.raises(InputError, match="cycle"):
         recipes.resolve(Outer, [second])
 
 
@@ -120,7 +120,7 @@ def test_broken_yaml_is_named(tmp_path: Path) -> None:
         recipes.resolve(Outer, [write(tmp_path / "r.yaml", "stepps: 1\n")])
 
 
-def test_a_base_file_lies_beside_the_recipe_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_path_is_relative_to_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     write(tmp_path / "common.yaml", "steps: 20\n")
     write(tmp_path / "mine" / "first.yaml", "base: ../common.yaml\ninner: {rate: 0.5}\n")
@@ -130,7 +130,7 @@ def test_a_base_file_lies_beside_the_recipe_that_names_it(tmp_path: Path, monkey
     assert (config.steps, config.inner.rate, config.names) == (20, 0.5, ["a"])
 
 
-def test_several_bases_override_each_other_and_what_they_share_comes_first(tmp_path: Path) -> None:
+def test_later_bases_override_earlier_ones_and_shared_bases_come_first(tmp_path: Path) -> None:
     write(tmp_path / "common.yaml", "steps: 20\ninner: {rate: 0.5, mode: exact}\n")
     write(tmp_path / "task.yaml", "base: common.yaml\ninner: {rate: 0.25}\n")
     write(tmp_path / "size.yaml", "base: common.yaml\nsteps: 2\n")
@@ -139,7 +139,7 @@ def test_several_bases_override_each_other_and_what_they_share_comes_first(tmp_p
     assert (config.steps, config.inner, config.names) == (2, Inner(rate=0.25, mode="exact"), ["a"])
 
 
-def test_a_base_that_two_recipes_spell_differently_is_one(tmp_path: Path) -> None:
+def test_a_base_with_two_spellings_of_its_path_is_loaded_once(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     write(tmp_path / "common.yaml", "inner: {rate: 0.5}\n")
@@ -149,7 +149,7 @@ def test_a_base_that_two_recipes_spell_differently_is_one(tmp_path: Path) -> Non
     assert (config.steps, config.inner.rate) == (2, 0.25)
 
 
-def test_nothing_after_the_sign_is_an_empty_text(tmp_path: Path) -> None:
+def test_an_empty_value_is_the_empty_string(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "names: [a]\n")
     assert recipes.resolve(Outer, [recipe, "names=[]"]).names == []
 
@@ -166,13 +166,13 @@ def test_an_empty_base_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["3", "[3]", "{a: 1}", "true", "${nothing}", "['${nothing}']", "['???']"])
-def test_a_base_that_is_no_name_is_refused(tmp_path: Path, base: str) -> None:
+def test_a_base_that_is_not_a_name_is_rejected(tmp_path: Path, base: str) -> None:
     with pytest.raises(InputError, match="base: "):
         recipes.resolve(Outer, [write(tmp_path / "r.yaml", f"base: {base}\n")])
 
 
-def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes("steps: 3  # \u00e9".encode("latin-1"))
-    with pytest.raises(InputError, match=r"r\.yaml: not a text in UTF-8"):
+    with pytest.raises(InputError, match=r"r\.yaml: not UTF-8 text"):
         recipes.resolve(Outer, [f"recipe={path}"])
