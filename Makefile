@@ -39,8 +39,9 @@ docs: $(STAMP)
 	$(BIN)/sphinx-build -E -W -q -b html -c docs/site build/docs-src build/docs
 	@echo "documentation: build/docs/index.html"
 
+# PART=K/N runs every N-th slow test, starting with the K-th.
 slow: $(STAMP)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist worksteal $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf demo study build dist .pytest_cache .mypy_cache .ruff_cache

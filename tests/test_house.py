@@ -1,6 +1,7 @@
 """The rules of the layout: import direction, packaging, and no shadow over the standard library."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import bocage
 from bocage.shards.modality import FLAIR_HUB
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +162,28 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
     for room in ROOMS:
         for path in [*modules(room), *(ROOT / room).rglob("*.yaml"), ROOT / room / "py.typed"]:
             assert f"bocage/{path.relative_to(ROOT).as_posix()}" in held
+    # The installed wheel works without the clone; -P keeps the current folder out of the path.
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(installed)
+    code = "import bocage, bocage.ssl.encoders.export as e; assert bocage.load_encoder; print(bocage.list_recipes(), e)"
+    run = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(
+        run, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True, check=True
+    )
+    assert "quickstart" in done.stdout and str(installed) in done.stdout
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_the_public_names_load_lazily_from_any_folder(where: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, ssl, bocage; bocage.list_recipes(); assert 'torch' not in sys.modules; "
+        "assert all(getattr(bocage, name) for name in bocage.__all__); assert ssl.create_default_context"
+    )
+    folder = ROOT if where == "root" else tmp_path
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    done = subprocess.run([sys.executable, "-m", "bocage", "--version"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == bocage.__version__
 
 
 # A sharding worker is to stay under 400 MB, of which torch alone would take most.
