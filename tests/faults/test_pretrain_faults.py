@@ -29,7 +29,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("sample")
     write_tree(folder / "tree", patches=4, seed=3, dates=(3, 4))
     shards = write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
-    own = ["modalities=[AERIAL_RGBI,SENTINEL2_TS]", "split=all", "window=51.2", "pictures=0", f"shards={shards}"]
+    own = ["modalities=[AERIAL_RGBI,SENTINEL2_TS]", "split=all", "window=51.2", "reconstructions=0", f"shards={shards}"]
     return [*PRETRAIN, *own, f"engine.steps={STEPS}", "engine.save_every=2", "engine.ema_decay=0.5"]
 
 

@@ -24,7 +24,7 @@ STEPS = 40
 
 def start(shards: Path, output: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "pretrain.py", *PRETRAIN, f"shards={shards}", f"output={output}", "split=all"]
-    command += ["modalities=[AERIAL_RGBI,SENTINEL2_TS]", "window=51.2", "pictures=0", "workers=1"]
+    command += ["modalities=[AERIAL_RGBI,SENTINEL2_TS]", "window=51.2", "reconstructions=0", "workers=1"]
     command += [f"engine.steps={STEPS}", "engine.save_every=2", "engine.ema_decay=0.9"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=-1, text=True, start_new_session=True)

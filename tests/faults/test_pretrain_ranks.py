@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow  # every launch takes some 10 s
 
 ROOT = Path(__file__).parents[2]
 # Nothing random in these models, whose draws would depend on the number of ranks, and no statistics of batches.
-IMAGES = ["modalities=[AERIAL_RGBI,DEM_ELEV]", "split=all", "window=51.2", "pictures=0"]
-CONSTANT_RATE = "engine.optimizer.final_learning_rate=1.0"
+IMAGES = ["modalities=[AERIAL_RGBI,DEM_ELEV]", "split=all", "window=51.2", "reconstructions=0"]
+CONSTANT_RATE = "engine.optimizer.min_lr_ratio=1.0"
 RATE = "engine.optimizer.learning_rate=3e-4"  # higher ones make more of the last bit, in which ranks differ
 
 
@@ -89,7 +89,7 @@ def assert_same(one: Path, other: Path) -> None:
         ("masked", "ddp"),
         ("masked", "fsdp"),
         ("contrastive", "ddp"),
-        ("global", "ddp"),
+        ("pooled_contrast", "ddp"),
         ("latent", "fsdp"),
         ("combined", "ddp"),
         ("combined", "fsdp"),
@@ -100,12 +100,12 @@ def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, s
     common = [CONSTANT_RATE, RATE]
     if objective != "masked":
         common += ["weights.contrastive=0.5", "contrastive.learn_temperature=true", "contrastive.width=32"]
-    if objective in ("contrastive", "global", "latent"):
+    if objective in ("contrastive", "pooled_contrast", "latent"):
         common += ["weights.masked=0"]
     if objective == "latent":
         common += ["weights.contrastive=0", "weights.latent=1", "latent.decoder.width=32"]
-    if objective == "global":
-        common += ["weights.contrastive=0", "weights.global=1", "weights.vicreg=0.01"]
+    if objective == "pooled_contrast":
+        common += ["weights.contrastive=0", "weights.pooled_contrast=1", "weights.vicreg=0.01"]
     assert main(["pretrain", *command(shards, one, "engine.steps=20", "batch_size=4", *common)[1:]]) == 0
     words = ["batch_size=2", *common, f"engine.parallel={parallel}"]
     finished(two_ranks(command(shards, many, "engine.steps=7", *words)))

@@ -72,7 +72,7 @@ def test_a_job_saves_before_its_end_and_goes_on_when_it_is_requeued(
 ) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
-    words = [*PRETRAIN, f"shards={shards}", "output=run", "split=all", "window=51.2", "pictures=0", "batch_size=1"]
+    words = [*PRETRAIN, f"shards={shards}", "output=run", "split=all", "window=51.2", "reconstructions=0", "batch_size=1"]
     words += ["modalities=[DEM_ELEV,SPOT_RGBI]", "engine.steps=400", "engine.log_every=1"]
     line = ["bash", str(JOBS / name), *words]
     job = subprocess.Popen(line, cwd=tmp_path, env=cluster, stderr=subprocess.PIPE, text=True)
@@ -118,7 +118,7 @@ def test_accelerates_launcher_starts_ranks_by_its_configuration(name: str, paral
     shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
     launcher += [str(ROOT / "recipes" / "accelerate" / name), "--num_processes", "2", "--num_machines", "1"]
-    words = [*PRETRAIN, f"shards={shards}", "output=run", "split=all", "window=51.2", "pictures=0", "batch_size=1"]
+    words = [*PRETRAIN, f"shards={shards}", "output=run", "split=all", "window=51.2", "reconstructions=0", "batch_size=1"]
     words += ["modalities=[DEM_ELEV,SPOT_RGBI]", "engine.steps=2", f"engine.parallel={parallel}"]
     line = [*launcher, "--main_process_port", str(free_port()), str(ROOT / "pretrain.py"), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -70,7 +70,7 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) ->
 
     options = {"evaluate": evaluate, "monitor": "score"}
     run(tmp_path, TinySource(interrupt_at=20), options=options, evaluate_every=3, save_every=0)
-    outcome, _ = run(tmp_path, options=options, evaluate_every=3, save_every=0, keep=9)
+    outcome, _ = run(tmp_path, options=options, evaluate_every=3, save_every=0, keep_last=9)
     assert seen == [3, 6, 9, 12]
     assert sorted(item.name for item in (tmp_path / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (3, 6, 9, 12)
@@ -142,21 +142,21 @@ def test_leftovers_of_a_killed_save_vanish_and_a_half_replacement_is_healed(tmp_
 
 
 def test_a_changed_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
-    run(tmp_path, TinySource(interrupt_at=8), options={"resolved": {"width": 3, "workers": 1}})
+    run(tmp_path, TinySource(interrupt_at=8), options={"resolved_config": {"width": 3, "workers": 1}})
     with pytest.raises(InputError, match=r"\(engine\.optimizer\.learning_rate: 0\.01 -> 0\.02; width: 3 -> 4\)"):
         run(
             tmp_path,
             optimizer=OptimizerConfig(learning_rate=0.02),
-            options={"resolved": {"width": 4, "workers": 2}},
+            options={"resolved_config": {"width": 4, "workers": 2}},
         )
 
 
 def test_an_accepted_change_is_named_and_takes_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = {
         "optimizer": OptimizerConfig(learning_rate=0.02, weight_decay=0.3),
-        "options": {"resolved": {"width": 4}},
+        "options": {"resolved_config": {"width": 4}},
     }
-    run(tmp_path, TinySource(interrupt_at=8), options={"resolved": {"width": 3}})
+    run(tmp_path, TinySource(interrupt_at=8), options={"resolved_config": {"width": 3}})
     with pytest.raises(InputError, match=r"\(width: 3 -> 4\).* by engine\.resume_allow=\[KEY,\.\.\.\]"):
         run(tmp_path, resume_allow=["engine.optimizer.*"], **changed)
     outcome, _ = run(tmp_path, resume_allow=["engine.optimizer.*", "width"], log_every=1, **changed)
@@ -172,19 +172,19 @@ def test_an_accepted_change_is_named_and_takes_effect(tmp_path: Path, capsys: py
 
 
 def test_milestones_stay_and_minutes_save(tmp_path: Path) -> None:
-    run(tmp_path / "milestones", save_every=0, keep=1, milestone_every=5)
+    run(tmp_path / "milestones", save_every=0, keep_last=1, milestone_every=5)
     assert sorted(item.name for item in (tmp_path / "milestones" / "checkpoints").iterdir()) == [
         "step-00000005",
         "step-00000010",
         "step-00000012",
     ]
-    run(tmp_path / "minutes", TinySource(pause=0.05), save_every=0, keep=99, save_minutes=0.2 / 60)
+    run(tmp_path / "minutes", TinySource(pause=0.05), save_every=0, keep_last=99, save_minutes=0.2 / 60)
     assert 2 <= len(list((tmp_path / "minutes" / "checkpoints").iterdir())) <= 5
 
 
 def test_steps_and_logging_may_change_on_resume(tmp_path: Path) -> None:
     run(tmp_path, steps=6)
-    outcome, _ = run(tmp_path, steps=8, log_every=1, save_every=2, keep=5)
+    outcome, _ = run(tmp_path, steps=8, log_every=1, save_every=2, keep_last=5)
     assert outcome.step == 8
 
 

@@ -20,14 +20,14 @@ from wandb_records import told
 
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.logging.provenance import differences, plain
 from bocage.ssl.engine.logging.trackers import link_afterwards
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, learning_rate_factor, undecayed_names
-from bocage.ssl.engine.run import DivergenceError
+from bocage.ssl.engine.trainer import DivergenceError
 
 SCRIPT = Path(__file__).parents[1] / "support" / "tiny_run.py"
-CONSTANT = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1.0)
+CONSTANT = OptimizerConfig(learning_rate=1e-2, min_lr_ratio=1.0)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -91,7 +91,7 @@ def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path) -> None:
         (folder / "encoder.txt").write_text("encoder")
 
     options: dict[str, Any] = {"evaluate": evaluate, "monitor": "mIoU", "export": export}
-    outcome, task = run(tmp_path, options=options, evaluate_every=3, save_every=5, keep=1)
+    outcome, task = run(tmp_path, options=options, evaluate_every=3, save_every=5, keep_last=1)
     assert seen == [(step, False, False) for step in scores]
     assert task.training
     assert outcome.best == tmp_path / "checkpoints" / "step-00000006"
@@ -146,7 +146,7 @@ def test_wrong_values_name_their_key(keys: dict[str, Any], message: str) -> None
 
 
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
-    config = OptimizerConfig(warmup_steps=4, final_learning_rate=0.1)
+    config = OptimizerConfig(warmup_steps=4, min_lr_ratio=0.1)
     factors = [learning_rate_factor(step, 104, config) for step in range(104)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
@@ -328,7 +328,7 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
     # The run of two ranks goes on with one, in the same global order.
     run(tmp_path / "one", TinySource(4), plain=True, steps=24, log_every=1)
     source = TinySource(4)
-    run(tmp_path / "two", source, plain=True, steps=24, log_every=1, options={"resolved": {"hub_token": ""}})
+    run(tmp_path / "two", source, plain=True, steps=24, log_every=1, options={"resolved_config": {"hub_token": ""}})
     assert source.started_at == [80]
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-5)

@@ -18,8 +18,9 @@ from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.checkpoint.files import load_tensors
-from bocage.ssl.engine.config import EngineConfig
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.engine.engine_config import EngineConfig
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 SCRIPT = Path(__file__).parents[1] / "support" / "fsdp_run.py"
 STEP = "checkpoints/step-00000004"

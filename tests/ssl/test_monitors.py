@@ -16,10 +16,11 @@ from bocage.shards.batch import Batch
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
-from bocage.ssl.engine.health.collapse import MOST_VECTORS, CollapseMonitor, feature_std, rankme, sample_vectors
-from bocage.ssl.engine.health.monitors import ZeroLossMonitor
-from bocage.ssl.engine.logging.flops import FlopCounter, peak
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.engine.logging.metrics import MAX_VECTORS, CollapseMonitor, feature_std, rankme, sample_vectors
+from bocage.ssl.engine.logging.metrics import ZeroLossMonitor
+from bocage.ssl.engine.logging.metrics import FlopCounter, peak_flops
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 CPU = torch.device("cpu")
 
@@ -59,10 +60,10 @@ def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
 def test_vectors_are_taken_evenly_from_a_map() -> None:
     features = torch.arange(2 * 3 * 40 * 40, dtype=torch.float32).view(2, 3, 40, 40).requires_grad_()
     vectors = sample_vectors(features)
-    assert vectors.shape == (MOST_VECTORS, 3) and not vectors.requires_grad
+    assert vectors.shape == (MAX_VECTORS, 3) and not vectors.requires_grad
     columns = features.detach().permute(0, 2, 3, 1).reshape(-1, 3)
     places = [int((columns == vector).all(dim=1).nonzero()) for vector in vectors]
-    assert min(places) == 0 and max(places) >= 3190 and len(set(places)) == MOST_VECTORS
+    assert min(places) == 0 and max(places) >= 3190 and len(set(places)) == MAX_VECTORS
     assert sample_vectors(features[:1, :, :2, :2]).shape == (4, 3)
 
 
@@ -70,18 +71,18 @@ def test_low_figures_are_told_of_once_after_three_records() -> None:
     watch = CollapseMonitor(0.05, 2.0)
     low, fine = {"feature_std/A": 0.01, "rankme/A": 9.0}, {"feature_std/A": 0.5, "rankme/A": 9.0}
     steps = enumerate((low, low, fine, low, low))
-    assert [watch.messages(values, 50 * step) for step, values in steps] == [[]] * 5
-    (message,) = watch.messages(low, 250)
+    assert [watch.warnings(values, 50 * step) for step, values in steps] == [[]] * 5
+    (message,) = watch.warnings(low, 250)
     assert "features of A may be collapsing: feature_std 0.01, low in every record since step 150 (" in message
-    assert watch.messages(low, 300) == watch.messages(fine, 350) == []
+    assert watch.warnings(low, 300) == watch.warnings(fine, 350) == []
     often = CollapseMonitor(0.05, 2.0)
-    assert [often.messages(low, step) for step in range(100)] == [[]] * 100  # three records are not enough
-    assert often.messages(low, 100)
+    assert [often.warnings(low, step) for step in range(100)] == [[]] * 100  # three records are not enough
+    assert often.warnings(low, 100)
     both = CollapseMonitor(0.05, 20.0)
-    (message,) = [found for step in (0, 60, 120) for found in both.messages(low, step)]
+    (message,) = [found for step in (0, 60, 120) for found in both.warnings(low, step)]
     assert "feature_std 0.01, rankme 9, low" in message
     never = CollapseMonitor(0.0, 0.0)
-    assert [never.messages({"feature_std/A": 0.0, "rankme/A": 0.0}, 100 * step) for step in range(5)] == [[]] * 5
+    assert [never.warnings({"feature_std/A": 0.0, "rankme/A": 0.0}, 100 * step) for step in range(5)] == [[]] * 5
 
 
 # Some 10 s: patches are simulated and sharded, and three runs pretrain on them.
@@ -91,8 +92,8 @@ def test_a_real_run_records_them_also_when_it_was_interrupted(
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     names = ["AERIAL_RGBI", "SENTINEL2_TS"]
-    words = [*PRETRAIN, f"shards={shards}", f"modalities=[{','.join(names)}]", "split=all", "pictures=0"]
-    words += ["engine.log_every=3", "engine.optimizer.final_learning_rate=1.0"]
+    words = [*PRETRAIN, f"shards={shards}", f"modalities=[{','.join(names)}]", "split=all", "reconstructions=0"]
+    words += ["engine.log_every=3", "engine.optimizer.min_lr_ratio=1.0"]
 
     def lines(output: str, *steps: int) -> list[dict[str, float]]:
         for last in steps:
@@ -102,7 +103,7 @@ def test_a_real_run_records_them_also_when_it_was_interrupted(
     whole = lines("whole", 9)
     assert "bocage: 9 steps of 2 samples on 1 rank (cpu, fp32), a record every 3\n" in capsys.readouterr().err
     for name in names:
-        assert all(1 <= line[f"rankme/{name}"] <= MOST_VECTORS for line in whole)
+        assert all(1 <= line[f"rankme/{name}"] <= MAX_VECTORS for line in whole)
         assert all(0 <= line[f"feature_std/{name}"] < 2 for line in whole)
     # Ended after the fourth and seventh step, whose records an undisturbed run does not have.
     parts = {line["step"]: line for line in lines("parts", 4, 7, 9)}
@@ -124,15 +125,15 @@ class Products(nn.Module):
 
 def test_arithmetic_is_three_times_the_forward_pass(tmp_path: Path) -> None:
     arithmetic = FlopCounter(CPU, "fp32", compiled=False)
-    assert arithmetic.figures(1, 1.0) == {}
+    assert arithmetic.metrics(1, 1.0) == {}
     for size in (5, 50):  # the second one is not counted
-        with arithmetic.counted():
+        with arithmetic.count():
             torch.ones(size, 30) @ torch.ones(30, 40)
-    assert arithmetic.figures(2, 0.5) == {"tflops": pytest.approx(3 * 2 * 5 * 30 * 40 * 2 / 0.5 / 1e12)}
+    assert arithmetic.metrics(2, 0.5) == {"tflops": pytest.approx(3 * 2 * 5 * 30 * 40 * 2 / 0.5 / 1e12)}
     compiled = FlopCounter(CPU, "fp32", compiled=True)
-    with compiled.counted():
+    with compiled.count():
         torch.ones(5, 30) @ torch.ones(30, 40)
-    assert compiled.figures(1, 1.0) == {}
+    assert compiled.metrics(1, 1.0) == {}
     run(tmp_path, TinySource(4), task=Products(), steps=4)  # type: ignore[arg-type]
     for line in records(tmp_path):
         assert line["tflops"] * 1e12 * line["step_seconds"] == pytest.approx(3 * 2 * 4 * (30 * 40 + 40))
@@ -156,14 +157,14 @@ def test_arithmetic_is_three_times_the_forward_pass(tmp_path: Path) -> None:
     ],
 )
 def test_peaks_of_devices(device: str, precision: str, expected: float | None) -> None:
-    assert peak(device, precision) == expected  # type: ignore[arg-type]
+    assert peak_flops(device, precision) == expected  # type: ignore[arg-type]
 
 
 def test_a_gradient_or_a_term_that_stays_exactly_zero_is_told_once() -> None:
     watch = ZeroLossMonitor()
-    assert not watch.messages({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 20)
-    (told,) = watch.messages({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 40)
+    assert not watch.warnings({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 20)
+    (told,) = watch.warnings({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 40)
     assert told.startswith("the term contrastive is exactly 0 in every record since step 20")
-    assert not watch.messages({"gradient_norm": 0.0, "masked": 0.0, "contrastive": 0.0}, 60)
-    told = watch.messages({"gradient_norm": 0.0, "masked": 0.1, "contrastive": 0.0}, 80)
+    assert not watch.warnings({"gradient_norm": 0.0, "masked": 0.0, "contrastive": 0.0}, 60)
+    told = watch.warnings({"gradient_norm": 0.0, "masked": 0.1, "contrastive": 0.0}, 80)
     assert [text.partition(" is ")[0] for text in told] == ["the gradient"]

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_masked import make_batch, make_task
+from tiny_pretraining import make_batch, make_model
 from tiny_run import TinySource, TinyTask, records, run
 from torch import nn
 
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.finetune.models.targets import Target
-from bocage.finetune.models.upernet import DecoderConfig as UPerNetConfig
-from bocage.finetune.train import _parameter_groups
+from bocage.finetune.models.upernet import UPerNetConfig
+from bocage.finetune.train import scaled_parameter_groups
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import quality_masks
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.ema import MovingAverage
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, decay_groups, layer_scales
 from bocage.ssl.objectives.masking import MaskingConfig
@@ -44,7 +44,7 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     ("keys", "message"),
     [
         ({"name": "sgd"}, r"optimizer\.name must be one of adamw, lars, not 'sgd'"),
-        ({"base_batch": -1}, r"optimizer\.base_batch"),
+        ({"base_batch_size": -1}, r"optimizer\.base_batch_size"),
         ({"layer_decay": 0.0}, r"optimizer\.layer_decay"),
         ({"layer_decay": 1.1}, r"optimizer\.layer_decay"),
     ],
@@ -75,7 +75,7 @@ def test_fused_adamw_equals_the_plain_loop_on_real_encoders() -> None:
     results = []
     for fused in (True, False):
         # All maps: of those that are hidden, biases before a batch norm have nothing but rounding for a gradient.
-        task = make_task(MaskingConfig(map_ratio=0.0), names=INPUTS)
+        task = make_model(MaskingConfig(map_ratio=0.0), names=INPUTS)
         optimizer = build_optimizer(task, OptimizerConfig(learning_rate=1e-3), global_batch=2, device=CPU)
         assert all(group["fused"] for group in optimizer.param_groups)
         for group in optimizer.param_groups:
@@ -90,16 +90,16 @@ def test_fused_adamw_equals_the_plain_loop_on_real_encoders() -> None:
 
 
 def test_the_rate_grows_with_the_global_batch(tmp_path: Path) -> None:
-    constant = OptimizerConfig(learning_rate=1e-3, final_learning_rate=1.0, base_batch=16)
+    constant = OptimizerConfig(learning_rate=1e-3, min_lr_ratio=1.0, base_batch_size=16)
     outcome, _ = run(tmp_path / "scaled", optimizer=constant, accumulation=2)  # 4 samples x 2
     assert outcome.metrics["learning_rate"] == pytest.approx(0.5e-3)
-    off = OptimizerConfig(learning_rate=1e-3, final_learning_rate=1.0)
+    off = OptimizerConfig(learning_rate=1e-3, min_lr_ratio=1.0)
     outcome, _ = run(tmp_path / "plain", optimizer=off, accumulation=2)
     assert outcome.metrics["learning_rate"] == 1e-3
 
 
 def test_layers_learn_the_slower_the_deeper_they_are() -> None:
-    task = make_task(names=INPUTS)
+    task = make_model(names=INPUTS)
     scales = layer_scales(task, 0.5)
     encoders = {name for name, _ in task.named_parameters() if name.startswith("encoders.")}
     assert scales.keys() == encoders  # every parameter of the encoders, none of the decoder
@@ -137,7 +137,7 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated_exported_and_l
     }
     torch.manual_seed(1)
     expected = {name: value.double() for name, value in TinyTask().state_dict().items()}
-    _, task = run(tmp_path, steps=6, save_every=1, keep=9, options=options, evaluate_every=1, ema_decay=0.75)
+    _, task = run(tmp_path, steps=6, save_every=1, keep_last=9, options=options, evaluate_every=1, ema_decay=0.75)
     for step in range(1, 7):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         last, average = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
@@ -152,7 +152,7 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated_exported_and_l
         for found in (seen[step - 1], exported[step - 1]):
             assert all(torch.equal(found[name], value) for name, value in average.items())
     assert differing(weights(task), seen[-1]) == []
-    _, again = run(tmp_path, steps=6, save_every=1, keep=9, options=options, evaluate_every=1, ema_decay=0.75)
+    _, again = run(tmp_path, steps=6, save_every=1, keep_last=9, options=options, evaluate_every=1, ema_decay=0.75)
     assert differing(weights(again), seen[-1]) == []  # a finished run gives the same weights
 
 
@@ -171,7 +171,7 @@ def test_averaging_does_not_touch_training_and_resumes_to_the_same_bits(tmp_path
 
 
 def test_a_bad_step_does_not_touch_the_average(tmp_path: Path) -> None:
-    constant = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1.0)
+    constant = OptimizerConfig(learning_rate=1e-2, min_lr_ratio=1.0)
     run(tmp_path / "clean", steps=5, optimizer=constant, ema_decay=0.9)
     run(tmp_path / "spoiled", TinySource(broken=frozenset({21})), steps=6, optimizer=constant, ema_decay=0.9)
     clean = load_file(tmp_path / "clean" / "checkpoints" / "step-00000005" / "ema.safetensors")
@@ -206,11 +206,11 @@ def test_index_tables_survive_averaging() -> None:
 
 def test_encoders_being_fine_tuned_have_both_their_own_rate_and_layers() -> None:
     masks = quality_masks(FLAIR_HUB, INPUTS)
-    encoders = {name: make_task(names=[name]).encoder(name) for name in INPUTS}
+    encoders = {name: make_model(names=[name]).encoder(name) for name in INPUTS}
     target = Target(label=FLAIR_HUB["AERIAL_LABEL-COSIA"])
     task = Segmentation(encoders, [target], UPerNetConfig(pyramid_width=32, width=16), masks)
-    engine = EngineConfig(optimizer=OptimizerConfig(learning_rate=1.0, layer_decay=0.5, base_batch=4))
-    groups = _parameter_groups(FinetuneConfig(encoder_lr=0.1, engine=engine))
+    engine = EngineConfig(optimizer=OptimizerConfig(learning_rate=1.0, layer_decay=0.5, base_batch_size=4))
+    groups = scaled_parameter_groups(FinetuneConfig(encoder_lr_scale=0.1, engine=engine))
     optimizer = build_optimizer(task, engine.optimizer, global_batch=8, device=CPU, parameter_groups=groups)
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     assert rates.keys() == {id(parameter) for parameter in task.parameters() if parameter.requires_grad}

@@ -20,7 +20,8 @@ from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.parallel.block_compile import repeated_blocks
-from bocage.ssl.pretrain import PretrainConfig, build_task, pretrain
+from bocage.ssl.pretrain import build_pretraining_model, pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_compiled_blocks_train_to_the_same_and_are_plain_again(tmp_path: Path) -
 
 
 def test_repeated_blocks_hold_most_of_a_task_and_none_lies_in_another(manifest: Manifest) -> None:
-    task = build_task(recipes.resolve(PretrainConfig, ["recipe=quickstart", "weights.contrastive=0"]), manifest)
+    task = build_pretraining_model(recipes.resolve(PretrainConfig, ["recipe=quickstart", "weights.contrastive=0"]), manifest)
     blocks = repeated_blocks(task)
     names = {type(block).__name__ for block in blocks}
     assert "SwinTransformerBlock" in names

@@ -13,11 +13,12 @@ import torch
 from small_recipes import PRETRAIN
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.train import finetune
 from bocage.shards.errors import InputError
 from bocage.ssl.engine.parallel.distributed import all_gather_with_grad, rank_and_world
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 PRETRAINING = [
     *PRETRAIN,
@@ -86,12 +87,12 @@ def main(shards: str, output: Path, cases: list[str]) -> None:
             case "fsdp":
                 pretrained(case, *FSDP)
             case "parts":  # the first ends in files of two ranks; the state is gathered in the second
-                pretrained(case, *FSDP, "engine.steps=2", "engine.optimizer.final_learning_rate=1.0")
+                pretrained(case, *FSDP, "engine.steps=2", "engine.optimizer.min_lr_ratio=1.0")
                 pretrained(case, "engine.parallel=fsdp", "engine.resume_allow=['*']")
             case "images":
                 pretrained(case, *FSDP, IMAGES)
             case "half":  # for another number of ranks to go on with
-                pretrained(case, *FSDP, IMAGES, "engine.steps=2", "engine.optimizer.final_learning_rate=1.0")
+                pretrained(case, *FSDP, IMAGES, "engine.steps=2", "engine.optimizer.min_lr_ratio=1.0")
             case "lars":
                 pretrained(case, *FSDP, "engine.optimizer.name=lars", "engine.steps=2")
             case "lars_ddp":

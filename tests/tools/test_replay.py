@@ -22,11 +22,12 @@ from bocage.finetune.train import finetune
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 from bocage.tools.main import main
 
 ROOT = Path(__file__).parents[2]
-WORDS = [*PRETRAIN, "modalities=[DEM_ELEV]", "split=all", "window=51.2", "pictures=0", "engine.save_every=0"]
+WORDS = [*PRETRAIN, "modalities=[DEM_ELEV]", "split=all", "window=51.2", "reconstructions=0", "engine.save_every=0"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_the_sample_and_the_module_are_named(
     said = capsys.readouterr().out
     assert f"step {int(dump.name[5:])} of recipe quickstart, 1 ranks, fp32; here on cpu" in said
     assert f"samples with which this happens alone: {broken[0]}\n" in said
-    assert "first module whose output is not finite: terms.masked\n" in said
+    assert "first module whose output is not finite: objectives.masked\n" in said
     assert said.count("was not finite") == 1
     # The sane micro-batch of the same step gives what it gave.
     (sane,) = [line for line in said.splitlines() if line.startswith("rank") and "was not finite" not in line]
@@ -86,10 +87,10 @@ def test_weights_that_are_broken_themselves_are_told_from_gradients(
     copy = tmp_path / dump.name
     shutil.copytree(dump, copy)
     weights = load_file(copy / "model.safetensors")
-    weights["terms.masked.heads.DEM_ELEV.bias"][0] = torch.nan
+    weights["objectives.masked.heads.DEM_ELEV.bias"][0] = torch.nan
     save_file(weights, copy / "model.safetensors")
     assert main(["replay", str(copy)]) == 0
-    assert "first module whose output is not finite: terms.masked.heads.DEM_ELEV" in capsys.readouterr().out
+    assert "first module whose output is not finite: objectives.masked.heads.DEM_ELEV" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["none", "other shards", "no rank", "payload", "no weights", "json", "device"])
