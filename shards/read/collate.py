@@ -65,7 +65,8 @@ class PackedBatch:
         for (field, name), slot in self.layout.items():
             flat = self.memory[slot.offset : slot.offset + slot.bytes]
             fields.get(field, single)[name or field] = flat.view(getattr(torch, slot.dtype)).view(slot.shape)
-        return Batch(self.keys, self.rois, **single, **fields)
+        seeds, sample_ids, windows = single["seeds"], single["sample_ids"], single["windows"]
+        return Batch(self.keys, self.rois, seeds=seeds, sample_ids=sample_ids, windows=windows, **fields)
 
 
 class BatchWriter:
