@@ -46,7 +46,7 @@ SIZES = {
     r"train_fraction=0\.05": "train_fraction=0.5",
     r"test=D004-2021,D031-2019 train=rest": "test=DOMAIN train=rest",
     r"(recipe=official/\S+ .*)": r"\1 --print-config",
-    r"(study (?:run|report) recipe=label_efficiency .*?)( --|$)": r"\1 ~starts.imagenet\2",  # it would be downloaded
+    r"(study (?:run|report) recipe=label_efficiency .*?)( --|$)": r"\1 ~initializations.imagenet\2",  # it would be downloaded
 }
 SMALL = {
     "mae_multimodal": "quickstart",
@@ -62,8 +62,8 @@ ENGINE = "engine: {steps: 3, log_every: 1, save_every: 0, optimizer: {warmup_ste
 STUDY = """\
 base: {base}
 finetune: small/finetune_cosia.yaml
-words: ["modalities=[AERIAL_RGBI]", predictions=0, pictures=0]
-shares: [{{fraction: 0.5, draws: 1, seeds: 1}}]
+overrides: ["modalities=[AERIAL_RGBI]", predictions=0, pictures=0]
+fractions: [{{fraction: 0.5, draws: 1, seeds: 1}}]
 learning_rates: []
 """
 # What stands before the Python of a page: names that its text speaks of.

@@ -45,7 +45,7 @@ from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import Modality
 from bocage.shards.read.collate import collate
 from bocage.shards.read.dataset import TrainingStream, days_since_may
-from bocage.shards.read.windows import draw_windows, lattice, pixel_slices
+from bocage.shards.read.windows import draw_windows, lattice_step, pixel_slices
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
@@ -74,7 +74,7 @@ class Content:
             {
                 item.name: days_since_may(self.manifest.index.dates(item.name, row))
                 for item in self.modalities
-                if item.has_dates
+                if item.has_time_axis
             }
             for row in range(len(self.keys))
         ]
@@ -83,7 +83,7 @@ class Content:
         """A cropped sample of what ``read`` gives for a modality and the window."""
         key = self.keys[row]
         seed = sample_seed(SEED, 0, key)
-        [window] = draw_windows([seed], WINDOW, lattice(self.modalities))
+        [window] = draw_windows([seed], WINDOW, lattice_step(self.modalities))
         arrays = {item.name: array for item in self.modalities if (array := read(item, window)) is not None}
         return Sample(key, self.manifest.index.roi(row), seed, window, arrays, dates)
 
@@ -105,7 +105,7 @@ class Content:
 
         def read(item: Modality, window: GroundWindow) -> np.ndarray | None:
             data = stored[item.name]
-            return EncodedArray(data).array(pixel_slices(item, window)) if len(data) else None
+            return EncodedArray(data).decode(pixel_slices(item, window)) if len(data) else None
 
         return self.sample(row, read, self.dates[row])
 
@@ -131,7 +131,7 @@ class RasterioDataset(Dataset[Sample]):
                     values = file.read(window=Window.from_slices(rows, columns))
                 else:
                     values = file.read()[:, rows, columns]
-            return values.reshape(-1, len(item.bands), *values.shape[1:]) if item.has_dates else values
+            return values.reshape(-1, len(item.bands), *values.shape[1:]) if item.has_time_axis else values
 
         return self.content.sample(row, read, self.content.dates[row])
 
