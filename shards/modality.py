@@ -127,8 +127,8 @@ class Modality:
         groups: groups of correlated channels of the representation, normalised together in reconstruction targets
             (MAESTRO, arXiv 2508.10894).
         unit: side of a mask unit, in pixels; for series, side of the blocks in which targets are normalised.
-        dates_table: NAME in ``GLOBAL_NAME_MTD_DATES.gpkg``, the file of the acquisition dates; None without such a file.
-        historical: whether file names have ``195X`` instead of the image year, and the image shows an older landscape.
+        dates_table: NAME in ``GLOBAL_NAME_MTD_DATES.gpkg``, the file of the acquisition dates, if there is one.
+        historical: whether file names have ``195X`` instead of the image year and images show an older landscape.
         mask_of: name of the series that a mask belongs to.
         mean, std: official statistics of the stored values by band, if IGN publishes them.
         baseline: input of the published baselines, if they read this modality.
