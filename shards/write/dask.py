@@ -17,7 +17,7 @@ from bocage.shards.write.tasks import ShardTasks, run_task
 
 _CONNECT_TIMEOUT = 30  # seconds to wait for the scheduler, and for its first worker
 _POLL_INTERVAL = 0.5  # seconds
-_RESUME_HINT = "finished shards are kept: the same command resumes"
+_RESUME_HINT = "finished shards are kept; run the same command to resume"
 
 
 def run_on_cluster(

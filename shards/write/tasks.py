@@ -154,7 +154,7 @@ def explain_write_errors(out: Path) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         hint = " (is the file system mounted?)" if error.errno in (errno.ENOTCONN, errno.ESTALE) else ""
         raise InputError(
-            f"{out}: cannot be written: {reason}{hint}; finished shards are kept: the same command resumes"
+            f"{out}: cannot be written: {reason}{hint}; finished shards are kept; run the same command to resume"
         ) from error
 
 
@@ -178,7 +178,7 @@ def check_source(root: Path, patches: Collection[Patch] = ()) -> None:
         reason = None if missing is None else f"{missing} no longer exists"
     if reason is not None:
         raise InputError(
-            f"{root}: the source is gone ({reason}); finished shards are kept: bring it back and run the same command"
+            f"{root}: the source is gone ({reason}); finished shards are kept; bring it back and run the same command"
         )
 
 

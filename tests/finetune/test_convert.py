@@ -1,4 +1,4 @@
-"""Official checkpoints into bocage's folders and back, every key accounted for."""
+"""Conversion of official checkpoints to bocage's folders and back."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_series import write_series
-from tiny_task import batch
+from tiny_segmentation import batch
 
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.finetune.models.targets import Target
@@ -57,7 +57,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("prefix", ["", "model."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
-def test_every_form_of_a_checkpoint_loads(tmp_path: Path, suffix: str, prefix: str) -> None:
+def test_every_file_format_loads(tmp_path: Path, suffix: str, prefix: str) -> None:
     model = official(S2, S1, labels=(COSIA, LPIS), auxiliary=(S1,))
     weights = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     path = tmp_path / f"official{suffix}"
@@ -117,7 +117,7 @@ def test_tables_are_resized_when_the_image_size_differs(tmp_path: Path) -> None:
     assert len(report.adapted) == 8  # the blocks of the last two stages, whose maps were smaller than the window
 
 
-def test_an_extracted_encoder_is_ours_and_equals_the_official_one(tmp_path: Path) -> None:
+def test_an_extracted_encoder_computes_the_official_features(tmp_path: Path) -> None:
     model = official(AERIAL, S2)
     for name, shape in ((AERIAL, (2, 3, 256, 256)), (S2, (2, 3, 10, 10, 10))):
         folder = tmp_path / name
@@ -135,7 +135,7 @@ def test_an_extracted_encoder_is_ours_and_equals_the_official_one(tmp_path: Path
         extract_encoder(model, SPOT)
 
 
-def test_each_task_becomes_a_model_that_computes_as_the_official_one(tmp_path: Path) -> None:
+def test_each_task_becomes_a_model_with_the_official_logits(tmp_path: Path) -> None:
     model = official(AERIAL, S2, labels=(COSIA, LPIS))
     written = from_official(model, tmp_path / "out")
     assert [str(path.relative_to(tmp_path / "out")) for path in written] == [
@@ -160,14 +160,14 @@ def test_each_task_becomes_a_model_that_computes_as_the_official_one(tmp_path: P
         from_official(model, tmp_path / "out")
 
 
-def test_tasks_of_unknown_classes_give_their_encoders_alone(tmp_path: Path) -> None:
+def test_tasks_with_unknown_classes_give_only_their_encoders(tmp_path: Path) -> None:
     model = official(SPOT, labels={COSIA: 13})
     assert extract_segmentations(model) == {}
     assert from_official(model, tmp_path / "out") == [tmp_path / "out" / "encoders" / SPOT]
 
 
 @pytest.mark.parametrize("names", [(AERIAL, S2), (SPOT,), (S2, S1)])
-def test_there_and_back_loses_nothing(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_a_round_trip_keeps_every_weight(tmp_path: Path, names: tuple[str, ...]) -> None:
     first = official(*names, labels={LPIS: 31}, auxiliary=names[:1])
     again, report = to_official(extract_segmentations(first)[LPIS])
     read = {name for name, parameter in first.uperfuse.named_parameters()}
@@ -180,7 +180,7 @@ def test_there_and_back_loses_nothing(tmp_path: Path, names: tuple[str, ...]) ->
     assert {n: v.shape for n, v in first.state_dict().items()} == {n: v.shape for n, v in again.state_dict().items()}
 
 
-def test_one_of_several_tasks_goes_back_without_the_heads_they_shared() -> None:
+def test_one_of_several_tasks_is_converted_without_the_shared_heads() -> None:
     first = official(SPOT, S2, labels=(COSIA, LPIS), auxiliary=(SPOT, S2))
     again, report = to_official(extract_segmentations(first)[LPIS])
     heads = {name for name in first.uperfuse.state_dict() if "out_conv.conv.conv" in name}
@@ -213,7 +213,7 @@ def ours(
     return Segmentation(encoders, [Target(label=FLAIR_HUB[COSIA])], decoder or UPerNetConfig(), {}, auxiliary=names)
 
 
-def test_a_model_of_ours_fills_every_official_name() -> None:
+def test_a_bocage_model_gives_every_official_name_a_value() -> None:
     task = ours(SPOT, S2)
     model, report = to_official(task)
     channels = {SPOT: 4, S2: 10}
@@ -239,7 +239,7 @@ def test_a_model_of_ours_fills_every_official_name() -> None:
         (lambda: ours(SPOT, S2, n_head=8), "n_head = 8, official 16"),
     ],
 )
-def test_what_the_official_architecture_cannot_express_is_refused(task: Any, message: str) -> None:
+def test_models_that_the_official_architecture_cannot_express_raise(task: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         to_official(task())
 
@@ -254,8 +254,8 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
-def test_the_standardisation_of_series_moves_into_their_first_convolution() -> None:
-    """The official code feeds series as they are stored."""
+def test_the_standardisation_of_series_is_folded_into_the_first_convolution() -> None:
+    """The official code does not standardise series."""
     task = ours(SPOT, S2, mean=tuple(range(100, 1100, 100)), std=tuple(range(10, 110, 10)))
     model, report = to_official(task)
     assert {what for name, what in report.adapted.items() if "in_conv" in name} == {"standardisation folded in"}
@@ -268,8 +268,8 @@ def test_the_standardisation_of_series_moves_into_their_first_convolution() -> N
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
 
 
-def test_the_recipe_of_a_user_converts_with_the_official_widths(tmp_path: Path) -> None:
-    """What README says of the way back, with the sentence for those who cannot take it."""
+def test_other_widths_and_relief_inputs_raise_an_error_that_names_the_difference(tmp_path: Path) -> None:
+    """The README gives the widths that can be converted."""
     with pytest.raises(InputError, match=r"encoder_widths = .*, official \[64, 64, 128, 128\]"):
         to_official(ours(SPOT, S2, encoder_widths=[64, 64, 64, 128], decoder_widths=[32, 32, 64, 128]))
     dem = FLAIR_HUB["DEM_ELEV"]
@@ -280,15 +280,15 @@ def test_the_recipe_of_a_user_converts_with_the_official_widths(tmp_path: Path) 
         to_official(task)
 
 
-def test_clouds_leave_no_trace_in_an_official_model() -> None:
-    """The official code drops cloudy dates before it pads: they must not count as padding."""
+def test_cloudy_dates_do_not_affect_an_official_model() -> None:
+    """The official code removes cloudy dates before padding, so they must not become padded dates."""
     segmentation = extract_segmentations(official(SPOT, S2, SPOT_RGBI=32))[COSIA]
     data = batch((SPOT, S2), (SPOT, S2), inputs=(SPOT, S2))
     mask = segmentation.quality_masks[S2]
     moments, hidden = data.dates[S2], data.padding[S2]
 
-    def seen(dates: list[int], cloudy: tuple[int, ...]) -> Batch:
-        """The batch with these dates alone, some of them under clouds."""
+    def with_dates(dates: list[int], cloudy: tuple[int, ...]) -> Batch:
+        """The batch with these dates only, some of them cloudy."""
         chances = torch.zeros(2, len(dates), 2, 10, 10, dtype=torch.uint8)
         chances[:, list(cloudy)] = 100
         return replace(
@@ -300,9 +300,9 @@ def test_clouds_leave_no_trace_in_an_official_model() -> None:
         )
 
     every = list(range(moments.shape[1]))
-    cloudy, without = seen(every, (1,)), seen([0, *every[2:]], ())
+    cloudy, without = with_dates(every, (1,)), with_dates([0, *every[2:]], ())
     with torch.no_grad():
-        found, expected, other = (segmentation.logits(b)[COSIA] for b in (cloudy, without, seen(every, ())))
+        found, expected, other = (segmentation.logits(b)[COSIA] for b in (cloudy, without, with_dates(every, ())))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert not torch.allclose(found, other, atol=1e-3)
 
@@ -323,7 +323,7 @@ def test_channels_and_image_sizes_can_be_named(tmp_path: Path) -> None:
         build_official({AERIAL: 1}, (COSIA,), TINY)
 
 
-def test_an_extracted_swin_can_stay_as_it_was_trained() -> None:
+def test_an_extracted_swin_can_keep_its_image_size() -> None:
     model = official(SPOT)  # 64 px: the maps of the last two stages are smaller than the window
     values = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -335,7 +335,7 @@ def test_an_extracted_swin_can_stay_as_it_was_trained() -> None:
     assert not torch.allclose(free[3], theirs[3], atol=1e-2)
 
 
-def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
+def damaged(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
     """A damaged or strange checkpoint."""
     name = "model.main_decoders.AERIAL_LABEL-COSIA.bias"
     if kind == "payload":
@@ -400,12 +400,12 @@ def spoiled(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
         ("payload under another name", "truncated or not a safetensors file"),
     ],
 )
-def test_a_spoiled_checkpoint_is_one_sentence(
+def test_a_damaged_checkpoint_gives_a_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
 ) -> None:
     source = official(SPOT if kind in ("table", "scalar table", "decoder") else S2)
     weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()}
-    path = spoiled(kind, tmp_path / "official.safetensors", weights)
+    path = damaged(kind, tmp_path / "official.safetensors", weights)
     with pytest.raises(InputError, match=message):
         load_official(path)
     assert main(["convert", str(path), str(tmp_path / "out")]) == 2
@@ -450,7 +450,7 @@ def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFi
         (["out", "--arch", "swin_base_patch4_window7_224-upernet"], "leave arch out or correct it"),
     ],
 )
-def test_wrong_words_end_before_anything_is_written(
+def test_wrong_options_fail_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -463,7 +463,7 @@ def test_wrong_words_end_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_going_back_does_not_replace_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_converting_back_does_not_overwrite_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from_official(official(S2), tmp_path / "out")
     (tmp_path / "mine.safetensors").write_text("precious")
     assert main(["convert", str(tmp_path / "out" / COSIA), str(tmp_path / "mine.safetensors")]) == 2
@@ -473,7 +473,7 @@ def test_going_back_does_not_replace_a_file(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_predicting_leaves_out_patches_that_lack_a_sensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = write_series(tmp_path, lost=1)
+    manifest = write_series(tmp_path, missing=1)
     from_official(official(S2, S1), tmp_path / "both")
     words = [str(manifest.path), str(tmp_path / "maps")]
     assert main(["predict", str(tmp_path / "both"), *words]) == 2

@@ -187,7 +187,7 @@ def test_write_errors_name_the_folder_and_the_cause(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
-        with pytest.raises(InputError, match=r"cannot be written: File too large; .* resumes"):
+        with pytest.raises(InputError, match=r"cannot be written: File too large; .* to resume"):
             write_shards(catalogue, tmp_path / "out", samples_per_shard=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

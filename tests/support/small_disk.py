@@ -1,4 +1,4 @@
-"""A real file system that a test can fill or close to writing."""
+"""A small file system that a test can fill or make read-only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def tmpfs(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own; skips where this user may not mount one."""
+    """Mount a tmpfs on ``folder``; skip the test if this user may not."""
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
@@ -26,5 +26,5 @@ def tmpfs(folder: Path, size: str) -> Iterator[Path]:
 
 
 def remount(folder: Path, options: str) -> None:
-    """Change its options, e.g. ``size=20m``, ``ro``."""
+    """Change the mount options, e.g. ``size=20m`` or ``ro``."""
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)

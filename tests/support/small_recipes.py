@@ -1,10 +1,10 @@
-"""Words of the command line that make recipe quickstart small enough for tests."""
+"""Command-line arguments that make the recipe quickstart small enough for tests."""
 
 PRETRAIN = [
     "recipe=quickstart",
     "batch_size=2",
     "workers=0",
-    "pictures=1",
+    "reconstructions=1",
     "weights.contrastive=0",
     "swin.options.embed_dim=16",
     "swin.options.depths=[1,1,1,1]",

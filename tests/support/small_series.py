@@ -1,4 +1,4 @@
-"""Shards of a few simulated series, and small encoders of them."""
+"""Shards with a few simulated time series, and small encoders for them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ OPTICAL, QUALITY, RADAR = "SENTINEL2_TS", "SENTINEL2_MSK-SC", "SENTINEL1-ASC_TS"
 _OPTIONS = {"encoder_widths": [16, 16, 32], "decoder_widths": [16, 16, 32], "n_head": 4, "d_model": 32}
 
 
-def write_series(folder: Path, *, lost: int | None = None, quality: bool = True) -> Manifest:
-    """Shards of four patches whose series differ in length; the patch number ``lost`` has no optical series."""
+def write_series(folder: Path, *, missing: int | None = None, quality: bool = True) -> Manifest:
+    """Write shards of four patches with series of different lengths; patch ``missing`` has no optical series."""
     registry = FLAIR_HUB.subset([OPTICAL, RADAR, *([QUALITY] if quality else [])])
     tree = folder / "tree"
     write_tree(tree, patches=4, seed=0, registry=registry, dates=(8, 14))
-    if lost is not None:
-        stem = sorted((tree).rglob(f"*_{OPTICAL}_*.tif"))[lost]
+    if missing is not None:
+        stem = sorted((tree).rglob(f"*_{OPTICAL}_*.tif"))[missing]
         stem.unlink()
         Path(str(stem).replace(OPTICAL, QUALITY)).unlink()
     return write_shards(Catalogue.open(tree, registry), folder / "shards")
 
 
 def series_encoder(manifest: Manifest, name: str) -> UTAE:
-    """A small encoder whose heads look at different dates, the same every time."""
+    """Build a small encoder with fixed weights whose attention heads differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = build_encoder(manifest.input_spec(name), EncoderConfig(architecture="utae", options=_OPTIONS))

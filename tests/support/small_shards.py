@@ -1,4 +1,4 @@
-"""Small catalogues for tests of sharding, and what a folder of shards holds."""
+"""Small catalogues for tests of sharding, and hashes of the files in a folder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, however deep, by its path."""
+    """SHA-256 of every file below ``folder``, by relative path."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def small(folder: Path, patches: int = 6) -> Catalogue:
-    """A tree of patches with a few small rasters in ``folder/tree``."""
+    """Write a tree of patches with three small rasters each to ``folder/tree`` and open its catalogue."""
     return Catalogue.open(write_tree(folder / "tree", KEYS[:patches], SMALL))

@@ -1,5 +1,4 @@
-"""Small FLAIR-HUB trees with the dataset's own shapes, written by rasterio: what the tests of the catalogue and the
-writer need, and exactly that."""
+"""Small FLAIR-HUB trees with the shapes of the dataset, written by rasterio, for tests of the catalogue and writer."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ CORNER = (650_000.0, 6_860_000.0)
 
 
 def content(modality: Modality, dates: int, seed: int) -> np.ndarray:
-    """Smooth values with a little noise, (bands * dates, H, W) in the modality's dtype."""
+    """Smooth values with some noise, (bands * dates, H, W) in the modality's dtype."""
     random = np.random.default_rng(seed)
-    size, bands = modality.size, len(modality.bands) * (dates if modality.has_dates else 1)
+    size, bands = modality.size, len(modality.bands) * (dates if modality.has_time_axis else 1)
     if modality.role == "label":
         return (
             np.stack([random.integers(0, len(scheme), (8, 8)) for scheme in modality.schemes])
@@ -47,7 +46,7 @@ def series_date(number: int) -> datetime.date:
 def write_raster(
     path: Path, bands: np.ndarray, gsd: float, corner: tuple[float, float] = CORNER, **options: object
 ) -> None:
-    """A GeoTIFF in Lambert-93."""
+    """Write a GeoTIFF in Lambert-93."""
     path.parent.mkdir(parents=True, exist_ok=True)
     profile = {
         "driver": "GTiff",
@@ -61,14 +60,14 @@ def write_raster(
 
 
 def raster_path(root: Path, modality: Modality, key: str) -> Path:
-    """Where the dataset keeps a raster of the patch ``key``."""
+    """Path of a raster of the patch ``key`` in the layout of the dataset."""
     domain, roi, cell = key.split("_")
     folder = f"{domain.split('-')[0]}-195X" if modality.historical else domain
     return root / f"{folder}_{modality.name}" / roi / f"{folder}_{modality.name}_{roi}_{cell}.tif"
 
 
 def write_table(path: Path, columns: dict[str, list[str | None]]) -> None:
-    """A GeoPackage with text columns and no geometry."""
+    """Write a GeoPackage with text columns and no geometry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = [np.array(values, object) for values in columns.values()]
     pyogrio.raw.write(path, geometry=None, field_data=arrays, fields=list(columns), driver="GPKG", geometry_type=None)
@@ -77,7 +76,7 @@ def write_table(path: Path, columns: dict[str, list[str | None]]) -> None:
 def write_tree(
     root: Path, keys: list[str], modalities: list[str] | None = None, dates: int = 3, metadata: bool = True
 ) -> Path:
-    """Rasters and metadata of the patches ``keys``; the splits go train, valid, test in turn."""
+    """Write rasters and metadata of the patches ``keys``; their splits are train, valid and test in turn."""
     chosen = [FLAIR_HUB[name] for name in modalities or FLAIR_HUB]
     for index, key in enumerate(keys):
         column = int(key.rsplit("-", 1)[1])
@@ -88,7 +87,7 @@ def write_tree(
     if metadata:
         folder = root / "GLOBAL_ALL_MTD"
         for modality in chosen:
-            if modality.dates_table and modality.has_dates:
+            if modality.dates_table and modality.has_time_axis:
                 texts = json.dumps(
                     {str(number): series_date(number).strftime("%Y%m%d") for number in range(1, dates + 1)}
                 )
@@ -98,8 +97,8 @@ def write_tree(
             else:
                 continue
             write_table(folder / f"GLOBAL_{modality.dates_table}_MTD_DATES.gpkg", columns)
-        turn = [("train", "valid", "test")[index % 3] for index in range(len(keys))]
+        split = [("train", "valid", "test")[index % 3] for index in range(len(keys))]
         write_table(
-            folder / "GLOBAL_ALL_MTD_SPLIT.gpkg", {"patch_id": keys, "split_1": turn, "split_toy": [None] * len(keys)}
+            folder / "GLOBAL_ALL_MTD_SPLIT.gpkg", {"patch_id": keys, "split_1": split, "split_toy": [None] * len(keys)}
         )
     return root

@@ -26,7 +26,7 @@ from bocage.ssl.evaluation.attention_figures import attention_figure, write_atte
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_series(tmp_path_factory.mktemp("series"), lost=2)
+    return write_series(tmp_path_factory.mktemp("series"), missing=2)
 
 
 def random_attention(
