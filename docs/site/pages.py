@@ -20,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 
 from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.study.study_config import StudyConfig
-from bocage.ssl.pretrain import PretrainConfig
+from bocage.ssl.pretrain_config import PretrainConfig
 from bocage.tools.main import build_parser
 
 ROOT = Path(__file__).parents[2]
