@@ -1,1 +1,1 @@
-"""Simulate patches in FLAIR-HUB's own format, for tests, demos and benchmarks."""
+"""Simulate patches in the format of FLAIR-HUB, for tests, demos and benchmarks."""

@@ -146,7 +146,7 @@ def _here() -> Iterator[None]:
 
 @contextmanager
 def _peer() -> Iterator[None]:
-    with mock.patch.object(rasters, "read", read_with_rasterio):
+    with mock.patch.object(rasters, "read_raster", read_with_rasterio):
         yield
 
 
