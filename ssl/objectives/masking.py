@@ -46,7 +46,8 @@ class MaskingConfig:
         modality_ratio: probability that a whole modality is masked.
         map_ratio: probability, in training, that a feature map of a sample is left out of the tokens of the objectives
             (``tokens.georeferenced_tokens``); at least one map stays. If all maps are always summed, the deepest map
-            need not carry information: a constant vector outgrows it and features collapse (docs/design-choices.md).
+            need not carry information: a constant vector outgrows it and features collapse
+            (docs/explanation/design-choices.md).
 
     Raises:
         ValueError: a fraction or probability lies outside [0, 1], a side is not positive, or ``ratio`` is not 0.75
