@@ -1,4 +1,4 @@
-"""Fine-tuning that starts from ImageNet differs from scratch in the encoder alone, down to the last random draw."""
+"""Models built from pretrained and random encoders with one seed differ only in the pretrained encoder."""
 
 from __future__ import annotations
 
@@ -10,44 +10,59 @@ import torch
 from safetensors.torch import save_file
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.train import build_task
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
+from bocage.ssl.encoders.export import save_encoder
 
 AERIAL = "AERIAL_RGBI"
-WORDS = ("recipe=finetune_quickstart", f"modalities=[{AERIAL},SENTINEL2_TS]")
+RECIPE = ("recipe=finetune_quickstart", f"modalities=[{AERIAL},SENTINEL2_TS]")
 
 
-def weights_of(manifest: Manifest, *words: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The model's weights, and what the generator gives next."""
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Some seconds: three simulated patches as shards."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tree(folder / "tree", patches=3, seed=0, dates=(4, 5))
+    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+
+
+def weights_of(manifest: Manifest, *overrides: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the model's weights and the next number of torch's generator."""
     torch.manual_seed(3)
-    state = build_task(recipes.resolve(FinetuneConfig, [*WORDS, *words]), manifest).state_dict()
+    state = build_task(recipes.resolve(FinetuneConfig, [*RECIPE, *overrides]), manifest).state_dict()
     return state, torch.rand(1)
 
 
-def test_imagenet_replaces_the_encoder_and_nothing_else(tmp_path: Path) -> None:
-    """Some seconds: patches are simulated and sharded."""
-    write_tree(tmp_path / "tree", patches=3, seed=0, dates=(4, 5))
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
-    own = recipes.resolve(FinetuneConfig, list(WORDS)).swin
-    plain = timm.create_model(own.name, **own.options).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, tmp_path / "weights.safetensors")
-    scratch, drawn = weights_of(manifest)
-    found, drawn_after = weights_of(manifest, f"encoders.{AERIAL}=imagenet:{tmp_path / 'weights.safetensors'}")
-    assert torch.equal(drawn, drawn_after)
-    different = {name for name in scratch if not torch.equal(scratch[name], found[name])}
+def assert_only_the_encoder_differs(manifest: Manifest, source: str) -> None:
+    scratch, random_after_scratch = weights_of(manifest)
+    pretrained, random_after_pretrained = weights_of(manifest, f"encoders.{AERIAL}={source}")
+    assert torch.equal(random_after_scratch, random_after_pretrained)
+    different = {name for name in scratch if not torch.equal(scratch[name], pretrained[name])}
     assert different
     assert all(name.startswith(f"model.encoders.{AERIAL}.") for name in different)
 
 
+def test_a_saved_encoder_replaces_the_encoder_only(manifest: Manifest, tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    task = build_task(recipes.resolve(FinetuneConfig, list(RECIPE)), manifest)
+    save_encoder(task.model.encoder(AERIAL), tmp_path / "encoder")
+    assert_only_the_encoder_differs(manifest, str(tmp_path / "encoder"))
+
+
+def test_imagenet_weights_replace_the_encoder_only(manifest: Manifest, tmp_path: Path) -> None:
+    swin = recipes.resolve(FinetuneConfig, list(RECIPE)).swin
+    weights = timm.create_model(swin.name, **swin.options).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "weights.safetensors")
+    assert_only_the_encoder_differs(manifest, f"imagenet:{tmp_path / 'weights.safetensors'}")
+
+
 @pytest.mark.parametrize("source", ["imagenet:", "hf:", "''"])
-def test_an_unfinished_source_is_one_sentence(tmp_path: Path, source: str) -> None:
+def test_an_incomplete_source_names_the_key_and_the_forms(manifest: Manifest, source: str) -> None:
     """An empty shell variable leaves a colon at the end, which YAML reads as a mapping."""
-    write_tree(tmp_path / "tree", patches=1, seed=0, dates=(4, 5))
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
-    with pytest.raises(InputError, match=f"encoders.{AERIAL}: give a folder, hf:org/name, imagenet or imagenet:FILE"):
+    with pytest.raises(InputError, match=f"encoders.{AERIAL}: .*hf:org/name, imagenet or imagenet:FILE"):
         weights_of(manifest, f"encoders.{AERIAL}={source}")

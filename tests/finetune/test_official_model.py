@@ -1,4 +1,4 @@
-"""Official models: names, shapes and outputs of IGN's code, whatever the modalities and tasks."""
+"""Official models: names, shapes and outputs equal those of IGN's code for any modalities and tasks."""
 
 import copy
 import importlib.util
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import interpolate
 
-from bocage.finetune.official.model import OfficialModel, build_official
+from bocage.finetune.official.official_model import OfficialModel, build_official
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 
@@ -72,11 +72,11 @@ def test_names_shapes_and_logits_equal_those_of_the_official_code(case: str) -> 
         torch.testing.assert_close(values[:, :, ::4, ::4], expected[task], rtol=0, atol=1e-4)
 
 
-def upsampled(values: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
+def resized(values: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
     return interpolate(values, size=size, mode="bilinear", align_corners=False)
 
 
-def plainly(
+def reference_logits(
     model: OfficialModel,
     inputs: dict[str, torch.Tensor],
     dates: dict[str, torch.Tensor],
@@ -84,7 +84,7 @@ def plainly(
     tasks: dict[str, int],
     size: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Main and auxiliary logits by the rules of the official code, in its order: resize, concatenate, convolve."""
+    """Compute main and auxiliary logits like the official code, in its order: resize, concatenate, convolve."""
     order = [name for name in FLAIR_HUB if name in inputs]
     images = [name for name in order if inputs[name].ndim == 4]
     maps, logits = {}, {}
@@ -94,12 +94,12 @@ def plainly(
             maps[name] = encoder.seg_model.features(inputs[name])
         else:
             output = encoder(inputs[name], dates[name], padding[name])
-            maps[name], logits[name] = output.maps, upsampled(output.logits, size)
+            maps[name], logits[name] = output.maps, resized(output.logits, size)
 
     def decoded(decoder: torch.nn.Module, pyramid: list[torch.Tensor]) -> torch.Tensor:
         found = decoder.seg_model(pyramid)
         found = interpolate(found, scale_factor=4, mode="bilinear", align_corners=True)
-        return upsampled(found, size)
+        return resized(found, size)
 
     main = {}
     if images:
@@ -107,7 +107,7 @@ def plainly(
         fused = targets
         if len(order) > 1:
             stages = [
-                torch.cat([upsampled(maps[name][i], targets[i].shape[-2:]) for name in order], dim=1) for i in range(4)
+                torch.cat([resized(maps[name][i], targets[i].shape[-2:]) for name in order], dim=1) for i in range(4)
             ]
             fused = [conv(stage) for conv, stage in zip(model.fusion_handler.conv_f, stages, strict=True)]
         main = {task: decoded(model.main_decoders[task], fused) for task in tasks}
@@ -153,7 +153,7 @@ def test_every_combination_follows_the_official_rules(
     padding = dict.fromkeys(series, torch.tensor([[False] * 4, [False] * 3 + [True]]))
     with torch.no_grad():
         found = model.predictions(inputs, days, padding, 72)
-        main, auxiliary = plainly(model, inputs, days, padding, tasks, 72)
+        main, auxiliary = reference_logits(model, inputs, days, padding, tasks, 72)
     assert found.logits.keys() == tasks.keys()
     for task, classes in tasks.items():
         assert found.logits[task].shape == (2, classes, 72, 72)
@@ -163,13 +163,13 @@ def test_every_combination_follows_the_official_rules(
         assert found.auxiliary[task].keys() == channels.keys()
 
 
-def test_the_order_of_the_modalities_given_does_not_matter() -> None:
+def test_the_order_of_modalities_does_not_matter() -> None:
     one = build_official(("SENTINEL2_TS", "AERIAL_RGBI"), (COSIA,), TINY, {"AERIAL_RGBI": 64}).state_dict()
     other = build_official(("AERIAL_RGBI", "SENTINEL2_TS"), (COSIA,), TINY, {"AERIAL_RGBI": 64}).state_dict()
     assert list(one) == list(other)
 
 
-def test_head_widths_beside_one_or_two_tasks() -> None:
+def test_head_widths_for_one_or_two_tasks() -> None:
     def heads(*labels: str) -> list[int]:
         state = build_official(("SENTINEL2_TS",), labels).state_dict()
         return [len(v) for name, v in state.items() if "out_conv.conv.conv" in name and v.ndim == 4]
@@ -179,7 +179,7 @@ def test_head_widths_beside_one_or_two_tasks() -> None:
     assert heads(COSIA, LPIS) == [32, 19, 42]
 
 
-def test_loading_after_moving_and_copying_reaches_the_model_that_computes() -> None:
+def test_weights_loaded_after_moving_and_copying_reach_uperfuse() -> None:
     facts, expected = read("lpis_f")
     fresh = build_official(facts["modalities"], facts["labels"]).eval()
     model = copy.deepcopy(fresh).to(torch.float64).to(torch.float32).eval()
@@ -202,18 +202,18 @@ def test_loading_after_moving_and_copying_reaches_the_model_that_computes() -> N
         ((("AERIAL_RGBI",), (COSIA,), "resnet34-unet"), "arch 'resnet34-unet' is not a timm Swin with UPerNet"),
         ((("AERIAL_RGBI",), (COSIA,), "swin_tiny_patch4_window7_224"), "is not a timm Swin with UPerNet"),
         ((("AERIAL_RGBI",), (COSIA,), TINY, {"SPOT_RGBI": 64}), "image_sizes: SPOT_RGBI not among"),
-        (({"AERIAL_RGBI": 2}, (COSIA,), TINY), "AERIAL_RGBI: which 2 channels"),
+        (({"AERIAL_RGBI": 2}, (COSIA,), TINY), "AERIAL_RGBI: name the 2 channels"),
         (({"AERIAL_RGBI": ("R", "X")}, (COSIA,), TINY), "AERIAL_RGBI has no channel X"),
     ],
 )
-def test_what_cannot_be_built_is_one_sentence(arguments: tuple[Any, ...], message: str) -> None:
+def test_wrong_arguments_raise(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_official(*arguments)
 
 
 def test_missing_inputs_are_named() -> None:
     model = build_official(("SENTINEL2_TS",), (COSIA,)).eval()
-    with pytest.raises(InputError, match=r"SENTINEL2_TS have the shape \[1, 2, 4, 10, 10\]; channels are B2, B3"):
+    with pytest.raises(InputError, match=r"SENTINEL2_TS have the shape \[1, 2, 4, 10, 10\]; .* B2, B3"):
         model({"SENTINEL2_TS": torch.zeros(1, 2, 4, 10, 10)}, {}, {}, 64)
     with pytest.raises(InputError, match="inputs lack SENTINEL2_TS"):
         model({}, {}, {}, 64)
@@ -232,8 +232,8 @@ def test_a_training_step_runs_every_decoder_once() -> None:
     assert found.auxiliary[COSIA].keys() == {"SPOT_RGBI"}
 
 
-def test_heads_that_nothing_reads_do_not_learn() -> None:
-    beside = build_official(("SPOT_RGBI", "SENTINEL2_TS"), (COSIA,), TINY)
-    assert not any(p.requires_grad for n, p in beside.named_parameters() if ".out_conv.conv.conv." in n)
+def test_unused_heads_are_frozen() -> None:
+    with_image = build_official(("SPOT_RGBI", "SENTINEL2_TS"), (COSIA,), TINY)
+    assert not any(p.requires_grad for n, p in with_image.named_parameters() if ".out_conv.conv.conv." in n)
     alone = build_official(("SENTINEL2_TS",), (COSIA,))
     assert all(p.requires_grad for n, p in alone.named_parameters() if ".out_conv.conv.conv." in n)

@@ -1,4 +1,4 @@
-"""Recipes of the published models and of the challenges: what they say, and that one trains from shards to maps."""
+"""Recipes of the published models and the challenges: their settings, and one training run."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def resolved(*words: str) -> FinetuneConfig:
     return recipes.resolve(FinetuneConfig, list(words))
 
 
-def test_the_table_of_the_docs_and_the_recipes_are_the_same() -> None:
+def test_the_table_of_the_docs_matches_the_recipes() -> None:
     rows = re.findall(r"^\| `(official/\w+)` \| ([^|]+) \|", DOCS.read_text(), flags=re.MULTILINE)
     assert {name for name, _ in rows} == {name for name in recipes.list_recipes() if name.startswith("official/")} - {
         "official/base"
@@ -55,7 +55,7 @@ def test_the_table_of_the_docs_and_the_recipes_are_the_same() -> None:
         assert optimizer.warmup_steps == 0.2 * config.engine.steps
 
 
-def test_one_cycle_is_that_of_torch() -> None:
+def test_one_cycle_equals_torch() -> None:
     config = OptimizerConfig(learning_rate=5e-5, schedule="one_cycle", warmup_steps=20)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = OneCycleLR(optimizer, max_lr=1.0, total_steps=100, pct_start=0.2, cycle_momentum=False, div_factor=1000)
@@ -70,7 +70,7 @@ def test_one_cycle_is_that_of_torch() -> None:
     )
 
 
-def test_everything_decays_where_the_official_code_lets_it() -> None:
+def test_decay_all_decays_every_parameter() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     groups = decay_groups(module, OptimizerConfig(weight_decay=0.01, decay_all=True))
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.01, 4)]
@@ -103,7 +103,7 @@ def test_an_official_model_trains_from_shards_to_maps(manifest: Manifest, tmp_pa
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["valid"][COSIA]["official"]["oa"] >= 0
     model = load_segmentation(tmp_path / "run" / "model")
     assert model.model.official
-    # The head of a series learns where an auxiliary decoder reads it.
+    # The head of a series is trained if an auxiliary decoder reads it.
     torch.manual_seed(0)
     started = build_task(resolved("recipe=official/lc_i", *words), manifest).model
     heads = {name: value for name, value in started.named_parameters() if ".out_conv." in name}
@@ -115,7 +115,7 @@ def test_an_official_model_trains_from_shards_to_maps(manifest: Manifest, tmp_pa
 @pytest.mark.parametrize(
     "words", [["window=51.2"], ["decoder.width=32"], ["swin.options={embed_dim: 32}"], ["decoder.norm=group"]]
 )
-def test_what_the_official_architecture_cannot_be_is_refused(words: list[str]) -> None:
+def test_settings_that_the_official_architecture_fixes_raise(words: list[str]) -> None:
     with pytest.raises(InputError, match="official=true has a fixed decoder and Swin and trains on whole patches"):
         resolved("recipe=official/lc_i", *words)
 
@@ -123,7 +123,7 @@ def test_what_the_official_architecture_cannot_be_is_refused(words: list[str]) -
 @pytest.mark.parametrize(
     ("name", "sensors"), [("flair1", ["AERIAL_RGBI", "DEM_ELEV"]), ("flair2", ["AERIAL_RGBI", S2])]
 )
-def test_the_challenges_tell_twelve_classes_apart(name: str, sensors: list[str], manifest: Manifest) -> None:
+def test_the_challenges_have_twelve_scored_classes(name: str, sensors: list[str], manifest: Manifest) -> None:
     config = resolved(f"recipe=finetune_{name}", "swin.name=swin_tiny_patch4_window7_224")
     assert config.modalities == sensors
     assert len(manifest.split(config.split, config.train))

@@ -1,4 +1,4 @@
-"""Subsets of labelled patches: nested, of exact sizes, stratified, the same whatever the order or the machine."""
+"""Subsets of labelled patches: nested, exact in size, stratified, independent of input order and machine."""
 
 from itertools import pairwise
 
@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bocage.finetune.subsets.draw import (
-    TRACKS,
+from bocage.finetune.subsets.sampling import (
+    SAMPLING_UNITS,
     LabelledPatches,
-    disjoint_regions,
+    disjoint_validation_mask,
+    draw_subset,
     keys_digest,
     smallest_fractions,
-    subset,
 )
 from bocage.shards.errors import InputError
 
@@ -23,7 +23,7 @@ CHANCES = np.array([0.7, 0.5, 0.2, 0.02, 0.0])
 
 
 def patches(domains: int = 12, regions: int = 9, most: int = 30, seed: int = 0) -> LabelledPatches:
-    """Regions of different sizes, whose patches mostly have what their region has."""
+    """Regions of different sizes, whose patches mostly have the classes of their region."""
     random = np.random.default_rng(seed)
     keys, rois, names, pixels = [], [], [], []
     for domain in range(domains):
@@ -39,15 +39,15 @@ def patches(domains: int = 12, regions: int = 9, most: int = 30, seed: int = 0) 
     return LabelledPatches(keys, np.array(rois), np.array(names), classes, np.array(pixels))
 
 
-@given(st.integers(0, 50), st.integers(0, 4), st.sampled_from(TRACKS), st.integers(1, 20))
+@given(st.integers(0, 50), st.integers(0, 4), st.sampled_from(SAMPLING_UNITS), st.integers(1, 20))
 @settings(max_examples=40, deadline=None)
-def test_subsets_are_nested_and_of_exact_size(seed: int, draw: int, track: str, domains: int) -> None:
+def test_subsets_are_nested_and_of_exact_size(seed: int, draw: int, sampling_unit: str, domains: int) -> None:
     known = patches(domains, seed=seed)
-    chosen = [set(subset(known, fraction, draw=draw, track=track).tolist()) for fraction in FRACTIONS]
+    chosen = [set(draw_subset(known, size, draw=draw, sampling_unit=sampling_unit).tolist()) for size in FRACTIONS]
     assert all(small <= large for small, large in pairwise(chosen))
     assert len(chosen[-1]) == len(known)
     for fraction, found in zip(FRACTIONS, chosen, strict=True):
-        if track == "patch":
+        if sampling_unit == "patch":
             assert len(found) == max(1, int(np.ceil(fraction * len(known) - 1e-9)))
         else:
             regions, sizes = np.unique(known.rois[sorted(found)], return_counts=True)
@@ -55,14 +55,14 @@ def test_subsets_are_nested_and_of_exact_size(seed: int, draw: int, track: str, 
 
 
 @pytest.mark.parametrize("draw", [0, 1, 2])
-def test_strata_have_their_share(draw: int) -> None:
+def test_strata_are_drawn_in_proportion(draw: int) -> None:
     known = patches(domains=30, regions=12, most=60)
     present = known.pixels > 0
     rarest = present.sum(axis=0).argsort(kind="stable")
     kind = np.where(present.any(axis=1), present[:, rarest].argmax(axis=1), 5)
     strata = np.array([f"{domain}/{value}" for domain, value in zip(known.domains, kind, strict=True)])
     for fraction in (0.01, 0.05, 0.25, 0.5):
-        chosen = subset(known, fraction, draw=draw, track="patch")
+        chosen = draw_subset(known, fraction, draw=draw, sampling_unit="patch")
         for names, most in ((strata, 1.1), (known.domains, 2.0)):
             every, sizes = np.unique(names, return_counts=True)
             taken = dict(zip(*np.unique(names[chosen], return_counts=True), strict=True))
@@ -74,7 +74,7 @@ def test_strata_have_their_share(draw: int) -> None:
 
 def test_regions_are_stratified_too() -> None:
     known = patches(domains=30, regions=12, most=60)
-    chosen = subset(known, 0.25, draw=0, track="roi")
+    chosen = draw_subset(known, 0.25, draw=0, sampling_unit="roi")
     assert abs(len(chosen) - 0.25 * len(known)) <= 30
     by_domain = [len(set(known.rois[chosen][known.domains[chosen] == name])) for name in np.unique(known.domains)]
     assert set(by_domain) <= {2, 3, 4}
@@ -83,52 +83,54 @@ def test_regions_are_stratified_too() -> None:
 def test_draws_differ_and_neither_order_nor_machine_matters() -> None:
     known = patches()
     shuffled = known.take(np.random.default_rng(1).permutation(len(known)))
-    for track in TRACKS:
+    for sampling_unit in SAMPLING_UNITS:
         digests = []
         for draw in range(4):
             chosen, other = (
-                {item.keys[place] for place in subset(item, 0.05, draw=draw, track=track)} for item in (known, shuffled)
+                {item.keys[index] for index in draw_subset(item, 0.05, draw=draw, sampling_unit=sampling_unit)}
+                for item in (known, shuffled)
             )
             assert chosen == other
             digests.append(keys_digest(sorted(chosen)))
         assert len(set(digests)) == 4
 
 
-@pytest.mark.parametrize(("track", "recorded"), [("patch", "ad7c5904555643cc"), ("roi", "503774d33de0b99b")])
-def test_subsets_are_those_that_were_written_down(track: str, recorded: str) -> None:
-    # A machine or a version of a library that draws otherwise fails here.
+@pytest.mark.parametrize(("sampling_unit", "recorded"), [("patch", "ad7c5904555643cc"), ("roi", "503774d33de0b99b")])
+def test_subsets_equal_recorded_ones(sampling_unit: str, recorded: str) -> None:
+    # Fails if a machine or a library version draws other subsets.
     number = np.arange(600)
     keys = [f"D{value % 7:03}-2020_R{value % 35}_{value}-0" for value in number]
     rois = np.array([f"D{value % 7:03}-2020/R{value % 35}" for value in number])
     domains = np.array([name[:9] for name in rois])
     pixels = np.stack([number % 2, number % 3, number % 50 == 0], axis=1).astype(np.int64)
     known = LabelledPatches(keys, rois, domains, (("L", "a"), ("L", "b"), ("L", "c")), pixels)
-    chosen = subset(known, 0.1, draw=1, track=track)
+    chosen = draw_subset(known, 0.1, draw=1, sampling_unit=sampling_unit)
     assert keys_digest([keys[place] for place in chosen])[:16] == recorded
 
 
-@pytest.mark.parametrize("track", TRACKS)
-def test_one_column_tells_all_subsets(track: str) -> None:
+@pytest.mark.parametrize("sampling_unit", SAMPLING_UNITS)
+def test_smallest_fractions_give_all_subsets(sampling_unit: str) -> None:
     known = patches(domains=4)
-    smallest = smallest_fractions(known, [0.5, 0.05, 0.1], draw=2, track=track)
+    smallest = smallest_fractions(known, [0.5, 0.05, 0.1], draw=2, sampling_unit=sampling_unit)
     for fraction in (0.05, 0.1, 0.5):
-        assert np.array_equal(np.flatnonzero(smallest <= fraction), subset(known, fraction, draw=2, track=track))
+        subset = draw_subset(known, fraction, draw=2, sampling_unit=sampling_unit)
+        assert np.array_equal(np.flatnonzero(smallest <= fraction), subset)
     assert np.isnan(smallest).any()
 
 
-def test_patches_without_any_class_are_drawn_like_others_and_none_at_all_is_refused() -> None:
+def test_patches_without_classes_are_drawn_and_no_patches_raise() -> None:
     known = patches(domains=3)
     bare = LabelledPatches(known.keys, known.rois, known.domains, known.classes, np.zeros_like(known.pixels))
-    assert len(subset(bare, 0.1, draw=0, track="patch")) == int(np.ceil(0.1 * len(bare)))
+    assert len(draw_subset(bare, 0.1, draw=0, sampling_unit="patch")) == int(np.ceil(0.1 * len(bare)))
     with pytest.raises(InputError, match="no labelled patch"):
-        subset(bare.take(np.array([], int)), 0.1, draw=0, track="patch")
+        draw_subset(bare.take(np.array([], int)), 0.1, draw=0, sampling_unit="patch")
 
 
 @given(st.integers(0, 30), st.floats(0.01, 0.6))
 @settings(max_examples=30, deadline=None)
-def test_disjoint_validation_is_of_whole_regions_in_every_domain(seed: int, share: float) -> None:
+def test_disjoint_validation_takes_whole_regions_in_every_domain(seed: int, share: float) -> None:
     known = patches(domains=5, regions=8, seed=seed)
-    chosen = disjoint_regions(known.rois, known.domains, share)
+    chosen = disjoint_validation_mask(known.rois, known.domains, share)
     assert not set(known.rois[chosen]) & set(known.rois[~chosen])
     for name in np.unique(known.domains):
         here = known.domains == name

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 import torch
-from tiny_task import AERIAL, COSIA, DECODER, LPIS, SWIN, UTAE
+from tiny_segmentation import AERIAL, COSIA, DECODER, LPIS, SWIN, UTAE
 
 from bocage import recipes
-from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.evaluation.evaluate import compute_confusions, labelled_rows
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.models.segmentation import load_segmentation, save_segmentation
 from bocage.finetune.models.supervision import TaskConfig
 from bocage.finetune.train import build_task, finetune
@@ -86,7 +86,7 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
             assert file.bounds == pytest.approx(image.bounds)
             assert "Lambert" in file.crs.to_wkt()
             predicted = file.read(1)
-        # The same model on the same patches: the files say what the run measured.
+        # The same model on the same patches gives the files that the run wrote.
         assert (run / "predictions" / f"{row['key']}.tif").read_bytes() == (
             tmp_path / "maps" / f"{row['key']}.tif"
         ).read_bytes()
@@ -96,16 +96,20 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
 
     (tmp_path / "file").touch()
     assert main(["predict", str(run), str(shards), str(tmp_path / "file")]) == 2
-    assert "cannot be made a folder" in capsys.readouterr().err
+    assert "cannot create the folder" in capsys.readouterr().err
 
-    # A finished run that is started again trains nothing and says the same.
+    # A finished run that is started again trains nothing and returns the same scores.
     again = finetune(config(shards, run))
     assert again["valid"] == result["valid"]
     assert "complete" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("key", "still"), [("encoder_lr_scale", ("encoders",)), ("fusion_lr_scale", ("fusion", "absent"))])
-def test_parts_learn_at_rates_of_their_own(simulated: Path, tmp_path: Path, key: str, still: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("key", "frozen"), [("encoder_lr_scale", ("encoders",)), ("fusion_lr_scale", ("fusion", "absent"))]
+)
+def test_encoders_and_fusion_have_their_own_learning_rates(
+    simulated: Path, tmp_path: Path, key: str, frozen: tuple[str, ...]
+) -> None:
     torch.set_num_threads(1)
     settings = config(simulated, tmp_path, modalities=["SPOT_RGBI", "SENTINEL2_TS"], predictions=0, **{key: 0.0})
     torch.manual_seed(settings.engine.seed)
@@ -113,14 +117,14 @@ def test_parts_learn_at_rates_of_their_own(simulated: Path, tmp_path: Path, key:
     finetune(settings)
     after = dict(load_segmentation(tmp_path / "model").model.named_parameters())
     moved = {name.partition(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
-    assert moved == {"encoders", "fusion", "absent", "decoders"} - set(still)
+    assert moved == {"encoders", "fusion", "absent", "decoders"} - set(frozen)
 
 
-def test_sources_of_patches_that_are_none(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_sources_of_patches_raise(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_segmentation(build_task(config(shards, tmp_path), Manifest.open(shards)), tmp_path / "model")
     (tmp_path / "empty").mkdir()
     for source, out, sentence in (
-        (tmp_path / "empty", "out", "holds neither shards (dataset.json) nor a FLAIR-HUB tree"),
+        (tmp_path / "empty", "out", "has neither shards (dataset.json) nor a FLAIR-HUB tree"),
         (next(shards.glob("*.tar")), "out", "is a file: give the folder of shards"),
         (shards, shards, "is where the patches are: give another folder for the maps"),
     ):
@@ -128,7 +132,7 @@ def test_sources_of_patches_that_are_none(shards: Path, tmp_path: Path, capsys: 
         assert sentence in capsys.readouterr().err
 
 
-def test_patches_of_which_a_model_sees_nothing_get_no_map(
+def test_patches_without_the_sensors_of_the_model_are_skipped(
     simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = build_task(config(simulated, tmp_path, modalities=["SPOT_RGBI"]), Manifest.open(simulated))
@@ -138,15 +142,13 @@ def test_patches_of_which_a_model_sees_nothing_get_no_map(
     for source in (simulated, simulated.parent / "tree"):
         out = tmp_path / source.name
         assert main(["predict", str(tmp_path), str(source), str(out), "--preview", "0"]) == 0
-        assert (
-            f"{(~held).sum()} of {len(held)} patches left out: they have none of the sensors" in capsys.readouterr().err
-        )
+        assert f"{(~held).sum()} of {len(held)} patches left out" in capsys.readouterr().err
         assert len(list(out.glob("*.tif"))) == held.sum()
 
 
 # Some twenty seconds: three processes load torch.
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_measures(simulated: Path, tmp_path: Path) -> None:
+def test_two_ranks_compute_the_same_confusions_as_one(simulated: Path, tmp_path: Path) -> None:
     words = ["recipe=finetune_quickstart", f"shards={simulated}", "modalities=[SPOT_RGBI]", "split=all", "workers=0"]
     words += ["engine.steps=1", "engine.optimizer.learning_rate=1e-12", "predictions=0", "pictures=0"]
     words += ["engine.optimizer.warmup_steps=1"]
@@ -191,7 +193,7 @@ def test_crops_from_series_with_gaps(simulated: Path, tmp_path: Path) -> None:
 
 
 def test_two_labels_from_shards_to_maps_and_tables(simulated: Path, tmp_path: Path) -> None:
-    # Some seconds: a real run with two labels, sensors that go and come, and everything it writes.
+    # Some seconds: a real run with two labels, modality dropout, and all outputs.
     torch.set_num_threads(1)
     run = tmp_path / "run"
     chosen = config(
@@ -238,7 +240,7 @@ def test_two_labels_from_shards_to_maps_and_tables(simulated: Path, tmp_path: Pa
     assert not list((tmp_path / "maps").rglob("*.png"))
 
 
-def test_a_tree_is_predicted_like_its_shards(
+def test_a_tree_gives_the_same_predictions_as_its_shards(
     simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -322,12 +324,12 @@ def test_wrong_input_is_refused_before_any_work(
         ({"batch_size": 1, "decoder": replace(DECODER, norm="batch")}, "decoder.norm=group"),
     ],
 )
-def test_impossible_values_are_named(changes: dict[str, object], key: str) -> None:
+def test_invalid_values_are_named(changes: dict[str, object], key: str) -> None:
     with pytest.raises(ValueError, match=key):
         config(Path("s"), Path("o"), **changes)
 
 
-def test_evaluation_counts_every_patch_once_whatever_the_batch(shards: Path, tmp_path: Path) -> None:
+def test_evaluation_counts_every_patch_once_for_any_batch_size(shards: Path, tmp_path: Path) -> None:
     manifest = Manifest.open(shards)
     settings = config(shards, tmp_path)
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_task import AERIAL, DECODER, DEM, S1, S2, batch, encoders, task
+from tiny_segmentation import AERIAL, DECODER, DEM, S1, S2, batch, encoders, task
 from torch.nn.functional import conv2d, interpolate
 
 from bocage.finetune.models.uperfuse import Fusion, UPerFuse
@@ -39,9 +39,9 @@ def test_fusion_equals_one_convolution_over_the_resized_concatenation() -> None:
         maps = []
         for name in names:
             item, encoder = given[name], net.encoder(name)
-            own = encoder.features(item.values, item.dates, item.padding)
-            # Three U-TAE maps on four stages, deepest first; images one to one.
-            values = own[stage] if not encoder.spec.series else own[[2, 1, 1, 0][stage]]
+            features = encoder.features(item.values, item.dates, item.padding)
+            # The three U-TAE maps go to four stages, deepest first; maps of images go one to one.
+            values = features[stage] if not encoder.spec.series else features[[2, 1, 1, 0][stage]]
             maps.append(interpolate(values, size=fused.shape[-2:], mode="bilinear", align_corners=False))
         convolution = net.fusion.conv_f[stage]
         assert isinstance(convolution, torch.nn.Conv2d)
@@ -81,7 +81,7 @@ def test_any_subset_gives_logits_at_label_size(names: tuple[str, ...], grids: li
     assert (net.fusion is None) == (len(names) == 1)
 
 
-def test_each_sample_is_predicted_as_if_it_were_alone() -> None:
+def test_a_sample_does_not_affect_the_prediction_of_another() -> None:
     names = (AERIAL, S2)
     net = with_random_tokens(model(*names))
     held: list[tuple[str, ...]] = [names, (AERIAL,), (S2,), ()]
@@ -103,7 +103,7 @@ def test_each_sample_is_predicted_as_if_it_were_alone() -> None:
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_modality_that_is_not_in_the_batch_is_absent_for_all() -> None:
+def test_a_modality_missing_from_the_batch_is_absent_from_all_samples() -> None:
     names = (AERIAL, S2)
     net = with_random_tokens(model(*names))
     given = inputs_of(net, batch((S2,), (S2,), inputs=names))
@@ -122,7 +122,7 @@ def test_absent_samples_do_not_reach_batch_statistics() -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-def test_tokens_always_have_a_gradient_and_stand_in_for_what_is_absent() -> None:
+def test_tokens_replace_absent_modalities_and_always_have_a_gradient() -> None:
     names = (AERIAL, S2)
     net = model(*names)
     net(inputs_of(net, batch(names, names, inputs=names)), SIDE, 64).logits["land"].square().mean().backward()
@@ -133,8 +133,8 @@ def test_tokens_always_have_a_gradient_and_stand_in_for_what_is_absent() -> None
     assert not any(parameter.grad.any() for parameter in net.absent[AERIAL].parameters())
 
 
-def test_maps_lie_on_the_ground() -> None:
-    """Turning the ground by half a circle turns the fused series maps by half a circle, wherever grids differ."""
+def test_fused_maps_are_aligned_with_the_ground() -> None:
+    """Rotating the input by 180 degrees rotates the fused series maps by 180 degrees, although grids differ."""
     net = model("SPOT_RGBI", S2)
     assert net.fusion is not None
     given = inputs_of(net, batch((S2,), inputs=("SPOT_RGBI", S2)))
@@ -155,7 +155,7 @@ def test_series_before_an_image_and_no_modality_are_refused() -> None:
         UPerFuse({}, {"land": 3}, DECODER)
 
 
-def test_unread_official_parameters_do_not_train() -> None:
+def test_unused_official_parameters_are_frozen() -> None:
     names = [name for name, parameter in task(AERIAL).named_parameters() if not parameter.requires_grad]
     assert names
     assert all(".fpn_stages.4." in name for name in names)
@@ -181,14 +181,14 @@ def test_auxiliary_decoders_learn_from_the_samples_that_have_the_sensor() -> Non
         UPerFuse(encoders(AERIAL), {"land": 4}, DECODER, auxiliary=(DEM,))
 
 
-def test_an_auxiliary_decoder_with_batch_statistics_sits_out_a_lone_sample() -> None:
+def test_an_auxiliary_decoder_with_batch_norm_skips_a_single_sample() -> None:
     names = (AERIAL, S2)
     net = UPerFuse(encoders(*names), {"land": 4}, UPerNetConfig(pyramid_width=32, width=16), auxiliary=names).train()
     given = inputs_of(net, batch((AERIAL,), names, inputs=names))
     assert net(given, SIDE, 64).auxiliary["land"].keys() == {AERIAL}
 
 
-def test_the_official_face_refuses_samples_that_lack_a_sensor() -> None:
+def test_the_official_model_refuses_samples_that_lack_a_sensor() -> None:
     names = (AERIAL, S2)
     net = UPerFuse(encoders(*names), {"land": 4}, DECODER, official=True).eval()
     assert not list(net.absent.parameters())

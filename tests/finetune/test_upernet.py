@@ -16,7 +16,7 @@ ENCODER = "encoders.AERIAL_RGBI.seg_model.model."
 SWIN_TINY = (96, 192, 384, 768)
 
 
-def golden_draws():  # type: ignore[no-untyped-def]
+def golden_module():  # type: ignore[no-untyped-def]
     spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
     assert spec is not None
     assert spec.loader is not None
@@ -33,7 +33,7 @@ def test_names_and_shapes_are_those_of_the_official_weights() -> None:
 
 
 def test_logits_equal_those_of_the_official_code() -> None:
-    golden = golden_draws()
+    golden = golden_module()
     encoder = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=128).eval()
     encoder.load_state_dict({name: golden.fill(ENCODER + name, value) for name, value in encoder.state_dict().items()})
     decoder = UPerNet(SWIN_TINY, 19, UPerNetConfig()).eval()
@@ -48,7 +48,7 @@ def test_logits_equal_those_of_the_official_code() -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 5), (1, 1)])
-def test_smoothing_is_enlarging_twofold_and_reducing_again(size: tuple[int, int]) -> None:
+def test_smoothing_equals_upsampling_twofold_and_downsampling(size: tuple[int, int]) -> None:
     values = torch.randn(2, 3, *size, dtype=torch.float64)
     large = interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
     expected = interpolate(large, size=size, mode="bilinear", align_corners=False)
@@ -56,7 +56,7 @@ def test_smoothing_is_enlarging_twofold_and_reducing_again(size: tuple[int, int]
 
 
 @pytest.mark.parametrize("width", [16, 24, 64])
-def test_group_norm_trains_with_one_sample_and_learns_from_pooled_maps(width: int) -> None:
+def test_group_norm_trains_with_one_sample_and_gives_pooled_maps_a_gradient(width: int) -> None:
     torch.manual_seed(0)
     decoder = UPerNet((32, width), 5, UPerNetConfig(pyramid_width=32, width=16, norm="group")).train()
     decoder([torch.randn(1, 32, 8, 8), torch.randn(1, width, 4, 4)]).square().mean().backward()

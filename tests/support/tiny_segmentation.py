@@ -1,4 +1,4 @@
-"""Small encoders and a small world whose classes both sensors can tell: what the tests of this folder train on."""
+"""Small encoders and synthetic samples whose classes all sensors can distinguish, for tests of fine-tuning."""
 
 from dataclasses import replace
 from typing import Any
@@ -65,7 +65,7 @@ def task(
 
 
 def sample(index: int, held: tuple[str, ...]) -> Sample:
-    """A checkerboard of 5 x 5 cells of three classes, seen by the sensors that it holds."""
+    """A checkerboard of 5 x 5 cells of three classes, as observed by the given sensors."""
     random = np.random.default_rng(index)
     cells = random.integers(0, len(CLASSES), (5, 5))
     grey = np.array([20, 128, 236])[cells]
@@ -73,9 +73,9 @@ def sample(index: int, held: tuple[str, ...]) -> Sample:
     for name in held:
         modality = FLAIR_HUB[name]
         size = round(WINDOW.side / modality.gsd)
-        place = np.minimum(np.arange(size) * 5 // size, 4)
-        seen = (grey if modality.is_input else np.array(CLASSES)[cells])[place[:, None], place[None, :]]
-        array = np.broadcast_to(seen, (len(modality.bands), size, size))
+        cell = np.minimum(np.arange(size) * 5 // size, 4)
+        image = (grey if modality.is_input else np.array(CLASSES)[cells])[cell[:, None], cell[None, :]]
+        array = np.broadcast_to(image, (len(modality.bands), size, size))
         if modality.has_time_axis:
             array = np.broadcast_to(array, (3 + index % 2, *array.shape))
             dates[name] = np.arange(len(array), dtype=np.int32) * 30
@@ -84,7 +84,7 @@ def sample(index: int, held: tuple[str, ...]) -> Sample:
 
 
 def batch(*held: tuple[str, ...], inputs: tuple[str, ...], labels: tuple[str, ...] = (COSIA,)) -> Batch:
-    """One sample for each tuple of modalities that it holds, with places for all ``inputs``."""
+    """Collate one sample per tuple of modalities that it has; all ``inputs`` are in the batch."""
     samples = [sample(index, (*names, *labels)) for index, names in enumerate(held)]
     wanted = required_modalities(FLAIR_HUB, list(inputs), list(labels))
     return collate(samples, wanted)
@@ -104,5 +104,5 @@ def trained(model: Segmentation, data: Batch, steps: int, learning_rate: float =
         optimizer.step()
     model.eval()
     predicted = model.predict(data)
-    right = [predicted[name] == target.truth(data) for name, target in model.targets.items()]
-    return float(torch.stack(right).float().mean())
+    correct = [predicted[name] == target.truth(data) for name, target in model.targets.items()]
+    return float(torch.stack(correct).float().mean())
