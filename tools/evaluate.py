@@ -1,4 +1,4 @@
-"""``bocage evaluate RUN SHARDS OUT``: scores of a fine-tuned model on any patches, also without each of its sensors."""
+"""``bocage evaluate RUN SHARDS OUT``: score a fine-tuned model, also with some of its sensors removed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.table import Table
 
 from bocage.finetune.evaluation.evaluate import (
     Confusions,
+    classification_report,
     compute_confusions,
     labelled_rows,
     rows_with_all_modalities,
     sensor_ablations,
-    classification_report,
     write_results,
 )
 from bocage.finetune.models.segmentation import load_segmentation
@@ -29,59 +29,60 @@ from bocage.ssl.engine.parallel.distributed import build_accelerator, is_main
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
 
-_PATIENCE = 1800.0  # seconds that ranks wait for each other
+_RANK_TIMEOUT = 1800.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of the command."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
     parser.add_argument("shards", metavar="SHARDS", help="folder that `bocage shard` wrote, or its address")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for metrics.json, tables and pictures")
     parser.add_argument("--split", default=EVERY_SAMPLE, metavar="COLUMN", help="e.g. split_1 (default: all patches)")
     parser.add_argument("--value", help="with --split: its value (default: test)")
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="MODALITY", help="sensors that the model shall not see"
+        "--without", nargs="+", default=[], metavar="MODALITY", help="sensors to remove from the model's inputs"
     )
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="also without each of the sensors, and with each of them alone, all on the patches that have every sensor",
+        help="also score without each sensor and with each one alone, on the patches that have all sensors",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="patches at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=non_negative_int, default=0, help="reading processes (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="patches per batch (default: %(default)s)")
+    parser.add_argument("--workers", type=non_negative_int, default=0, help="DataLoader workers (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print the scores and leave them in files."""
+    """Score the model, print the scores and write them to files."""
     task = load_segmentation(arguments.run_folder / "model")
     manifest = open_shards(arguments.shards)
     if unknown := [name for name in arguments.without if name not in task.modalities]:
         raise InputError(f"--without {unknown[0]}: the model reads {', '.join(task.modalities)}")
-    seen = [name for name in task.modalities if name not in arguments.without and name in manifest.registry]
+    inputs = [name for name in task.modalities if name not in arguments.without and name in manifest.registry]
     if lacking := [name for name in (*task.modalities, *task.labels) if name not in manifest.registry]:
-        print(f"bocage: {manifest.path} has no {', '.join(lacking)}: measuring without", file=sys.stderr)
-    sets = {"all" if not arguments.without else f"without {' '.join(arguments.without)}": seen}
+        print(f"bocage: {manifest.path} has no {', '.join(lacking)}: scoring without", file=sys.stderr)
+    sensor_sets = {"all" if not arguments.without else f"without {' '.join(arguments.without)}": inputs}
     if arguments.missing:
-        sets |= sensor_ablations(seen, arguments.without)
-    if not seen or (task.model.official and (arguments.without or arguments.missing)):
-        why = "the official architecture needs all its sensors" if seen else "nothing is left for the model to see"
-        raise InputError(f"--without, --missing: {why}")
+        sensor_sets |= sensor_ablations(inputs, arguments.without)
+    if not inputs or (task.model.official and (arguments.without or arguments.missing)):
+        reason = "the official architecture needs all its sensors" if inputs else "the model has no input left"
+        raise InputError(f"--without, --missing: {reason}")
     patches = ShardPatches(manifest)
     value = split_value(arguments.split != EVERY_SAMPLE, arguments.value)
-    rows = labelled_rows(patches, task, arguments.split, value, only=seen)
+    rows = labelled_rows(patches, task, arguments.split, value, modalities=inputs)
     if arguments.missing:
-        every, rows = len(rows), rows_with_all_modalities(patches, rows, seen)
+        total, rows = len(rows), rows_with_all_modalities(patches, rows, inputs)
         if not len(rows):
-            raise InputError(f"--missing: no patch has all of {', '.join(seen)}, on which sets of sensors are compared")
-        if len(rows) < every:
-            print(f"bocage: {every - len(rows)} of {every} patches left out: they lack a sensor", file=sys.stderr)
-    accelerator = build_accelerator("fp32", "none", arguments.out, _PATIENCE)
+            raise InputError(f"--missing: no patch has all of {', '.join(inputs)}, which the comparison needs")
+        if len(rows) < total:
+            print(f"bocage: {total - len(rows)} of {total} patches left out: they lack a sensor", file=sys.stderr)
+    accelerator = build_accelerator("fp32", "none", arguments.out, _RANK_TIMEOUT)
     task = task.to(accelerator.device).eval()
     parts: dict[str, Confusions] = {}
     world = accelerator.num_processes
     with ProgressBars(active=is_main()) as bars:
-        for name, only in sets.items():
-            if same := next((part for part in parts if sets[part] == only), None):  # of two sensors
+        for name, modalities in sensor_sets.items():
+            # With two sensors, "without A" equals "only B".
+            if same := next((other for other in parts if sensor_sets[other] == modalities), None):
                 parts[name] = parts[same]
                 continue
             bar = bars.add(name, "patches", len(rows))
@@ -91,33 +92,36 @@ def run(arguments: argparse.Namespace) -> int:
                 rows,
                 batch_size=arguments.batch_size,
                 workers=arguments.workers,
-                only=only,
+                modalities=modalities,
                 progress=lambda done, bar=bar: bar.update(min(done * world, len(rows))),  # type: ignore[misc]
             )
     if is_main():
-        _leave(arguments.out, parts, len(rows))
-    accelerator.wait_for_everyone()  # ranks leave together: gloo aborts when a peer goes first
+        _write_and_print(arguments.out, parts, len(rows))
+    accelerator.wait_for_everyone()  # gloo aborts when a rank exits before the others
     return 0
 
 
-def _leave(out: Path, parts: dict[str, Confusions], patches: int) -> None:
+def _write_and_print(out: Path, parts: dict[str, Confusions], patches: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_results(out, parts)
-        metrics = {part: {name: classification_report(matrix) for name, matrix in found.items()} for part, found in parts.items()}
+        metrics = {
+            part: {name: classification_report(matrix) for name, matrix in confusions.items()}
+            for part, confusions in parts.items()
+        }
         with atomic_write(out / "metrics.json") as path:
             path.write_text(json.dumps({"patches": patches, **metrics}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     console = Console()
-    for label in next(iter(metrics.values())):  # a table each: names of sensors and labels side by side are too wide
+    for label in next(iter(metrics.values())):  # one table per label, since a common one would be too wide
         table = Table(title=f"{label}, {patches} patches")
         table.add_column("sensors", no_wrap=True)
         for name in ("mIoU strict", "mIoU official", "OA strict", "OA official"):
             table.add_column(name, justify="right")
-        for part, found in metrics.items():
-            strict, official = found[label]["strict"], found[label]["official"]
-            figures = (strict["miou"], official["miou"], strict["oa"], official["oa"])
-            table.add_row(part, *(f"{figure:.2f}" for figure in figures))
+        for part, by_label in metrics.items():
+            strict, official = by_label[label]["strict"], by_label[label]["official"]
+            scores = (strict["miou"], official["miou"], strict["oa"], official["oa"])
+            table.add_row(part, *(f"{score:.2f}" for score in scores))
         console.print(table)
     print(f"scores: {out / 'metrics.json'}")

@@ -1,4 +1,4 @@
-"""``bocage predict RUN SOURCE OUT``: label maps of a fine-tuned model as GeoTIFFs."""
+"""``bocage predict RUN SOURCE OUT``: write the label maps of a fine-tuned model as GeoTIFFs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bocage.finetune.evaluation.predict import predictable_rows, predict_patches
+from bocage.finetune.evaluation.predict import predict_patches, predictable_rows
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import DATASET_FILE
@@ -22,7 +22,7 @@ from bocage.tools.cli.progress import ProgressBars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of the command."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
     parser.add_argument(
         "source", metavar="SOURCE", help="folder that `bocage shard` wrote or its address, or a FLAIR-HUB tree"
@@ -32,19 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
     )
     parser.add_argument("--value", help="with --split: its value (default: test)")
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="patches at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="patches per batch (default: %(default)s)")
     parser.add_argument(
         "--preview",
         type=non_negative_int,
         default=6,
         metavar="N",
-        help="rows of panels.png, with input, label, prediction and errors; 0 for no picture (default: %(default)s)",
+        help="patches in panels.png, with input, label, prediction and errors; 0: no picture (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=non_negative_int, default=0, help="reading processes (default: %(default)s)")
+    parser.add_argument("--workers", type=non_negative_int, default=0, help="DataLoader workers (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Predict and say where the files are."""
+    """Write the maps and print their folder."""
     task = load_segmentation(arguments.run_folder / "model")
     patches = _patches(arguments.source, task)
     rows = np.arange(len(patches))
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = patches.split(arguments.split, value)
     rows = predictable_rows(task, patches, rows)
     if arguments.out.resolve() == Path(arguments.source).resolve():
-        raise InputError(f"{arguments.out} is where the patches are: give another folder for the maps")
+        raise InputError(f"{arguments.out} is the folder of the patches: give another folder for the maps")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with ProgressBars() as bars:
         bar = bars.add("predicting", "patches", len(rows))
@@ -73,16 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _patches(source: str, task: Segmentation) -> Patches:
-    """Patches of shards, or of a tree where the folder holds one."""
+    """Open shards or a FLAIR-HUB tree."""
     folder = Path(source)
     if folder.is_file():
-        raise InputError(f"{source} is a file: give the folder of shards or of a FLAIR-HUB tree that it lies in")
+        raise InputError(f"{source} is a file: give the folder of the shards or of the FLAIR-HUB tree")
     if folder.is_dir() and not (folder / DATASET_FILE).exists() and not any(map(FOLDER.match, os.listdir(folder))):
         raise InputError(
-            f"{source} holds neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders as D012-2019_AERIAL_RGBI): "
-            "give the folder that has them"
+            f"{source} has neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders like D012-2019_AERIAL_RGBI): "
+            "give the folder that contains them"
         )
     if not (folder.is_dir() and any(FOLDER.match(name) for name in os.listdir(folder))):
         return ShardPatches(open_shards(source))
-    wanted = [*task.modalities, *task.quality_masks.values(), *task.labels]
-    return TreePatches(Catalogue.open(folder, modalities=wanted))
+    modalities = [*task.modalities, *task.quality_masks.values(), *task.labels]
+    return TreePatches(Catalogue.open(folder, modalities=modalities))

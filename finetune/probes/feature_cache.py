@@ -1,7 +1,7 @@
-"""Dense features of frozen encoders, and labels, on cells of the ground, kept in files that every probe reads.
+"""Cache dense features of frozen encoders, and labels, on a grid of ground cells.
 
-Features of a patch depend on nothing but the encoder and the patch, so they are computed once: a folder for each
-encoder and set of shards, with files of some hundred patches. An interrupted computation goes on where it stopped.
+Features depend only on the encoder and the patch, so they are computed once. Each encoder and set of shards has a
+folder with files of 256 patches. An interrupted computation resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,64 +28,64 @@ from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.evaluation.probe import majority_class, present_features
 
-_PATCHES = 256  # of a file
+_PATCHES_PER_FILE = 256
 
 
 class PatchTensorStore:
-    """Tensors of patches by key, in files of some hundred.
+    """Store one tensor per patch key in safetensors files.
 
     Args:
-        folder: made when something is added.
+        folder: folder of the files, created by the first ``add``.
 
     Raises:
-        InputError: a file that is not as this class writes it.
+        InputError: a file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._location: dict[str, tuple[Path, int]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
                     keys = json.loads((file.metadata() or {})["keys"])
             except (SafetensorError, KeyError, ValueError, OSError) as error:
-                raise InputError(f"{path}: not a file of features: {error}; delete it, and it is made again") from error
-            self._places |= {key: (path, index) for index, key in enumerate(keys)}
+                raise InputError(f"{path}: not a file of features: {error}; delete it to compute it again") from error
+            self._location |= {key: (path, index) for index, key in enumerate(keys)}
 
     def missing(self, keys: Sequence[str]) -> list[int]:
-        """Places of those of the ``keys`` that are not there."""
-        return [place for place, key in enumerate(keys) if key not in self._places]
+        """Return the indices of the ``keys`` that are not stored."""
+        return [index for index, key in enumerate(keys) if key not in self._location]
 
     def add(self, keys: Sequence[str], values: torch.Tensor) -> None:
-        """Keep ``values[i]`` of (N, ...) as those of ``keys[i]``, in one more file."""
+        """Store ``values``, (N, ...), under N ``keys`` in a new file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-        final = self.folder / f"{name}.safetensors"
-        with atomic_write(final, concurrent=True) as path:  # cells of a study may share a folder
+        file = self.folder / f"{name}.safetensors"
+        with atomic_write(file, concurrent=True) as path:  # runs of a study share the folder
             save_file({"values": values.contiguous()}, path, {"keys": json.dumps(list(keys))})
-        self._places |= {key: (final, index) for index, key in enumerate(keys)}
+        self._location |= {key: (file, index) for index, key in enumerate(keys)}
 
     def read(self, keys: Sequence[str]) -> torch.Tensor:
-        """The values of N ``keys``, (N, ...), in that order."""
-        by_file: dict[Path, list[int]] = {}
-        for place, key in enumerate(keys):
-            by_file.setdefault(self._places[key][0], []).append(place)
-        found: torch.Tensor | None = None
-        for path, places in by_file.items():
+        """Read the tensors of N ``keys`` as one tensor, (N, ...), in the order of the keys."""
+        positions_by_file: dict[Path, list[int]] = {}
+        for position, key in enumerate(keys):
+            positions_by_file.setdefault(self._location[key][0], []).append(position)
+        values: torch.Tensor | None = None
+        for path, positions in positions_by_file.items():
             with safe_open(path, "pt") as file:
-                stored = file.get_slice("values")  # few of many patches may be wanted
-                for place in places:
-                    index = self._places[keys[place]][1]
-                    values = stored[index : index + 1]
-                    if found is None:
-                        found = values.new_empty(len(keys), *values.shape[1:])
-                    found[place] = values[0]
-        assert found is not None
-        return found
+                stored = file.get_slice("values")  # reads only the requested patches
+                for position in positions:
+                    index = self._location[keys[position]][1]
+                    value = stored[index : index + 1]
+                    if values is None:
+                        values = value.new_empty(len(keys), *value.shape[1:])
+                    values[position] = value[0]
+        assert values is not None
+        return values
 
 
 def encoder_digest(encoder: Encoder) -> str:
-    """What decides an encoder's features: a SHA-256 of its weights, input and architecture."""
+    """Compute the SHA-256 of an encoder's weights, input specification and architecture."""
     digest = hashlib.sha256(json.dumps([encoder.spec.to_json(), asdict(encoder.config)]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -94,12 +94,12 @@ def encoder_digest(encoder: Encoder) -> str:
 
 
 class DenseFeatureCache:
-    """Features and labels of patches on a grid of cells.
+    """Compute and cache features and labels of patches on a grid of cells.
 
     Args:
-        root: of the files; what is there of the same encoders and shards is used.
-        manifest: of the shards.
-        cell: side of a cell, metres, rounded so that cells divide a patch.
+        root: folder of the cache; entries of the same encoders and shards are reused.
+        manifest: manifest of the shards.
+        cell: side of a cell in metres, rounded so that cells divide a patch.
     """
 
     def __init__(self, root: Path, manifest: Manifest, cell: float) -> None:
@@ -115,9 +115,17 @@ class DenseFeatureCache:
         workers: int,
         progress: Callable[[int], None] | None = None,
     ) -> PatchTensorStore:
-        """(C, cells, cells) float16 features of rows of the manifest, zeros for patches without the sensor.
+        """Return the features of patches, (C, cells, cells) float16 each; zeros for patches without the sensor.
 
-        All maps of the encoder, averaged over cells or interpolated to them, each normalised over its channels.
+        All feature maps of the encoder are averaged over cells or interpolated to them. Each map is normalised over
+        its channels.
+
+        Args:
+            encoder: frozen encoder.
+            rows: (N,) int64 rows of the manifest.
+            batch_size: patches per batch.
+            workers: DataLoader workers.
+            progress: callback that receives the number of finished patches.
         """
         name = encoder.spec.modality
         registry = self.manifest.registry
@@ -125,53 +133,62 @@ class DenseFeatureCache:
         width = sum(encoder.widths)
 
         @torch.no_grad()
-        def of(batch: Batch) -> torch.Tensor:
-            given = encoder_inputs(batch, {name: encoder.spec}, masks, random_orientation=False)[name]
-            found = torch.zeros(len(batch), width, self.cells, self.cells, dtype=torch.float16)
-            there, values = present_features(encoder, given, self.cells)
-            found[there.cpu()] = values.to("cpu", torch.float16)
-            return found
+        def compute_features(batch: Batch) -> torch.Tensor:
+            inputs = encoder_inputs(batch, {name: encoder.spec}, masks, random_orientation=False)[name]
+            features = torch.zeros(len(batch), width, self.cells, self.cells, dtype=torch.float16)
+            present, values = present_features(encoder, inputs, self.cells)
+            features[present.cpu()] = values.to("cpu", torch.float16)
+            return features
 
         device = next(encoder.parameters()).device
         folder = f"{name}-{encoder_digest(encoder)[:16]}"
         modalities = required_modalities(registry, [name], [])
-        return self._of(folder, rows, modalities, of, device, batch_size, workers, progress)
+        return self._complete(folder, rows, modalities, compute_features, device, batch_size, workers, progress)
 
     def labels(self, target: Target, rows: np.ndarray, *, batch_size: int, workers: int) -> PatchTensorStore:
-        """(cells, cells) int16 of rows of the manifest, (N,) int64: the commonest scored class of a cell, or -1."""
+        """Return the labels of patches, (cells, cells) int16 each: the majority scored class of a cell, or -1.
 
-        def of(batch: Batch) -> torch.Tensor:
-            found = majority_class(target.truth(batch), target.scheme, self.cells)
-            found[~batch.present[target.name]] = -1
-            return found.to(torch.int16)
+        Args:
+            target: label to read.
+            rows: (N,) int64 rows of the manifest.
+            batch_size: patches per batch.
+            workers: DataLoader workers.
+        """
+
+        def compute_labels(batch: Batch) -> torch.Tensor:
+            labels = majority_class(target.truth(batch), target.scheme, self.cells)
+            labels[~batch.present[target.name]] = -1
+            return labels.to(torch.int16)
 
         folder = "-".join(filter(None, (target.name, str(target.band + 1), target.grouping)))
-        return self._of(folder, rows, [target.label], of, torch.device("cpu"), batch_size, workers, None)
+        return self._complete(
+            folder, rows, [target.label], compute_labels, torch.device("cpu"), batch_size, workers, None
+        )
 
-    def _of(
+    def _complete(
         self,
         folder: str,
         rows: np.ndarray,
         modalities: Sequence[Modality],
-        of: Callable[[Batch], torch.Tensor],
+        compute: Callable[[Batch], torch.Tensor],
         device: torch.device,
         batch_size: int,
         workers: int,
         progress: Callable[[int], None] | None,
     ) -> PatchTensorStore:
-        """Files of what ``of`` says of at least the patches of some rows; what is missing is computed."""
-        files = PatchTensorStore(self.root / self.manifest.digest[:16] / f"{folder}-{self.cells}")
+        """Return the store of a folder, after computing the patches of ``rows`` that it lacks."""
+        store = PatchTensorStore(self.root / self.manifest.digest[:16] / f"{folder}-{self.cells}")
         keys = self.manifest.column("key").take(rows).to_pylist()
-        wanted = files.missing(keys)
-        done = len(keys) - len(wanted)
-        for start in range(0, len(wanted), _PATCHES):
-            part = wanted[start : start + _PATCHES]
-            batches = evaluation_batches(self.manifest, rows[part], modalities, batch_size=batch_size, workers=workers)
-            found = []
+        missing = store.missing(keys)
+        done = len(keys) - len(missing)
+        for start in range(0, len(missing), _PATCHES_PER_FILE):
+            chunk = missing[start : start + _PATCHES_PER_FILE]
+            batches = evaluation_batches(self.manifest, rows[chunk], modalities, batch_size=batch_size, workers=workers)
+            values = []
             for batch in batches:
-                found.append(of(batch.to(device)))
+                values.append(compute(batch.to(device)))
                 done += len(batch)
                 if progress is not None:
                     progress(done)
-            files.add([keys[place] for place in part], torch.cat(found))
-        return files
+            store.add([keys[index] for index in chunk], torch.cat(values))
+        return store

@@ -1,4 +1,4 @@
-"""The model card of a published encoder, a function of the other files in its folder and of nothing else."""
+"""Render the model card of a published encoder from the other files of its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from bocage.ssl.encoders.export import CONFIG_FILE, WEIGHTS_FILE
-from bocage.ssl.encoders.hub import PREFIX
+from bocage.ssl.encoders.hub import HUB_PREFIX
 
 CARD_FILE = "README.md"
 FACTS_FILE = "metrics.json"
@@ -24,16 +24,16 @@ _PROBES = {"knn": "20 nearest neighbours", "linear": "logistic regression"}
 
 
 def render_card(folder: Path) -> str:
-    """The card of a folder with ``metrics.json``, ``config.json`` and ``preprocessing.json``, in Markdown.
+    """Render the card, in Markdown, from ``metrics.json``, ``config.json`` and ``preprocessing.json`` of a folder.
 
-    Its code is meant to be executed as it stands. Metrics in its header are those of its tables
+    The code in the card runs unchanged. The metrics in its header equal those in its tables
     (https://huggingface.co/docs/hub/model-cards#evaluation-results).
     """
-    facts, config, reading = (
+    facts, config, preprocessing = (
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in (FACTS_FILE, CONFIG_FILE, PREPROCESSING_FILE)
     )
-    template = resources.files("bocage.finetune").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    template = resources.files("bocage.finetune.publishing").joinpath("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -41,27 +41,32 @@ def render_card(folder: Path) -> str:
     environment.filters["number"] = lambda value: f"{value:,}"
     environment.filters["plain"] = lambda value: f"{value:g}"
     description = config["bocage"]
-    place = facts["place"]
+    address = facts["address"]
     return environment.from_string(template).render(
         header=_header(facts, description).to_yaml(),
         facts=facts,
         description=description,
         spec=description["input"],
-        reading=reading,
+        preprocessing=preprocessing,
         swin=description["architecture"] == "swin",
-        timm_source=f"hf-hub:{place.removeprefix(PREFIX)}" if place else "local-dir:.",
-        source=place or ".",
+        timm_source=f"hf-hub:{address.removeprefix(HUB_PREFIX)}" if address else "local-dir:.",
+        source=address or ".",
         side=round(facts["data"]["patch"] / description["input"]["gsd"]),
         probes=_PROBES,
-        files={"weights": WEIGHTS_FILE, "facts": FACTS_FILE, "reading": PREPROCESSING_FILE, "recipe": RECIPE_FILE},
+        files={
+            "weights": WEIGHTS_FILE,
+            "facts": FACTS_FILE,
+            "preprocessing": PREPROCESSING_FILE,
+            "recipe": RECIPE_FILE,
+        },
         years=_years(facts["data"]),
     )
 
 
 def _header(facts: dict[str, Any], description: dict[str, Any]) -> ModelCardData:
-    """What the hub reads of a card."""
+    """Build the metadata header that the hub reads."""
     terms, modality = facts["terms"], facts["modality"]
-    on_hub = bool(_HUB_NAME.fullmatch(terms["dataset"]))
+    is_hub_dataset = bool(_HUB_NAME.fullmatch(terms["dataset"]))
     results = [
         EvalResult(
             task_type="image-segmentation",
@@ -79,7 +84,7 @@ def _header(facts: dict[str, Any], description: dict[str, Any]) -> ModelCardData
         license=terms["license"],
         library_name="timm" if description["architecture"] == "swin" else "bocage",
         pipeline_tag="image-feature-extraction",
-        datasets=[terms["dataset"]] if on_hub else None,
+        datasets=[terms["dataset"]] if is_hub_dataset else None,
         tags=["earth-observation", "remote-sensing", "self-supervised", modality],
         model_name=f"{description['architecture']} of {modality}" if results else None,
         eval_results=results or None,

@@ -1,4 +1,4 @@
-"""Figures of a study, for light and dark pages: curves over the share of labels, differences, classes."""
+"""Draw the figures of a study for light and dark pages: learning curves, differences and classes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from matplotlib.ticker import NullLocator
 
 from bocage.finetune.study.results import Analysis
 
-# Markers and dashes tell starts apart without any colour.
-_SIZE = (5.2, 4.0)  # inches, of what stands two a row
+_SIZE = (5.2, 4.0)  # inches; two figures fit side by side
+# Markers and dashes distinguish initializations without colour.
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page, and of starts: those of Okabe & Ito, told apart by the colour-blind."""
+    """Colours of a page, and the colour-blind safe palette of Okabe & Ito for the initializations."""
 
     ink: str
     grid: str
     paper: str
-    starts: tuple[str, ...]
+    palette: tuple[str, ...]
 
 
 LIGHT = Theme(
@@ -38,13 +38,13 @@ DARK = Theme(
 )
 
 
-def percent(share: float) -> str:
-    """A share of labels as a reader writes it: ``0.1 %``, ``50 %``."""
-    return f"{100 * share:.3g} %"
+def percent(fraction: float) -> str:
+    """Format a fraction in percent: ``0.1 %``, ``50 %``."""
+    return f"{100 * fraction:.3g} %"
 
 
 def svg(figure: Figure) -> bytes:
-    """A figure as SVG without the date, so that the same results give the same bytes."""
+    """Render a figure as SVG without a date, so that equal results give equal bytes."""
     out = io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "bocage"}):
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
@@ -52,7 +52,7 @@ def svg(figure: Figure) -> bytes:
 
 
 def png(figure: Figure, theme: Theme) -> bytes:
-    """A figure as PNG on the page's colour."""
+    """Render a figure as PNG on the page's background colour."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150, facecolor=theme.paper, metadata={"Software": None})
     return out.getvalue()
@@ -72,12 +72,12 @@ def _figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-def _shares_axis(axis: Axes, shares: Sequence[float], theme: Theme) -> None:
+def _fractions_axis(axis: Axes, fractions: Sequence[float], theme: Theme) -> None:
     axis.set_xscale("log")
-    axis.set_xticks(shares, [percent(share) for share in shares])
+    axis.set_xticks(fractions, [percent(fraction) for fraction in fractions])
     axis.xaxis.set_minor_locator(NullLocator())
-    if len(shares) > 1:
-        axis.set_xlim(shares[0] / 1.35, shares[-1] * 1.35)
+    if len(fractions) > 1:
+        axis.set_xlim(fractions[0] / 1.35, fractions[-1] * 1.35)
     axis.set_xlabel("labelled patches")
     axis.grid(axis="y", color=theme.grid, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -91,25 +91,25 @@ def _legend(figure: Figure, axis: Axes, theme: Theme) -> None:
 
 
 def draw_curves(analysis: Analysis, mode: str, theme: Theme) -> Figure:
-    """Score of a mode over the share of labels, a line a start, with 95 % bands."""
+    """Draw the learning curves of a mode, one line per initialization, with 95 % bands."""
     figure, axis = _figure(theme, *_SIZE)
-    starts = list(analysis.study.starts)
-    shares: set[float] = set()
-    for (start, other), curve in analysis.curves.items():
-        if other != mode:
+    initializations = list(analysis.study.initializations)
+    fractions: set[float] = set()
+    for (initialization, curve_mode), curve in analysis.curves.items():
+        if curve_mode != mode:
             continue
-        number = starts.index(start) % len(theme.starts)
+        style = initializations.index(initialization) % len(theme.palette)
         points = sorted(curve)
-        shares.update(points)
-        intervals = np.array([curve[share].interval for share in points])
-        colour = theme.starts[number]
+        fractions.update(points)
+        intervals = np.array([curve[fraction].interval for fraction in points])
+        colour = theme.palette[style]
         if len(points) > 1:
             axis.fill_between(points, intervals[:, 0], intervals[:, 1], color=colour, alpha=0.18, linewidth=0)
         else:
             axis.vlines(points, intervals[:, 0], intervals[:, 1], color=colour)
-        values = [curve[share].value for share in points]
-        axis.plot(points, values, color=colour, marker=_MARKERS[number], linestyle=_DASHES[number], label=start)
-    _shares_axis(axis, sorted(shares), theme)
+        values = [curve[fraction].value for fraction in points]
+        axis.plot(points, values, color=colour, marker=_MARKERS[style], linestyle=_DASHES[style], label=initialization)
+    _fractions_axis(axis, sorted(fractions), theme)
     axis.set_title(mode, fontsize=11)
     axis.set_ylabel("mIoU (%)")
     _legend(figure, axis, theme)
@@ -117,27 +117,27 @@ def draw_curves(analysis: Analysis, mode: str, theme: Theme) -> Figure:
 
 
 def draw_differences(analysis: Analysis, mode: str, theme: Theme) -> Figure:
-    """Differences of a mode to the reference at each share, with 95 % intervals."""
+    """Draw the differences of a mode to the reference by fraction, with 95 % intervals."""
     figure, axis = _figure(theme, *_SIZE)
-    starts = list(analysis.study.starts)
-    found = [(start, curve) for (start, other), curve in analysis.differences.items() if other == mode]
-    shares = sorted({share for _, curve in found for share in curve})
+    initializations = list(analysis.study.initializations)
+    curves = [(name, curve) for (name, curve_mode), curve in analysis.differences.items() if curve_mode == mode]
+    fractions = sorted({fraction for _, curve in curves for fraction in curve})
     axis.axhline(0, color=theme.ink, linewidth=1)
-    for place, (start, curve) in enumerate(found):
-        number = starts.index(start) % len(theme.starts)
-        aside = 1.06 ** (place - (len(found) - 1) / 2)
-        for share, difference in curve.items():
+    for position, (initialization, curve) in enumerate(curves):
+        style = initializations.index(initialization) % len(theme.palette)
+        dodge = 1.06 ** (position - (len(curves) - 1) / 2)  # keeps markers of the same fraction apart
+        for fraction, difference in curve.items():
             low, high = difference.estimate.interval
-            axis.vlines(share * aside, low, high, color=theme.starts[number], linewidth=1.6)
+            axis.vlines(fraction * dodge, low, high, color=theme.palette[style], linewidth=1.6)
         axis.plot(
-            [share * aside for share in curve],
+            [fraction * dodge for fraction in curve],
             [difference.estimate.value for difference in curve.values()],
-            color=theme.starts[number],
-            marker=_MARKERS[number],
+            color=theme.palette[style],
+            marker=_MARKERS[style],
             linestyle="none",
-            label=start,
+            label=initialization,
         )
-    _shares_axis(axis, shares, theme)
+    _fractions_axis(axis, fractions, theme)
     axis.set_title(mode, fontsize=11)
     axis.set_ylabel(f"mIoU above {analysis.study.reference} (points)")
     _legend(figure, axis, theme)
@@ -145,29 +145,33 @@ def draw_differences(analysis: Analysis, mode: str, theme: Theme) -> Figure:
 
 
 def draw_classes(analysis: Analysis, mode: str, theme: Theme) -> Figure:
-    """IoU of every class above the reference, a column a start and share, a row a class; of one start, IoU itself."""
+    """Draw a heat map of class IoU, with a row per class and a column per initialization and fraction.
+
+    Values are differences to the reference. Without another initialization to compare, they are the IoU itself.
+    """
     study = analysis.study
-    curves = {start: curve for (start, other), curve in analysis.curves.items() if other == mode}
-    others = [start for start in curves if start != study.reference]
-    common = {share for start in others for share in curves[start] if share in curves.get(study.reference, {})}
-    compared = bool(common)
-    columns, cells = [], []
-    for start in others if compared else list(curves):
-        for share in curves[start]:
-            if compared and share not in common:
+    curves = {name: curve for (name, curve_mode), curve in analysis.curves.items() if curve_mode == mode}
+    others = [name for name in curves if name != study.reference]
+    common = {fraction for name in others for fraction in curves[name] if fraction in curves.get(study.reference, {})}
+    is_difference = bool(common)
+    columns, column_values = [], []
+    for initialization in others if is_difference else list(curves):
+        for fraction in curves[initialization]:
+            if is_difference and fraction not in common:
                 continue
-            values = analysis.classes(start, mode, share)
-            if compared:
-                values = values - analysis.classes(study.reference, mode, share)
-            columns.append(f"{start}\n{percent(share)}")
-            cells.append(values)
-    table = np.stack(cells, axis=1)
+            values = analysis.class_iou(initialization, mode, fraction)
+            if is_difference:
+                values = values - analysis.class_iou(study.reference, mode, fraction)
+            columns.append(f"{initialization}\n{percent(fraction)}")
+            column_values.append(values)
+    table = np.stack(column_values, axis=1)
     names = [analysis.scheme.classes[value] for value in analysis.scheme.scored]
-    kept = ~np.isnan(table).all(axis=1)
-    table, names = table[kept], [name for name, there in zip(names, kept, strict=True) if there]
+    defined = ~np.isnan(table).all(axis=1)
+    table, names = table[defined], [name for name, is_defined in zip(names, defined, strict=True) if is_defined]
     figure, axis = _figure(theme, 0.62 * len(columns) + 2.2, 0.3 * len(names) + 1.3)
-    most = max(5.0, float(np.nanmax(np.abs(table)))) if compared else 100.0
-    axis.imshow(table, cmap="PuOr" if compared else "viridis", vmin=-most if compared else 0, vmax=most, aspect="auto")
+    limit = max(5.0, float(np.nanmax(np.abs(table)))) if is_difference else 100.0
+    colour_map, lowest = ("PuOr", -limit) if is_difference else ("viridis", 0.0)
+    axis.imshow(table, cmap=colour_map, vmin=lowest, vmax=limit, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, fontsize=7)
     axis.xaxis.tick_top()
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -176,7 +180,7 @@ def draw_classes(analysis: Analysis, mode: str, theme: Theme) -> Figure:
         spine.set_visible(False)
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
-            pale = abs(value) < 0.6 * most if compared else value > 60
-            text = f"{value:+.0f}" if compared else f"{value:.0f}"
-            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="#1b1f24" if pale else "white")
+            light = abs(value) < 0.6 * limit if is_difference else value > 60
+            text = f"{value:+.0f}" if is_difference else f"{value:.0f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="#1b1f24" if light else "white")
     return figure

@@ -1,4 +1,4 @@
-"""What the cells of a study scored, and what follows: curves, paired differences, labels needed, classes, domains."""
+"""Analyse the scores of a study: learning curves, paired differences, labels needed, classes and domains."""
 
 from __future__ import annotations
 
@@ -14,272 +14,292 @@ import numpy as np
 from bocage.finetune.evaluation.evaluate import read_region_matrices
 from bocage.finetune.evaluation.statistics import (
     BootstrapEstimate,
+    aggregate,
+    estimate_over_runs,
     holm_correction,
     labels_needed,
     mean_iou,
-    estimate_over_runs,
     paired_difference,
     region_weights,
     strict_counts,
     strict_iou,
-    aggregate,
 )
 from bocage.finetune.models.targets import scheme_from_json
 from bocage.finetune.probes.probe import PROBE_KINDS
-from bocage.finetune.study.study_config import StudyConfig, StudyRun, study_runs
 from bocage.finetune.study.run_folders import RunFolders
+from bocage.finetune.study.study_config import StudyConfig, StudyRun, study_runs
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
 
 CurveKey = tuple[str, str]
-"""A start and a mode."""
+"""Initialization and mode of a learning curve."""
+
+PointKey = tuple[str, str, float]
+"""Initialization, mode and label fraction of a point on a learning curve."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one cell scored for one label.
+    """Scores of one run for one label.
 
     Attributes:
-        cell: which.
-        valid: strict mIoU on the validation patches, percent.
-        counts: (regions, 3, scored classes) ``strict_counts`` of what is reported.
-        facts: the rest of what the cell tells: ``steps``, ``patches`` and ``train_keys`` of training, ``seconds``, and
-            ``taught`` of probes.
-        missing: mIoU by set of sensors, where it was measured.
+        run: run that was scored.
+        valid_miou: strict mIoU on the validation patches, in percent.
+        counts: (regions, 3, scored classes) ``strict_counts`` of the reported part.
+        facts: other results of the run: ``steps``, ``skipped_steps``, ``patches``, ``train_keys``, ``seconds``, and
+            ``train_cells`` for probes.
+        ablation_miou: mIoU by set of sensors; empty when it was not measured.
     """
 
-    cell: StudyRun
-    valid: float
+    run: StudyRun
+    valid_miou: float
     counts: np.ndarray
     facts: dict[str, Any]
-    missing: dict[str, float]
+    ablation_miou: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A start against the reference: the paired difference, and its p-value corrected over the shares of a curve."""
+    """Paired difference to the reference initialization.
+
+    Attributes:
+        estimate: difference with its bootstrap replicates.
+        p_holm: p-value, Holm-corrected over the fractions of the curve; 1 for a single run.
+    """
 
     estimate: BootstrapEstimate
-    corrected: float
+    p_holm: float
 
 
 class Analysis:
-    """The results for one label.
+    """Statistics of a study for one label.
 
     Args:
-        study: the study.
+        study: configuration of the study.
         scheme: classes of the label.
-        regions: names of the regions tested on.
-        scores: of all finished cells.
-        part: what is reported: ``test``, or ``valid`` where the shards have no test patches.
+        regions: names of the test regions.
+        results: results of all finished runs.
+        part: reported part of the split: ``test``, or ``valid`` when the shards have no test patches.
+
+    Attributes:
+        results: results of all finished runs.
+        learning_rates: learning rate selected on the validation patches, by initialization, mode and fraction.
+        selected: results of the runs with the selected learning rates.
     """
 
     def __init__(
-        self, study: StudyConfig, scheme: ClassScheme, regions: Sequence[str], scores: Sequence[RunResult], part: str
+        self, study: StudyConfig, scheme: ClassScheme, regions: Sequence[str], results: Sequence[RunResult], part: str
     ) -> None:
         self.study, self.scheme, self.regions, self.part = study, scheme, list(regions), part
-        self.scores = list(scores)
-        self.rates = self._rates()
-        self.chosen = [score for score in scores if score.cell.rate == self.rates[self._key(score.cell)]]
+        self.results = list(results)
+        self.learning_rates = self._select_learning_rates()
+        self.selected = [
+            result for result in results if result.run.learning_rate == self.learning_rates[self._key(result.run)]
+        ]
         self._weights = region_weights(
             [ConfusionMatrix.domain(region) for region in self.regions], study.replicates, np.random.default_rng(0)
         )
-        self._measured: dict[tuple[str, str, float], dict[tuple[int, int], tuple[float, np.ndarray]]] = {}
-        for score in self.chosen:
-            value = self.miou(score.counts.sum(axis=0))
-            resampled = self.miou(np.einsum("br,rkc->bkc", self._weights, score.counts))
-            run = (score.cell.draw, score.cell.seed)
-            self._measured.setdefault(self._key(score.cell), {})[run] = (float(value), resampled)
+        self._scores: dict[PointKey, dict[tuple[int, int], tuple[float, np.ndarray]]] = {}
+        for result in self.selected:
+            value = self.miou(result.counts.sum(axis=0))
+            resampled = self.miou(np.einsum("br,rkc->bkc", self._weights, result.counts))
+            draw_and_seed = (result.run.draw, result.run.seed)
+            self._scores.setdefault(self._key(result.run), {})[draw_and_seed] = (float(value), resampled)
 
     @staticmethod
-    def _key(cell: StudyRun) -> tuple[str, str, float]:
-        return (cell.start, cell.mode, cell.fraction)
+    def _key(run: StudyRun) -> PointKey:
+        return (run.initialization, run.mode, run.fraction)
 
     def miou(self, counts: np.ndarray) -> np.ndarray:
-        """The study's mean IoU of (..., 3, C) counts."""
+        """Compute the mIoU of (..., 3, C) counts, with or without background as the study asks."""
         return mean_iou(counts, self.scheme, background=self.study.background)
 
-    def _rates(self) -> dict[tuple[str, str, float], float | None]:
-        """By start, mode and share the learning rate that is best on validation, over the runs that all rates have.
+    def _select_learning_rates(self) -> dict[PointKey, float | None]:
+        """Select the learning rate with the best validation mIoU over the runs that all learning rates have.
 
-        Without such a run, of a study that has only begun, the one with most runs.
+        Without a common run, which happens in an unfinished study, select the learning rate with the most runs.
         """
-        found: dict[tuple[str, str, float], dict[float | None, dict[tuple[int, int], float]]] = {}
-        for score in self.scores:
-            runs = found.setdefault(self._key(score.cell), {}).setdefault(score.cell.rate, {})
-            runs[score.cell.draw, score.cell.seed] = score.valid
-        chosen = {}
-        for key, rates in found.items():
-            common = set.intersection(*(set(runs) for runs in rates.values()))
+        valid: dict[PointKey, dict[float | None, dict[tuple[int, int], float]]] = {}
+        for result in self.results:
+            runs = valid.setdefault(self._key(result.run), {}).setdefault(result.run.learning_rate, {})
+            runs[result.run.draw, result.run.seed] = result.valid_miou
+        selected = {}
+        for key, by_rate in valid.items():
+            common = set.intersection(*(set(runs) for runs in by_rate.values()))
             merit = {
                 rate: float(np.mean([runs[run] for run in common])) if common else float(len(runs))
-                for rate, runs in rates.items()
+                for rate, runs in by_rate.items()
             }
-            chosen[key] = max(merit, key=lambda rate: merit[rate])
-        return chosen
+            selected[key] = max(merit, key=lambda rate: merit[rate])
+        return selected
 
     @property
-    def curves_there(self) -> list[CurveKey]:
-        """Starts and modes of which there are results, in the order of the study."""
-        there = {(start, mode) for start, mode, _ in self._measured}
-        return [(start, mode) for mode in self.study.modes for start in self.study.starts if (start, mode) in there]
+    def curve_keys(self) -> list[CurveKey]:
+        """Initializations and modes with results, in the order of the study."""
+        available = {(initialization, mode) for initialization, mode, _ in self._scores}
+        ordered = [(initialization, mode) for mode in self.study.modes for initialization in self.study.initializations]
+        return [key for key in ordered if key in available]
 
     @cached_property
     def curves(self) -> dict[CurveKey, dict[float, BootstrapEstimate]]:
-        """By start and mode, the score at each share."""
-        found: dict[CurveKey, dict[float, BootstrapEstimate]] = {}
-        for start, mode in self.curves_there:
-            shares = sorted(share for one, other, share in self._measured if (one, other) == (start, mode))
-            found[start, mode] = {share: self._estimate(start, mode, share) for share in shares}
-        return found
+        """Learning curves: mIoU by fraction, for each initialization and mode."""
+        curves: dict[CurveKey, dict[float, BootstrapEstimate]] = {}
+        for initialization, mode in self.curve_keys:
+            fractions = sorted(key[2] for key in self._scores if key[:2] == (initialization, mode))
+            curves[initialization, mode] = {
+                fraction: self._estimate(initialization, mode, fraction) for fraction in fractions
+            }
+        return curves
 
-    def _estimate(self, start: str, mode: str, share: float) -> BootstrapEstimate:
-        found = estimate_over_runs(
-            self._measured[start, mode, share],
-            self._random("curve", start, mode, share),
+    def _estimate(self, initialization: str, mode: str, fraction: float) -> BootstrapEstimate:
+        estimate = estimate_over_runs(
+            self._scores[initialization, mode, fraction],
+            self._random("curve", initialization, mode, fraction),
             interquartile=self.study.interquartile,
         )
-        return replace(found, replicates=found.replicates.clip(0, 100))  # what a mean IoU may be
+        return replace(estimate, replicates=estimate.replicates.clip(0, 100))  # the range of an mIoU
 
     def _random(self, *names: object) -> np.random.Generator:
-        """A generator that depends on names alone: no figure depends on which others were asked for before."""
+        """Return a generator seeded by names, so that an estimate does not depend on which others were computed."""
         return np.random.default_rng(list("/".join(map(str, names)).encode()))
 
     @cached_property
     def differences(self) -> dict[CurveKey, dict[float, Difference]]:
-        """By start and mode, what it is above the reference at each share, paired by draw and seed."""
-        found: dict[CurveKey, dict[float, Difference]] = {}
-        for start, mode in self.curves_there:
-            if start == self.study.reference:
+        """Differences to the reference by fraction, paired by draw and seed, for each initialization and mode."""
+        differences: dict[CurveKey, dict[float, Difference]] = {}
+        for initialization, mode in self.curve_keys:
+            if initialization == self.study.reference:
                 continue
-            shares, estimates = [], []
-            for share in self.curves[start, mode]:
-                difference = paired_difference(
-                    self._measured[start, mode, share],
-                    self._measured.get((self.study.reference, mode, share), {}),
-                    self._random("difference", start, mode, share),
+            fractions, estimates = [], []
+            for fraction in self.curves[initialization, mode]:
+                estimate = paired_difference(
+                    self._scores[initialization, mode, fraction],
+                    self._scores.get((self.study.reference, mode, fraction), {}),
+                    self._random("difference", initialization, mode, fraction),
                     interquartile=self.study.interquartile,
                 )
-                if difference is not None:
-                    shares.append(share)
-                    estimates.append(difference)
-            told = [item.p_value for item in estimates if item.runs > 1]  # a single run asks no question
-            by_holm = iter(holm_correction(told))
-            corrected = [next(by_holm) if item.runs > 1 else 1.0 for item in estimates]
-            if shares:
-                found[start, mode] = {
-                    share: Difference(item, p) for share, item, p in zip(shares, estimates, corrected, strict=True)
+                if estimate is not None:
+                    fractions.append(fraction)
+                    estimates.append(estimate)
+            # A single run has no p-value and does not count as a test.
+            corrected = iter(holm_correction([item.p_value for item in estimates if item.runs > 1]))
+            if fractions:
+                differences[initialization, mode] = {
+                    fraction: Difference(item, next(corrected) if item.runs > 1 else 1.0)
+                    for fraction, item in zip(fractions, estimates, strict=True)
                 }
-        return found
+        return differences
 
     @cached_property
-    def needed(self) -> dict[tuple[str, str, str], BootstrapEstimate]:
-        """By start, mode and other start: the share of labels at which it reaches what the other has at the largest."""
-        found = {}
-        for start, mode in self.curves_there:
-            for other in self.study.starts:
-                if other != start and (other, mode) in self.curves:
+    def labels_needed(self) -> dict[tuple[str, str, str], BootstrapEstimate]:
+        """Fraction of labels at which an initialization matches another one at its largest fraction.
+
+        Keys are the initialization, the mode, and the other initialization.
+        """
+        needed = {}
+        for initialization, mode in self.curve_keys:
+            for other in self.study.initializations:
+                if other != initialization and (other, mode) in self.curves:
                     largest = max(self.curves[other, mode])
                     target = self.curves[other, mode][largest]
-                    found[start, mode, other] = labels_needed(self.curves[start, mode], target)
-        return found
+                    needed[initialization, mode, other] = labels_needed(self.curves[initialization, mode], target)
+        return needed
 
-    def classes(self, start: str, mode: str, share: float) -> np.ndarray:
-        """(C,) IoU in percent of the scored classes, mean over runs; NaN for those that no pixel tested is of."""
-        runs = [strict_iou(score.counts.sum(axis=0)) for score in self._of(start, mode, share)]
-        return aggregate(np.stack(runs), False)
+    def class_iou(self, initialization: str, mode: str, fraction: float) -> np.ndarray:
+        """Return the IoU of the C scored classes in percent, (C,), mean over runs; NaN for classes without a pixel."""
+        results = self._results_at(initialization, mode, fraction)
+        return aggregate(np.stack([strict_iou(result.counts.sum(axis=0)) for result in results]), False)
 
-    def domains(self, start: str, mode: str, share: float) -> dict[str, float]:
-        """Mean IoU in percent in each domain, mean over runs."""
+    def domain_miou(self, initialization: str, mode: str, fraction: float) -> dict[str, float]:
+        """Return the mIoU in percent by domain, mean over runs."""
         names = np.array([ConfusionMatrix.domain(region) for region in self.regions])
-        runs = self._of(start, mode, share)
+        results = self._results_at(initialization, mode, fraction)
         return {
-            str(name): float(np.mean([self.miou(score.counts[names == name].sum(axis=0)) for score in runs]))
+            str(name): float(np.mean([self.miou(result.counts[names == name].sum(axis=0)) for result in results]))
             for name in np.unique(names)
         }
 
-    def missing(self, start: str, mode: str, share: float) -> dict[str, float]:
-        """Mean IoU by set of sensors, mean over runs; empty where it was not measured."""
-        runs = [score.missing for score in self._of(start, mode, share) if score.missing]
+    def ablation_miou(self, initialization: str, mode: str, fraction: float) -> dict[str, float]:
+        """Return the mIoU in percent by set of sensors, mean over runs; empty when it was not measured."""
+        results = self._results_at(initialization, mode, fraction)
+        runs = [result.ablation_miou for result in results if result.ablation_miou]
         return {name: float(np.mean([run[name] for run in runs])) for name in (runs[0] if runs else {})}
 
-    def _of(self, start: str, mode: str, share: float) -> list[RunResult]:
-        return [score for score in self.chosen if self._key(score.cell) == (start, mode, share)]
+    def _results_at(self, initialization: str, mode: str, fraction: float) -> list[RunResult]:
+        return [result for result in self.selected if self._key(result.run) == (initialization, mode, fraction)]
 
 
 def analyze_study(study: StudyConfig) -> dict[str, Analysis]:
-    """By label, what the finished cells of a study scored.
+    """Analyse the finished runs of a study, by label.
 
     Raises:
-        InputError: no cell is finished, or they were measured on different patches.
+        InputError: no run is finished, or the runs were scored on different patches.
     """
     folders = RunFolders(study)
-    done = [cell for cell in study_runs(study) if folders.finished(cell)]
-    if not done:
-        raise InputError(f"{study.output}: no cell of this study is finished; run `bocage study run` first")
-    for cell in done:
-        folders.prepare(cell)  # the scores are those of the configuration that is asked for
-    metrics = {cell: json.loads((folders.of(cell) / "metrics.json").read_text(encoding="utf-8")) for cell in done}
-    part = "test" if all("test" in found for found in metrics.values()) else "valid"
-    schemes = {name: scheme_from_json(name, facts) for name, facts in metrics[done[0]]["labels"].items()}
-    found = {}
+    finished = [run for run in study_runs(study) if folders.is_finished(run)]
+    if not finished:
+        raise InputError(f"{study.output}: no run of this study is finished; run `bocage study run` first")
+    for run in finished:
+        folders.prepare(run)  # check that the scores belong to this configuration
+    metrics = {run: json.loads((folders.path(run) / "metrics.json").read_text(encoding="utf-8")) for run in finished}
+    part = "test" if all("test" in item for item in metrics.values()) else "valid"
+    schemes = {name: scheme_from_json(name, facts) for name, facts in metrics[finished[0]]["labels"].items()}
+    analyses = {}
     for label, scheme in schemes.items():
-        matrices = {cell: read_region_matrices(folders.of(cell), part, label, scheme) for cell in done}
+        matrices = {run: read_region_matrices(folders.path(run), part, label, scheme) for run in finished}
         _check_same_patches(matrices, folders, label)
-        regions = sorted({region for found in matrices.values() for region in found})
+        regions = sorted({region for by_region in matrices.values() for region in by_region})
         if not regions:
-            continue  # no tested patch has the label
-        none = np.zeros((len(scheme), len(scheme)), np.int64)  # a probe may find no labelled cell in a region
-        scores = [
+            continue  # no patch of this part has the label
+        zeros = np.zeros((len(scheme), len(scheme)), np.int64)  # for regions without a labelled cell, in probes
+        results = [
             RunResult(
-                cell,
-                _valid(metrics[cell], label, study.background),
-                strict_counts(np.stack([matrices[cell].get(region, none) for region in regions]), scheme),
+                run,
+                _miou(metrics[run]["valid"][label]["strict"], study.background),
+                strict_counts(np.stack([matrices[run].get(region, zeros) for region in regions]), scheme),
                 {
-                    "steps": metrics[cell].get("steps", 0),
-                    "skipped_steps": metrics[cell].get("skipped_steps", 0),
-                    "patches": metrics[cell]["patches"]["train"],
-                    "taught": metrics[cell].get("taught", {}).get(label),
-                    "train_keys": metrics[cell]["train_keys"],
-                    "seconds": folders.seconds(cell),
+                    "steps": metrics[run].get("steps", 0),
+                    "skipped_steps": metrics[run].get("skipped_steps", 0),
+                    "patches": metrics[run]["patches"]["train"],
+                    "train_cells": metrics[run].get("train_cells", {}).get(label),
+                    "train_keys": metrics[run]["train_keys"],
+                    "seconds": folders.seconds(run),
                 },
-                _missing(folders.of(cell), label, study.background),
+                _read_ablation_miou(folders.path(run), label, study.background),
             )
-            for cell in done
+            for run in finished
         ]
-        found[label] = Analysis(study, scheme, regions, scores, part)
-    return found
+        analyses[label] = Analysis(study, scheme, regions, results, part)
+    return analyses
 
 
-def _check_same_patches(
-    matrices: Mapping[StudyRun, Mapping[str, np.ndarray]], folders: RunFolders, label: str
-) -> None:
-    """Raises ``InputError`` unless trained cells counted the same true pixels of each region, and so did probes."""
-    first: dict[bool, StudyRun] = {}
+def _check_same_patches(matrices: Mapping[StudyRun, Mapping[str, np.ndarray]], folders: RunFolders, label: str) -> None:
+    """Check that all trained runs, and likewise all probes, were scored on the same labelled pixels of each region.
 
-    def truth(cell: StudyRun) -> dict[str, list[int]]:
-        return {name: counts.sum(axis=1).tolist() for name, counts in matrices[cell].items()}
+    Raises:
+        InputError: two runs differ.
+    """
+    reference_runs: dict[bool, StudyRun] = {}
 
-    for cell in matrices:
-        known = first.setdefault(cell.mode in PROBE_KINDS, cell)
-        if truth(cell) != truth(known):
-            both = f"{folders.of(cell)} and {folders.of(known)}"
-            raise InputError(f"{both} were measured on different patches of {label}")
+    def labelled_pixels(run: StudyRun) -> dict[str, list[int]]:
+        return {name: counts.sum(axis=1).tolist() for name, counts in matrices[run].items()}
 
-
-def _valid(metrics: Mapping[str, Any], label: str, background: bool) -> float:
-    return _miou(metrics["valid"][label]["strict"], background)
+    for run in matrices:
+        reference = reference_runs.setdefault(run.mode in PROBE_KINDS, run)
+        if labelled_pixels(run) != labelled_pixels(reference):
+            both = f"{folders.path(run)} and {folders.path(reference)}"
+            raise InputError(f"{both} were scored on different patches of {label}")
 
 
 def _miou(strict: Mapping[str, Any], background: bool) -> float:
-    bare = strict["miou_without_background"]
-    return float(strict["miou"] if background or bare is None else bare)
+    without_background = strict["miou_without_background"]
+    return float(strict["miou"] if background or without_background is None else without_background)
 
 
-def _missing(folder: Path, label: str, background: bool) -> dict[str, float]:
+def _read_ablation_miou(folder: Path, label: str, background: bool) -> dict[str, float]:
     path = folder / "missing.json"
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: _miou(labels[label]["strict"], background) for name, labels in found.items() if label in labels}
+    ablations = json.loads(path.read_text(encoding="utf-8"))
+    return {name: _miou(labels[label]["strict"], background) for name, labels in ablations.items() if label in labels}

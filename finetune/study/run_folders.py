@@ -1,13 +1,12 @@
-"""Where the cells of a study lie, which are finished, and a script that runs the others on a cluster.
+"""Folder layout of a study: one folder per run, and which runs are finished.
 
-A cell is finished when its folder has its scores; a killed one goes on from its last checkpoint. ``cell.json``
-beside it says which configuration it has, so that a folder is never taken for the result of another one.
+A run is finished when its folder has its scores; an interrupted run resumes from its last checkpoint. ``run.json``
+records what determines the scores, so that a folder is never mistaken for the result of another configuration.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from bocage.finetune.probes.probe import CELL_SIZE, PROBE_KINDS
-from bocage.finetune.study.study_config import StudyConfig, StudyRun, comparable_config, differing_keys, run_config, study_runs
+from bocage.finetune.study.study_config import (
+    StudyConfig,
+    StudyRun,
+    comparable_config,
+    differing_keys,
+    run_config,
+    study_runs,
+)
 from bocage.finetune.train import build_task
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
@@ -25,16 +31,16 @@ from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.read.open import open_shards
 from bocage.ssl.encoders.initialization import SCRATCH, weights_digest
 
-_SECONDS = "seconds.txt"
-_digest = cache(weights_digest)  # cells of a study share weights
-_BULKY = ("checkpoints", "model", "predictions", "pictures")
+_SECONDS_FILE = "seconds.txt"
+_LARGE_FOLDERS = ("checkpoints", "model", "predictions", "pictures")
+_cached_digest = cache(weights_digest)  # the runs of a study share weights
 
 
 class RunFolders:
-    """Where the cells of a study lie, and which are done.
+    """Folders of a study's runs.
 
     Args:
-        study: the study.
+        study: configuration of the study.
 
     Raises:
         InputError: the study has no output folder.
@@ -47,133 +53,114 @@ class RunFolders:
 
     @property
     def features(self) -> Path:
-        """Where features of probes are kept."""
+        """Folder of the feature cache."""
         return self.root / "features"
 
-    def of(self, cell: StudyRun) -> Path:
-        """The folder of a cell."""
-        return self.root / "cells" / cell.name
+    @property
+    def runs(self) -> Path:
+        """Folder that contains the folders of all runs."""
+        return self.root / "runs"
 
-    def finished(self, cell: StudyRun) -> bool:
-        """Whether a cell has its scores, and those without sensors where the study wants them."""
-        wanted = ["metrics.json"]
-        if self.study.missing and cell.mode not in PROBE_KINDS:
-            wanted.append("missing.json")
-        return all((self.of(cell) / name).is_file() for name in wanted)
+    def path(self, run: StudyRun) -> Path:
+        """Return the folder of a run."""
+        return self.runs / run.name
 
-    def add_seconds(self, cell: StudyRun, seconds: float) -> None:
-        """Add to the time that a cell has taken."""
-        path = self.of(cell) / _SECONDS
+    def is_finished(self, run: StudyRun) -> bool:
+        """Whether a run has its scores, including the sensor ablation where the study asks for it."""
+        required = ["metrics.json"]
+        if self.study.missing and run.mode not in PROBE_KINDS:
+            required.append("missing.json")
+        return all((self.path(run) / name).is_file() for name in required)
+
+    def add_seconds(self, run: StudyRun, seconds: float) -> None:
+        """Add to the recorded duration of a run."""
+        path = self.path(run) / _SECONDS_FILE
         with atomic_write(path) as temporary:
-            temporary.write_text(f"{self.seconds(cell) + seconds:.1f}\n", encoding="utf-8")
+            temporary.write_text(f"{self.seconds(run) + seconds:.1f}\n", encoding="utf-8")
 
-    def seconds(self, cell: StudyRun) -> float:
-        """The time that a cell has taken, restarts included; what a process that was killed did is not in it."""
-        path = self.of(cell) / _SECONDS
+    def seconds(self, run: StudyRun) -> float:
+        """Return the duration of a run in seconds, over all restarts; killed processes are not counted."""
+        path = self.path(run) / _SECONDS_FILE
         return float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The shards, open."""
+        """Manifest of the shards."""
         first = next(iter(study_runs(self.study)))
         return open_shards(self.study.shards, run_config(self.study, first, "").cache)
 
-    def identity(self, cell: StudyRun) -> dict[str, Any]:
-        """What decides the scores of a cell: its configuration, the shards, and the weights that it starts from.
+    def identity(self, run: StudyRun) -> dict[str, Any]:
+        """Return what determines the scores of a run: its configuration, the shards and the initial weights.
 
-        Of sources that are no folders, as ``hf:org/name``, only the name is known: give a revision.
+        Weights in a folder are identified by their hash. Other sources, such as ``hf:org/name``, are identified by
+        their name only, so they should name a revision.
         """
+        sources = self.study.initializations[run.initialization]
         return {
-            "mode": cell.mode,
-            "start": cell.start,
-            "missing": self.study.missing and cell.mode not in PROBE_KINDS,
+            "mode": run.mode,
+            "initialization": run.initialization,
+            "missing": self.study.missing and run.mode not in PROBE_KINDS,
             "shards": self.manifest.digest,
-            "encoders": {name: _digest(source) for name, source in self.study.starts[cell.start].items()},
-            "config": comparable_config(run_config(self.study, cell, "")),
+            "encoders": {name: _cached_digest(source) for name, source in sources.items()},
+            "config": comparable_config(run_config(self.study, run, "")),
         }
 
     def feature_bytes(self) -> int:
-        """What features of all patches by all encoders would take."""
+        """Estimate the size in bytes of the feature cache, for all patches and all probed encoders."""
         first = next(iter(study_runs(self.study)))
         encoders = build_task(replace(run_config(self.study, first, ""), encoders={}), self.manifest).model.encoders
         width = {name: sum(encoder.widths) for name, encoder in encoders.items()}  # type: ignore[arg-type]
-        kept = set()
-        for cell in study_runs(self.study):
-            if cell.mode in PROBE_KINDS:
-                sources = {name: self.study.starts[cell.start].get(name, SCRATCH) for name in width}
-                # A random encoder is another one in every draw.
-                kept |= {(name, source, cell.draw if source == SCRATCH else 0) for name, source in sources.items()}
-        return 2 * sum(width[name] for name, _, _ in kept) * round(PATCH_SIZE / CELL_SIZE) ** 2 * len(self.manifest)
+        cached = set()
+        for run in study_runs(self.study):
+            if run.mode in PROBE_KINDS:
+                sources = self.study.initializations[run.initialization]
+                for name in width:
+                    source = sources.get(name, SCRATCH)
+                    # The random weights of an encoder differ from draw to draw.
+                    cached.add((name, source, run.draw if source == SCRATCH else 0))
+        return 2 * sum(width[name] for name, _, _ in cached) * round(PATCH_SIZE / CELL_SIZE) ** 2 * len(self.manifest)
 
-    def prepare(self, cell: StudyRun) -> None:
-        """Write ``cell.json``.
+    def prepare(self, run: StudyRun) -> None:
+        """Write ``run.json``, or check an existing one.
 
         Raises:
-            InputError: the folder is that of another configuration, other shards or other weights.
+            InputError: the folder has a run with another configuration, other shards or other weights.
         """
-        folder, wanted = self.of(cell), self.identity(cell)
-        path = folder / "cell.json"
+        folder, requested = self.path(run), self.identity(run)
+        path = folder / "run.json"
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            # The place of weights may change, what they are may not.
-            found_config, wanted_config = ({**item["config"], "encoders": {}} for item in (found, wanted))
-            other = [key for key in wanted if key != "config" and found.get(key) != wanted[key]]
-            if keys := [*other, *differing_keys(found_config, wanted_config)]:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            # The path of the weights may change; their hash, under "encoders", may not.
+            stored_config, requested_config = ({**item["config"], "encoders": {}} for item in (stored, requested))
+            changed = [key for key in requested if key != "config" and stored.get(key) != requested[key]]
+            if keys := [*changed, *differing_keys(stored_config, requested_config)]:
                 raise InputError(
-                    f"{folder} is a cell of another study ({', '.join(keys)} differ): give another output, or delete "
+                    f"{folder} is a run of another study ({', '.join(keys)} differ): give another output, or delete "
                     "its folder to run it again"
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, concurrent=True) as temporary:  # ranks of one cell write the same
-            temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(path, concurrent=True) as temporary:  # all ranks of a run write the same file
+            temporary.write_text(json.dumps(requested, indent=1) + "\n", encoding="utf-8")
 
-    def check(self, study_runs: Sequence[StudyRun]) -> None:
-        """Build the model of every start, as its runs will: whatever is wrong with words or encoders is found here.
+    def check(self, runs: Sequence[StudyRun]) -> None:
+        """Build the model of every initialization, so that invalid overrides and encoders fail before the first run.
 
         Args:
-            cells: that are going to run.
+            runs: runs that are about to start.
 
         Raises:
-            InputError: what the runs would end with.
+            InputError: an override or an encoder is invalid.
         """
-        seen: set[str] = set()
-        for cell in study_runs:
-            config = run_config(self.study, cell, "")
-            if cell.start not in seen:
-                seen.add(cell.start)
+        checked: set[str] = set()
+        for run in runs:
+            config = run_config(self.study, run, "")
+            if run.initialization not in checked:
+                checked.add(run.initialization)
                 build_task(config, self.manifest)
 
-    def tidy(self, cell: StudyRun) -> None:
-        """Delete what a finished cell need not keep."""
+    def remove_large_files(self, run: StudyRun) -> None:
+        """Delete checkpoints, models and pictures of a finished run, unless the study keeps models."""
         if not self.study.keep_models:
-            for name in _BULKY:
-                shutil.rmtree(self.of(cell) / name, ignore_errors=True)
-
-
-def slurm_script(
-    folders: RunFolders, study_runs: Sequence[StudyRun], launcher: str, words: Sequence[str], options: Sequence[str]
-) -> str:
-    """A script for ``sbatch`` whose array runs the cells that are not finished, a task each.
-
-    Args:
-        folders: of the study.
-        cells: of the study.
-        launcher: what starts bocage, e.g. ``bocage``, or ``accelerate launch -m bocage`` for several GPUs.
-        words: those of ``bocage study run`` that name the study.
-        options: of ``#SBATCH``, e.g. ``--gpus=1``.
-
-    Raises:
-        InputError: all cells are finished.
-    """
-    names = [cell.name for cell in study_runs if not folders.finished(cell)]
-    if not names:
-        raise InputError(f"{folders.root}: all cells are finished; `bocage study report` tells what they scored")
-    lines = ["#!/bin/bash", f"#SBATCH --array=0-{len(names) - 1}", "#SBATCH --job-name=bocage-study"]
-    lines += [f"#SBATCH {option}" for option in options]
-    # The names are in the script, so that a task means the same cell whatever has finished since.
-    lines += ["set -euo pipefail", "cells=(", *(f"  {shlex.quote(name)}" for name in names), ")"]
-    # srun has not taken it from sbatch since SLURM 22.05: readers and trainer would share one core.
-    lines.append('export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"')
-    lines.append(f'srun {launcher} study run {shlex.join(words)} "--cell=${{cells[$SLURM_ARRAY_TASK_ID]}}"')
-    return "\n".join(lines) + "\n"
+            for name in _LARGE_FOLDERS:
+                shutil.rmtree(self.path(run) / name, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""A study of few labels: the grid of shares, draws, seeds, starts, modes and rates, and the run that each cell is.
+"""Configuration of a label-efficiency study, and its grid of runs.
 
-The protocol is that of GEO-Bench (arXiv 2306.03831) and rliable (arXiv 2108.13264) where they agree: fixed optimiser
-steps, one grid of learning rates for every start, the rate chosen on validation, several draws of labels and training
-seeds, which starts share.
+A run is one combination of initialization, mode, label fraction, draw, seed and learning rate. The protocol follows
+GEO-Bench (arXiv 2306.03831) and rliable (arXiv 2108.13264) where they agree: a fixed number of optimizer steps, the
+same learning rates for every initialization, selection on the validation patches, and several draws of labels and
+training seeds, shared by all initializations.
 """
 
 from __future__ import annotations
@@ -22,28 +23,38 @@ from bocage.finetune.probes.probe import PROBE_KINDS
 from bocage.finetune.subsets.sampling import SAMPLING_UNITS, SamplingUnit
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import EVERY_SAMPLE
-from bocage.ssl.engine.config import EngineConfig
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.logging.provenance import CHANGEABLE_KEYS, flat, matches
 
 Mode = Literal["knn", "linear", "frozen", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-_OWN = ("recipe", "shards", "output", "train_fraction", "draw", "sampling_unit", "encoders", "freeze", "engine.seed")
+_RESERVED_KEYS = (
+    "recipe",
+    "shards",
+    "output",
+    "train_fraction",
+    "draw",
+    "sampling_unit",
+    "encoders",
+    "freeze",
+    "engine.seed",
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_PLACES = ("shards", "cache", "output", "predictions", "pictures")
-_DECISIVE = ("engine.steps", "engine.evaluate_every")  # which a resumed run may change, and which change its result
+_IRRELEVANT_KEYS = ("shards", "cache", "output", "predictions", "pictures")  # they do not change the scores
+_DECISIVE_KEYS = ("engine.steps", "engine.evaluate_every")  # a resumed run may change them, but they change its scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFraction:
-    """A share of the labelled patches.
+    """Fraction of the labelled patches to train on.
 
     Attributes:
-        fraction: of them.
-        draws: different subsets of that size. Of all patches there is one.
-        seeds: trainings on each.
+        fraction: fraction in (0, 1].
+        draws: number of different subsets of this size; 1 for ``fraction=1``.
+        seeds: number of training seeds per draw.
 
     Raises:
-        ValueError: ``fraction`` outside (0, 1], no draw or seed, or several draws of all patches.
+        ValueError: a number is out of range, or ``fraction=1`` has several draws.
     """
 
     fraction: float
@@ -56,48 +67,49 @@ class LabelFraction:
         if min(self.draws, self.seeds) < 1:
             raise ValueError("draws and seeds must be at least 1")
         if self.fraction == 1 and self.draws > 1:
-            raise ValueError(f"draws={self.draws}: of fraction=1 there is one draw; give seeds")
+            raise ValueError(f"draws={self.draws}: fraction=1 has only one draw; use seeds instead")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """A study.
+    """Configuration of a label-efficiency study.
 
     Attributes:
-        recipe: name of the recipe it came from.
+        recipe: name of the study's recipe.
         shards: folder that ``bocage shard`` wrote, or its address.
-        output: folder of the study: ``cells/`` with a run each, ``features/`` of probes, ``report/``.
+        output: folder of the study, with ``runs/``, ``features/`` (cache of the probes) and ``report/``.
         finetune: recipe of the runs.
-        words: what the runs change of it, ``key=value`` each, e.g. ``engine.steps=20000``.
-        starts: by name, what encoders start from: by modality as in ``encoders.MODALITY=...``. Those not named start
-            from scratch; ``{}`` is all of them.
-        reference: the start that others are compared with.
-        modes: probes of frozen features (``knn``, ``linear``), everything but the encoders trained (``frozen``), or all
-            of it (``full``).
-        shares: shares of the labelled patches.
-        sampling_unit: whether patches or whole regions are labelled, see ``finetune.subsets``.
-        learning_rates: of trained modes, each tried with every start; the best on validation counts, by start, mode and
-            share. None is that of the recipe.
-        background: whether the mean IoU counts the background of crops (LPIS), which covers most of the ground.
-        interquartile: report the mean of the middle half of the runs rather than of all.
-        replicates: of the bootstrap.
-        missing: also measure trained cells of several sensors without each of them, and with each alone.
-        watts: power of what a process runs on, to estimate energy from hours; 0: it is not reported.
-        keep_models: keep checkpoints and models of finished runs, not only their scores.
+        overrides: overrides of that recipe, ``key=value`` each, e.g. ``engine.steps=20000``.
+        initializations: encoder weights by name of the initialization and modality, with values as in
+            ``encoders.MODALITY=...``. Modalities without an entry start from random weights; ``{}`` is scratch.
+        reference: initialization that the others are compared with.
+        modes: ``knn`` and ``linear`` probe frozen features, ``frozen`` trains everything but the encoders, and ``full``
+            trains everything.
+        fractions: fractions of the labelled patches, with their draws and seeds.
+        sampling_unit: unit of the subsets, single patches (``patch``) or whole regions (``roi``).
+        learning_rates: learning rates of the trained modes, all tried with every initialization. The best on the
+            validation patches is selected by initialization, mode and fraction. Empty: the recipe's learning rate.
+        background: whether the mIoU includes the background of crops (LPIS), which covers most of the ground.
+        interquartile: whether to report the interquartile mean over runs instead of the mean.
+        replicates: number of bootstrap replicates.
+        missing: whether to score trained models of several sensors also without each sensor, and with each one alone.
+        watts: power draw of one process in watts, to estimate energy from hours; 0 leaves energy out of the report.
+        keep_models: whether to keep checkpoints and models of finished runs besides their scores.
 
     Raises:
-        ValueError: nothing to run, a name unknown or given twice, a number out of its range, a word of the study's own.
+        ValueError: the grid is empty, a name is unknown or repeated, a number is out of range, or an override sets a
+            key that the study controls.
     """
 
     recipe: str = ""
     shards: str = ""
     output: str = ""
     finetune: str = "finetune_cosia"
-    words: list[str] = field(default_factory=list)
-    starts: dict[str, dict[str, str]] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    initializations: dict[str, dict[str, str]] = field(default_factory=dict)
     reference: str = "scratch"
     modes: list[str] = field(default_factory=lambda: ["full"])
-    shares: list[LabelFraction] = field(default_factory=list)
+    fractions: list[LabelFraction] = field(default_factory=list)
     sampling_unit: SamplingUnit = "patch"
     learning_rates: list[float] = field(default_factory=list)
     background: bool = True
@@ -108,20 +120,27 @@ class StudyConfig:
     keep_models: bool = False
 
     def __post_init__(self) -> None:
-        if not self.starts:
-            raise ValueError("starts: name at least one, e.g. starts={scratch: {}, ours: {AERIAL_RGBI: FOLDER}}")
-        if self.reference not in self.starts:
-            raise ValueError(f"reference={self.reference} is not one of starts: {', '.join(self.starts)}")
-        if wrong := [name for name in self.starts if not _NAME.fullmatch(name)]:
-            raise ValueError(f"starts: {wrong[0]!r}: names become folders: letters, digits, then also - and _")
+        if not self.initializations:
+            raise ValueError(
+                "initializations: name at least one, e.g. initializations={scratch: {}, ours: {AERIAL_RGBI: FOLDER}}"
+            )
+        if self.reference not in self.initializations:
+            raise ValueError(
+                f"reference={self.reference} is not one of initializations: {', '.join(self.initializations)}"
+            )
+        if wrong := [name for name in self.initializations if not _NAME.fullmatch(name)]:
+            raise ValueError(
+                f"initializations: {wrong[0]!r} cannot be a folder name: start with a letter or digit, then use "
+                "letters, digits, - and _"
+            )
         if not self.modes or (unknown := [mode for mode in self.modes if mode not in MODES]):
-            raise ValueError(f"modes: {', '.join(unknown) if self.modes else 'none'}; there are {', '.join(MODES)}")
-        if not self.shares:
-            raise ValueError("shares: name at least one, e.g. shares=[{fraction: 0.01, draws: 5}]")
-        fractions = [share.fraction for share in self.shares]
-        for key, values in (("shares", fractions), ("modes", self.modes), ("learning_rates", self.learning_rates)):
+            raise ValueError(f"modes: {', '.join(unknown) if self.modes else 'none'}; choose from {', '.join(MODES)}")
+        if not self.fractions:
+            raise ValueError("fractions: name at least one, e.g. fractions=[{fraction: 0.01, draws: 5}]")
+        fractions = [item.fraction for item in self.fractions]
+        for key, values in (("fractions", fractions), ("modes", self.modes), ("learning_rates", self.learning_rates)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{key}: each can be given once")
+                raise ValueError(f"{key}: a value is repeated")
         if self.sampling_unit not in SAMPLING_UNITS:
             raise ValueError(f"sampling_unit={self.sampling_unit} is not one of {', '.join(SAMPLING_UNITS)}")
         if self.replicates < 1000:
@@ -130,107 +149,118 @@ class StudyConfig:
             raise ValueError(f"watts={self.watts} must not be negative")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError("learning_rates must be positive")
-        for word in self.words:
-            if own := [key for key in _OWN if word.startswith((f"{key}=", f"{key}."))]:
-                raise ValueError(f"words: {word}: the study itself gives {own[0]}")
+        for override in self.overrides:
+            if reserved := [key for key in _RESERVED_KEYS if override.startswith((f"{key}=", f"{key}."))]:
+                raise ValueError(f"overrides: {override}: the study itself sets {reserved[0]}")
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a grid; ``rate`` is None where the recipe's is used, and for probes."""
+    """One run of the grid.
 
-    start: str
+    Attributes:
+        initialization: name of the initialization.
+        mode: what is trained.
+        fraction: fraction of the labelled patches.
+        draw: index of the subset of that size.
+        seed: index of the training seed.
+        learning_rate: learning rate; None for the recipe's, and for probes.
+    """
+
+    initialization: str
     mode: Mode
     fraction: float
     draw: int
     seed: int
-    rate: float | None
+    learning_rate: float | None
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
-        rate = "" if self.rate is None else f"-rate{self.rate:g}"
-        return f"{self.start}-{self.mode}-{self.fraction:g}-draw{self.draw}-seed{self.seed}{rate}"
+        """Unique name, which is the name of the run's folder."""
+        rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
+        return f"{self.initialization}-{self.mode}-{self.fraction:g}-draw{self.draw}-seed{self.seed}{rate}"
 
 
 def study_runs(study: StudyConfig) -> list[StudyRun]:
-    """All cells of a grid: small shares first, and what starts share side by side.
+    """List the runs of the grid, ordered by fraction; runs that differ only in the initialization are adjacent.
 
     Raises:
-        InputError: shares or learning rates so close to each other that two cells would have one name.
+        InputError: fractions or learning rates are so close that two runs would have the same name.
     """
 
-    def every() -> Iterator[StudyRun]:
-        for share in sorted(study.shares, key=lambda share: share.fraction):
+    def expand() -> Iterator[StudyRun]:
+        for item in sorted(study.fractions, key=lambda item: item.fraction):
             for mode in study.modes:
                 rates: list[float | None] = [None]
                 if study.learning_rates and mode not in PROBE_KINDS:
                     rates = [*study.learning_rates]
-                seeds = 1 if mode in PROBE_KINDS else share.seeds  # a probe of the same features gives the same again
-                for draw in range(share.draws):
+                seeds = 1 if mode in PROBE_KINDS else item.seeds  # probes are deterministic
+                for draw in range(item.draws):
                     for seed in range(seeds):
                         for rate in rates:
-                            for start in study.starts:
-                                yield StudyRun(start, mode, share.fraction, draw, seed, rate)  # type: ignore[arg-type]
+                            for initialization in study.initializations:
+                                yield StudyRun(initialization, mode, item.fraction, draw, seed, rate)  # type: ignore[arg-type]
 
-    found = list(every())
-    names = Counter(cell.name for cell in found)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise InputError(f"shares, learning_rates: two cells have the name {twice[0]}: take values further apart")
-    return found
+    runs = list(expand())
+    counts = Counter(run.name for run in runs)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise InputError(f"fractions, learning_rates: two runs have the name {repeated[0]}: take values further apart")
+    return runs
 
 
-def run_config(study: StudyConfig, cell: StudyRun, output: str) -> FinetuneConfig:
-    """The fine-tuning run of a cell. Encoders and frozen parts are those of the cell, whatever the recipe says.
+def run_config(study: StudyConfig, run: StudyRun, output: str) -> FinetuneConfig:
+    """Build the fine-tuning configuration of a run.
+
+    The run decides which encoders are loaded and which are frozen, even if the recipe differs.
 
     Raises:
-        InputError: the recipe or a word of the study is wrong, or the run would validate on what it trains on.
+        InputError: the recipe or an override is invalid, or the run would validate on its training patches.
     """
-    config = _resolved(study.finetune, tuple(study.words))
+    config = _resolve_recipe(study.finetune, tuple(study.overrides))
     if config.split == EVERY_SAMPLE:
-        raise InputError(f"words: split={EVERY_SAMPLE} validates on what is trained on; a study needs a split")
-    if cell.mode == "frozen" and not config.modalities:
-        raise InputError("words: name modalities=[...], which mode frozen freezes")
+        raise InputError(f"overrides: split={EVERY_SAMPLE} validates on the training patches; a study needs a split")
+    if run.mode == "frozen" and not config.modalities:
+        raise InputError("overrides: name modalities=[...], which mode frozen freezes")
     engine = config.engine
-    if cell.mode in PROBE_KINDS:  # they are not trained: what is said of training makes no other cell of them
+    if run.mode in PROBE_KINDS:  # training options do not change the scores of a probe
         engine = EngineConfig()
-    if cell.rate is not None:
-        engine = replace(engine, optimizer=replace(engine.optimizer, learning_rate=cell.rate))
+    if run.learning_rate is not None:
+        engine = replace(engine, optimizer=replace(engine.optimizer, learning_rate=run.learning_rate))
     return replace(
         config,
         shards=study.shards,
         output=output,
-        train_fraction=cell.fraction,
-        draw=cell.draw,
+        train_fraction=run.fraction,
+        draw=run.draw,
         sampling_unit=study.sampling_unit,
-        encoders=dict(study.starts[cell.start]),
-        freeze=list(config.modalities) if cell.mode == "frozen" else [],
-        engine=replace(engine, seed=100 * cell.draw + cell.seed),
+        encoders=dict(study.initializations[run.initialization]),
+        freeze=list(config.modalities) if run.mode == "frozen" else [],
+        engine=replace(engine, seed=100 * run.draw + run.seed),
     )
 
 
 @cache
-def _resolved(recipe: str, words: tuple[str, ...]) -> FinetuneConfig:
-    """What a recipe and words say: the same for all cells, and not resolved at once."""
-    return recipes.resolve(FinetuneConfig, [f"recipe={recipe}", *words])
+def _resolve_recipe(recipe: str, overrides: tuple[str, ...]) -> FinetuneConfig:
+    """Resolve a recipe with its overrides; cached because it is slow and the same for all runs."""
+    return recipes.resolve(FinetuneConfig, [f"recipe={recipe}", *overrides])
 
 
 def comparable_config(config: FinetuneConfig) -> dict[str, Any]:
-    """The configuration of a cell in JSON's types, without the places of things."""
-    kept = {key: value for key, value in asdict(config).items() if key not in _PLACES}
-    found: dict[str, Any] = json.loads(json.dumps(kept))
-    return found
+    """Convert a configuration to JSON types, without keys that do not change the scores."""
+    relevant = {key: value for key, value in asdict(config).items() if key not in _IRRELEVANT_KEYS}
+    converted: dict[str, Any] = json.loads(json.dumps(relevant))
+    return converted
 
 
-def differing_keys(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Keys that make two configurations, as ``comparable_config`` gives them, give different results.
+def differing_keys(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """List the keys in which two ``comparable_config`` differ and that change the scores.
 
-    A key that one of them does not know, being of another version of bocage, has its default there.
+    A key that one of them lacks, because another version of bocage wrote it, has its default value there.
     """
     default = flat(comparable_config(FinetuneConfig()))
-    old, new = default | flat(found), default | flat(wanted)
+    old, new = default | flat(stored), default | flat(requested)
     return [
         key
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and (key in _DECISIVE or not matches(key, CHANGEABLE_KEYS))
+        if old.get(key) != new.get(key) and (key in _DECISIVE_KEYS or not matches(key, CHANGEABLE_KEYS))
     ]

@@ -1,4 +1,4 @@
-"""Tables of a study: for programs (CSV), papers (LaTeX) and the page."""
+"""Build the tables of a study, as CSV, as LaTeX and for the HTML report."""
 
 from __future__ import annotations
 
@@ -16,189 +16,203 @@ from bocage.finetune.study.results import Analysis
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: cells are text; ``strong`` marks (row, column) of those that hold against chance."""
+    """Table of the report.
+
+    Attributes:
+        title: title of the table.
+        head: column titles.
+        rows: text of each row.
+        significant: (row, column) of the significant differences, shown in bold.
+    """
 
     title: str
     head: list[str]
     rows: list[list[str]]
-    strong: frozenset[tuple[int, int]] = frozenset()
+    significant: frozenset[tuple[int, int]] = frozenset()
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as CSV."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    """Format rows as CSV; all rows have the same keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue()
+    return text.getvalue()
 
 
 def run_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
-    """What every cell scored."""
+    """List the scores of every run, for ``runs.csv``."""
     return [
         {
             "label": label,
-            "start": score.cell.start,
-            "mode": score.cell.mode,
-            "fraction": score.cell.fraction,
-            "draw": score.cell.draw,
-            "seed": score.cell.seed,
-            "learning_rate": "" if score.cell.rate is None else score.cell.rate,
-            "chosen": int(score in analysis.chosen),
-            "valid_miou": f"{score.valid:.4f}",
+            "initialization": result.run.initialization,
+            "mode": result.run.mode,
+            "fraction": result.run.fraction,
+            "draw": result.run.draw,
+            "seed": result.run.seed,
+            "learning_rate": "" if result.run.learning_rate is None else result.run.learning_rate,
+            "selected": int(result in analysis.selected),
+            "valid_miou": f"{result.valid_miou:.4f}",
             "part": analysis.part,
-            "miou": f"{float(analysis.miou(score.counts.sum(axis=0))):.4f}",
-            **{key: score.facts[key] for key in ("patches", "steps", "skipped_steps", "seconds", "train_keys")},
+            "miou": f"{float(analysis.miou(result.counts.sum(axis=0))):.4f}",
+            **{key: result.facts[key] for key in ("patches", "steps", "skipped_steps", "seconds", "train_keys")},
         }
         for label, analysis in analyses.items()
-        for score in analysis.scores
+        for result in analysis.results
     ]
 
 
 def curve_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
-    """Every estimate with its interval, and the difference to the reference."""
+    """List all points of the learning curves with their intervals and differences, for ``curves.csv``."""
     rows = []
     for label, analysis in analyses.items():
-        for (start, mode), curve in analysis.curves.items():
-            for share, item in curve.items():
+        for (initialization, mode), curve in analysis.curves.items():
+            for fraction, item in curve.items():
                 low, high = item.interval
                 row = {
                     "label": label,
-                    "start": start,
+                    "initialization": initialization,
                     "mode": mode,
-                    "fraction": share,
+                    "fraction": fraction,
                     "runs": item.runs,
                     "miou": f"{item.value:.4f}",
                     "low": f"{low:.4f}",
                     "high": f"{high:.4f}",
                 }
-                difference = analysis.differences.get((start, mode), {}).get(share)
-                figures: list[Any] = [""] * 5
+                difference = analysis.differences.get((initialization, mode), {}).get(fraction)
+                values: list[Any] = [""] * 5
                 if difference is not None:
-                    own = difference.estimate
-                    # A single run has no p-value: see ``difference_table``.
-                    chances = [own.p_value, difference.corrected] if own.runs > 1 else []
-                    figures = [f"{figure:.4f}" for figure in (own.value, *own.interval, *chances)]
-                    figures += [""] * (5 - len(figures))
+                    estimate = difference.estimate
+                    # A single run has no p-value.
+                    p_values = [estimate.p_value, difference.p_holm] if estimate.runs > 1 else []
+                    values = [f"{value:.4f}" for value in (estimate.value, *estimate.interval, *p_values)]
+                    values += [""] * (5 - len(values))
                 names = ("difference", "difference_low", "difference_high", "p", "p_holm")
-                rows.append(row | dict(zip(names, figures, strict=True)))
+                rows.append(row | dict(zip(names, values, strict=True)))
     return rows
 
 
 def class_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
-    """IoU of every class."""
+    """List the IoU of every class, for ``classes.csv``."""
     return [
-        {"label": label, "start": start, "mode": mode, "fraction": share, "class": name, "iou": f"{iou:.4f}"}
+        {
+            "label": label,
+            "initialization": initialization,
+            "mode": mode,
+            "fraction": fraction,
+            "class": name,
+            "iou": f"{iou:.4f}",
+        }
         for label, analysis in analyses.items()
-        for (start, mode), curve in analysis.curves.items()
-        for share in curve
+        for (initialization, mode), curve in analysis.curves.items()
+        for fraction in curve
         for name, iou in zip(
             (analysis.scheme.classes[value] for value in analysis.scheme.scored),
-            analysis.classes(start, mode, share),
+            analysis.class_iou(initialization, mode, fraction),
             strict=True,
         )
         if not math.isnan(iou)
     ]
 
 
-def _shares(analysis: Analysis, mode: str) -> list[float]:
-    return sorted({share for (_, other), curve in analysis.curves.items() if other == mode for share in curve})
+def _curves(analysis: Analysis, mode: str) -> dict[str, dict[float, BootstrapEstimate]]:
+    """Learning curves of a mode by initialization."""
+    return {name: curve for (name, curve_mode), curve in analysis.curves.items() if curve_mode == mode}
 
 
-def _interval(item: BootstrapEstimate) -> str:
+def _fractions(analysis: Analysis, mode: str) -> list[float]:
+    return sorted({fraction for curve in _curves(analysis, mode).values() for fraction in curve})
+
+
+def _with_interval(item: BootstrapEstimate) -> str:
+    """Format an estimate with its interval; ``*`` marks a single run."""
     low, high = item.interval
-    return f"{item.value:.1f} ({low:.1f} to {high:.1f}){_single(item)}"
-
-
-def _single(item: BootstrapEstimate) -> str:
-    return "*" if item.runs == 1 else ""
+    return f"{item.value:.1f} ({low:.1f} to {high:.1f}){'*' if item.runs == 1 else ''}"
 
 
 def score_table(analysis: Analysis, mode: str) -> Table:
-    """Scores of a mode by start and share."""
-    shares = _shares(analysis, mode)
+    """Build the table of scores by initialization and fraction."""
+    fractions = _fractions(analysis, mode)
     rows = [
-        [start, *(_interval(curve[share]) if share in curve else "" for share in shares)]
-        for (start, other), curve in analysis.curves.items()
-        if other == mode
+        [name, *(_with_interval(curve[fraction]) if fraction in curve else "" for fraction in fractions)]
+        for name, curve in _curves(analysis, mode).items()
     ]
-    patches = {score.cell.fraction: score.facts["patches"] for score in analysis.scores}
-    head = [f"{percent(share)} ({patches[share]:,})" for share in shares]
-    return Table(f"mIoU (%), {mode}, by share (number) of labelled patches", ["", *head], rows)
+    patches = {result.run.fraction: result.facts["patches"] for result in analysis.results}
+    head = [f"{percent(fraction)} ({patches[fraction]:,})" for fraction in fractions]
+    return Table(f"mIoU (%), {mode}, by fraction (number) of labelled patches", ["", *head], rows)
 
 
 def difference_table(analysis: Analysis, mode: str) -> Table:
-    """Differences to the reference by start and share; strong where Holm's p is under 0.05."""
-    shares = _shares(analysis, mode)
+    """Build the table of differences to the reference; those with a Holm-corrected p below 0.05 are significant."""
+    fractions = _fractions(analysis, mode)
     rows: list[list[str]] = []
-    strong: set[tuple[int, int]] = set()
-    for start, other in analysis.differences:
-        if other != mode:
+    significant: set[tuple[int, int]] = set()
+    for initialization, curve_mode in analysis.differences:
+        if curve_mode != mode:
             continue
-        row = [start]
-        for share in shares:
-            item = analysis.differences[start, mode].get(share)
+        row = [initialization]
+        for fraction in fractions:
+            item = analysis.differences[initialization, mode].get(fraction)
             if item is None:
                 row.append("")
                 continue
             low, high = item.estimate.interval
-            if item.corrected < 0.05:
-                strong.add((len(rows), len(row)))
-            chance = f", p {item.corrected:.2g}" if item.estimate.runs > 1 else "*"
-            row.append(f"{item.estimate.value:+.1f} ({low:+.1f} to {high:+.1f}){chance}")
+            if item.p_holm < 0.05:
+                significant.add((len(rows), len(row)))
+            p_value = f", p {item.p_holm:.2g}" if item.estimate.runs > 1 else "*"
+            row.append(f"{item.estimate.value:+.1f} ({low:+.1f} to {high:+.1f}){p_value}")
         rows.append(row)
-    title = f"Points above {analysis.study.reference}, {mode}; p by Holm over the shares, bold under 0.05"
-    return Table(title, ["", *map(percent, shares)], rows, frozenset(strong))
+    title = f"Points above {analysis.study.reference}, {mode}; p Holm-corrected over the fractions, bold below 0.05"
+    return Table(title, ["", *map(percent, fractions)], rows, frozenset(significant))
 
 
 def labels_needed_table(analysis: Analysis, mode: str) -> Table:
-    """Labels that each start needs to reach what another has with most of its labels."""
-    curves = {start: curve for (start, other), curve in analysis.curves.items() if other == mode}
+    """Build the table of labels that each initialization needs to match another one at its largest fraction."""
+    curves = _curves(analysis, mode)
 
-    def text(share: float, curve: Mapping[float, BootstrapEstimate]) -> str:
-        if math.isinf(share):
+    def text(fraction: float, curve: Mapping[float, BootstrapEstimate]) -> str:
+        if math.isinf(fraction):
             return f"over {percent(max(curve))}"
-        return f"{percent(min(curve))} or fewer" if share <= min(curve) else percent(share)
+        return f"{percent(min(curve))} or fewer" if fraction <= min(curve) else percent(fraction)
 
     rows = []
-    for start, curve in curves.items():
-        row = [start]
+    for initialization, curve in curves.items():
+        row = [initialization]
         for other in curves:
-            item = analysis.needed.get((start, mode, other))
+            item = analysis.labels_needed.get((initialization, mode, other))
             if item is None:
                 row.append("")
                 continue
-            low, high = (text(share, curve) for share in item.interval)
+            low, high = (text(fraction, curve) for fraction in item.interval)
             row.append(f"{text(item.value, curve)} ({low} to {high})")
         rows.append(row)
-    head = ["labels that … needs", *(f"to match {other} at {percent(max(curve))}" for other, curve in curves.items())]
+    head = ["labels needed by", *(f"to match {other} at {percent(max(curve))}" for other, curve in curves.items())]
     return Table(f"Labels needed, {mode}", head, rows)
 
 
-def domain_table(analysis: Analysis, mode: str, share: float) -> Table:
-    """Scores by domain at one share."""
-    starts = [start for (start, other), curve in analysis.curves.items() if other == mode and share in curve]
-    columns = {start: analysis.domains(start, mode, share) for start in starts}
-    names = sorted(columns[starts[0]]) if starts else []
-    rows = [[name, *(f"{columns[start][name]:.1f}" for start in starts)] for name in names]
-    return Table(f"mIoU (%) by domain, {mode}, {percent(share)} of labels", ["domain", *starts], rows)
+def domain_table(analysis: Analysis, mode: str, fraction: float) -> Table:
+    """Build the table of scores by domain at one fraction."""
+    initializations = [name for name, curve in _curves(analysis, mode).items() if fraction in curve]
+    columns = {name: analysis.domain_miou(name, mode, fraction) for name in initializations}
+    domains = sorted(columns[initializations[0]]) if initializations else []
+    rows = [[domain, *(f"{columns[name][domain]:.1f}" for name in initializations)] for domain in domains]
+    return Table(f"mIoU (%) by domain, {mode}, {percent(fraction)} of labels", ["domain", *initializations], rows)
 
 
-def sensor_table(analysis: Analysis, mode: str, share: float) -> Table | None:
-    """Scores without each sensor, and with each alone, at one share; None where they were not measured."""
-    starts = [start for (start, other), curve in analysis.curves.items() if other == mode and share in curve]
-    columns = {start: analysis.missing(start, mode, share) for start in starts}
-    columns = {start: found for start, found in columns.items() if found}
+def sensor_table(analysis: Analysis, mode: str, fraction: float) -> Table | None:
+    """Build the table of the sensor ablation at one fraction; None when it was not measured."""
+    initializations = [name for name, curve in _curves(analysis, mode).items() if fraction in curve]
+    columns = {name: analysis.ablation_miou(name, mode, fraction) for name in initializations}
+    columns = {name: scores for name, scores in columns.items() if scores}
     if not columns:
         return None
-    whole = [f"{analysis.curves[start, mode][share].value:.1f}" for start in columns]
-    rows = [["all", *whole]]
-    rows += [[name, *(f"{found[name]:.1f}" for found in columns.values())] for name in next(iter(columns.values()))]
-    return Table(f"mIoU (%) by sensors, {mode}, {percent(share)} of labels", ["sensors", *columns], rows)
+    rows = [["all", *(f"{analysis.curves[name, mode][fraction].value:.1f}" for name in columns)]]
+    rows += [[name, *(f"{scores[name]:.1f}" for scores in columns.values())] for name in next(iter(columns.values()))]
+    return Table(f"mIoU (%) by sensors, {mode}, {percent(fraction)} of labels", ["sensors", *columns], rows)
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    """Tables for a paper, with booktabs."""
+    """Format tables as LaTeX with booktabs."""
     parts = []
     for table in tables:
         lines = [r"\begin{table}", rf"\caption{{{_latex(table.title)}}}"]
@@ -207,7 +221,7 @@ def to_latex(tables: Sequence[Table]) -> str:
         for number, row in enumerate(table.rows):
             cells = [_latex(cell) for cell in row]
             for column in range(len(cells)):
-                if (number, column) in table.strong:
+                if (number, column) in table.significant:
                     cells[column] = rf"\textbf{{{cells[column]}}}"
             lines.append(" & ".join(cells) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
@@ -216,6 +230,6 @@ def to_latex(tables: Sequence[Table]) -> str:
 
 
 def _latex(text: str) -> str:
-    for sign in "&%_#$":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("…", r"\dots")
+    for character in "&%_#$":
+        text = text.replace(character, f"\\{character}")
+    return text

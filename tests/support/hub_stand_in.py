@@ -1,8 +1,8 @@
-"""A server that answers huggingface_hub's own client as the hub does, for the few calls that publishing makes.
+"""A local stand-in for the Hugging Face hub, for the calls of huggingface_hub's client that publishing makes.
 
-It speaks the hub's HTTP API (https://huggingface.co/docs/hub/api) as far as: making a repository and a branch, checking
-the header of a card, uploading small files in the commit and large ones beside it (git LFS), one commit, listing and
-downloading files. It keeps everything in memory and everything that was asked for in ``requests``.
+It implements a part of the hub's HTTP API (https://huggingface.co/docs/hub/api): create a repository or a branch,
+validate the header of a card, upload small files in a commit and large files with git LFS, list and download files.
+All data stay in memory, and ``requests`` records every request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 
 class Hub(ThreadingHTTPServer):
-    """The server; ``refuse`` is the status that everything is answered with, where it is not 0."""
+    """HTTP server of the hub; a ``refuse`` other than 0 is the status of every response."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -34,7 +34,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
-        """Names and contents of a branch."""
+        """Return the files of a branch: contents by name."""
         return dict(self.repositories[repository]["branches"][branch])
 
 
@@ -44,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None: ...
 
-    def _answer(self, content: Any = None, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def _respond(self, content: Any = None, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _any(self) -> None:
+    def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = b""
@@ -64,35 +64,35 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         self.server.requests.append(f"{self.command} {path}")
         if self.server.refuse:
-            return self._answer({"error": "no such luck"}, self.server.refuse, {"X-Error-Message": "no such luck"})
+            return self._respond({"error": "refused"}, self.server.refuse, {"X-Error-Message": "refused"})
         for pattern, method in _ROUTES.items():
             if match := re.fullmatch(pattern, f"{self.command} {path}"):
                 return method(self, body, *match.groups())
-        return self._answer({"error": f"{self.command} {path}"}, 404)
+        return self._respond({"error": f"{self.command} {path}"}, 404)
 
-    do_GET = do_POST = do_PUT = do_HEAD = _any  # noqa: N815
+    do_GET = do_POST = do_PUT = do_HEAD = _handle  # noqa: N815
 
     def _create(self, body: bytes) -> None:
-        asked = json.loads(body)
-        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        request = json.loads(body)
+        name = "/".join(filter(None, (request.get("organization"), request["name"])))
         if name in self.server.repositories:
-            return self._answer({"error": "You already created this model repo", "url": name}, 409)
+            return self._respond({"error": "You already created this model repo", "url": name}, 409)
         self.server.repositories[name] = {
-            "private": asked.get("visibility") == "private",
+            "private": request.get("visibility") == "private",
             "branches": {"main": {}},
             "commits": [],
         }
-        return self._answer({"url": f"{self.server.address}/{name}", "id": name})
+        return self._respond({"url": f"{self.server.address}/{name}", "id": name})
 
     def _branch(self, body: bytes, name: str, branch: str) -> None:
         branches = self.server.repositories[name]["branches"]
         if branch in branches:
-            return self._answer({"error": "Reference already exists"}, 409)
+            return self._respond({"error": "Reference already exists"}, 409)
         branches[branch] = dict(branches["main"])
-        return self._answer({})
+        return self._respond({})
 
     def _validate(self, body: bytes) -> None:
-        self._answer({"errors": [], "warnings": []})
+        self._respond({"errors": [], "warnings": []})
 
     def _preupload(self, body: bytes, name: str, branch: str) -> None:
         files = json.loads(body)["files"]
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for file in files
         ]
-        self._answer({"files": modes})
+        self._respond({"files": modes})
 
     def _batch(self, body: bytes, name: str) -> None:
         objects = [
@@ -115,12 +115,12 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for item in json.loads(body)["objects"]
         ]
-        self._answer({"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/json"})
+        self._respond({"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/json"})
 
     def _store(self, body: bytes, oid: str) -> None:
         assert hashlib.sha256(body).hexdigest() == oid
         self.server.objects[oid] = body
-        self._answer({})
+        self._respond({})
 
     def _commit(self, body: bytes, name: str, branch: str) -> None:
         repository = self.server.repositories[name]
@@ -136,41 +136,41 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         oid = self._oid(name, branch)
-        self._answer({"success": True, "commitOid": oid, "commitUrl": f"{self.server.address}/{name}/commit/{oid}"})
+        self._respond({"success": True, "commitOid": oid, "commitUrl": f"{self.server.address}/{name}/commit/{oid}"})
 
     def _oid(self, name: str, branch: str) -> str:
         return hashlib.sha1(repr(sorted(self.server.files(name, branch).items())).encode()).hexdigest()
 
-    def _at(self, name: str, revision: str) -> str:
+    def _branch_at(self, name: str, revision: str) -> str:
         branches = self.server.repositories[name]["branches"]
         return revision if revision in branches else next(b for b in branches if self._oid(name, b) == revision)
 
     def _info(self, body: bytes, name: str, revision: str) -> None:
-        branch = self._at(name, revision)
+        branch = self._branch_at(name, revision)
         siblings = [{"rfilename": path} for path in self.server.files(name, branch)]
-        self._answer({"id": name, "modelId": name, "sha": self._oid(name, branch), "siblings": siblings, "tags": []})
+        self._respond({"id": name, "modelId": name, "sha": self._oid(name, branch), "siblings": siblings, "tags": []})
 
     def _tree(self, body: bytes, name: str, revision: str) -> None:
-        files = self.server.files(name, self._at(name, revision))
+        files = self.server.files(name, self._branch_at(name, revision))
         entries = [
             {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for path, content in files.items()
         ]
-        self._answer(entries)
+        self._respond(entries)
 
     def _resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
-        branch = self._at(name, revision)
+        branch = self._branch_at(name, revision)
         content = self.server.files(name, branch)[path]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        self._answer(content, headers={"ETag": etag, "X-Repo-Commit": self._oid(name, branch)})
+        self._respond(content, headers={"ETag": etag, "X-Repo-Commit": self._oid(name, branch)})
 
     def _collection(self, body: bytes) -> None:
-        asked = json.loads(body)
-        slug = f"{asked['namespace']}/{asked['title'].lower()}"
+        request = json.loads(body)
+        slug = f"{request['namespace']}/{request['title'].lower()}"
         self.server.collections.setdefault(slug, [])
-        self._answer(self._described(slug, asked["title"]))
+        self._respond(self._collection_json(slug, request["title"]))
 
-    def _described(self, slug: str, title: str) -> dict[str, Any]:
+    def _collection_json(self, slug: str, title: str) -> dict[str, Any]:
         return {
             "slug": slug,
             "title": title,
@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _item(self, body: bytes, slug: str) -> None:
         self.server.collections[slug].append(json.loads(body)["item"]["id"])
-        self._answer(self._described(slug, slug))
+        self._respond(self._collection_json(slug, slug))
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"

@@ -1,4 +1,4 @@
-"""A small study: its configuration, shards of one patch, and cells as if they had been run."""
+"""A small study for tests: its configuration, shards of one patch, and runs with simulated scores."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from bocage.finetune.evaluation.evaluate import summary, write_tables
+from bocage.finetune.evaluation.evaluate import classification_report, write_tables
 from bocage.finetune.models.targets import Target
-from bocage.finetune.study.grid import LabelFraction, StudyConfig, study_runs
-from bocage.finetune.study.runs import CellFolders
-from bocage.finetune.subsets.draw import keys_digest
+from bocage.finetune.study.launch import ParallelRunner
+from bocage.finetune.study.run_folders import RunFolders
+from bocage.finetune.study.study_config import LabelFraction, StudyConfig, study_runs
+from bocage.finetune.subsets.sampling import keys_digest
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
@@ -39,13 +40,13 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One simulated patch: what a study has to know of its shards."""
+    """Shards of one simulated patch."""
     return sharded(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(autouse=True)
 def known_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ``study`` finds them, in this process and in those that it starts."""
+    """Pass the path of the shards to ``study``, in this process and its children."""
     monkeypatch.setenv("STUDY_SHARDS", str(shards))
 
 
@@ -60,9 +61,9 @@ def study(output: Path, **changes: object) -> StudyConfig:
         "shards": os.environ["STUDY_SHARDS"],
         "output": str(output),
         "finetune": "finetune_quickstart",
-        "words": SMALL,
-        "starts": {"scratch": {}, "ours": {S2: "somewhere"}},
-        "shares": [LabelFraction(fraction=0.1, draws=3, seeds=2), LabelFraction(fraction=1.0, seeds=3)],
+        "overrides": SMALL,
+        "initializations": {"scratch": {}, "ours": {S2: "somewhere"}},
+        "fractions": [LabelFraction(fraction=0.1, draws=3, seeds=2), LabelFraction(fraction=1.0, seeds=3)],
         "modes": ["knn", "full"],
         "background": False,
         "replicates": 1000,
@@ -70,56 +71,61 @@ def study(output: Path, **changes: object) -> StudyConfig:
     return StudyConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def scored(settings: StudyConfig, gains: dict[str, float], part: str = "test") -> None:
-    """Write what cells of a study leave, of a world where starts are better by their gain, in logits."""
+def write_scores(settings: StudyConfig, gains: dict[str, float], part: str = "test") -> None:
+    """Write simulated scores of all runs, in which an initialization is better by its gain, in logits."""
     target = Target(label=FLAIR_HUB[LPIS])
-    classes, folders = len(target.scheme), CellFolders(settings)
-    for cell in study_runs(settings):
-        ease = np.random.default_rng(3).normal(0, 0.5, 24)  # of regions, the same for all cells
-        run = np.random.default_rng(100 * cell.draw + cell.seed)
-        gain = gains[cell.start] + 0.5 * np.log10(cell.fraction) + run.normal(0, 0.05)
-        gain += -0.3 if cell.rate == 1.0 else 0.0
+    classes, folders = len(target.scheme), RunFolders(settings)
+    for run in study_runs(settings):
+        ease = np.random.default_rng(3).normal(0, 0.5, 24)  # of regions, the same for all runs
+        random = np.random.default_rng(100 * run.draw + run.seed)
+        gain = gains[run.initialization] + 0.5 * np.log10(run.fraction) + random.normal(0, 0.05)
+        gain += -0.3 if run.learning_rate == 1.0 else 0.0
         matrix = ConfusionMatrix(target.scheme)
         for region in range(24):
             chance = 1 / (1 + np.exp(-(gain + ease[region])))
             hits = int(400 * chance)
             counts = hits * np.eye(classes, dtype=np.int64)
             counts += (400 - hits) * np.roll(np.eye(classes, dtype=np.int64), 1, axis=1)
-            counts[5] = 0  # a class that nobody grows
+            counts[5] = 0  # a class without a pixel
             matrix.by_roi[f"D{region % 6:03}-2020/R{region}"] = counts
-        folders.prepare(cell)
-        folder = folders.of(cell)
+        folders.prepare(run)
+        folder = folders.path(run)
         write_tables(folder, {name: {LPIS: matrix} for name in {"valid", part}})
         metrics = {
-            "labels": {LPIS: target.facts()},
-            "patches": {"train": int(100 * cell.fraction)},
-            **({"taught": {LPIS: {"cells": 10, "of": 20}}} if cell.mode == "knn" else {}),
-            "train_keys": keys_digest([f"{cell.fraction}/{cell.draw}"]),
+            "labels": {LPIS: target.scheme_to_json()},
+            "patches": {"train": int(100 * run.fraction)},
+            **({"train_cells": {LPIS: {"used": 10, "labelled": 20}}} if run.mode == "knn" else {}),
+            "train_keys": keys_digest([f"{run.fraction}/{run.draw}"]),
             "steps": 2,
-            **{name: {LPIS: summary(matrix)} for name in {"valid", part}},
+            **{name: {LPIS: classification_report(matrix)} for name in {"valid", part}},
         }
         (folder / "metrics.json").write_text(json.dumps(metrics))
-        folders.add_seconds(cell, 90.0)
+        folders.add_seconds(run, 90.0)
 
 
-def stand_in(settings: StudyConfig, name: str) -> int:
-    """In place of ``run_cell``: what a runner sees of either is a process, its status, and the files that it leaves.
+def fake_execute_run(settings: StudyConfig, name: str) -> int:
+    """Stand in for ``execute_run``: write the files of a run without training.
 
-    It takes the seconds that ``STUDY_SECONDS`` tells. Of the second draw it fails until a file ``repaired`` is there.
+    It takes ``STUDY_SECONDS`` seconds. Runs of the second draw fail until their folder has a file ``repaired``.
     """
-    folder = Path(settings.output) / "cells" / name
+    folder = Path(settings.output) / "runs" / name
 
-    def stopped(*_: object) -> None:
+    def save_and_exit(*_: object) -> None:
         time.sleep(1.0)
         (folder / "checkpoint").touch()
         sys.exit(143)
 
-    signal.signal(signal.SIGTERM, stopped)
-    with (folder / "starts.txt").open("a") as file:
+    signal.signal(signal.SIGTERM, save_and_exit)
+    with (folder / "executions.txt").open("a") as file:
         file.write("x")
     if "draw1" in name and not (folder / "repaired").exists():
-        raise InputError("this one cannot")
+        raise InputError("this run fails")
     time.sleep(float(os.environ.get("STUDY_SECONDS", "0")))
-    place = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-    (folder / "metrics.json").write_text(json.dumps({**place, "threads": torch.get_num_threads()}))
+    variables = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    (folder / "metrics.json").write_text(json.dumps({**variables, "threads": torch.get_num_threads()}))
     return 0
+
+
+def runner(settings: StudyConfig, processes: int = 2) -> ParallelRunner:
+    """Return a runner that executes ``fake_execute_run``."""
+    return ParallelRunner(RunFolders(settings), fake_execute_run, processes)

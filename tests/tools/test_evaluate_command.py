@@ -1,4 +1,4 @@
-"""``bocage evaluate``: the scores of a model on patches, without sensors, and on two ranks."""
+"""``bocage evaluate``: scores, sensor ablations, and equal results on one and two ranks."""
 
 import json
 import os
@@ -37,13 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sensors_are_taken_from_a_model_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sensor_ablations_are_scored_on_the_same_patches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
     words = ["evaluate", str(folder / "run"), str(folder / "shards")]
     assert main([*words, str(folder / "out"), "--missing", "--batch-size", "3"]) == 0
     said = capsys.readouterr()
     assert "without SENTINEL2_TS" in said.out
-    # Sets are compared on the same patches, those that have every sensor.
+    # All sets of sensors are scored on the patches that have all sensors.
     held = ShardPatches(Manifest.open(folder / "shards")).has_modality
     complete, some = (int(both.sum()) for both in (held(AERIAL) & held(S2), held(AERIAL) | held(S2)))
     assert 0 < complete < some
@@ -63,24 +63,24 @@ def test_sensors_are_taken_from_a_model_one_by_one(folder: Path, capsys: pytest.
     assert main([*words, str(folder / "less"), "--without", S2]) == 0
     less = json.loads((folder / "less" / "metrics.json").read_text())
     assert metrics["patches"] == complete
-    assert less["patches"] == held(AERIAL).sum()  # not those of which the model would see nothing
+    assert less["patches"] == held(AERIAL).sum()  # patches without the remaining sensor are left out
 
 
 def test_shards_that_lack_a_sensor_and_a_label(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(Catalogue.open(folder / "tree", modalities=[AERIAL, COSIA]), folder / "fewer")
     words = ["evaluate", str(folder / "run"), str(folder / "fewer"), str(folder / "fewer_scores"), "--missing"]
     assert main(words) == 0
-    assert f"has no {S2}, {LPIS}: measuring without" in capsys.readouterr().err
+    assert f"has no {S2}, {LPIS}: scoring without" in capsys.readouterr().err
     metrics = json.loads((folder / "fewer_scores" / "metrics.json").read_text())
     assert set(metrics) == {"patches", "all"}
     assert set(metrics["all"]) == {COSIA}
 
 
-def test_what_cannot_be_evaluated_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_raise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(folder / "run"), str(folder / "shards"), str(folder / "none")]
     for more, sentence in (
         (["--without", "SPOT_RGBI"], "--without SPOT_RGBI: the model reads AERIAL_RGBI, SENTINEL2_TS"),
-        (["--without", AERIAL, S2], "nothing is left for the model to see"),
+        (["--without", AERIAL, S2], "the model has no input left"),
         (["--split", "split_9"], "no split 'split_9'"),
         (["--value", "train"], "--value train is of a split: give it with --split"),
     ):
@@ -89,8 +89,8 @@ def test_what_cannot_be_evaluated_is_told(folder: Path, capsys: pytest.CaptureFi
     assert not (folder / "none").exists()
 
 
-# Some twenty seconds: three processes load torch.
-def test_two_ranks_count_what_one_counts(folder: Path) -> None:
+# About 20 s: three processes import torch.
+def test_two_ranks_give_the_scores_of_one(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = ["-m", "bocage", "evaluate", str(folder / "run"), str(folder / "shards")]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,3 +1,5 @@
+"""GeoTIFFs of predictions, and their figures."""
+
 import warnings
 from pathlib import Path
 
@@ -6,7 +8,7 @@ import pytest
 import rasterio
 from matplotlib.image import imread
 
-from bocage.finetune.evaluation.figures import Panel, draw_panels, render
+from bocage.finetune.evaluation.figures import Panel, draw_panels, render_rgb
 from bocage.finetune.evaluation.predict import write_prediction
 from bocage.shards.classes import COSIA, LPIS_3
 from bocage.shards.errors import InputError
@@ -20,7 +22,7 @@ LOCAL_LAMBERT = (
 
 
 @pytest.mark.parametrize("crs", ["EPSG:2154", LOCAL_LAMBERT, ""])
-def test_geotiffs_stand_where_the_patch_stands(tmp_path: Path, crs: str) -> None:
+def test_geotiffs_are_georeferenced_like_their_patch(tmp_path: Path, crs: str) -> None:
     predicted = np.random.default_rng(0).integers(0, 19, (512, 512), dtype=np.uint8)
     path = tmp_path / "D001-2020_AA_0-1.tif"
     write_prediction(path, predicted, COSIA, crs=crs, left=653_210.4, top=6_860_112.8, gsd=0.2)
@@ -44,40 +46,40 @@ def test_geotiffs_stand_where_the_patch_stands(tmp_path: Path, crs: str) -> None
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
-def test_an_unreadable_coordinate_system_is_named(tmp_path: Path) -> None:
+def test_an_invalid_crs_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.tif: coordinate system 'nowhere' cannot be read"):
         write_prediction(tmp_path / "a.tif", np.zeros((2, 2), np.uint8), COSIA, crs="nowhere", left=0, top=0, gsd=0.2)
     assert not list(tmp_path.iterdir())
 
 
-def test_palette_is_the_official_one() -> None:
+def test_palette_is_official() -> None:
     assert palette(COSIA)[0].tolist() == [0xDB, 0x0E, 0x9A]
     assert palette(LPIS_3).shape == (46, 3)
 
 
-def test_images_are_shown_in_the_colours_a_sensor_sees() -> None:
+def test_images_are_rendered_in_true_colour() -> None:
     aerial = np.zeros((4, 8, 8), np.uint8)
     aerial[2, :, 4:] = 200  # blue
-    shown = render(aerial, FLAIR_HUB["AERIAL_RGBI"])
+    shown = render_rgb(aerial, FLAIR_HUB["AERIAL_RGBI"])
     assert shown.shape == (8, 8, 3)
     assert shown[0, -1].tolist() == [0, 0, 1]
     series = np.zeros((3, 10, 4, 4), np.uint16)
     series[:, 2, :2] = 3000  # B4, red
-    series[0] = 9999  # one cloudy date does not show in the median
-    assert render(series, FLAIR_HUB["SENTINEL2_TS"])[0, 0].tolist() == [1, 0, 0]
+    series[0] = 9999  # the median ignores one cloudy date
+    assert render_rgb(series, FLAIR_HUB["SENTINEL2_TS"])[0, 0].tolist() == [1, 0, 0]
 
 
-def test_sensors_without_colours_are_grey_and_holes_black() -> None:
+def test_sensors_without_colour_bands_are_grey_and_nodata_is_black() -> None:
     heights = np.full((2, 4, 4), 100.0, np.float32)
     heights[0, :2] = 120.0
     heights[0, 0, 0] = -9999.0
-    shown = render(heights, FLAIR_HUB["DEM_ELEV"])
+    shown = render_rgb(heights, FLAIR_HUB["DEM_ELEV"])
     assert shown[0, 0].tolist() == [0, 0, 0]
     assert shown[0, 1].tolist() == [1, 1, 1]
-    assert not render(np.full((2, 4, 4), -9999.0, np.float32), FLAIR_HUB["DEM_ELEV"]).any()
+    assert not render_rgb(np.full((2, 4, 4), -9999.0, np.float32), FLAIR_HUB["DEM_ELEV"]).any()
 
 
-def test_panels_hold_the_official_colours(tmp_path: Path) -> None:
+def test_panels_use_the_official_colours(tmp_path: Path) -> None:
     truth, predicted = np.full((64, 64), 8, np.uint8), np.full((64, 64), 6, np.uint8)
     path = tmp_path / "panels.png"
     image = np.zeros((64, 64, 3))

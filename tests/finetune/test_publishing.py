@@ -1,4 +1,4 @@
-"""Publishing: the folder of an encoder, its card and its code, and the way to the hub with the hub's own client."""
+"""Publishing encoders: the folder, the card and its code, and uploads with the hub's own client."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import torch
 import yaml
 from hub_stand_in import Hub
 from small_recipes import PRETRAIN
-from wandb_records import told
+from wandb_records import read_offline_runs
 
 from bocage import recipes
 from bocage.finetune.publishing.release import check_publication
@@ -29,18 +29,19 @@ from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 from bocage.tools.main import main
 
 SPOT, DEM, S2, COSIA, LPIS = "SPOT_RGBI", "DEM_ELEV", "SENTINEL2_TS", "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
-RUN = [*PRETRAIN, "engine.steps=3", "engine.log_every=1", "engine.tracker=wandb", "pictures=0"]
+RUN = [*PRETRAIN, "engine.steps=3", "engine.log_every=1", "engine.tracker=wandb", "reconstructions=0"]
 TERMS = ["--dataset", "IGNF/FLAIR-HUB", "--data-license", "etalab-2.0", "--license", "apache-2.0"]
 
 
-# Some twenty seconds: a pretraining of three steps, four probes.
+# About 20 s: a pretraining of three steps and six probes.
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Shards, a pretraining of three sensors, probes of two of its encoders, and all three published."""
+    """Shards, a pretraining of three sensors, probes of its encoders, and the published encoders."""
     folder = tmp_path_factory.mktemp("publication")
     registry = FLAIR_HUB.subset([SPOT, DEM, S2, "SENTINEL2_MSK-SC", COSIA, LPIS])
     write_tree(folder / "tree", patches=36, seed=1, registry=registry, dates=(3, 4))
@@ -51,15 +52,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, label in ((SPOT, COSIA), (DEM, COSIA), (S2, LPIS)):
         encoder = str(folder / "run" / "encoders" / name)
         assert main(["study", "probe", encoder, str(shards), str(folder / "probes" / name), "--label", label]) == 0
-    assert main(words_of(folder)) == 0
+    assert main(publish_command(folder)) == 0
     yield folder
     del os.environ["WANDB_MODE"]
 
 
-def words_of(folder: Path, *others: str) -> list[str]:
+def publish_command(folder: Path, *others: str) -> list[str]:
     scores = [str(path.parent) for path in sorted((folder / "probes").glob("*/*/metrics.json"))]
-    given = ["publish", str(folder / "run"), str(folder / "out"), "--shards", str(folder / "shards")]
-    return [*given, "--scores", *scores, *TERMS, *others]
+    command = ["publish", str(folder / "run"), str(folder / "out"), "--shards", str(folder / "shards")]
+    return [*command, "--scores", *scores, *TERMS, *others]
 
 
 def code(card: str) -> list[str]:
@@ -73,7 +74,7 @@ def executed(source: str, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_folder_is_complete_and_its_hashes_hold(world: Path) -> None:
+def test_the_folder_is_complete_and_its_hashes_match(world: Path) -> None:
     for name in (SPOT, DEM, S2):
         folder = world / "out" / name
         assert {path.name for path in folder.iterdir()} == {
@@ -88,7 +89,7 @@ def test_the_folder_is_complete_and_its_hashes_hold(world: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [SPOT, S2])
-def test_the_card_says_what_the_facts_say(world: Path, name: str) -> None:
+def test_the_card_agrees_with_the_facts(world: Path, name: str) -> None:
     folder = world / "out" / name
     facts = json.loads((folder / "metrics.json").read_text())
     card = (folder / "README.md").read_text()
@@ -103,7 +104,7 @@ def test_the_card_says_what_the_facts_say(world: Path, name: str) -> None:
         assert row[3].strip() == f"{score['miou']:.2f}"
         assert score["regions"] == 2
         assert row[4].strip() == "too few regions"
-    # What was measured is what the probe's own file says.
+    # The scores equal those in the files of the probes.
     for score in facts["scores"]:
         (path,) = (world / "probes" / name).glob(f"{score['probe']}-*/metrics.json")
         assert json.loads(path.read_text())["test"][score["label"]]["strict"]["miou"] == score["miou"]
@@ -113,30 +114,30 @@ def test_the_card_says_what_the_facts_say(world: Path, name: str) -> None:
     years = {domain[-4:] for domain in manifest.column("domain").take(trained).to_pylist()}
     assert {facts["data"]["first_date"][:4], facts["data"]["last_date"][:4]} <= years
     for fact in (
-        "3, 6 windows together",
+        "3, 6 windows in total",
         "masked x 1",
         facts["data"]["first_date"],
         facts["data"]["shards"],
     ):
         assert fact in card
     assert all(domain in card for domain in facts["data"]["domains"])
-    assert re.search(r"was measured on \(test\), 0 were seen in pretraining", card)
+    assert re.search(r"Of the test patches with .*, 0 were used in pretraining", card)
     assert str(world) not in "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
 
 
-def test_the_runs_tracker_links_its_checkpoint_and_the_published_encoders(world: Path) -> None:
-    shown = told(world / "run")
-    assert len(shown["ids"]) == 1  # publishing goes on in the same run
+def test_the_tracker_links_the_checkpoint_and_the_published_encoders(world: Path) -> None:
+    shown = read_offline_runs(world / "run")
+    assert len(shown["ids"]) == 1  # publishing resumes the same tracker run
     assert [step for step, _ in shown["history"]] == [1, 2, 3]
     assert shown["summary"]["checkpoint"] == str(world / "run" / "checkpoints" / "step-00000003")
     for name in (SPOT, DEM, S2):
         assert shown["summary"][f"published_folder/{name}"] == str(world / "out" / name)
 
 
-def test_scores_have_intervals_where_there_are_regions(world: Path, tmp_path: Path) -> None:
+def test_scores_with_enough_regions_have_intervals(world: Path, tmp_path: Path) -> None:
     probe = tmp_path / "probe"
     shutil.copytree(next((world / "probes" / SPOT).glob("linear-*")), probe)
-    # The same cells in more regions score the same.
+    # Copy the cells to more regions, which leaves the scores unchanged.
     table = pq.read_table(probe / "confusions.parquet")
     copies = [
         table.set_column(
@@ -145,7 +146,7 @@ def test_scores_have_intervals_where_there_are_regions(world: Path, tmp_path: Pa
         for i in range(4)
     ]
     pq.write_table(pa.concat_tables(copies), probe / "confusions.parquet")
-    words = words_of(world)
+    words = publish_command(world)
     words[2] = str(tmp_path / "out")
     words[words.index("--scores") : words.index("--dataset")] = ["--scores", str(probe), "--modalities", SPOT]
     assert main(words) == 0
@@ -157,7 +158,7 @@ def test_scores_have_intervals_where_there_are_regions(world: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", [SPOT, DEM, S2])
-def test_the_code_of_the_card_runs_as_it_stands(world: Path, name: str) -> None:
+def test_the_code_of_the_card_runs(world: Path, name: str) -> None:
     folder = world / "out" / name
     blocks = code((folder / "README.md").read_text())
     shown = "print([tuple(item.shape) for item in maps])"
@@ -166,7 +167,7 @@ def test_the_code_of_the_card_runs_as_it_stands(world: Path, name: str) -> None:
         assert executed(f"{ours}\n{shown}", folder).strip() == "[(1, 16, 10, 10), (1, 16, 10, 10), (1, 32, 10, 10)]"
         return
     timm_alone, ours = blocks
-    # The same numbers, with no code of ours.
+    # timm alone gives the same feature maps as bocage.
     same = (
         "import sys\nassert not any(name.startswith('bocage') for name in sys.modules)\n"
         "plain, given = maps, (image - mean) / std\n"
@@ -177,49 +178,49 @@ def test_the_code_of_the_card_runs_as_it_stands(world: Path, name: str) -> None:
     executed(f"{timm_alone}\n{same}", folder)
 
 
-def test_the_recipe_is_that_of_the_run(world: Path) -> None:
+def test_the_recipe_resolves_to_the_configuration_of_the_run(world: Path) -> None:
     path = world / "out" / SPOT / "recipe.yaml"
     again = recipes.resolve(PretrainConfig, [f"recipe={path}"])
     first = recipes.resolve(PretrainConfig, RUN)
     for key in ("masking", "weights", "masked", "swin", "utae", "window", "batch_size", "split", "train"):
         assert getattr(again, key) == getattr(first, key)
-    assert replace(again.engine, tracker="wandb") == first.engine  # how it was watched is not of the recipe
+    assert replace(again.engine, tracker="wandb") == first.engine  # tracker settings are left out of the recipe
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
-        ("another split", "were seen in pretraining, without labels"),
-        ("other scores", "was measured with other weights than"),
-        ("no scores", "--scores: none of SENTINEL2_TS: run `bocage study probe`"),
-        ("other shards", "are not the shards that"),
-        ("unfinished", "is at step 3 of 5: finish it before it is published"),
-        ("nothing learned", "no step of it was finite"),
-        ("replaced", "does not hold the weights of"),
+        ("another split", "were used in pretraining, without labels"),
+        ("other scores", "has scores of other weights than"),
+        ("no scores", "--scores: none for SENTINEL2_TS: run `bocage study probe`"),
+        ("other shards", "was not trained on"),
+        ("unfinished", "is at step 3 of 5: finish the run"),
+        ("nothing learned", "no step had a finite loss"),
+        ("replaced", "does not have the weights of"),
         ("damaged", "is damaged"),
         ("occupied", "exists and is not a published encoder"),
         ("no licence", "--license='' is not how the hub writes licences"),
         ("no encoder", "has no encoder of AERIAL_RGBI; it has DEM_ELEV, SENTINEL2_TS, SPOT_RGBI"),
-        ("description", "config.json is not that of"),
-        ("same patches", "was measured on the patches that taught it"),
+        ("description", "config.json differs from that of"),
+        ("same patches", "has scores on the probe's training patches"),
         ("twice", "given twice"),
         ("not a probe", "is not of a probe"),
-        ("no name", "--license=other names none"),
+        ("no name", "--license=other is not a licence"),
         ("a file", "cannot be written: "),
         ("place", "hf:na me/x is not of the form hf:org/name"),
     ],
 )
-def test_missing_and_wrong_facts_are_errors(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, sentence: str
+def test_missing_and_contradicting_facts_raise(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
 ) -> None:
-    run, out, words = tmp_path / "run", tmp_path / "out", words_of(world)
+    run, out, words = tmp_path / "run", tmp_path / "out", publish_command(world)
     shutil.copytree(world / "run", run)
     words[1:3] = [str(run), str(out)]
     if change == "another split":
         state = next((run / "checkpoints").glob("*/state.json"))
         _edited(run, state, lambda content: content["config"].update(split="all"))
         assert main(words) == 0
-        assert sentence in (out / SPOT / "README.md").read_text()
+        assert message in (out / SPOT / "README.md").read_text()
         return
     if change in ("other scores", "same patches", "not a probe"):
         probe = tmp_path / "probe"
@@ -273,13 +274,13 @@ def test_missing_and_wrong_facts_are_errors(
     if change == "place":
         words += ["--to", "hf:na me/x"]
     assert main(words) == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     if change == "occupied":
         assert [path.name for path in (out / SPOT).iterdir()] == ["mine.txt"]
 
 
 def _edited(run: Path, path: Path, change: object) -> None:
-    """Change a JSON file of a checkpoint, and what the checkpoint says of it."""
+    """Change a JSON file of a checkpoint, and its size and hash in the checkpoint's list of files."""
     import hashlib
 
     content = json.loads(path.read_text())
@@ -294,13 +295,13 @@ def _edited(run: Path, path: Path, change: object) -> None:
     marker.write_text(json.dumps(listed))
 
 
-def test_a_card_that_disagrees_is_found(world: Path, tmp_path: Path) -> None:
+def test_changed_facts_are_detected(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / SPOT
     shutil.copytree(world / "out" / SPOT, folder)
     facts = json.loads((folder / "metrics.json").read_text())
     facts["scores"][0]["miou"] += 1
     (folder / "metrics.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match=r"metrics.json is not the file that was published"):
+    with pytest.raises(InputError, match=r"metrics.json was changed since publication"):
         check_publication(folder)
     sums = subprocess.run(
         ["sha256sum", *(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")],
@@ -310,12 +311,12 @@ def test_a_card_that_disagrees_is_found(world: Path, tmp_path: Path) -> None:
         check=True,
     )
     (folder / "SHA256SUMS").write_text(sums.stdout)
-    with pytest.raises(InputError, match=r"README.md does not say what metrics.json says"):
+    with pytest.raises(InputError, match=r"README.md disagrees with metrics.json"):
         check_publication(folder)
 
 
-def test_publishing_again_replaces_and_without_scores_says_so(world: Path, tmp_path: Path) -> None:
-    words = words_of(world)
+def test_publishing_again_replaces_the_folder(world: Path, tmp_path: Path) -> None:
+    words = publish_command(world)
     words[2] = str(tmp_path)
     words[words.index("--scores") : words.index("--dataset")] = ["--without-scores"]
     assert main(words) == 0
@@ -325,31 +326,31 @@ def test_publishing_again_replaces_and_without_scores_says_so(world: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == [DEM, S2, SPOT]
 
 
-def test_what_was_written_by_hand_is_not_lost(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = words_of(world)
+def test_files_changed_by_hand_are_kept(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = publish_command(world)
     words[2] = str(tmp_path)
     assert main(words) == 0
     (tmp_path / SPOT / "notes.txt").write_text("mine")
     card = tmp_path / S2 / "README.md"
     card.write_text(card.read_text() + "edited")
     assert main([*words, "--modalities", SPOT, S2, DEM]) == 2
-    assert "notes.txt was not published: move it away" in capsys.readouterr().err
+    assert "notes.txt is not part of the publication: move it away" in capsys.readouterr().err
     (tmp_path / SPOT / "notes.txt").unlink()
     assert main(words) == 2
-    assert "README.md is not the file that was published: move " in capsys.readouterr().err
+    assert "README.md was changed since publication: move " in capsys.readouterr().err
     assert card.read_text().endswith("edited")
 
 
-def test_a_local_source_is_told_and_not_part_of_the_recipe(world: Path, tmp_path: Path) -> None:
+def test_local_paths_are_left_out_of_the_recipe(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(world / "run", run)
     state = next((run / "checkpoints").glob("*/state.json"))
     _edited(run, state, lambda content: content["config"].update(encoders={SPOT: "/home/me/earlier", DEM: "imagenet"}))
-    words = words_of(world)
+    words = publish_command(world)
     words[1:3] = [str(run), str(tmp_path / "out")]
     assert main(words) == 0
     text = (tmp_path / "out" / SPOT / "recipe.yaml").read_text()
-    assert "# SPOT_RGBI was started from a local encoder, earlier" in text and "/home/me" not in text
+    assert "# SPOT_RGBI started from a local encoder, earlier" in text and "/home/me" not in text
     config = recipes.resolve(PretrainConfig, [f"recipe={tmp_path / 'out' / SPOT / 'recipe.yaml'}"])
     assert config.encoders == {DEM: "imagenet"}
 
@@ -373,7 +374,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# Runs commands in a process of its own, since the hub's client reads its address when it is imported.
+# The commands run in another process, since the hub's client reads its endpoint when it is imported.
 COMMANDS = """
 import json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -390,20 +391,20 @@ for line in sys.stdin:
 """
 
 
-# Some forty seconds: nine publications of up to three encoders, and the code of two cards in processes of their own.
-def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
+# About 40 s: nine publications of up to three encoders, and the code of two cards in other processes.
+def test_upload_to_the_hub_and_download(world: Path, tmp_path: Path) -> None:
     hub = Hub()
-    own = {
+    environment = {
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    words = words_of(world, "--to", "hf:team/fields", "--collection", "Fields")
+    words = publish_command(world, "--to", "hf:team/fields", "--collection", "Fields")
     words[2] = str(tmp_path / "out")
     line = [sys.executable, "-c", COMMANDS]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(line, env={**os.environ, **own}, stdin=pipe, stdout=pipe, text=True)
+    process = subprocess.Popen(line, env={**os.environ, **environment}, stdin=pipe, stdout=pipe, text=True)
     assert process.stdin is not None and process.stdout is not None
     asked, answers = process.stdin, process.stdout
 
@@ -414,7 +415,7 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
         assert "hf_secret" not in text
         return str(text)
 
-    # Without a token, and when asked for it: nothing leaves the machine.
+    # Without a token, and with --dry-run, nothing is sent.
     text = said(token="")
     assert "would upload" in text and "hf:team/fields-spot-rgbi, private if it is new" in text
     assert "set HF_TOKEN or run `hf auth login`" in text
@@ -428,32 +429,32 @@ def test_the_way_to_the_hub_and_back(world: Path, tmp_path: Path) -> None:
         repository = f"team/fields-{name.lower().replace('_', '-')}"
         assert hub.repositories[repository]["private"] is True
         assert len(hub.repositories[repository]["commits"]) == 1
-        there = {path.name: path.read_bytes() for path in (tmp_path / "out" / name).iterdir()}
-        assert hub.files(repository) == there
+        local = {path.name: path.read_bytes() for path in (tmp_path / "out" / name).iterdir()}
+        assert hub.files(repository) == local
         (address,) = re.findall(rf"{hub.address}/{repository}/commit/\w+", text)
-        assert told(world / "run")["summary"][f"published/{name}"] == address
-    # What else a repository holds stays; a branch leaves main alone.
+        assert read_offline_runs(world / "run")["summary"][f"published/{name}"] == address
+    # Other files of the repository stay, and uploading to a branch does not change main.
     hub.repositories["team/fields-spot-rgbi"]["branches"]["main"]["own.bin"] = b"own"
     text = said("--revision", "next")
     assert "0%|" not in text  # no bar in a log
     assert hub.files("team/fields-spot-rgbi")["own.bin"] == b"own"
     assert 'hf-hub:team/fields-spot-rgbi@next"' in hub.files("team/fields-spot-rgbi", "next")["README.md"].decode()
 
-    # The code of the cards, as it stands on the hub.
+    # The code of the uploaded cards runs.
     for repository in ("team/fields-spot-rgbi", "team/fields-sentinel2-ts"):
         card = hub.files(repository, "next")["README.md"].decode()
         for block in code(card):
             assert f"{repository}@next" in block
-            executed(block, tmp_path, **own)
+            executed(block, tmp_path, **environment)
 
-    # A dry run leaves the link alone; an encoder of another sensor, and a repository of something else, stay.
-    linked = told(world / "run")["summary"]
+    # A dry run does not change the tracker. A repository with another encoder or other files is not overwritten.
+    linked = read_offline_runs(world / "run")["summary"]
     said("--dry-run")
-    assert told(world / "run")["summary"] == linked
+    assert read_offline_runs(world / "run")["summary"] == linked
     whole, words = words, [word for word in words if f"/{S2}/" not in word and f"/{DEM}/" not in word]
     words[words.index("--to") :] = ["--modalities", SPOT, "--to", "hf:team/fields-dem-elev"]
     before = hub.files("team/fields-dem-elev")
-    assert "hf:team/fields-dem-elev holds an encoder of DEM_ELEV: give another name" in said(status=2)
+    assert "hf:team/fields-dem-elev holds an encoder of DEM_ELEV: choose another name" in said(status=2)
     kept = hub.repositories["team/fields-dem-elev"]["branches"]["main"].pop("config.json")
     assert "holds other files (" in said(status=2)
     hub.repositories["team/fields-dem-elev"]["branches"]["main"]["config.json"] = kept

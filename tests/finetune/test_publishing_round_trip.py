@@ -1,4 +1,4 @@
-"""From a pretraining to a published folder to environments in which bocage is not installed."""
+"""Publish encoders of a pretraining, then load them in environments without bocage."""
 
 import importlib.metadata
 import json
@@ -16,15 +16,16 @@ from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 from bocage.tools.main import main
 
-pytestmark = pytest.mark.slow  # minutes: a pretraining, and environments into which torch is installed
+pytestmark = pytest.mark.slow  # minutes: a pretraining, and virtual environments with torch
 
 ROOT = Path(__file__).parents[2]
 TERMS = ["--dataset", "IGNF/FLAIR-HUB", "--data-license", "etalab-2.0", "--license", "etalab-2.0"]
 IMAGES = ("AERIAL_RGBI", "SPOT_RGBI")
-ALONE = """
+TIMM_ALONE = """
 import importlib.util, json, sys
 import timm, torch
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ for name in sys.argv[1:]:
     assert other(kept["images"][:, :3])[0].shape == maps[0].shape
 print(json.dumps(worst))
 """
-BESIDE = """
+COMPARE = """
 import importlib.util, sys
 import timm, torch
 from safetensors.torch import load_file
@@ -58,7 +59,7 @@ for index, (found, other) in enumerate(zip(maps, others, strict=True)):
     assert torch.equal(found, other.permute(0, 3, 1, 2)), index
     worst = float((found - kept[f"map{index}"]).abs().max())
     print(index, worst)
-    assert worst <= 1e-5, (index, worst)  # terratorch has torch round otherwise
+    assert worst <= 1e-5, (index, worst)  # terratorch changes torch's rounding
 task.train()
 logits = task.model(kept["images"])
 logits = getattr(logits, "output", logits)
@@ -70,11 +71,17 @@ assert all(parameter.grad is not None for parameter in encoder.parameters())
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the quickstart recipe, its encoders published, and what they say of images, by load_encoder."""
+    """A run of the quickstart recipe, its published encoders, and reference features from ``load_encoder``."""
     folder = tmp_path_factory.mktemp("round_trip")
     write_tree(folder / "tree", patches=40, seed=0)
     shards = write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
-    words = ["recipe=quickstart", f"shards={shards}", f"output={folder / 'run'}", "engine.steps=20", "pictures=0"]
+    words = [
+        "recipe=quickstart",
+        f"shards={shards}",
+        f"output={folder / 'run'}",
+        "engine.steps=20",
+        "reconstructions=0",
+    ]
     assert pretrain(recipes.resolve(PretrainConfig, words)).exit_code == 0
     given = ["publish", str(folder / "run"), str(folder / "published"), "--shards", str(shards), "--without-scores"]
     assert main([*given, "--modalities", *IMAGES, *TERMS]) == 0
@@ -89,7 +96,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(folder: Path, *packages: str) -> Path:
-    """The interpreter of a new environment that has these packages alone, torch in the version that runs here."""
+    """Create a virtual environment with these packages and the installed torch version; return its interpreter."""
     pinned = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in ("torch", "torchvision")]
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -99,21 +106,21 @@ def environment(folder: Path, *packages: str) -> Path:
 
 def test_timm_alone_gives_the_same_features(published: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv", f"timm=={importlib.metadata.version('timm')}", "safetensors")
-    done = subprocess.run([str(python), "-c", ALONE, *IMAGES], cwd=published, capture_output=True, text=True)
+    done = subprocess.run([str(python), "-c", TIMM_ALONE, *IMAGES], cwd=published, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     worst = json.loads(done.stdout)
     print(worst)
     assert max(worst.values()) <= 1e-6
 
 
-# torchgeo 0.8.1 needs requests and does not say so.
-@pytest.mark.parametrize(("peer", "more"), [("torchgeo", ["requests"]), ("terratorch", [])])
-def test_the_code_for_others_gives_the_same_features(
-    peer: str, more: list[str], published: Path, tmp_path: Path
+# torchgeo 0.8.1 needs requests without declaring it.
+@pytest.mark.parametrize(("library", "extra"), [("torchgeo", ["requests"]), ("terratorch", [])])
+def test_the_documented_code_gives_the_same_features(
+    library: str, extra: list[str], published: Path, tmp_path: Path
 ) -> None:
     page = (ROOT / "docs" / "publishing.md").read_text()
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"from {peer}" in code]
-    python = environment(tmp_path / "venv", peer, *more)
-    done = subprocess.run([str(python), "-c", block + BESIDE], cwd=published, capture_output=True, text=True)
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"from {library}" in code]
+    python = environment(tmp_path / "venv", library, *extra)
+    done = subprocess.run([str(python), "-c", block + COMPARE], cwd=published, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
