@@ -1,4 +1,4 @@
-"""A training process that is interrupted or killed goes on where it was and ends with the same bits."""
+"""An interrupted or killed training process resumes and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SCRIPT = Path(__file__).parents[1] / "support" / "tiny_run.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def command(output: Path, *words: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(output), *words]
+def command(output: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), str(output), *arguments]
 
 
 def final_weights(output: Path, step: int) -> dict[str, torch.Tensor]:
@@ -44,20 +44,20 @@ def assert_same_weights(one: Path, other: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
     subprocess.run(command(output, "--steps", "30"), env=ENVIRONMENT, check=True, timeout=60)
     return output
 
 
 # About 7 s: two interpreters import torch.
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_signal_finishes_the_step_saves_and_resumes(
-    number: int, code: int, tmp_path: Path, undisturbed: Path
+def test_a_signal_ends_the_run_after_a_save_and_it_resumes(
+    number: int, code: int, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    words = ("--steps", "30", "--save-every", "0")
+    arguments = ("--steps", "30", "--save-every", "0")
     output = tmp_path / "interrupted"
-    process = subprocess.Popen(command(output, *words, "--pause", "0.1"), env=ENVIRONMENT, stderr=-1, text=True)
+    process = subprocess.Popen(command(output, *arguments, "--pause", "0.1"), env=ENVIRONMENT, stderr=-1, text=True)
     wait_for_step(output, 3, process)
     process.send_signal(number)
     _, text = process.communicate(timeout=60)
@@ -66,8 +66,8 @@ def test_a_signal_finishes_the_step_saves_and_resumes(
     step = int(saved.name[5:])
     assert 3 <= step < 30
     assert f"stopped at step {step} of 30, saved" in text
-    subprocess.run(command(output, *words), env=ENVIRONMENT, check=True, timeout=60)
-    assert_same_weights(output, undisturbed, 30)
+    subprocess.run(command(output, *arguments), env=ENVIRONMENT, check=True, timeout=60)
+    assert_same_weights(output, uninterrupted, 30)
     assert recorded_steps(output) == list(range(1, 31))
 
 
@@ -80,21 +80,21 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     time.sleep(0.7)
-    assert process.poll() is None  # still in its step, which waits 30 s for data
+    assert process.poll() is None  # still in its first step, which waits 30 s for data
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
     assert not (tmp_path / "checkpoints").exists()
 
 
 # About 8 s: an interpreter imports torch, and five runs are killed, three of them inside a save.
-def test_killed_runs_resume_to_the_same_bits(tmp_path: Path, undisturbed: Path) -> None:
-    words = ("--steps", "30", "--save-every", "3", "--slow-export", "--pause", "0.005")
+def test_killed_runs_resume_to_the_same_bits(tmp_path: Path, uninterrupted: Path) -> None:
+    arguments = ("--steps", "30", "--save-every", "3", "--slow-export", "--pause", "0.005")
     kills = ("--kill", "step", "save", "save", "step", "save")
     result = subprocess.run(
-        command(tmp_path, *words, *kills), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        command(tmp_path, *arguments, *kills), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("resuming at step") >= 3
-    assert_same_weights(tmp_path, undisturbed, 30)
+    assert_same_weights(tmp_path, uninterrupted, 30)
     assert recorded_steps(tmp_path) == list(range(1, 31))
     assert not list((tmp_path / "checkpoints").glob(".*"))

@@ -1,4 +1,4 @@
-"""`pretrain.py` on disks that are full or read-only and over damaged checkpoints: a sentence, then the same bits."""
+"""Pretraining on full or read-only disks and from damaged checkpoints: one-line errors, then the same bits."""
 
 from __future__ import annotations
 
@@ -20,84 +20,90 @@ from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
 STEPS = 6
-LAST, BEFORE = "step-00000006", "step-00000004"
+LAST, PREVIOUS = "step-00000006", "step-00000004"
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of a run that saves at steps 2, 4 and 6, over simulated shards (seconds)."""
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a run that saves at steps 2, 4 and 6, on simulated shards (seconds)."""
     folder = tmp_path_factory.mktemp("sample")
     write_tree(folder / "tree", patches=4, seed=3, dates=(3, 4))
     shards = write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
-    own = ["modalities=[AERIAL_RGBI,SENTINEL2_TS]", "split=all", "window=51.2", "reconstructions=0", f"shards={shards}"]
-    return [*PRETRAIN, *own, f"engine.steps={STEPS}", "engine.save_every=2", "engine.ema_decay=0.5"]
+    data = [
+        "modalities=[AERIAL_RGBI,SENTINEL2_TS]",
+        "split=all",
+        "window=51.2",
+        "reconstructions=0",
+        f"shards={shards}",
+    ]
+    return [*PRETRAIN, *data, f"engine.steps={STEPS}", "engine.save_every=2", "engine.ema_decay=0.5"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed")
-    assert main(["pretrain", *words, f"output={output}"]) == 0
+def uninterrupted(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    assert main(["pretrain", *arguments, f"output={output}"]) == 0
     return output
 
 
-def assert_same(output: Path, undisturbed: Path) -> None:
-    for path in undisturbed.rglob("*.safetensors"):
-        expected, found = load_file(path), load_file(output / path.relative_to(undisturbed))
+def assert_same_weights(output: Path, uninterrupted: Path) -> None:
+    for path in uninterrupted.rglob("*.safetensors"):
+        expected, found = load_file(path), load_file(output / path.relative_to(uninterrupted))
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], path
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
 
 
-def size(folder: Path) -> int:
+def disk_usage(folder: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_full_disk_spares_what_was_saved(
-    words: list[str], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_keeps_earlier_checkpoints(
+    arguments: list[str], uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    room = size(undisturbed / "checkpoints" / LAST)
+    room = disk_usage(uninterrupted / "checkpoints" / LAST)
     with tmpfs(tmp_path / "disk", f"{round(1.6 * room)}") as disk:
         output = disk / "run"
-        assert main(["pretrain", *words, f"output={output}"]) == 2
-        said = capsys.readouterr().err
-        assert f"bocage: error: cannot write checkpoint {output}/checkpoints/{BEFORE}: " in said
-        assert "space" in said.splitlines()[-1]
-        assert "Traceback" not in said
+        assert main(["pretrain", *arguments, f"output={output}"]) == 2
+        errors = capsys.readouterr().err
+        assert f"bocage: error: cannot write checkpoint {output}/checkpoints/{PREVIOUS}: " in errors
+        assert "space" in errors.splitlines()[-1]
+        assert "Traceback" not in errors
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"]
         remount(disk, "size=1g")
-        assert main(["pretrain", *words, f"output={output}"]) == 0
+        assert main(["pretrain", *arguments, f"output={output}"]) == 0
         assert "resuming at step 2 of 6" in capsys.readouterr().err
-        assert_same(output, undisturbed)
+        assert_same_weights(output, uninterrupted)
 
 
-def test_no_room_for_a_line_of_metrics_is_a_sentence_too(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_no_space_for_the_metrics_file_is_a_one_line_error(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tmpfs(tmp_path / "disk", "8k") as disk:
         (disk / "run").mkdir()
         (disk / "filler").write_bytes(bytes(8192))
-        assert main(["pretrain", *words, f"output={disk / 'run'}"]) == 2
-        said = capsys.readouterr().err
-        assert f"bocage: error: {disk}/run/metrics.jsonl cannot be written: No space left on device" in said
-        assert "Traceback" not in said
+        assert main(["pretrain", *arguments, f"output={disk / 'run'}"]) == 2
+        errors = capsys.readouterr().err
+        assert f"bocage: error: {disk}/run/metrics.jsonl cannot be written: No space left on device" in errors
+        assert "Traceback" not in errors
 
 
-def test_a_read_only_output_is_a_sentence(
-    words: list[str], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_read_only_output_is_a_one_line_error(
+    arguments: list[str], uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tmpfs(tmp_path / "disk", "1g") as disk:
         output = disk / "run"
-        shutil.copytree(undisturbed, output)
+        shutil.copytree(uninterrupted, output)
         shutil.rmtree(output / "checkpoints" / LAST)
         remount(disk, "ro")
-        assert main(["pretrain", *words, f"output={output}"]) == 2
-        said = capsys.readouterr().err
-        assert str(output) in said and "Read-only file system" in said and "Traceback" not in said
-        assert main(["pretrain", *words, f"output={disk / 'other'}"]) == 2
+        assert main(["pretrain", *arguments, f"output={output}"]) == 2
+        errors = capsys.readouterr().err
+        assert str(output) in errors and "Read-only file system" in errors and "Traceback" not in errors
+        assert main(["pretrain", *arguments, f"output={disk / 'other'}"]) == 2
         assert "Read-only file system" in capsys.readouterr().err
         remount(disk, "rw")
-        assert main(["pretrain", *words, f"output={output}"]) == 0
-        assert_same(output, undisturbed)
+        assert main(["pretrain", *arguments, f"output={output}"]) == 0
+        assert_same_weights(output, uninterrupted)
 
 
 def flip(path: Path) -> None:
@@ -112,24 +118,24 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "ema.safetensors"])
 @pytest.mark.parametrize("harm", [flip, cut])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     name: str,
     harm: Callable[[Path], None],
-    words: list[str],
-    undisturbed: Path,
+    arguments: list[str],
+    uninterrupted: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "run"
-    shutil.copytree(undisturbed, output)
+    shutil.copytree(uninterrupted, output)
     harm(output / "checkpoints" / LAST / name)
-    assert main(["pretrain", *words, f"output={output}"]) == 0
-    said = capsys.readouterr().err
-    what = f"the SHA-256 of {name} is not" if harm is flip else f"{name} has"
-    assert f"checkpoint {output}/checkpoints/{LAST} is damaged ({what}" in said
-    assert "resuming at step 4 of 6" in said
+    assert main(["pretrain", *arguments, f"output={output}"]) == 0
+    errors = capsys.readouterr().err
+    what = f"the SHA-256 of {name} differs" if harm is flip else f"{name} has"
+    assert f"checkpoint {output}/checkpoints/{LAST} is damaged ({what}" in errors
+    assert "resuming at step 4 of 6" in errors
     shutil.rmtree(output / "checkpoints" / f"{LAST}.damaged")
-    assert_same(output, undisturbed)
+    assert_same_weights(output, uninterrupted)
 
 
 class Payload:
@@ -142,22 +148,22 @@ class Payload:
 @pytest.mark.parametrize("name", ["optimizer.pt", "ranks.pt", "model.safetensors"])
 def test_a_pickle_payload_with_the_right_hash_is_refused(
     name: str,
-    words: list[str],
-    undisturbed: Path,
+    arguments: list[str],
+    uninterrupted: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     output = tmp_path / "run"
-    shutil.copytree(undisturbed, output)
+    shutil.copytree(uninterrupted, output)
     folder = output / "checkpoints" / LAST
     torch.save({"optimizer": Payload()}, folder / name)
     data = (folder / name).read_bytes()
     marker = json.loads((folder / "complete.json").read_text())
     marker["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "complete.json").write_text(json.dumps(marker))
-    assert main(["pretrain", *words, f"output={output}", "engine.steps=8"]) == 2
-    said = capsys.readouterr().err
-    assert f"{folder / name}" in said.splitlines()[-1] and "Traceback" not in said
+    assert main(["pretrain", *arguments, f"output={output}", "engine.steps=8"]) == 2
+    errors = capsys.readouterr().err
+    assert f"{folder / name}" in errors.splitlines()[-1] and "Traceback" not in errors
     assert not Path("executed").exists()

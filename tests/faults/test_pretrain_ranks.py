@@ -1,4 +1,4 @@
-"""`pretrain.py` on several ranks: they come and go, are lost, live on two hosts (network namespaces here)."""
+"""Pretraining on several ranks: their number changes, a rank is lost, two hosts (network namespaces) lose contact."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from bocage.tools.main import main
 pytestmark = pytest.mark.slow  # every launch takes some 10 s
 
 ROOT = Path(__file__).parents[2]
-# Nothing random in these models, whose draws would depend on the number of ranks, and no statistics of batches.
+# These models have no dropout, which depends on the number of ranks, and no batch statistics.
 IMAGES = ["modalities=[AERIAL_RGBI,DEM_ELEV]", "split=all", "window=51.2", "reconstructions=0"]
 CONSTANT_RATE = "engine.optimizer.min_lr_ratio=1.0"
-RATE = "engine.optimizer.learning_rate=3e-4"  # higher ones make more of the last bit, in which ranks differ
+RATE = "engine.optimizer.learning_rate=3e-4"  # higher rates amplify the rounding by which ranks differ
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +39,26 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
 
 
-def command(shards: Path, output: Path, *words: str) -> list[str]:
+def command(shards: Path, output: Path, *arguments: str) -> list[str]:
     own = [*PRETRAIN, *IMAGES, f"shards={shards}", f"output={output}", "engine.resume_allow=[batch_size]"]
-    return ["pretrain.py", *own, *words]
+    return ["pretrain.py", *own, *arguments]
 
 
-def launched(words: list[str], *launcher: str, prefix: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
+def launched(arguments: list[str], *launcher: str, prefix: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"OMP_NUM_THREADS": "1", **more}
-    whole = [*prefix, sys.executable, "-m", "torch.distributed.run", *launcher, *words]
+    whole = [*prefix, sys.executable, "-m", "torch.distributed.run", *launcher, *arguments]
     return subprocess.Popen(whole, cwd=ROOT, env=environment, stderr=-1, text=True, start_new_session=True)
 
 
-def two_ranks(words: list[str]) -> subprocess.Popen[str]:
-    return launched(words, "--standalone", "--nproc_per_node", "2")
+def two_ranks(arguments: list[str]) -> subprocess.Popen[str]:
+    return launched(arguments, "--standalone", "--nproc_per_node", "2")
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return errors
 
 
 def records(output: Path) -> list[dict[str, float]]:
@@ -73,7 +73,7 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes under a launcher, by rank."""
+    """Training processes of a launcher, in rank order."""
     found = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
     return sorted(found, key=lambda child: int(child.environ()["RANK"]))
 
@@ -95,7 +95,9 @@ def assert_same(one: Path, other: Path) -> None:
         ("combined", "fsdp"),
     ],
 )
-def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, shards: Path, tmp_path: Path) -> None:
+def test_the_loss_is_the_same_when_the_number_of_ranks_changes(
+    objective: str, parallel: str, shards: Path, tmp_path: Path
+) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     common = [CONSTANT_RATE, RATE]
     if objective != "masked":
@@ -107,12 +109,12 @@ def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, s
     if objective == "pooled_contrast":
         common += ["weights.contrastive=0", "weights.pooled_contrast=1", "weights.vicreg=0.01"]
     assert main(["pretrain", *command(shards, one, "engine.steps=20", "batch_size=4", *common)[1:]]) == 0
-    words = ["batch_size=2", *common, f"engine.parallel={parallel}"]
-    finished(two_ranks(command(shards, many, "engine.steps=7", *words)))
+    arguments = ["batch_size=2", *common, f"engine.parallel={parallel}"]
+    finished(two_ranks(command(shards, many, "engine.steps=7", *arguments)))
     assert main(["pretrain", *command(shards, many, "engine.steps=14", "batch_size=4", *common)[1:]]) == 0
-    said = finished(two_ranks(command(shards, many, "engine.steps=20", *words)))
-    assert "resuming at step 14 of 20" in said
-    assert "a step now has" not in said  # as many samples as before
+    errors = finished(two_ranks(command(shards, many, "engine.steps=20", *arguments)))
+    assert "resuming at step 14 of 20" in errors
+    assert "a step now has" not in errors  # as many samples as before
     first, second = records(one), records(many)
     assert [line["step"] for line in second] == list(range(1, 21))
     largest = max(abs(line["loss"] - match["loss"]) for line, match in zip(first, second, strict=True))
@@ -124,44 +126,46 @@ def test_ranks_come_and_go_and_the_loss_goes_on(objective: str, parallel: str, s
     assert states[0]["position"] == states[1]["position"] == 80
 
 
-def test_another_batch_is_told_of(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_global_batch_is_reported(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished(two_ranks(command(shards, tmp_path, "engine.steps=2", "batch_size=2")))
     assert main(["pretrain", *command(shards, tmp_path, "engine.steps=3", "batch_size=2")[1:]]) == 0
     assert "a step now has 2 samples in place of 4 (1 ranks, were 2)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_lost_under_torchrun_ends_the_run_and_it_resumes(how: int, shards: Path, tmp_path: Path) -> None:
-    quiet, output = tmp_path / "quiet", tmp_path / "run"
-    finished(two_ranks(command(shards, quiet, "engine.steps=60", "engine.save_every=5")))
-    words = command(shards, output, "engine.steps=60", "engine.save_every=5", "engine.rank_timeout=5")
-    process = two_ranks(words)
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_lost_under_torchrun_ends_the_run_and_it_resumes(
+    signal_number: int, shards: Path, tmp_path: Path
+) -> None:
+    uninterrupted, output = tmp_path / "uninterrupted", tmp_path / "run"
+    finished(two_ranks(command(shards, uninterrupted, "engine.steps=60", "engine.save_every=5")))
+    arguments = command(shards, output, "engine.steps=60", "engine.save_every=5", "engine.rank_timeout=5")
+    process = two_ranks(arguments)
     wait_for_step(process, output, 8)
     lost = ranks_of(process)[1]
     began = time.monotonic()
-    lost.send_signal(how)
+    lost.send_signal(signal_number)
     try:
-        _, said = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=90)
     finally:
-        with suppress(psutil.NoSuchProcess):  # the launcher was faster
+        with suppress(psutil.NoSuchProcess):  # the launcher has ended it
             lost.kill()
     assert process.returncode != 0
     print(f"ended after {time.monotonic() - began:.0f} s")
-    if how == signal.SIGKILL:
-        assert "exitcode  : -9" in said  # torchrun names the rank and ends the other
+    if signal_number == signal.SIGKILL:
+        assert "exitcode  : -9" in errors  # torchrun names the rank and ends the other
     else:
-        assert "no sign of life from rank 1 (on " in said, said
-    assert "resuming at step" in finished(two_ranks(words))
-    assert_same(quiet / "checkpoints" / "step-00000060", output / "checkpoints" / "step-00000060")
+        assert "no sign of life from rank 1 (on " in errors, errors
+    assert "resuming at step" in finished(two_ranks(arguments))
+    assert_same(uninterrupted / "checkpoints" / "step-00000060", output / "checkpoints" / "step-00000060")
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
 @contextmanager
 def two_hosts() -> Iterator[list[str]]:
-    """Names of two network namespaces that share one cable; skips where this user may not make them."""
+    """Names of two network namespaces with one cable between them; skips if this user may not create them."""
     names = [f"bocage{os.getpid()}{letter}" for letter in "ab"]
     try:
         try:
@@ -180,10 +184,10 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def on_hosts(names: list[str], words: list[str], port: int) -> list[subprocess.Popen[str]]:
+def on_hosts(names: list[str], arguments: list[str], port: int) -> list[subprocess.Popen[str]]:
     return [
         launched(
-            words,
+            arguments,
             *("--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number)),
             *("--master_addr", "10.91.7.1", "--master_port", str(port)),
             prefix=("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "-"),
@@ -193,21 +197,21 @@ def on_hosts(names: list[str], words: list[str], port: int) -> list[subprocess.P
     ]
 
 
-def test_two_hosts_train_as_one_and_a_cut_cable_ends_both(shards: Path, tmp_path: Path) -> None:
+def test_two_hosts_train_like_one_and_a_cut_cable_ends_both(shards: Path, tmp_path: Path) -> None:
     near, far = tmp_path / "near", tmp_path / "far"
     finished(two_ranks(command(shards, near, "engine.steps=40", "engine.save_every=5")))
     with two_hosts() as names:
-        words = command(shards, far, "engine.steps=40", "engine.save_every=5", "engine.rank_timeout=5")
-        processes = on_hosts(names, words, 29631)
+        arguments = command(shards, far, "engine.steps=40", "engine.save_every=5", "engine.rank_timeout=5")
+        processes = on_hosts(names, arguments, 29631)
         wait_for_step(processes[0], far, 8)
         ip("-n", names[0], "link", "set", "cable0", "down")
         began = time.monotonic()
-        said = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
         print(f"ended after {time.monotonic() - began:.0f} s")
         assert all(process.returncode for process in processes)
-        assert f"no sign of life from rank 1 (on {names[1]}, last seen in step" in said[0], said[0]
-        assert "the rank that holds the store of the process group" in said[1], said[1]
+        assert f"no sign of life from rank 1 (on {names[1]}, last seen in step" in errors[0], errors[0]
+        assert "the rank that holds the store of the process group" in errors[1], errors[1]
         ip("-n", names[0], "link", "set", "cable0", "up")
-        said = [finished(process) for process in on_hosts(names, words, 29632)]
-        assert "resuming at step" in said[0]
+        errors = [finished(process) for process in on_hosts(names, arguments, 29632)]
+        assert "resuming at step" in errors[0]
     assert_same(near / "checkpoints" / "step-00000040", far / "checkpoints" / "step-00000040")

@@ -1,4 +1,4 @@
-"""A training command stopped by Ctrl-C goes on where it stopped, with the same bits; SIGTERM to all of it saves too."""
+"""A training command stopped by Ctrl-C resumes to the same bits; SIGTERM to all its processes saves, too."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
 
 
-def launch(shards: Path, output: Path, *words: str) -> subprocess.Popen[str]:
+def launch(shards: Path, output: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "pretrain.py", *PRETRAIN]
-    command += [f"shards={shards}", f"output={output}", f"engine.steps={STEPS}", "split=all", "workers=1", *words]
-    # A session of its own, so that the signal goes to the whole process group, as a terminal's Ctrl-C does.
+    command += [f"shards={shards}", f"output={output}", f"engine.steps={STEPS}", "split=all", "workers=1", *overrides]
+    # In a new session the signal reaches the whole process group, as a terminal's Ctrl-C does.
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=-1, text=True, start_new_session=True)
 
 
@@ -43,9 +43,9 @@ def recorded(output: Path) -> list[int]:
 
 # About 40 s: three real launches, each of which imports torch and timm twice (launcher and training process).
 def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path: Path) -> None:
-    whole = launch(shards, tmp_path / "whole")
-    _, errors = whole.communicate(timeout=120)
-    assert whole.returncode == 0, errors
+    uninterrupted = launch(shards, tmp_path / "uninterrupted")
+    _, errors = uninterrupted.communicate(timeout=120)
+    assert uninterrupted.returncode == 0, errors
 
     output = tmp_path / "interrupted"
     process = launch(shards, output)
@@ -56,7 +56,7 @@ def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path
     process.communicate(timeout=60)
     saved = output / "checkpoints"
     deadline = time.monotonic() + 60
-    # The launcher may leave before its child has saved.
+    # The launcher may exit before its child has saved.
     while not list(saved.glob("step-*/complete.json")):
         assert time.monotonic() < deadline, "nothing was saved"
         time.sleep(0.1)
@@ -68,17 +68,17 @@ def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path
     assert resumed.returncode == 0, errors
     assert f"resuming at step {stopped} of {STEPS}" in errors
     assert recorded(output) == list(range(1, STEPS + 1))
-    for path in sorted((tmp_path / "whole" / "encoders").glob("*/model.safetensors")):
-        expected, found = load_file(path), load_file(output / path.relative_to(tmp_path / "whole"))
+    for path in sorted((tmp_path / "uninterrupted" / "encoders").glob("*/model.safetensors")):
+        expected, found = load_file(path), load_file(output / path.relative_to(tmp_path / "uninterrupted"))
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected), path.parent.name
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
-    expected, found = load_file(tmp_path / "whole" / last), load_file(output / last)
+    expected, found = load_file(tmp_path / "uninterrupted" / last), load_file(output / last)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 # About 10 s: a training process imports torch.
-def test_a_schedulers_sigterm_to_every_process_saves(shards: Path, tmp_path: Path) -> None:
+def test_sigterm_to_every_process_saves(shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "pretrain.py", *PRETRAIN, f"shards={shards}", f"output={tmp_path}", "split=all"]
     command += ["workers=2", "engine.steps=1000", "engine.save_every=0"]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=-1, text=True, start_new_session=True)

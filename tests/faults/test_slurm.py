@@ -1,4 +1,4 @@
-"""Job files of recipes/slurm and recipes/accelerate, run on this machine: srun and scontrol are small stand-ins."""
+"""Job files of recipes/slurm and recipes/accelerate on one machine, with small stand-ins for srun and scontrol."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "recipes" / "slurm"
 SRUN = """#!{python}
 import os, signal, subprocess, sys
-assert os.environ["SRUN_CPUS_PER_TASK"] == "8"  # or each task would have one core
+assert os.environ["SRUN_CPUS_PER_TASK"] == "8"  # otherwise each task would have one core
 words = sys.argv[1:]
 while words[0].startswith("--"):
     words.pop(0)
@@ -43,7 +43,7 @@ else:
 
 
 def free_port() -> int:
-    """A port from 29500 to 30499 that nothing listens on, as the job files choose theirs by the job's number."""
+    """Free port from 29500 to 30499: job files choose theirs by the job number."""
     for port in range(29500, 30500):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):
@@ -53,28 +53,36 @@ def free_port() -> int:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """An environment as a job of two tasks on one machine has it."""
+    """Environment of a job with two tasks on one machine."""
     (tmp_path / "bin").mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         path = tmp_path / "bin" / name
         path.write_text(text.format(python=sys.executable))
         path.chmod(0o755)
     (tmp_path / "pretrain.py").symlink_to(ROOT / "pretrain.py")
-    places = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    search_path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port() - 29500), "SLURM_JOB_NODELIST": "localhost"}
     job |= {"SLURM_CPUS_PER_TASK": "8"}
-    return {**os.environ, **job, "PATH": places, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **job, "PATH": search_path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("name", ["pretrain_1x8.sbatch", "pretrain_8x8.sbatch"])
-def test_a_job_saves_before_its_end_and_goes_on_when_it_is_requeued(
+def test_a_job_saves_before_its_time_limit_and_resumes_when_requeued(
     name: str, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
-    words = [*PRETRAIN, f"shards={shards}", "output=run", "split=all", "window=51.2", "reconstructions=0", "batch_size=1"]
-    words += ["modalities=[DEM_ELEV,SPOT_RGBI]", "engine.steps=400", "engine.log_every=1"]
-    line = ["bash", str(JOBS / name), *words]
+    arguments = [
+        *PRETRAIN,
+        f"shards={shards}",
+        "output=run",
+        "split=all",
+        "window=51.2",
+        "reconstructions=0",
+        "batch_size=1",
+    ]
+    arguments += ["modalities=[DEM_ELEV,SPOT_RGBI]", "engine.steps=400", "engine.log_every=1"]
+    line = ["bash", str(JOBS / name), *arguments]
     job = subprocess.Popen(line, cwd=tmp_path, env=cluster, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert job.poll() is None, job.communicate()[1]
@@ -82,11 +90,11 @@ def test_a_job_saves_before_its_end_and_goes_on_when_it_is_requeued(
     time.sleep(1.0)
     (step,) = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(step), signal.SIGUSR1)  # as SLURM does, to the tasks
-    said = job.communicate(timeout=120)[1]
-    assert job.returncode == 138, said
-    assert "on 2 ranks" in said and "saved; the same command resumes" in said
+    errors = job.communicate(timeout=120)[1]
+    assert job.returncode == 138, errors
+    assert "on 2 ranks" in errors and "saved; the same command resumes" in errors
     assert (tmp_path / "requeued").read_text() == cluster["SLURM_JOB_ID"] + "\n"
-    again = [*line, f"engine.steps={int(said.partition('stopped at step ')[2].split()[0]) + 2}"]
+    again = [*line, f"engine.steps={int(errors.partition('stopped at step ')[2].split()[0]) + 2}"]
     again.remove("engine.steps=400")
     done = subprocess.run(again, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -94,33 +102,41 @@ def test_a_job_saves_before_its_end_and_goes_on_when_it_is_requeued(
     assert (tmp_path / "requeued").read_text().count("\n") == 1
 
 
-def test_the_array_job_writes_what_one_process_writes(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_the_array_job_writes_the_same_shards_as_one_process(cluster: dict[str, str], tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     whole = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "whole", shard_bytes=4_000_000)
     for task in ("1", "2"):
         own = {"SLURM_ARRAY_TASK_ID": task, "SLICES": "2", "SLURM_CPUS_PER_TASK": "1"}
-        words = ["tree", "out", "--shard-mb", "4"]
-        subprocess.run(["bash", str(JOBS / "shard.sbatch"), *words], cwd=tmp_path, env=cluster | own, check=True)
+        arguments = ["tree", "out", "--shard-mb", "4"]
+        subprocess.run(["bash", str(JOBS / "shard.sbatch"), *arguments], cwd=tmp_path, env=cluster | own, check=True)
     merge = [sys.executable, "-m", "bocage", "shard", "tree", "out", "--shard-mb", "4", "--merge"]
     subprocess.run(merge, cwd=tmp_path, check=True)
     assert Manifest.open(tmp_path / "out").digest == whole.digest
 
 
 @pytest.mark.parametrize("name", ["pretrain_1x8.sbatch", "pretrain_8x8.sbatch", "shard.sbatch"])
-def test_a_job_without_words_says_how_it_is_called(name: str, cluster: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_without_arguments_prints_its_usage(name: str, cluster: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(JOBS / name)], cwd=tmp_path, env=cluster, capture_output=True, text=True)
     assert done.returncode and f"sbatch recipes/slurm/{name}" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "parallel"), [("gpus_1x8.yaml", "ddp"), ("gpus_8x8.yaml", "fsdp")])
-def test_accelerates_launcher_starts_ranks_by_its_configuration(name: str, parallel: str, tmp_path: Path) -> None:
+def test_accelerate_launches_ranks_with_its_configuration(name: str, parallel: str, tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
     shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
     launcher += [str(ROOT / "recipes" / "accelerate" / name), "--num_processes", "2", "--num_machines", "1"]
-    words = [*PRETRAIN, f"shards={shards}", "output=run", "split=all", "window=51.2", "reconstructions=0", "batch_size=1"]
-    words += ["modalities=[DEM_ELEV,SPOT_RGBI]", "engine.steps=2", f"engine.parallel={parallel}"]
-    line = [*launcher, "--main_process_port", str(free_port()), str(ROOT / "pretrain.py"), *words]
+    arguments = [
+        *PRETRAIN,
+        f"shards={shards}",
+        "output=run",
+        "split=all",
+        "window=51.2",
+        "reconstructions=0",
+        "batch_size=1",
+    ]
+    arguments += ["modalities=[DEM_ELEV,SPOT_RGBI]", "engine.steps=2", f"engine.parallel={parallel}"]
+    line = [*launcher, "--main_process_port", str(free_port()), str(ROOT / "pretrain.py"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

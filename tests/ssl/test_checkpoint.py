@@ -1,4 +1,4 @@
-"""Checkpoints: resumed runs equal undisturbed ones; damage, foreign configurations and payloads are refused."""
+"""Checkpoints: resumed runs equal uninterrupted ones; damage, other configurations and payloads are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tiny_run import TinySource, TinyTask, records, run
 from torch import nn
 
 from bocage.shards.errors import InputError
-from bocage.ssl.engine.checkpoint import files as checkpoint
+from bocage.ssl.engine.checkpoint import reader
+from bocage.ssl.engine.checkpoint.writer import step_folder
 from bocage.ssl.engine.logging.provenance import digest
 from bocage.ssl.engine.optim import OptimizerConfig, learning_rate_factor
 
@@ -27,7 +28,7 @@ def weights(task: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def numbers(output: Path) -> list[dict[str, Any]]:
-    """Records without what the machine decides."""
+    """Records without values that depend on the machine."""
     return [{name: value for name, value in line.items() if name not in TIMES} for line in records(output)]
 
 
@@ -37,16 +38,16 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    output = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    output = tmp_path_factory.mktemp("uninterrupted")
     _, task = run(output)
     return output, weights(task)
 
 
-# Step 4 is saved anyway, steps 3 and 7 lie between two records, step 12 is the last.
+# Step 4 is saved by save_every, steps 3 and 7 have no record, step 12 is the last.
 @pytest.mark.parametrize("stop", [1, 3, 4, 7, 12])
 def test_a_stopped_run_resumes_to_the_same_bits_and_records(
-    stop: int, tmp_path: Path, undisturbed: tuple[Path, dict[str, torch.Tensor]]
+    stop: int, tmp_path: Path, uninterrupted: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     outcome, _ = run(tmp_path, TinySource(interrupt_at=4 * (stop - 1)))
@@ -57,21 +58,21 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_records(
     outcome, task = run(tmp_path, source)
     assert source.started_at == ([4 * stop] if stop < 12 else [])
     assert (outcome.step, outcome.stopped, outcome.exit_code) == (12, False, 0)
-    assert_same(weights(task), undisturbed[1])
-    assert numbers(tmp_path) == numbers(undisturbed[0])
+    assert_same(weights(task), uninterrupted[1])
+    assert numbers(tmp_path) == numbers(uninterrupted[0])
 
 
-def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
-    seen: list[int] = []
+def test_an_evaluation_that_a_signal_prevented_runs_on_resume(tmp_path: Path) -> None:
+    evaluated: list[int] = []
 
     def evaluate(task: nn.Module, step: int) -> dict[str, float]:
-        seen.append(step)
+        evaluated.append(step)
         return {"score": float(step)}
 
     options = {"evaluate": evaluate, "monitor": "score"}
     run(tmp_path, TinySource(interrupt_at=20), options=options, evaluate_every=3, save_every=0)
     outcome, _ = run(tmp_path, options=options, evaluate_every=3, save_every=0, keep_last=9)
-    assert seen == [3, 6, 9, 12]
+    assert evaluated == [3, 6, 9, 12]
     assert sorted(item.name for item in (tmp_path / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (3, 6, 9, 12)
     ]
@@ -99,7 +100,7 @@ def _flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hurt", "message"),
+    ("name", "harm", "message"),
     [
         ("model.safetensors", _cut, "model.safetensors has"),
         ("optimizer.pt", _flip, "the SHA-256 of optimizer.pt"),
@@ -109,28 +110,28 @@ def _flip(path: Path) -> None:
         ("complete.json", lambda path: path.write_text('{"files": {}}'), "complete.json does not list model.safet"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     name: str,
-    hurt: Any,
+    harm: Any,
     message: str,
     tmp_path: Path,
-    undisturbed: tuple[Path, dict[str, torch.Tensor]],
+    uninterrupted: tuple[Path, dict[str, torch.Tensor]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run(tmp_path, TinySource(interrupt_at=36))  # checkpoints of steps 8 and 10
-    newest = checkpoint.step_folder(tmp_path / "checkpoints", 10)
-    hurt(newest / name)
+    newest = step_folder(tmp_path / "checkpoints", 10)
+    harm(newest / name)
     source = TinySource()
     _, task = run(tmp_path, source)
     assert source.started_at == [4 * 8]
     text = capsys.readouterr().err
     assert f"{newest} is damaged ({message}" in text
     assert newest.with_name("step-00000010.damaged").is_dir()
-    assert_same(weights(task), undisturbed[1])
-    assert numbers(tmp_path) == numbers(undisturbed[0])
+    assert_same(weights(task), uninterrupted[1])
+    assert numbers(tmp_path) == numbers(uninterrupted[0])
 
 
-def test_leftovers_of_a_killed_save_vanish_and_a_half_replacement_is_healed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_removed_or_moved_back(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     run(tmp_path, TinySource(interrupt_at=16))
     (root / ".step-00000008.partial").mkdir()
@@ -160,18 +161,18 @@ def test_an_accepted_change_is_named_and_takes_effect(tmp_path: Path, capsys: py
     with pytest.raises(InputError, match=r"\(width: 3 -> 4\).* by engine\.resume_allow=\[KEY,\.\.\.\]"):
         run(tmp_path, resume_allow=["engine.optimizer.*"], **changed)
     outcome, _ = run(tmp_path, resume_allow=["engine.optimizer.*", "width"], log_every=1, **changed)
-    said = capsys.readouterr().err
-    assert "engine.optimizer.learning_rate: 0.01 -> 0.02; engine.optimizer.weight_decay: 0.05 -> 0.3; width: 3" in said
+    text = capsys.readouterr().err
+    assert "engine.optimizer.learning_rate: 0.01 -> 0.02; engine.optimizer.weight_decay: 0.05 -> 0.3; width: 3" in text
     rates = [line["learning_rate"] for line in records(tmp_path)]
     factor = learning_rate_factor(outcome.step - 1, outcome.step, OptimizerConfig())
     assert rates[-1] == pytest.approx(0.02 * factor)
     saved = torch.load(outcome.last / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in saved] == [0.3, 0.0]
-    # What was accepted once is the run's configuration from then on.
+    # The checkpoint now has the accepted configuration.
     run(tmp_path, steps=13, **changed)
 
 
-def test_milestones_stay_and_minutes_save(tmp_path: Path) -> None:
+def test_milestones_are_kept_and_save_minutes_saves(tmp_path: Path) -> None:
     run(tmp_path / "milestones", save_every=0, keep_last=1, milestone_every=5)
     assert sorted(item.name for item in (tmp_path / "milestones" / "checkpoints").iterdir()) == [
         "step-00000005",
@@ -194,7 +195,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
         run(tmp_path, steps=4, resume="never")
 
 
-def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_another_model_is_refused_with_its_parameters(tmp_path: Path) -> None:
     run(tmp_path, TinySource(interrupt_at=8))
 
     class Larger(TinyTask):
@@ -228,23 +229,23 @@ def test_a_pickle_payload_is_not_executed(name: str, tmp_path: Path, monkeypatch
 
 def test_everything_in_a_checkpoint_loads_without_unpickling_objects(tmp_path: Path) -> None:
     outcome, task = run(tmp_path)
-    assert checkpoint.damage(outcome.last) is None
-    state, description = checkpoint.read_state(outcome.last)
+    assert reader.find_damage(outcome.last) is None
+    state, description = reader.read_state(outcome.last)
     assert (state.step, state.position) == (12, 48)
     assert (description["recipe"], description["ranks"], description["samples_a_step"]) == ("tiny", 1, 4)
     assert description["config_sha256"] == digest(description["config"])
     assert description["versions"]["torch"] == torch.__version__.split("+")[0]
     loaded = TinyTask()
-    checkpoint.load_task(outcome.last, loaded)
+    reader.load_task(outcome.last, loaded)
     assert_same(weights(loaded), weights(task))
-    assert checkpoint.load_tensors(outcome.last / "optimizer.pt")["optimizer"]["state"]
+    assert reader.load_tensors(outcome.last / "optimizer.pt")["optimizer"]["state"]
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_alone(tmp_path: Path) -> None:
-    """A real full device stands behind the file that the export writes."""
+def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path: Path) -> None:
+    """The export writes to a device that is always full."""
 
     def export(task: nn.Module, folder: Path) -> None:
-        if checkpoint.has_checkpoints(folder.parents[1]):
+        if reader.has_checkpoints(folder.parents[1]):
             with open("/dev/full", "w") as file:
                 file.write("x" * 100_000)
 

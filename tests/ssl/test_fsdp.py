@@ -1,4 +1,4 @@
-"""Ranks that divide the weights train to what ranks with all weights do, and save and resume as they do."""
+"""FSDP trains, saves and resumes like DDP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bocage import recipes
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
-from bocage.ssl.engine.checkpoint.files import load_tensors
+from bocage.ssl.engine.checkpoint.reader import load_tensors
 from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.pretrain import pretrain
 from bocage.ssl.pretrain_config import PretrainConfig
@@ -35,8 +35,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_two_ranks(shards: Path, output: Path, *cases: str) -> str:
-    """Run cases of the script; returns what it said."""
-    words = [
+    """Run cases of the script on two ranks; return its stderr."""
+    arguments = [
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -48,7 +48,7 @@ def on_two_ranks(shards: Path, output: Path, *cases: str) -> str:
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     result = subprocess.run(
-        [sys.executable, *words, *cases], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments, *cases], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-5000:]
     return result.stderr
@@ -58,8 +58,8 @@ def records(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_alike(one: Path, other: Path) -> None:
-    """The losses of two runs agree, and their gradients nearly: AdamW also follows the sign of next to nothing."""
+def assert_similar(one: Path, other: Path) -> None:
+    """Losses of two runs agree, gradients less closely: AdamW takes full steps along gradients near zero, too."""
     first, second = records(one), records(other)
     assert len(first) == len(second) > 0
     for line, match in zip(first, second, strict=True):
@@ -68,25 +68,25 @@ def assert_alike(one: Path, other: Path) -> None:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    expected, found = load_file(one), load_file(other)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-# About 25 s: torchrun starts two interpreters, which train twice; batches of one sample lack sensors now and then.
-def test_divided_weights_train_as_whole_ones(shards: Path, tmp_path: Path) -> None:
+# About 25 s: torchrun starts two interpreters, which train twice. Some batches of one sample lack a sensor.
+def test_fsdp_trains_like_ddp(shards: Path, tmp_path: Path) -> None:
     on_two_ranks(shards, tmp_path, "ddp", "fsdp", "gather")
-    assert_alike(tmp_path / "ddp", tmp_path / "fsdp")
+    assert_similar(tmp_path / "ddp", tmp_path / "fsdp")
     saved = tmp_path / "fsdp" / STEP
-    parts = sorted(path.name for path in saved.glob("optimizer-*"))
-    assert parts == ["optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"]
+    shard_files = sorted(path.name for path in saved.glob("optimizer-*"))
+    assert shard_files == ["optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"]
     listed = json.loads((saved / "complete.json").read_text())["files"]
-    assert set(parts) < set(listed)
-    # A rank has half of what there is.
-    sizes = [(saved / name).stat().st_size for name in parts]
-    whole = (tmp_path / "ddp" / STEP / "optimizer.pt").stat().st_size
-    assert max(sizes) < 0.6 * whole
-    assert (saved / "optimizer.pt").stat().st_size < 0.3 * whole
+    assert set(shard_files) < set(listed)
+    # Each rank saves half of the optimiser state.
+    sizes = [(saved / name).stat().st_size for name in shard_files]
+    full_size = (tmp_path / "ddp" / STEP / "optimizer.pt").stat().st_size
+    assert max(sizes) < 0.6 * full_size
+    assert (saved / "optimizer.pt").stat().st_size < 0.3 * full_size
     for name in ("model", "ema"):
         one, other = (load_file(tmp_path / run / STEP / f"{name}.safetensors") for run in ("ddp", "fsdp"))
         assert one.keys() == other.keys()
@@ -98,15 +98,15 @@ def test_divided_weights_train_as_whole_ones(shards: Path, tmp_path: Path) -> No
 
 # About 2 min: several trainings on two ranks.
 @pytest.mark.slow
-def test_divided_checkpoints_resume_whole_or_divided_on_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
-    on_two_ranks(shards, tmp_path, "fsdp", "parts", "images", "half")
-    assert_same(tmp_path / "fsdp" / STEP / "model.safetensors", tmp_path / "parts" / STEP / "model.safetensors")
-    assert_same(tmp_path / "fsdp" / STEP / "ema.safetensors", tmp_path / "parts" / STEP / "ema.safetensors")
-    assert not list((tmp_path / "parts" / STEP).glob("optimizer-*"))
-    state = load_tensors(tmp_path / "parts" / STEP / "optimizer.pt")["optimizer"]["state"]
+def test_sharded_checkpoints_resume_sharded_or_not_on_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
+    on_two_ranks(shards, tmp_path, "fsdp", "resharded", "images", "half")
+    assert_same(tmp_path / "fsdp" / STEP / "model.safetensors", tmp_path / "resharded" / STEP / "model.safetensors")
+    assert_same(tmp_path / "fsdp" / STEP / "ema.safetensors", tmp_path / "resharded" / STEP / "ema.safetensors")
+    assert not list((tmp_path / "resharded" / STEP).glob("optimizer-*"))
+    state = load_tensors(tmp_path / "resharded" / STEP / "optimizer.pt")["optimizer"]["state"]
     assert all(torch.is_tensor(value) for values in state.values() for value in values.values())
-    # One rank of as many samples a step goes on as the two would.
-    words = [
+    # One rank with the same samples per step resumes the run of two.
+    overrides = [
         *PRETRAINING,
         IMAGES,
         f"shards={shards}",
@@ -114,31 +114,35 @@ def test_divided_checkpoints_resume_whole_or_divided_on_any_number_of_ranks(shar
         "engine.accumulation=4",
         "engine.resume_allow=['*']",
     ]
-    pretrain(recipes.resolve(PretrainConfig, words))
-    assert_alike(tmp_path / "images", tmp_path / "half")
+    pretrain(recipes.resolve(PretrainConfig, overrides))
+    assert_similar(tmp_path / "images", tmp_path / "half")
 
 
 # About a minute: several trainings on two ranks.
 @pytest.mark.slow
-def test_other_optimisers_compiled_blocks_and_fine_tuning_divide_too(shards: Path, tmp_path: Path) -> None:
+def test_fsdp_with_lars_compiled_blocks_and_fine_tuning(shards: Path, tmp_path: Path) -> None:
     on_two_ranks(shards, tmp_path, "lars_ddp", "lars", "compiled", "tuned", "tuned_fsdp")
-    assert_alike(tmp_path / "lars_ddp", tmp_path / "lars")
-    assert_alike(tmp_path / "tuned", tmp_path / "tuned_fsdp")
+    assert_similar(tmp_path / "lars_ddp", tmp_path / "lars")
+    assert_similar(tmp_path / "tuned", tmp_path / "tuned_fsdp")
     assert records(tmp_path / "compiled")
-    scores = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("tuned", "tuned_fsdp")]
-    assert scores[0]["valid"]["strict"]["miou"] == pytest.approx(scores[1]["valid"]["strict"]["miou"], abs=0.1)
+    ddp, fsdp = (
+        json.loads((tmp_path / name / "metrics.json").read_text())["valid"] for name in ("tuned", "tuned_fsdp")
+    )
+    assert ddp.keys() == fsdp.keys() and ddp  # scores by label
+    for label, scores in ddp.items():
+        assert scores["strict"]["miou"] == pytest.approx(fsdp[label]["strict"]["miou"], abs=0.1), label
 
 
 # About 30 s: two trainings on two ranks.
 @pytest.mark.slow
-def test_a_rank_that_cannot_write_its_part_stops_all_and_spares_what_was_saved(shards: Path, tmp_path: Path) -> None:
-    said = on_two_ranks(shards, tmp_path, "blocked")
+def test_a_rank_that_cannot_write_its_shard_stops_all_ranks(shards: Path, tmp_path: Path) -> None:
+    text = on_two_ranks(shards, tmp_path, "blocked")
     for rank in (0, 1):
-        assert f"refused on rank {rank}: cannot write checkpoint" in said
-    assert "step-00000004" in said
+        assert f"refused on rank {rank}: cannot write checkpoint" in text
+    assert "step-00000004" in text
     assert [path.name for path in (tmp_path / "blocked" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_parts_need_something_to_divide() -> None:
+def test_sharded_checkpoints_need_fsdp() -> None:
     with pytest.raises(ValueError, match=r"engine\.checkpoint=sharded needs engine\.parallel=fsdp"):
         EngineConfig(checkpoint="sharded")

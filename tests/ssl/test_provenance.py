@@ -1,4 +1,4 @@
-"""What a run says that it ran on: the commit, and whether code has changed since; not what runs write beside it."""
+"""Provenance: the git commit, marked dirty when code has changed, but not when reports have."""
 
 import os
 import shutil
@@ -9,14 +9,15 @@ from pathlib import Path
 from bocage.ssl.engine.logging import provenance
 
 
-def test_the_commit_is_dirty_where_code_has_changed(tmp_path: Path) -> None:
+def test_the_commit_is_dirty_when_code_has_changed(tmp_path: Path) -> None:
     shutil.copy(provenance.__file__, tmp_path / "provenance.py")
     (tmp_path / "report.html").write_text("old")
 
-    def git(*words: str) -> str:
-        own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-        line = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
-        done = subprocess.run(line, cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True, check=True)
+    def git(*arguments: str) -> str:
+        settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        environment = {**os.environ, **settings}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     def revision() -> str:

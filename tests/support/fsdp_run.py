@@ -1,4 +1,4 @@
-"""Pretrains and fine-tunes on all ranks of a torchrun launch, with whole and with divided weights.
+"""Pretrain and fine-tune on all ranks of a torchrun launch, with DDP and with FSDP.
 
 torchrun --nproc_per_node 2 fsdp_run.py SHARDS OUTPUT CASE [CASE ...]
 """
@@ -32,7 +32,7 @@ PRETRAINING = [
     "engine.steps=4",
     "engine.save_every=2",
 ]
-IMAGES = "modalities=[AERIAL_RGBI,DEM_ELEV]"  # no dropout, which would be another one on another number of ranks
+IMAGES = "modalities=[AERIAL_RGBI,DEM_ELEV]"  # these encoders have no dropout, which depends on the number of ranks
 FSDP = ["engine.parallel=fsdp", "engine.checkpoint=sharded", "engine.activation_checkpointing=true"]
 FINETUNING = [
     "recipe=finetune_quickstart",
@@ -48,67 +48,67 @@ FINETUNING = [
 ]
 
 
-def check_gathering() -> None:
-    """What a rank receives through gathering, also where gradients come in transposed, is what one rank would have."""
+def check_all_gather() -> None:
+    """The gradient of ``all_gather_with_grad`` equals that on one rank, also where gradients are not contiguous."""
     rank, _ = rank_and_world()
     generator = torch.Generator().manual_seed(0)
     everything, factors = (
         torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((4, 3, 5), (4, 4))
     )
-    own = slice(2 * rank, 2 * rank + 2)
+    rows = slice(2 * rank, 2 * rank + 2)
 
     def loss(queries: torch.Tensor, keys: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return (factor * (queries[:, 1] @ keys.transpose(0, 1)[2].T).exp()).sum()
 
-    mine = everything[own].clone().requires_grad_()
-    keys = all_gather_with_grad(mine)
+    local = everything[rows].clone().requires_grad_()
+    keys = all_gather_with_grad(local)
     assert torch.equal(keys, everything)
-    loss(mine, keys, factors[own]).backward()
-    alone = everything.clone().requires_grad_()
-    loss(alone, alone, factors).backward()
-    assert mine.grad is not None and alone.grad is not None
-    torch.testing.assert_close(mine.grad, alone.grad[own])
+    loss(local, keys, factors[rows]).backward()
+    single = everything.clone().requires_grad_()
+    loss(single, single, factors).backward()
+    assert local.grad is not None and single.grad is not None
+    torch.testing.assert_close(local.grad, single.grad[rows])
     assert all_gather_with_grad(torch.tensor([rank == 1])).tolist() == [False, True]
 
 
 def main(shards: str, output: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
 
-    def pretrained(name: str, *words: str) -> None:
-        words = (*PRETRAINING, f"shards={shards}", f"output={output / name}", *words)
-        assert pretrain(recipes.resolve(PretrainConfig, list(words))).exit_code == 0
+    def run_pretraining(name: str, *overrides: str) -> None:
+        overrides = (*PRETRAINING, f"shards={shards}", f"output={output / name}", *overrides)
+        assert pretrain(recipes.resolve(PretrainConfig, list(overrides))).exit_code == 0
 
     for case in cases:
         match case:
             case "ddp":
-                pretrained(case)
+                run_pretraining(case)
             case "gather":
-                check_gathering()
+                check_all_gather()
             case "fsdp":
-                pretrained(case, *FSDP)
-            case "parts":  # the first ends in files of two ranks; the state is gathered in the second
-                pretrained(case, *FSDP, "engine.steps=2", "engine.optimizer.min_lr_ratio=1.0")
-                pretrained(case, "engine.parallel=fsdp", "engine.resume_allow=['*']")
+                run_pretraining(case, *FSDP)
+            case "resharded":  # first saves shards of two ranks, then resumes from them and saves the full state
+                run_pretraining(case, *FSDP, "engine.steps=2", "engine.optimizer.min_lr_ratio=1.0")
+                run_pretraining(case, "engine.parallel=fsdp", "engine.resume_allow=['*']")
             case "images":
-                pretrained(case, *FSDP, IMAGES)
-            case "half":  # for another number of ranks to go on with
-                pretrained(case, *FSDP, IMAGES, "engine.steps=2", "engine.optimizer.min_lr_ratio=1.0")
+                run_pretraining(case, *FSDP, IMAGES)
+            case "half":  # to be resumed on another number of ranks
+                run_pretraining(case, *FSDP, IMAGES, "engine.steps=2", "engine.optimizer.min_lr_ratio=1.0")
             case "lars":
-                pretrained(case, *FSDP, "engine.optimizer.name=lars", "engine.steps=2")
+                run_pretraining(case, *FSDP, "engine.optimizer.name=lars", "engine.steps=2")
             case "lars_ddp":
-                pretrained(case, "engine.optimizer.name=lars", "engine.steps=2")
+                run_pretraining(case, "engine.optimizer.name=lars", "engine.steps=2")
             case "compiled":
-                pretrained(case, *FSDP, "engine.compile=eager", "engine.steps=2", "modalities=[AERIAL_RGBI]")
+                run_pretraining(case, *FSDP, "engine.compile=eager", "engine.steps=2", "modalities=[AERIAL_RGBI]")
             case "tuned" | "tuned_fsdp":
-                words = ["engine.parallel=fsdp"] if case == "tuned_fsdp" else []
-                words = [*FINETUNING, *words, f"shards={shards}", f"output={output / case}"]
-                finetune(recipes.resolve(FinetuneConfig, words))
-            case "blocked":  # a rank that cannot write its part
-                pretrained(case, *FSDP, "engine.steps=2")
+                parallel = "fsdp" if case == "tuned_fsdp" else "ddp"
+                overrides = [*FINETUNING, f"engine.parallel={parallel}", f"shards={shards}", f"output={output / case}"]
+                finetune(recipes.resolve(FinetuneConfig, overrides))
+            case "blocked":  # one rank cannot write its shard
+                run_pretraining(case, *FSDP, "engine.steps=2")
                 if rank_and_world()[0] == 1:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
                 try:
-                    pretrained(case, *FSDP)
+                    run_pretraining(case, *FSDP)
                 except InputError as error:
                     print(f"refused on rank {rank_and_world()[0]}: {error}", file=sys.stderr)
 

@@ -1,6 +1,6 @@
-"""A small but real training run for tests of the engine; also a script, for tests that start, kill and resume it.
+"""A small training run for tests of the engine; also a script, for tests that start, kill and resume it.
 
-python tiny_run.py OUTPUT [--steps N] [...]           one run; exits with the outcome's code
+python tiny_run.py OUTPUT [--steps N] [...]           one run; exits with the exit code of its outcome
 torchrun --nproc_per_node 2 tiny_run.py OUTPUT ...    the same on two ranks
 """
 
@@ -31,13 +31,13 @@ MODALITY = "DEM_ELEV"
 
 
 class TinySource:
-    """An endless order of small rasters, each a function of its place.
+    """An endless sequence of small rasters, each a function of its position.
 
     Args:
-        batch_size: per rank.
-        broken: places of the order whose raster is NaN.
-        interrupt_at: place before whose batch the process sends itself SIGTERM.
-        pause: seconds to wait for each batch.
+        batch_size: samples per rank and batch.
+        broken: positions whose raster is NaN.
+        interrupt_at: position before whose batch the process sends itself SIGTERM.
+        pause: seconds to sleep before each batch.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class TinySource:
             time.sleep(self.pause)
             if self.interrupt_at is not None and position == self.interrupt_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            # What a DataLoader does whenever it starts, here at every batch: draw from the global generator.
+            # A DataLoader draws from the global generator when it starts; this source does so at every batch.
             torch.rand(())
-            places = [position + rank + world * index for index in range(self.batch_size)]
-            seeds = torch.tensor([sample_seed(0, 0, f"place {place}") for place in places])
+            positions = [position + rank + world * index for index in range(self.batch_size)]
+            seeds = torch.tensor([sample_seed(0, 0, f"place {index}") for index in positions])
             values = uniform(seeds, "raster", 2, 8, 8)
-            values[[place in self.broken for place in places]] = torch.nan
+            values[[index in self.broken for index in positions]] = torch.nan
             yield Batch(
-                keys=[f"place {place}" for place in places],
-                rois=["D001-2020/AA-S1-1"] * len(places),
+                keys=[f"place {index}" for index in positions],
+                rois=["D001-2020/AA-S1-1"] * len(positions),
                 seeds=seeds,
                 sample_ids=seeds,
-                windows=torch.tensor([[0.0, 0.0, 102.4]]).repeat(len(places), 1),
+                windows=torch.tensor([[0.0, 0.0, 102.4]]).repeat(len(positions), 1),
                 values={MODALITY: values},
-                present={MODALITY: torch.ones(len(places), dtype=torch.bool)},
+                present={MODALITY: torch.ones(len(positions), dtype=torch.bool)},
                 dates={},
                 padding={},
             )
@@ -78,8 +78,8 @@ class TinySource:
 
 
 class TinyTask(nn.Module):
-    """Learns the local slope of a raster, with what real tasks have: dropout, running statistics, a tied weight, and
-    a branch that some steps leave without a gradient. ``plain=True`` leaves all that out."""
+    """Learns the local slope of a raster with the features of real tasks: dropout, running statistics, a tied weight,
+    and a branch without a gradient in some steps. ``plain=True`` leaves out dropout, running statistics and branch."""
 
     def __init__(self, plain: bool = False) -> None:
         super().__init__()
@@ -125,12 +125,12 @@ def run(
 
 
 def records(output: Path) -> list[dict[str, Any]]:
-    """Lines of the metrics file."""
+    """Read the lines of the metrics file."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def _slow_export(task: nn.Module, folder: Path) -> None:
-    """Keeps a save busy, so that a kill can hit it."""
+    """Prolong a save, so that a kill can hit it."""
     (folder / "encoder").write_bytes(bytes(1 << 16))
     time.sleep(0.05)
 
@@ -140,17 +140,17 @@ def _no_picture(task: nn.Module, step: int) -> dict[str, Path]:
 
 
 def _wait(child: int, output: Path, when: str) -> None:
-    """Return when a run has done two more steps, or is in the middle of its second save; the first one succeeded."""
-    began, seen = _recorded(output), set[str]()
+    """Return when a run has done two more steps, or during its second save, so that the first one is complete."""
+    start, saves = _record_count(output), set[str]()
     while os.waitpid(child, os.WNOHANG)[0] == 0:
-        seen.update(item.name for item in (output / "checkpoints").glob(".step-*.partial"))
-        if len(seen) >= 2 if when == "save" else _recorded(output) >= began + 2:
+        saves.update(item.name for item in (output / "checkpoints").glob(".step-*.partial"))
+        if len(saves) >= 2 if when == "save" else _record_count(output) >= start + 2:
             return
         time.sleep(0.001)
-    raise RuntimeError("the run ended before it was killed")
+    raise RuntimeError("the run ended before the kill")
 
 
-def _recorded(output: Path) -> int:
+def _record_count(output: Path) -> int:
     path = output / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -168,38 +168,39 @@ def main() -> int:
     parser.add_argument("--slow-export", action="store_true")
     parser.add_argument("--draw-fails", action="store_true")
     parser.add_argument("--broken", type=int, nargs="*", default=[])
-    parser.add_argument("--kill", choices=["step", "save"], nargs="*", default=[], help="kill a forked run this often")
-    words = parser.parse_args()
+    parser.add_argument(
+        "--kill", choices=["step", "save"], nargs="*", default=[], help="kill a forked run at these points"
+    )
+    arguments = parser.parse_args()
     options: dict[str, Any] = {"resolved_config": {"hub_token": os.environ.get("TINY_TOKEN", "")}}
-    if words.slow_export:
+    if arguments.slow_export:
         options["export"] = _slow_export
-
-    if words.draw_fails:
+    if arguments.draw_fails:
         options["draw"] = _no_picture
 
-    def once() -> int:
+    def run_once() -> int:
         outcome, _ = run(
-            words.output,
-            TinySource(words.batch_size, broken=frozenset(words.broken), pause=words.pause),
-            plain=words.plain,
+            arguments.output,
+            TinySource(arguments.batch_size, broken=frozenset(arguments.broken), pause=arguments.pause),
+            plain=arguments.plain,
             options=options,
-            steps=words.steps,
-            save_every=words.save_every,
+            steps=arguments.steps,
+            save_every=arguments.save_every,
             log_every=1,
-            rank_timeout=words.rank_timeout,
-            tracker=words.tracker,
+            rank_timeout=arguments.rank_timeout,
+            tracker=arguments.tracker,
         )
         return outcome.exit_code
 
-    # Importing torch takes longer than a run: killed runs are forks of this process, which itself computes nothing.
-    for when in words.kill:
+    # Importing torch takes longer than a run, so killed runs are forks of this process.
+    for when in arguments.kill:
         child = os.fork()
         if child == 0:
-            os._exit(once())
-        _wait(child, words.output, when)
+            os._exit(run_once())
+        _wait(child, arguments.output, when)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    return once()
+    return run_once()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an offline W&B run holds: its file is a LevelDB log of protobuf records, behind a header of seven bytes."""
+"""Read offline W&B runs: a file is a header of seven bytes and a LevelDB log of protobuf records."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _HEADER, _BLOCK, _FULL, _LAST = 7, 2**15, 1, 4
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The protobuf records of one ``run-ID.wandb``."""
-    content, place, parts = path.read_bytes(), _HEADER, []
-    while place + _HEADER <= len(content):
-        left = _BLOCK - place % _BLOCK
-        if left < _HEADER:  # too little for a record's head: padding
-            place += left
+    """Iterate over the protobuf records of one ``run-ID.wandb``."""
+    content, position, parts = path.read_bytes(), _HEADER, []
+    while position + _HEADER <= len(content):
+        left = _BLOCK - position % _BLOCK
+        if left < _HEADER:  # padding, too short for the header of a record
+            position += left
             continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + _HEADER])
-        parts.append(content[place + _HEADER : place + _HEADER + length])
-        place += _HEADER + length
+        _, length, kind = struct.unpack("<IHB", content[position : position + _HEADER])
+        parts.append(content[position + _HEADER : position + _HEADER + length])
+        position += _HEADER + length
         if kind in (_FULL, _LAST):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(b"".join(parts))
@@ -31,14 +31,14 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def told(output: Path) -> dict[str, Any]:
-    """Everything that the offline runs below a folder hold together, in the order in which they were begun.
+def read_offline_runs(output: Path) -> dict[str, Any]:
+    """Merge the contents of all offline runs below a folder, in the order of their start.
 
     Returns:
-        ``ids``: of the runs, ``config`` and ``summary``: by key, ``history``: (step, values) of each record,
-        ``system``: names that W&B measured of the machine, ``exits``: how each start ended.
+        ``ids``: run ids; ``config`` and ``summary``: values by key; ``history``: (step, values) of each record;
+        ``system``: names of system metrics; ``exits``: exit code of each start.
     """
-    found: dict[str, Any] = {"ids": set(), "config": {}, "summary": {}, "history": [], "system": set(), "exits": []}
+    merged: dict[str, Any] = {"ids": set(), "config": {}, "summary": {}, "history": [], "system": set(), "exits": []}
 
     def key_of(item: Any) -> str:
         return item.key or "/".join(item.nested_key)
@@ -47,17 +47,17 @@ def told(output: Path) -> dict[str, Any]:
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
-                found["ids"].add(record.run.run_id)
-                found["config"] |= {key_of(item): json.loads(item.value_json) for item in record.run.config.update}
+                merged["ids"].add(record.run.run_id)
+                merged["config"] |= {key_of(item): json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "config":
-                found["config"] |= {key_of(item): json.loads(item.value_json) for item in record.config.update}
+                merged["config"] |= {key_of(item): json.loads(item.value_json) for item in record.config.update}
             elif kind == "summary":
-                found["summary"] |= {key_of(item): json.loads(item.value_json) for item in record.summary.update}
+                merged["summary"] |= {key_of(item): json.loads(item.value_json) for item in record.summary.update}
             elif kind == "history":
                 values = {key_of(item): json.loads(item.value_json) for item in record.history.item}
-                found["history"].append((record.history.step.num or values.get("_step"), values))
+                merged["history"].append((record.history.step.num or values.get("_step"), values))
             elif kind == "exit":
-                found["exits"].append(record.exit.exit_code)
+                merged["exits"].append(record.exit.exit_code)
             elif kind == "stats":
-                found["system"] |= {item.key for item in record.stats.item}
-    return found
+                merged["system"] |= {item.key for item in record.stats.item}
+    return merged

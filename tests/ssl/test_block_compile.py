@@ -1,4 +1,4 @@
-"""Compiled blocks and recomputed activations train to what plain ones do."""
+"""Compiled blocks and activation checkpointing train to the same weights as plain blocks."""
 
 from __future__ import annotations
 
@@ -32,36 +32,38 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
 
 
-def trained(manifest: Manifest, output: Path, *words: str) -> dict[str, torch.Tensor]:
-    words = (
+def trained(manifest: Manifest, output: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    overrides = (
         f"shards={manifest.path}",
         f"output={output}",
         "split=all",
         "engine.steps=2",
         "modalities=[AERIAL_RGBI]",
-        *words,
+        *overrides,
     )
-    last = pretrain(recipes.resolve(PretrainConfig, [*PRETRAIN, "swin.options.depths=[2,1,1,1]", *words])).last
-    return load_file(last / "model.safetensors")
+    checkpoint = pretrain(
+        recipes.resolve(PretrainConfig, [*PRETRAIN, "swin.options.depths=[2,1,1,1]", *overrides])
+    ).last
+    return load_file(checkpoint / "model.safetensors")
 
 
 # Some 10 s: two trainings each.
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ("engine.activation_checkpointing=true",),
-        # A minute: graphs of all kinds of blocks are captured.
+        # A minute: graphs of all block classes are captured.
         pytest.param(("engine.compile=eager",), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
-def test_the_same_comes_out(words: tuple[str, ...], manifest: Manifest, tmp_path: Path) -> None:
+def test_weights_equal_those_of_plain_blocks(overrides: tuple[str, ...], manifest: Manifest, tmp_path: Path) -> None:
     torch.compiler.reset()
     plain = trained(manifest, tmp_path / "plain")
-    found = trained(manifest, tmp_path / "other", *words)
-    assert found.keys() == plain.keys()
+    weights = trained(manifest, tmp_path / "other", *overrides)
+    assert weights.keys() == plain.keys()
     for name, expected in plain.items():
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5, msg=name)
 
 
 class Block(nn.Module):
@@ -85,7 +87,7 @@ class BlockTask(TinyTask):
         return super().forward(replace(batch, values={MODALITY: self.blocks(values)}))
 
 
-def test_compiled_blocks_train_to_the_same_and_are_plain_again(tmp_path: Path) -> None:
+def test_compiled_blocks_train_to_the_same_bits_and_are_plain_afterwards(tmp_path: Path) -> None:
     torch.compiler.reset()
     counts = torch._dynamo.utils.counters
     tasks = []
@@ -102,8 +104,10 @@ def test_compiled_blocks_train_to_the_same_and_are_plain_again(tmp_path: Path) -
     assert not counts["stats"]
 
 
-def test_repeated_blocks_hold_most_of_a_task_and_none_lies_in_another(manifest: Manifest) -> None:
-    task = build_pretraining_model(recipes.resolve(PretrainConfig, ["recipe=quickstart", "weights.contrastive=0"]), manifest)
+def test_repeated_blocks_have_most_weights_and_do_not_overlap(manifest: Manifest) -> None:
+    task = build_pretraining_model(
+        recipes.resolve(PretrainConfig, ["recipe=quickstart", "weights.contrastive=0"]), manifest
+    )
     blocks = repeated_blocks(task)
     names = {type(block).__name__ for block in blocks}
     assert "SwinTransformerBlock" in names
@@ -112,8 +116,8 @@ def test_repeated_blocks_hold_most_of_a_task_and_none_lies_in_another(manifest: 
     assert sum(map(torch.Tensor.numel, parameters)) > 0.6 * sum(map(torch.Tensor.numel, task.parameters()))
 
 
-def test_a_model_without_blocks_is_named(tmp_path: Path) -> None:
+def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^engine\.compile=eager: TinyTask has no repeated blocks"):
         run(tmp_path, compile="eager")
-    with pytest.raises(InputError, match=r"^engine\.activation_checkpointing: only Swin encoders can"):
+    with pytest.raises(InputError, match=r"^engine\.activation_checkpointing: only Swin encoders support it"):
         run(tmp_path, activation_checkpointing=True)

@@ -1,4 +1,4 @@
-"""Optimisers, rates by depth and batch, and the moving average of the weights, in real small runs."""
+"""Optimisers, learning rates by layer and batch size, and the moving average of the weights, in small runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bocage.finetune.train import scaled_parameter_groups
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import quality_masks
-from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.ema import MovingAverage
+from bocage.ssl.engine.engine_config import EngineConfig
 from bocage.ssl.engine.optim import OptimizerConfig, build_optimizer, decay_groups, layer_scales
 from bocage.ssl.objectives.masking import MaskingConfig
 
@@ -35,7 +35,7 @@ def weights(task: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in task.state_dict().items()}
 
 
-def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+def different_keys(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
 
@@ -49,7 +49,7 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
         ({"layer_decay": 1.1}, r"optimizer\.layer_decay"),
     ],
 )
-def test_wrong_values_of_the_optimizer_name_their_key(keys: dict[str, Any], message: str) -> None:
+def test_invalid_optimizer_values_name_their_key(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**keys)
 
@@ -60,21 +60,21 @@ def test_lars_trains_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     run(tmp_path / "parts", TinySource(interrupt_at=28), optimizer=LARS, steps=40)
     _, parts = run(tmp_path / "parts", optimizer=LARS, steps=40)
-    assert differing(weights(whole), weights(parts)) == []
+    assert different_keys(weights(whole), weights(parts)) == []
 
 
-def test_another_optimizer_cannot_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+def test_another_optimizer_cannot_resume_a_checkpoint(tmp_path: Path) -> None:
     run(tmp_path, TinySource(interrupt_at=8))
     with pytest.raises(InputError, match=r"step-00000003 was made with another optimiser .*engine\.optimizer\.name"):
         run(tmp_path, optimizer=LARS, resume_allow=["engine.optimizer.*"])
 
 
-# The fused kernel walks raw memory: on maps in channels-last memory it must still do what the plain loop does.
+# The fused kernel reads raw memory; with channels-last tensors it must still equal the plain loop.
 def test_fused_adamw_equals_the_plain_loop_on_real_encoders() -> None:
     batch = make_batch(2)
     results = []
     for fused in (True, False):
-        # All maps: of those that are hidden, biases before a batch norm have nothing but rounding for a gradient.
+        # No masked maps: for those, biases before a batch norm have only rounding errors as gradients.
         task = make_model(MaskingConfig(map_ratio=0.0), names=INPUTS)
         optimizer = build_optimizer(task, OptimizerConfig(learning_rate=1e-3), global_batch=2, device=CPU)
         assert all(group["fused"] for group in optimizer.param_groups)
@@ -89,7 +89,7 @@ def test_fused_adamw_equals_the_plain_loop_on_real_encoders() -> None:
         torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_rate_grows_with_the_global_batch(tmp_path: Path) -> None:
+def test_the_learning_rate_scales_with_the_global_batch(tmp_path: Path) -> None:
     constant = OptimizerConfig(learning_rate=1e-3, min_lr_ratio=1.0, base_batch_size=16)
     outcome, _ = run(tmp_path / "scaled", optimizer=constant, accumulation=2)  # 4 samples x 2
     assert outcome.metrics["learning_rate"] == pytest.approx(0.5e-3)
@@ -98,11 +98,11 @@ def test_the_rate_grows_with_the_global_batch(tmp_path: Path) -> None:
     assert outcome.metrics["learning_rate"] == 1e-3
 
 
-def test_layers_learn_the_slower_the_deeper_they_are() -> None:
+def test_layer_decay_lowers_the_rate_of_deeper_layers() -> None:
     task = make_model(names=INPUTS)
     scales = layer_scales(task, 0.5)
     encoders = {name for name, _ in task.named_parameters() if name.startswith("encoders.")}
-    assert scales.keys() == encoders  # every parameter of the encoders, none of the decoder
+    assert scales.keys() == encoders  # every parameter of the encoders and no other
 
     def scale(start: str) -> float:
         (value,) = {factor for name, factor in scales.items() if name.startswith(start)}
@@ -128,11 +128,11 @@ def test_layer_decay_without_an_encoder_is_refused(tmp_path: Path) -> None:
         run(tmp_path, optimizer=OptimizerConfig(layer_decay=0.9))
 
 
-def test_the_average_follows_its_formula_and_is_what_is_evaluated_exported_and_left(tmp_path: Path) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
+def test_the_average_follows_its_formula_and_is_evaluated_exported_and_final(tmp_path: Path) -> None:
+    evaluated: list[dict[str, torch.Tensor]] = []
     exported: list[dict[str, torch.Tensor]] = []
     options = {
-        "evaluate": lambda task, step: seen.append(weights(task)) or {"score": 0.0},
+        "evaluate": lambda task, step: evaluated.append(weights(task)) or {"score": 0.0},
         "export": lambda task, folder: exported.append(weights(task)),
     }
     torch.manual_seed(1)
@@ -149,37 +149,37 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated_exported_and_l
                 torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6, msg=name)
                 assert not torch.equal(value, last[name])
         assert average["norm.num_batches_tracked"] == step
-        for found in (seen[step - 1], exported[step - 1]):
-            assert all(torch.equal(found[name], value) for name, value in average.items())
-    assert differing(weights(task), seen[-1]) == []
+        for values in (evaluated[step - 1], exported[step - 1]):
+            assert all(torch.equal(values[name], value) for name, value in average.items())
+    assert different_keys(weights(task), evaluated[-1]) == []
     _, again = run(tmp_path, steps=6, save_every=1, keep_last=9, options=options, evaluate_every=1, ema_decay=0.75)
-    assert differing(weights(again), seen[-1]) == []  # a finished run gives the same weights
+    assert different_keys(weights(again), evaluated[-1]) == []  # a finished run returns the same weights
 
 
-def test_averaging_does_not_touch_training_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_averaging_does_not_change_training_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     options: dict[str, Any] = {"evaluate": lambda task, step: {"score": 0.0}}
     run(tmp_path / "without")
     _, whole = run(tmp_path / "whole", options=options, evaluate_every=2, ema_decay=0.9)
     run(tmp_path / "parts", TinySource(interrupt_at=24), options=options, evaluate_every=2, ema_decay=0.9)
     _, parts = run(tmp_path / "parts", options=options, evaluate_every=2, ema_decay=0.9)
-    assert differing(weights(whole), weights(parts)) == []
+    assert different_keys(weights(whole), weights(parts)) == []
     without, one, two = (tmp_path / name / "checkpoints" / "step-00000012" for name in ("without", "whole", "parts"))
     assert not (without / "ema.safetensors").exists()
-    assert differing(load_file(one / "ema.safetensors"), load_file(two / "ema.safetensors")) == []
+    assert different_keys(load_file(one / "ema.safetensors"), load_file(two / "ema.safetensors")) == []
     for other in (one, two):
-        assert differing(load_file(without / "model.safetensors"), load_file(other / "model.safetensors")) == []
+        assert different_keys(load_file(without / "model.safetensors"), load_file(other / "model.safetensors")) == []
 
 
-def test_a_bad_step_does_not_touch_the_average(tmp_path: Path) -> None:
+def test_a_bad_step_does_not_change_the_average(tmp_path: Path) -> None:
     constant = OptimizerConfig(learning_rate=1e-2, min_lr_ratio=1.0)
     run(tmp_path / "clean", steps=5, optimizer=constant, ema_decay=0.9)
     run(tmp_path / "spoiled", TinySource(broken=frozenset({21})), steps=6, optimizer=constant, ema_decay=0.9)
     clean = load_file(tmp_path / "clean" / "checkpoints" / "step-00000005" / "ema.safetensors")
     spoiled = load_file(tmp_path / "spoiled" / "checkpoints" / "step-00000006" / "ema.safetensors")
-    assert differing(clean, spoiled) == []
+    assert different_keys(clean, spoiled) == []
 
 
-def test_averaging_may_begin_where_a_resumed_run_accepts_it(tmp_path: Path) -> None:
+def test_a_resumed_run_may_begin_averaging(tmp_path: Path) -> None:
     run(tmp_path, TinySource(interrupt_at=24))
     with pytest.raises(InputError, match=r"engine\.ema_decay: 0\.0 -> 0\.9"):
         run(tmp_path, ema_decay=0.9)
@@ -188,12 +188,12 @@ def test_averaging_may_begin_where_a_resumed_run_accepts_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
-def test_a_decay_of_the_average_out_of_range_is_named(value: float) -> None:
+def test_an_invalid_ema_decay_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"engine\.ema_decay must be in \[0, 1\)"):
         EngineConfig(ema_decay=value)
 
 
-# Averaged in floating point and cut to integers, 0.999 * 3 + 0.001 * 3 would be 2.
+# Averaged as floats and truncated to integers, 0.999 * 3 + 0.001 * 3 would be 2.
 def test_index_tables_survive_averaging() -> None:
     task = TinyTask()
     table = torch.arange(50)
@@ -204,7 +204,7 @@ def test_index_tables_survive_averaging() -> None:
     assert torch.equal(average.tensors()["table"], table)
 
 
-def test_encoders_being_fine_tuned_have_both_their_own_rate_and_layers() -> None:
+def test_fine_tuning_combines_encoder_scale_and_layer_decay() -> None:
     masks = quality_masks(FLAIR_HUB, INPUTS)
     encoders = {name: make_model(names=[name]).encoder(name) for name in INPUTS}
     target = Target(label=FLAIR_HUB["AERIAL_LABEL-COSIA"])

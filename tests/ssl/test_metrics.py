@@ -1,4 +1,4 @@
-"""What a run watches beside the loss: spread and rank of features, arithmetic a second, and words when they are low."""
+"""Metrics of a run: feature spread and effective rank, FLOPs, and the warnings of the monitors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from bocage.shards.batch import Batch
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
-from bocage.ssl.engine.logging.metrics import MAX_VECTORS, CollapseMonitor, feature_std, rankme, sample_vectors
-from bocage.ssl.engine.logging.metrics import ZeroLossMonitor
-from bocage.ssl.engine.logging.metrics import FlopCounter, peak_flops
+from bocage.ssl.engine.logging.metrics import (
+    MAX_VECTORS,
+    CollapseMonitor,
+    FlopCounter,
+    ZeroLossMonitor,
+    feature_std,
+    peak_flops,
+    rankme,
+    sample_vectors,
+)
 from bocage.ssl.pretrain import pretrain
 from bocage.ssl.pretrain_config import PretrainConfig
 
@@ -36,23 +43,23 @@ def random(*shape: int) -> torch.Tensor:
         (torch.eye(20, 7), 7.0),
         (torch.ones(50, 8), 1.0),
         (torch.eye(2, 8).repeat(30, 1), 2.0),
-        (torch.diag(torch.tensor([3.0, 1.0])), 4 / 3**0.75),  # shares of 3/4 and 1/4
+        (torch.diag(torch.tensor([3.0, 1.0])), 4 / 3**0.75),  # normalised singular values 3/4 and 1/4
         (torch.zeros(20, 8), 1.0),
     ],
 )
-def test_rank_of_known_matrices(vectors: torch.Tensor, rank: float) -> None:
+def test_rankme_of_known_matrices(vectors: torch.Tensor, rank: float) -> None:
     assert rankme(vectors) == pytest.approx(rank, rel=1e-3)
 
 
-def test_rank_equals_that_of_the_singular_values() -> None:
+def test_rankme_follows_its_formula() -> None:
     vectors = random(60, 24) @ torch.diag(torch.logspace(0, -3, 24))
-    shares = torch.linalg.svdvals(vectors.double())
-    shares = shares / shares.sum()
-    expected = float((-(shares * shares.log()).sum()).exp())
+    probabilities = torch.linalg.svdvals(vectors.double())
+    probabilities = probabilities / probabilities.sum()
+    expected = float((-(probabilities * probabilities.log()).sum()).exp())
     assert rankme(vectors) == pytest.approx(expected, rel=1e-4) == pytest.approx(rankme(vectors.T), rel=1e-4)
 
 
-def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
+def test_feature_std_is_one_for_even_directions_and_zero_for_equal_ones() -> None:
     assert feature_std(random(4000, 64)) == pytest.approx(1.0, abs=0.02)
     assert feature_std(random(1, 64).repeat(100, 1)) == pytest.approx(0.0, abs=1e-5)
 
@@ -62,42 +69,44 @@ def test_vectors_are_taken_evenly_from_a_map() -> None:
     vectors = sample_vectors(features)
     assert vectors.shape == (MAX_VECTORS, 3) and not vectors.requires_grad
     columns = features.detach().permute(0, 2, 3, 1).reshape(-1, 3)
-    places = [int((columns == vector).all(dim=1).nonzero()) for vector in vectors]
-    assert min(places) == 0 and max(places) >= 3190 and len(set(places)) == MAX_VECTORS
+    rows = [int((columns == vector).all(dim=1).nonzero()) for vector in vectors]
+    assert min(rows) == 0 and max(rows) >= 3190 and len(set(rows)) == MAX_VECTORS
     assert sample_vectors(features[:1, :, :2, :2]).shape == (4, 3)
 
 
-def test_low_figures_are_told_of_once_after_three_records() -> None:
-    watch = CollapseMonitor(0.05, 2.0)
+def test_collapse_is_reported_once_after_three_low_records() -> None:
+    monitor = CollapseMonitor(0.05, 2.0)
     low, fine = {"feature_std/A": 0.01, "rankme/A": 9.0}, {"feature_std/A": 0.5, "rankme/A": 9.0}
     steps = enumerate((low, low, fine, low, low))
-    assert [watch.warnings(values, 50 * step) for step, values in steps] == [[]] * 5
-    (message,) = watch.warnings(low, 250)
+    assert [monitor.warnings(values, 50 * step) for step, values in steps] == [[]] * 5
+    (message,) = monitor.warnings(low, 250)
     assert "features of A may be collapsing: feature_std 0.01, low in every record since step 150 (" in message
-    assert watch.warnings(low, 300) == watch.warnings(fine, 350) == []
-    often = CollapseMonitor(0.05, 2.0)
-    assert [often.warnings(low, step) for step in range(100)] == [[]] * 100  # three records are not enough
-    assert often.warnings(low, 100)
+    assert monitor.warnings(low, 300) == monitor.warnings(fine, 350) == []
+    frequent = CollapseMonitor(0.05, 2.0)
+    assert [frequent.warnings(low, step) for step in range(100)] == [
+        []
+    ] * 100  # three records over fewer than 100 steps
+    assert frequent.warnings(low, 100)
     both = CollapseMonitor(0.05, 20.0)
-    (message,) = [found for step in (0, 60, 120) for found in both.warnings(low, step)]
+    (message,) = [warning for step in (0, 60, 120) for warning in both.warnings(low, step)]
     assert "feature_std 0.01, rankme 9, low" in message
     never = CollapseMonitor(0.0, 0.0)
     assert [never.warnings({"feature_std/A": 0.0, "rankme/A": 0.0}, 100 * step) for step in range(5)] == [[]] * 5
 
 
 # Some 10 s: patches are simulated and sharded, and three runs pretrain on them.
-def test_a_real_run_records_them_also_when_it_was_interrupted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_records_feature_metrics_also_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     names = ["AERIAL_RGBI", "SENTINEL2_TS"]
-    words = [*PRETRAIN, f"shards={shards}", f"modalities=[{','.join(names)}]", "split=all", "reconstructions=0"]
-    words += ["engine.log_every=3", "engine.optimizer.min_lr_ratio=1.0"]
+    overrides = [*PRETRAIN, f"shards={shards}", f"modalities=[{','.join(names)}]", "split=all", "reconstructions=0"]
+    overrides += ["engine.log_every=3", "engine.optimizer.min_lr_ratio=1.0"]
 
     def lines(output: str, *steps: int) -> list[dict[str, float]]:
         for last in steps:
-            pretrain(recipes.resolve(PretrainConfig, [*words, f"output={tmp_path / output}", f"engine.steps={last}"]))
+            pretrain(
+                recipes.resolve(PretrainConfig, [*overrides, f"output={tmp_path / output}", f"engine.steps={last}"])
+            )
         return [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
 
     whole = lines("whole", 9)
@@ -105,7 +114,7 @@ def test_a_real_run_records_them_also_when_it_was_interrupted(
     for name in names:
         assert all(1 <= line[f"rankme/{name}"] <= MAX_VECTORS for line in whole)
         assert all(0 <= line[f"feature_std/{name}"] < 2 for line in whole)
-    # Ended after the fourth and seventh step, whose records an undisturbed run does not have.
+    # Runs that end after steps 4 and 7 add the records of these steps.
     parts = {line["step"]: line for line in lines("parts", 4, 7, 9)}
     assert whole[0].keys() == parts[3].keys()
     for name in names:
@@ -123,13 +132,13 @@ class Products(nn.Module):
         return self.second(self.first(torch.ones(len(batch), 30))).square().mean(), {}
 
 
-def test_arithmetic_is_three_times_the_forward_pass(tmp_path: Path) -> None:
-    arithmetic = FlopCounter(CPU, "fp32", compiled=False)
-    assert arithmetic.metrics(1, 1.0) == {}
-    for size in (5, 50):  # the second one is not counted
-        with arithmetic.count():
+def test_flops_are_three_times_the_forward_pass(tmp_path: Path) -> None:
+    counter = FlopCounter(CPU, "fp32", compiled=False)
+    assert counter.metrics(1, 1.0) == {}
+    for size in (5, 50):  # only the first pass is counted
+        with counter.count():
             torch.ones(size, 30) @ torch.ones(30, 40)
-    assert arithmetic.metrics(2, 0.5) == {"tflops": pytest.approx(3 * 2 * 5 * 30 * 40 * 2 / 0.5 / 1e12)}
+    assert counter.metrics(2, 0.5) == {"tflops": pytest.approx(3 * 2 * 5 * 30 * 40 * 2 / 0.5 / 1e12)}
     compiled = FlopCounter(CPU, "fp32", compiled=True)
     with compiled.count():
         torch.ones(5, 30) @ torch.ones(30, 40)
@@ -156,15 +165,15 @@ def test_arithmetic_is_three_times_the_forward_pass(tmp_path: Path) -> None:
         ("", "fp32", None),
     ],
 )
-def test_peaks_of_devices(device: str, precision: str, expected: float | None) -> None:
+def test_peak_flops_of_devices(device: str, precision: str, expected: float | None) -> None:
     assert peak_flops(device, precision) == expected  # type: ignore[arg-type]
 
 
-def test_a_gradient_or_a_term_that_stays_exactly_zero_is_told_once() -> None:
-    watch = ZeroLossMonitor()
-    assert not watch.warnings({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 20)
-    (told,) = watch.warnings({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 40)
-    assert told.startswith("the term contrastive is exactly 0 in every record since step 20")
-    assert not watch.warnings({"gradient_norm": 0.0, "masked": 0.0, "contrastive": 0.0}, 60)
-    told = watch.warnings({"gradient_norm": 0.0, "masked": 0.1, "contrastive": 0.0}, 80)
-    assert [text.partition(" is ")[0] for text in told] == ["the gradient"]
+def test_a_zero_gradient_or_loss_term_is_reported_once() -> None:
+    monitor = ZeroLossMonitor()
+    assert not monitor.warnings({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 20)
+    (warning,) = monitor.warnings({"gradient_norm": 1.0, "masked": 0.5, "contrastive": 0.0}, 40)
+    assert warning.startswith("the loss term contrastive is exactly 0 in every record since step 20")
+    assert not monitor.warnings({"gradient_norm": 0.0, "masked": 0.0, "contrastive": 0.0}, 60)
+    warnings = monitor.warnings({"gradient_norm": 0.0, "masked": 0.1, "contrastive": 0.0}, 80)
+    assert [text.partition(" is ")[0] for text in warnings] == ["the gradient"]
