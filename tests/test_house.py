@@ -33,6 +33,8 @@ CHAMBERS = {
     "finetune": ("models", "subsets", "official", "evaluation", "mapping", "", "probes", "study", "publishing"),
     "tools": ("cli", ""),
 }
+# Modules and folders of the training engine, in the order of imports.
+ENGINE = ("rng", "signals", "optim", "parallel", "ema", "logging", "engine_config", "checkpoint", "health", "trainer")
 
 
 def modules(room: str) -> list[Path]:
@@ -83,6 +85,19 @@ def test_rooms_and_chambers_import_downwards_only() -> None:
             order = CHAMBERS[room]
             if other_room not in ALLOWED[room] or (room == other_room and order.index(there) > order.index(here)):
                 wrong.append(f"{module} imports {other}")
+    assert not wrong
+
+
+def test_the_engine_imports_downwards_only() -> None:
+    prefix = "ssl.engine."
+    wrong = []
+    for module, below in imports().items():
+        if module.startswith(prefix):
+            for other in below:
+                if other.startswith(prefix):
+                    part, other_part = (name.removeprefix(prefix).split(".")[0] for name in (module, other))
+                    if ENGINE.index(other_part) > ENGINE.index(part):
+                        wrong.append(f"{module} imports {other}")
     assert not wrong
 
 
