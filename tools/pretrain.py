@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from bocage import recipes
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """What pretraining is worth, and which of its choices matter: ``python tests/bench/design_choices.py FOLDER``.
 
 Simulates patches, pretrains encoders in every variant of ``VARIANTS`` with several seeds, fine-tunes them and encoders
-from scratch on small shares of the labelled patches, probes them frozen, and writes ``docs/design-choices.md`` with all
-figures in ``docs/design-choices.csv``. Pretraining and fine-tuning are ordinary runs, each with a folder of its own
+from scratch on small shares of the labelled patches, probes them frozen, and writes ``docs/explanation/design-choices.md`` with all
+figures in ``docs/explanation/design-choices.csv``. Pretraining and fine-tuning are ordinary runs, each with a folder of its own
 under FOLDER, so the same command goes on where it was stopped. Variants without results are left out of the report.
 """
 
@@ -46,10 +46,11 @@ def probe(study: Study, start: str, seed: int) -> None:
     import torch
 
     from bocage import recipes
-    from bocage.shards.files import written_atomically
+    from bocage.shards.files import atomic_write
     from bocage.shards.format.manifest import Manifest
     from bocage.ssl.evaluation.probe import Probe, ProbeConfig
-    from bocage.ssl.pretrain import PretrainConfig, build_task
+    from bocage.ssl.pretrain import build_pretraining_model
+    from bocage.ssl.pretrain_config import PretrainConfig
 
     torch.set_num_threads(1)
     manifest = Manifest.open(study.data())
@@ -59,12 +60,12 @@ def probe(study: Study, start: str, seed: int) -> None:
         if start in VARIANTS:
             words.append(f"encoders.{sensor}={study.encoder(start, seed, sensor)}")
         torch.manual_seed(seed)
-        encoders = build_task(recipes.resolve(PretrainConfig, words), manifest).eval()
-        figures = Probe(manifest, ProbeConfig(label=label, patches=100), "split_1").figures(encoders, 8, 0)
+        encoders = build_pretraining_model(recipes.resolve(PretrainConfig, words), manifest).eval()
+        figures = Probe(manifest, ProbeConfig(label=label, patches=100), "split_1").scores(encoders, 8, 0)
         found |= {f"{kind} {task}": figures[f"{kind}_miou/{sensor}"] for kind in ("linear", "knn")}
     path = study.probed(start, seed)
     path.parent.mkdir(exist_ok=True)
-    with written_atomically(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -126,7 +127,7 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def write_report(study: Study) -> None:
-    """``docs/design-choices.md`` around its figures, which replace those between the marks, and the CSV."""
+    """``docs/explanation/design-choices.md`` around its figures, which replace those between the marks, and the CSV."""
     main = [SCRATCH, *(name for name, variant in VARIANTS.items() if variant.main)]
     lines = [
         f"Land cover after {STEPS} steps of fine-tuning by share of labels, strict mIoU (%) on the validation patches,",

@@ -21,10 +21,10 @@ MIDDLE = 0.05  # where every variant is fine-tuned, and encoders from scratch fo
 IMAGE, SERIES = "AERIAL_RGBI", "SENTINEL2_TS"
 SENSORS = (IMAGE, "SPOT_RGBI", SERIES)
 _COMMON = ["workers=0", "engine.save_every=0", "engine.log_every=50"]
-PRETRAIN = ["recipe=quickstart", "engine.steps=400", "engine.optimizer.warmup_steps=40", "pictures=0", *_COMMON]
+PRETRAIN = ["recipe=quickstart", "engine.steps=400", "engine.optimizer.warmup_steps=40", "reconstructions=0", *_COMMON]
 MASKED = ["weights.masked=1", "weights.contrastive=0"]
 FINETUNE = ["recipe=finetune_quickstart", "predictions=0", "test=none", "batch_size=8", *_COMMON]
-FINETUNE += ["engine.optimizer.learning_rate=5.0e-3", "encoder_lr=0.2", "window=25.6"]
+FINETUNE += ["engine.optimizer.learning_rate=5.0e-3", "encoder_lr_scale=0.2", "window=25.6"]
 SHORT, STEPS, LONG = 250, 750, 2250  # of fine-tuning
 
 

@@ -23,12 +23,14 @@ from torch import nn
 
 from bocage import recipes
 from bocage.finetune import train as finetuning
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.shards.batch import Batch
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.preprocess.inputs import wanted_modalities
+from bocage.shards.preprocess.inputs import required_modalities
 from bocage.shards.read.dataset import TrainingStream
 from bocage.ssl import pretrain as pretraining
+from bocage.ssl.objectives.model import PretrainingModel
+from bocage.ssl.pretrain_config import PretrainConfig
 
 SIDES = {51.2: 256, 102.4: 512}
 SWIN = ["swin.name=swin_tiny_patch4_window7_224", "swin.options={drop_path_rate: 0.0}"]
@@ -55,10 +57,10 @@ def built(variant: str, side: float, manifest: Manifest) -> tuple[nn.Module, Bat
         own = ALONE.get(variant) or TOGETHER[variant]
         alone = [f"modalities=[{aerial}]", "weights.contrastive=0"] if variant in ALONE else []
         words = ["recipe=mae_multimodal", *SWIN, *alone, *own]
-        task = pretraining.build_task(recipes.resolve(pretraining.PretrainConfig, words), manifest)
-        assert isinstance(task, pretraining.Pretraining)
+        task = pretraining.build_pretraining_model(recipes.resolve(PretrainConfig, words), manifest)
+        assert isinstance(task, PretrainingModel)
         names = list(task.encoders)
-    modalities = wanted_modalities(manifest.registry, names, labels)
+    modalities = required_modalities(manifest.registry, names, labels)
     rows = manifest.split("all", "")
     stream = TrainingStream(manifest, rows, modalities, batch_size=BATCH, window=side, seed=0, workers=0)
     return task.train(), next(iter(stream.batches(0, 0, 1)))
