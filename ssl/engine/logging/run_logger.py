@@ -129,7 +129,8 @@ class RunLogger:
 
     def link(self, step: int, name: str, path: Path) -> None:
         """Show the path of a file or folder in the tracker, at ``step``."""
-        link(self._accelerator.trackers if self._active else (), step, name, str(path.resolve()))
+        if self._active and self._accelerator.trackers:
+            link(self._accelerator.trackers, step, name, str(path.resolve()))
 
     def message(self, text: str) -> None:
         """Print one line on stderr."""

@@ -36,7 +36,7 @@ def train_module_of(task: nn.Module, sharded: bool) -> Iterator[nn.Module]:
     # The engine knows no encoder class: any module may declare the attribute.
     for module in train_module.modules():
         if hasattr(module, "run_without_samples"):
-            module.run_without_samples = True  # type: ignore[assignment]  (nn.Module types it as a tensor)
+            module.run_without_samples = True  # type: ignore[assignment]
     with warnings.catch_warnings():
         # FSDP warns about every Swin block, but nothing here changes their outputs in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
