@@ -32,9 +32,9 @@ LEFT_OUT = {
     r"\$NODE": "needs several machines: pytest -m slow tests/faults/test_slurm.py runs the launcher's files",
     r"--scheduler tcp://head": "needs that Dask cluster: tests/shards/test_write_dask.py starts one",
     r"--split-csv": "needs the official code's lists: tests/shards/test_catalogue.py",
-    r"^export HF_TOKEN": "needs an account: tests/finetune/test_publication.py",
+    r"^export HF_TOKEN": "needs an account: tests/finetune/test_publishing.py",
     r"^bocage replay": "needs a step that went wrong: tests/tools/test_replay.py",
-    r"^from (torchgeo|terratorch)": "needs that library: pytest -m slow tests/finetune/test_round_trip.py",
+    r"^from (torchgeo|terratorch)": "needs that library: pytest -m slow tests/finetune/test_publishing_round_trip.py",
 }
 # Words that stand for a machine larger than two cores, or for a dataset larger than 60 patches.
 SIZES = {
