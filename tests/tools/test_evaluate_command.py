@@ -78,14 +78,14 @@ def test_shards_that_lack_a_sensor_and_a_label(folder: Path, capsys: pytest.Capt
 
 def test_invalid_options_raise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(folder / "run"), str(folder / "shards"), str(folder / "none")]
-    for more, sentence in (
+    for more, message in (
         (["--without", "SPOT_RGBI"], "--without SPOT_RGBI: the model reads AERIAL_RGBI, SENTINEL2_TS"),
         (["--without", AERIAL, S2], "the model has no input left"),
         (["--split", "split_9"], "no split 'split_9'"),
-        (["--value", "train"], "--value train is of a split: give it with --split"),
+        (["--value", "train"], "--value train needs --split"),
     ):
         assert main([*words, *more]) == 2
-        assert sentence in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (folder / "none").exists()
 
 
