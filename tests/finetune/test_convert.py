@@ -485,4 +485,4 @@ def test_predicting_leaves_out_patches_that_lack_a_sensor(tmp_path: Path, capsys
     assert len(list((tmp_path / "maps").glob("*.tif"))) == 3
     from_official(official(SPOT, S2), tmp_path / "other")
     assert main(["predict", str(tmp_path / "other" / COSIA), *words]) == 2
-    assert "has no SPOT_RGBI, and the official architecture has no stand-in" in capsys.readouterr().err
+    assert "has no SPOT_RGBI, and the official architecture cannot replace" in capsys.readouterr().err

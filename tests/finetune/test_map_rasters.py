@@ -8,7 +8,7 @@ import rasterio
 import torch
 from rasterio.enums import ColorInterp
 from small_map import LEFT, NODATA, TOP, ground, model, read, write
-from tiny_task import AERIAL, COSIA, DEM, S2
+from tiny_segmentation import AERIAL, COSIA, DEM, S2
 
 from bocage.finetune.mapping.map_grid import plan_grid
 from bocage.finetune.mapping.map_rasters import MapRaster, open_rasters

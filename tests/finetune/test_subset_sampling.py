@@ -135,4 +135,4 @@ def test_disjoint_validation_takes_whole_regions_in_every_domain(seed: int, shar
     for name in np.unique(known.domains):
         here = known.domains == name
         assert not chosen[here].all()
-        assert abs(chosen[here].sum() - share * here.sum()) <= 30  # a region has at most so many patches
+        assert abs(chosen[here].sum() - share * here.sum()) <= 30  # a region has fewer than 30 patches

@@ -14,7 +14,7 @@ import torch
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 from small_map import COMMAND, ENVIRONMENT, LEFT, NODATA, TOP, dates_file, ground, model, read, saved, write
-from tiny_task import AERIAL, COSIA, LPIS, S2
+from tiny_segmentation import AERIAL, COSIA, LPIS, S2
 
 from bocage.finetune.evaluation.predict import predict_patches
 from bocage.finetune.mapping.map_grid import plan_grid

@@ -11,7 +11,7 @@ import numpy as np
 import rasterio
 import torch
 from rasterio.transform import Affine
-from tiny_task import AERIAL, task
+from tiny_segmentation import AERIAL, task
 
 from bocage.finetune.models.segmentation import Segmentation, save_segmentation
 
