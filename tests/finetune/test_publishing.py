@@ -361,7 +361,7 @@ def test_a_zip_of_the_folder_loads(world: Path, tmp_path: Path) -> None:
         path = Path(shutil.make_archive(str(tmp_path / packed), "zip", root, base))
         same(load_encoder(path), load_encoder(world / "out" / S2))
     both = Path(shutil.make_archive(str(tmp_path / "both"), "zip", world / "out"))
-    with pytest.raises(InputError, match=r"both.zip holds 3 files config.json: give a zip of one encoder"):
+    with pytest.raises(InputError, match=r"both.zip holds 3 files named config.json: give a zip of one encoder"):
         load_encoder(both)
     (tmp_path / "no.zip").write_bytes(both.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"no.zip cannot be unpacked"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from bocage import recipes
 from bocage.finetune.study.study_config import StudyConfig, run_config, study_runs
 from bocage.shards.errors import InputError
-from bocage.ssl.pretrain import PretrainConfig
+from bocage.ssl.pretrain_config import PretrainConfig
 from bocage.tools.cli import study_demo
 from bocage.tools.cli.steps import DemoSteps, TrainingProcess
 
@@ -79,9 +79,9 @@ def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> N
         "import sys\n"
         "from pathlib import Path\n"
         "from rich.console import Console\n"
-        "from bocage.tools.cli.steps import Steps, TrainingProcess, interruptible\n"
+        "from bocage.tools.cli.steps import DemoSteps, TrainingProcess, interruptible\n"
         "folder = Path(sys.argv[1])\n"
-        "steps, words = Steps(Console()), (str(folder), '0', '60')\n"
+        "steps, words = DemoSteps(Console()), (str(folder), '0', '60')\n"
         "job = TrainingProcess('one', 'one', ('module',), words, folder, 'done', 3)\n"
         f"sys.exit(interruptible(lambda: {call}))\n"
     )
@@ -98,17 +98,17 @@ def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> N
 
 
 def test_the_small_study_is_what_its_recipes_say() -> None:
-    for part in study_demo.parts():
-        study = recipes.resolve(StudyConfig, [f"recipe={part.study}"])
-        for cell in study_runs(study):
-            assert run_config(study, cell, "out").modalities == [part.sensors[0]]
-        for way in study_demo.WAYS:
-            words = study_demo.pretraining(part, way, Path("shards"), Path("out")).words
+    for demo in study_demo.demo_studies():
+        study = recipes.resolve(StudyConfig, [f"recipe={demo.recipe}"])
+        for run in study_runs(study):
+            assert run_config(study, run, "out").modalities == [demo.sensors[0]]
+        for objective in study_demo.OBJECTIVES:
+            words = study_demo.pretraining_process(demo, objective, Path("shards"), Path("out")).words
             config = recipes.resolve(PretrainConfig, list(words))
-            assert config.modalities == list(part.sensors)
-            assert config.engine.steps == part.steps
+            assert config.modalities == list(demo.sensors)
+            assert config.engine.steps == demo.steps
             assert config.weights["masked"] + config.weights["contrastive"] > 0
-    assert [part.sensors for part in study_demo.parts()] == [
+    assert [demo.sensors for demo in study_demo.demo_studies()] == [
         ("AERIAL_RGBI", "SPOT_RGBI"),
         ("SENTINEL2_TS", "SENTINEL1-ASC_TS"),
     ]
