@@ -277,7 +277,7 @@ def _dry_run(study: StudyConfig, folders: RunFolders, processes: int) -> int:
     parallel = f"{hours / processes:.2f} with --processes {processes} if the processes do not slow each other down"
     print(f"{hours:.2f} process hours, {parallel}")
     if has_unknown_cost:
-        print("modes that were not measured come on top")
+        print("modes that were not measured add to these hours")
     return 0
 
 

@@ -103,8 +103,8 @@ def run_probe(
         "patches": {part: len(indices) for part, indices in rows.items()},
         "train_keys": keys_digest(keys["train"]),
         **{
-            part: {name: classification_report(matrix) for name, matrix in found.items()}
-            for part, found in parts.items()
+            part: {name: classification_report(matrix) for name, matrix in confusions.items()}
+            for part, confusions in parts.items()
         },
     }
     output.mkdir(parents=True, exist_ok=True)

@@ -284,8 +284,8 @@ def _score_facts(run: PretrainedRun, modality: str, folder: Path) -> list[dict[s
         raise InputError(f"{folder} has scores on other shards than {run.manifest.path}")
     part = "test" if "test" in metrics else "valid"
     has_modality = ShardPatches(run.manifest).has_modality
-    seen = np.intersect1d(run.manifest.split(metrics["split"], part), run.rows)
-    seen = seen[has_modality(modality)[seen]]
+    overlap = np.intersect1d(run.manifest.split(metrics["split"], part), run.rows)
+    overlap = overlap[has_modality(modality)[overlap]]
     scores = []
     for label, facts in metrics["labels"].items():
         scheme = scheme_from_json(label, facts)
@@ -312,7 +312,7 @@ def _score_facts(run: PretrainedRun, modality: str, folder: Path) -> list[dict[s
                 "part": part,
                 "regions": len(names),
                 "patches": metrics["patches"][part],
-                "seen_in_pretraining": int(has_modality(label)[seen].sum()),
+                "seen_in_pretraining": int(has_modality(label)[overlap].sum()),
                 "train_patches": metrics["patches"]["train"],
                 "train_cells": metrics["train_cells"][label]["used"],
                 "miou": value,

@@ -118,9 +118,9 @@ class ParallelRunner:
                     return None
                 arguments = (self.execute, self.folders.study, run.name, log, {**os.environ, **slot})
                 process = self._context.Process(target=_process_main, args=arguments)
-                resource_tracker.ensure_running()  # before signals are held: it unblocks them
+                resource_tracker.ensure_running()  # before signals are blocked, because it unblocks them
                 try:
-                    # A signal to the whole process group must end neither the fork server nor the runs.
+                    # A signal to the process group must not end the fork server or the runs.
                     with block_stop_signals(), _environment_variables(slot):
                         process.start()
                 except (EOFError, OSError) as error:
