@@ -3,8 +3,8 @@
 python own_geotiffs.py ENCODER IMAGES LABELS CLASSES
 
 IMAGES and LABELS are folders of GeoTIFFs with the same file names. Labels have class values from 0, and 255 for
-unlabelled pixels. The images here have the bands near infrared, red and green: change BANDS for yours. The script
-writes model.pt, a U-Net of segmentation-models-pytorch (pip install -e '.[losses]').
+unlabelled pixels. Set BANDS to the bands of your images, here near infrared, red and green. The script writes adapted/,
+the encoder for these bands, and model.pt, a U-Net of segmentation-models-pytorch (pip install -e '.[losses]').
 """
 
 import random
