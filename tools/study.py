@@ -208,7 +208,7 @@ def _run(arguments: argparse.Namespace) -> int:
         try:
             failures = runner.run(grid, on_done)
         except InterruptedCommand as interruption:
-            print(f"\nbocage: stopped ({interruption.name}); the same command resumes the unfinished runs")
+            print(f"\nbocage: stopped; run the same command to resume ({interruption.name})")
             return interruption.exit_code
     if not failures:
         print(f"{len(grid)} runs in {folders.runs}; `bocage study report` shows their scores")

@@ -94,7 +94,7 @@ def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> N
     assert process.wait(30) == 143
     assert not child.is_running()
     assert process.stdout is not None
-    assert b"stopped; the same command goes on" in process.stdout.read()
+    assert b"stopped; run the same command to resume" in process.stdout.read()
 
 
 def test_the_small_study_is_what_its_recipes_say() -> None:
