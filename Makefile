@@ -1,5 +1,10 @@
-# make demo: the whole path on a simulated sample; make test: everything CI checks; make study: label studies on simulated
-# scenes (make study-docs: with its reports in docs/study); make docs: the documentation as pages. All install into .venv first.
+# make demo         run everything on a simulated sample, in runs/demo
+# make test         linters, types and tests, as CI runs them
+# make slow         tests that take minutes
+# make study        label studies on simulated scenes, in runs/study
+# make study-docs   make study, and copy its figures and CSV tables to docs/study
+# make docs         build the documentation: build/docs/index.html
+# Each target first installs the package into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -16,13 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/bocage demo demo
+	$(BIN)/bocage demo
 
 study: $(STAMP)
-	$(BIN)/bocage study demo study
+	$(BIN)/bocage study demo
 
 study-docs: $(STAMP)
-	$(BIN)/bocage study demo study --report docs/study
+	$(BIN)/bocage study demo --figures docs/study
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,4 +49,4 @@ slow: $(STAMP)
 	$(BIN)/pytest -m slow -n 2 --dist worksteal $(if $(PART),--part $(PART))
 
 clean:
-	rm -rf demo study build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs/demo runs/study build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

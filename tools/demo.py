@@ -25,7 +25,14 @@ FINETUNE_STEPS = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for all files of the demo")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        nargs="?",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for all files of the demo (default: %(default)s)",
+    )
     parser.add_argument("--patches", type=int, default=PATCHES, help="simulated patches (default: %(default)s)")
     parser.epilog = "Run again, it skips finished steps; delete OUT to start anew."
 
@@ -94,7 +101,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     paths = {
         "shards": shards,
         "encoders": pretrained / "encoders",
-        "reconstruction": sorted((pretrained / "pictures").glob("*.png"))[-1],
+        "reconstruction": sorted((pretrained / "reconstructions").glob("*.png"))[-1],
         "prediction": next((runs["pretrained", SEEDS[0]].output / "predictions").glob("*.png")),
     }
     for name, path in paths.items():

@@ -1,4 +1,4 @@
-"""Sphinx configuration: pages are put together by ``pages.py``."""
+"""Configuration of Sphinx. ``pages.py`` writes the pages that it reads."""
 
 import importlib.metadata
 import re
@@ -25,38 +25,36 @@ html_title = f"bocage {release}"
 html_show_sphinx = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
-html_extra_path = ["../../build/docs-src/extra"]  # reports of studies, pages of their own
-# A name that several classes have, as ``bytes``, is a link to none of them.
-suppress_warnings = ["ref.python"]
+suppress_warnings = ["ref.python"]  # a name that several classes have, such as ``bytes``, links to none of them
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
 
-def _parted(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
-    """One entry a name, where a docstring tells of several in one, as ``mean, std: by channel``."""
-    parted: list[str] = []
+def _split_shared_entries(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
+    """Split entries such as ``mean, std: values by channel`` into one entry per name; Napoleon expects one."""
+    split: list[str] = []
     names: list[str] = []
     entry: list[str] = []
 
-    def leave() -> None:
-        for own in names:
-            parted.append(f"    {own}: {entry[0]}")
-            parted.extend(entry[1:])
+    def flush() -> None:
+        for shared in names:
+            split.append(f"    {shared}: {entry[0]}")
+            split.extend(entry[1:])
         names.clear()
 
     for line in lines:
         if start := re.match(r"    (\w+(?:, \w+)+): (.*)", line):
-            leave()
+            flush()
             names, entry = start[1].split(", "), [start[2]]
         elif names and line.startswith("        "):
             entry.append(line)
         else:
-            leave()
-            parted.append(line)
-    leave()
-    lines[:] = parted
+            flush()
+            split.append(line)
+    flush()
+    lines[:] = split
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx; before Napoleon reads the docstrings."""
-    app.connect("autodoc-process-docstring", _parted, priority=400)
+    """Connect to Sphinx, before Napoleon reads the docstrings."""
+    app.connect("autodoc-process-docstring", _split_shared_entries, priority=400)

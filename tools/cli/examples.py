@@ -7,7 +7,7 @@ import argparse
 EXAMPLES = {
     "sample": """\
 bocage sample FLAIR-HUB --patches 200 --seed 0
-bocage sample tree --patches 20 --gaps 0.2 --modalities AERIAL_RGBI SENTINEL2_TS AERIAL_LABEL-COSIA""",
+bocage sample data/tree --patches 20 --gaps 0.2 --modalities AERIAL_RGBI SENTINEL2_TS AERIAL_LABEL-COSIA""",
     "shard": """\
 bocage shard FLAIR-HUB data/shards --workers 32 --dry-run
 bocage shard FLAIR-HUB data/shards --workers 32
@@ -15,10 +15,10 @@ bocage shard FLAIR-HUB data/aerial --modalities AERIAL_RGBI AERIAL_LABEL-COSIA \
     --split-domains test=D004-2021 train=rest""",
     "verify": """\
 bocage verify data/shards --workers 8
-bocage verify data/shards --decode all --json report.json""",
+bocage verify data/shards --decode all --json data/verify.json""",
     "inspect": """\
 bocage inspect data/shards
-bocage inspect data/shards --picture patch.png""",
+bocage inspect data/shards --picture data/patch.png""",
     "pretrain": """\
 bocage pretrain recipe=mae_multimodal shards=data/shards output=runs/mae
 bocage pretrain recipe=quickstart shards=data/shards output=runs/quickstart engine.steps=20
@@ -29,40 +29,40 @@ bocage finetune recipe=finetune_cosia shards=data/shards output=runs/cosia \\
 bocage finetune recipe=finetune_lpis shards=data/shards output=runs/lpis train_fraction=0.05 draw=0
 bocage finetune recipe=finetune_cosia shards=data/shards --print-config""",
     "evaluate": """\
-bocage evaluate runs/cosia data/shards scores --split split_1 --value test
-bocage evaluate runs/cosia data/shards scores_missing --split split_1 --value test --missing""",
+bocage evaluate runs/cosia data/shards runs/cosia_scores --split split_1 --value test
+bocage evaluate runs/cosia data/shards runs/cosia_missing --split split_1 --value test --missing""",
     "predict": """\
-bocage predict runs/cosia data/shards maps --split split_1 --value test --preview 8
-bocage predict runs/cosia FLAIR-HUB maps""",
+bocage predict runs/cosia data/shards runs/cosia_maps --split split_1 --value test --preview 8
+bocage predict runs/cosia FLAIR-HUB runs/cosia_maps""",
     "map": """\
-bocage map runs/cosia zone --raster AERIAL_RGBI=ortho.vrt
-bocage map runs/cosia zone --raster AERIAL_RGBI=ortho.vrt SENTINEL2_TS=s2.tif --dates SENTINEL2_TS=dates.txt""",
+bocage map runs/cosia runs/area --raster AERIAL_RGBI=ortho.vrt
+bocage map runs/cosia runs/area --raster AERIAL_RGBI=ortho.vrt SENTINEL2_TS=s2.tif --dates SENTINEL2_TS=dates.txt""",
     "study": "bocage study run --help",
-    "study subsets": "bocage study subsets data/shards subsets",
+    "study subsets": "bocage study subsets data/shards runs/subsets",
     "study run": """\
 bocage study run recipe=label_efficiency shards=data/shards \\
-    starts.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI --dry-run
+    initializations.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI --dry-run
 bocage study run recipe=my_study.yaml shards=data/shards --processes 2
-bocage study run recipe=my_study.yaml shards=data/shards --slurm study.sh --sbatch gpus=1 time=06:00:00""",
+bocage study run recipe=my_study.yaml shards=data/shards --slurm runs/study.sh --sbatch gpus=1 time=06:00:00""",
     "study report": """\
-bocage study report recipe=label_efficiency shards=data/shards starts.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI""",
+bocage study report recipe=label_efficiency shards=data/shards initializations.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI""",
     "study probe": """\
-bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards probe --fraction 0.01
-bocage study probe hf:org/name data/shards probe --label ALL_LABEL-LPIS""",
-    "study demo": "bocage study demo study",
+bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards runs/probes/aerial --fraction 0.01
+bocage study probe hf:org/name data/shards runs/probes/aerial --label ALL_LABEL-LPIS""",
+    "study demo": "bocage study demo",
     "publish": """\
-bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards probes/aerial
-bocage publish runs/mae published --shards data/shards --modalities AERIAL_RGBI \\
-    --scores probes/aerial/knn-* probes/aerial/linear-* --dataset IGNF/FLAIR-HUB --data-license etalab-2.0 \\
+bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards runs/probes/aerial
+bocage publish runs/mae runs/published --shards data/shards --modalities AERIAL_RGBI \\
+    --scores runs/probes/aerial/knn-* runs/probes/aerial/linear-* --dataset IGNF/FLAIR-HUB --data-license etalab-2.0 \\
     --license etalab-2.0
-bocage publish runs/mae published --shards data/shards --without-scores --dataset IGNF/FLAIR-HUB \\
+bocage publish runs/mae runs/published --shards data/shards --without-scores --dataset IGNF/FLAIR-HUB \\
     --data-license etalab-2.0 --license etalab-2.0 --to hf:org/name --dry-run""",
     "attention": """\
-bocage attention runs/mae/encoders/SENTINEL2_TS data/shards attention --split split_1 --value test --count 8
-bocage attention runs/mae/encoders/SENTINEL1-ASC_TS data/shards attention_s1 --count 2""",
+bocage attention runs/mae/encoders/SENTINEL2_TS data/shards runs/attention --split split_1 --value test --count 8
+bocage attention runs/mae/encoders/SENTINEL1-ASC_TS data/shards runs/attention_s1 --count 2""",
     "convert": """\
-bocage convert FLAIR-HUB_LC-L.safetensors lc_l --key-report keys.txt
-bocage convert lc_l/AERIAL_LABEL-COSIA official_again.safetensors""",
+bocage convert FLAIR-HUB_LC-L.safetensors runs/lc_l --key-report runs/lc_l_keys.txt
+bocage convert runs/lc_l/AERIAL_LABEL-COSIA runs/official_again.safetensors""",
     "replay": "bocage replay runs/mae/bad_steps/step-00001234",
     "doctor": """\
 bocage doctor
@@ -70,7 +70,7 @@ bocage doctor --shards data/shards --output runs""",
     "completion": """\
 bocage completion bash > ~/.local/share/bash-completion/completions/bocage
 bocage completion zsh > ~/.zfunc/_bocage""",
-    "demo": "bocage demo demo",
+    "demo": "bocage demo",
 }
 """Example command lines by command; ``study run`` is an action of ``study``."""
 
