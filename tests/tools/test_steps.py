@@ -114,6 +114,16 @@ def test_the_small_study_is_what_its_recipes_say() -> None:
     ]
 
 
+def test_only_figures_and_csv_tables_are_copied_from_a_report(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    for name in ("report.html", "tables.tex", "runs.csv", "curves.svg", "curves.png"):
+        (report / name).write_text(name)
+    study_demo._copy_figures(report, tmp_path / "docs" / "crops")
+    copied = sorted(path.name for path in (tmp_path / "docs" / "crops").iterdir())
+    assert copied == ["curves.png", "curves.svg", "runs.csv"]
+
+
 def test_progress_is_what_the_training_records(tmp_path: Path) -> None:
     item = job(tmp_path, "one")
     assert item.last_step() == 0
