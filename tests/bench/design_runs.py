@@ -1,4 +1,4 @@
-"""The runs of the study of ``design_choices.py``: what is pretrained, fine-tuned and probed, and where."""
+"""Pretraining, fine-tuning and probing runs of the study ``design_choices.py``, and their folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PATCHES, SAMPLE_SEED = 1000, 11
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.01, 0.05, 0.1)
-MIDDLE = 0.05  # where every variant is fine-tuned, and encoders from scratch for longer
+MIDDLE = 0.05  # fraction of the frozen and the LONG runs, and of all runs of variants that are not ``main``
 IMAGE, SERIES = "AERIAL_RGBI", "SENTINEL2_TS"
 SENSORS = (IMAGE, "SPOT_RGBI", SERIES)
 _COMMON = ["workers=0", "engine.save_every=0", "engine.log_every=50"]
@@ -25,64 +25,79 @@ PRETRAIN = ["recipe=quickstart", "engine.steps=400", "engine.optimizer.warmup_st
 MASKED = ["weights.masked=1", "weights.contrastive=0"]
 FINETUNE = ["recipe=finetune_quickstart", "predictions=0", "test=none", "batch_size=8", *_COMMON]
 FINETUNE += ["engine.optimizer.learning_rate=5.0e-3", "encoder_lr_scale=0.2", "window=25.6"]
-SHORT, STEPS, LONG = 250, 750, 2250  # of fine-tuning
-
+SHORT, STEPS, LONG = 250, 750, 2250  # numbers of fine-tuning steps
 
 PROBED = {"land cover": (IMAGE, "AERIAL_LABEL-COSIA"), "crops": (SERIES, "ALL_LABEL-LPIS")}
-"""What frozen encoders are probed for: the sensor and its label."""
+"""Modality and label of each probe."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """A way to fine-tune the image's encoder for land cover."""
+class FinetuneCase:
+    """Settings of a fine-tuning run of the aerial encoder for land cover.
 
-    fraction: float  # of the labelled patches
+    Attributes:
+        fraction: fraction of the labelled training patches.
+        steps: number of steps.
+        frozen: whether the encoder's weights are frozen.
+    """
+
+    fraction: float
     steps: int = STEPS
-    frozen: bool = False  # the encoder stays as it is
+    frozen: bool = False
 
     @property
     def title(self) -> str:
-        """For the head of a column."""
+        """Column title in the report."""
         steps = f", {self.steps:,} steps" if self.steps != STEPS else ""
         return f"{'frozen, ' if self.frozen else ''}{self.fraction:.0%}{steps}"
 
 
 SPREAD = {"spread image": IMAGE, "spread series": SERIES}
+"""Modality whose ``feature_std`` each measure reports."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to pretrain: what it changes, by groups of sensors that are pretrained together."""
+    """One way to pretrain.
+
+    Attributes:
+        about: description for the report.
+        overrides: command-line arguments that differ from ``PRETRAIN``.
+        groups: modalities of each pretraining run; modalities of one group are pretrained together.
+        main: whether to fine-tune at all fractions; other variants are only probed and fine-tuned at ``MIDDLE``.
+        short: whether to fine-tune for ``SHORT`` steps as well.
+        against: variant to compare with.
+    """
 
     about: str
-    words: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
     groups: tuple[tuple[str, ...], ...] = (SENSORS,)
-    main: bool = False  # fine-tuned at all fractions, others at one
-    short: bool = False  # fine-tuned for fewer steps too
-    against: str = "masked"  # what it is compared with
+    main: bool = False
+    short: bool = False
+    against: str = "masked"
 
 
 VARIANTS = {
-    "masked": Variant("masked, packed, masks of each sensor its own", MASKED, main=True, short=True),
-    "combined": Variant(
-        "masked and dense contrast at a weight of 0.1", ["weights.contrastive=0.1"], main=True, short=True
+    "masked": Variant("masked, `packed`, independent masks", MASKED, main=True, short=True),
+    "combined": Variant("masked and dense contrast at weight 0.1", ["weights.contrastive=0.1"], main=True, short=True),
+    "less contrast": Variant(
+        "masked and dense contrast at weight 0.02, as in `mae_multimodal`", ["weights.contrastive=0.02"]
     ),
-    "less contrast": Variant("masked and dense contrast at 0.02, as `mae_multimodal`", ["weights.contrastive=0.02"]),
     "contrastive": Variant("dense contrast alone", ["weights.masked=0", "weights.contrastive=1"], main=True),
-    "one sensor": Variant("masked, each sensor from itself alone", MASKED, ((IMAGE,), (SERIES,))),
-    "all maps": Variant("masked, no map hidden from the objective", [*MASKED, "masking.map_ratio=0"]),
+    "one sensor": Variant("masked, each sensor pretrained alone", MASKED, ((IMAGE,), (SERIES,))),
+    "all maps": Variant("masked, no feature map left out (`masking.map_ratio=0`)", [*MASKED, "masking.map_ratio=0"]),
     "mask_token": Variant("masked, `mask_token`", [*MASKED, "masking.images=mask_token"]),
     "ratio 0.6": Variant(
-        "`mask_token`, 0.6 of units instead of 0.75",
+        "`mask_token`, masked fraction 0.6 instead of 0.75",
         [*MASKED, "masking.images=mask_token", "masking.ratio=0.6"],
         against="mask_token",
     ),
     "ratio 0.9": Variant(
-        "`mask_token`, 0.9 of units instead of 0.75",
+        "`mask_token`, masked fraction 0.9 instead of 0.75",
         [*MASKED, "masking.images=mask_token", "masking.ratio=0.9"],
         against="mask_token",
     ),
-    "joint": Variant("masked, the same ground hidden from all images", [*MASKED, "masking.joint=true"]),
+    "joint": Variant("masked, one mask for all images", [*MASKED, "masking.joint=true"]),
     "plain targets": Variant("masked, targets not normalised", [*MASKED, "masked.normalize_targets=false"]),
     "combined, 4 x": Variant(
         "combined, four times the steps", ["weights.contrastive=0.1", "engine.steps=1600"], against="combined"
@@ -91,118 +106,136 @@ VARIANTS = {
 SCRATCH = "scratch"
 
 
-def cases(start: str) -> list[Case]:
-    """How encoders of a start are fine-tuned, what matters most first."""
-    variant = VARIANTS.get(start)
+def cases(initialization: str) -> list[FinetuneCase]:
+    """List the fine-tuning runs of an initialization, the most important first."""
+    variant = VARIANTS.get(initialization)
     if variant and not variant.main:
-        return [Case(MIDDLE)]
-    found = [Case(MIDDLE), Case(MIDDLE, frozen=True)]
-    found += [Case(fraction) for fraction in FRACTIONS if fraction != MIDDLE]
+        return [FinetuneCase(MIDDLE)]
+    chosen = [FinetuneCase(MIDDLE), FinetuneCase(MIDDLE, frozen=True)]
+    chosen += [FinetuneCase(fraction) for fraction in FRACTIONS if fraction != MIDDLE]
     if not variant:
-        found.append(Case(MIDDLE, LONG))
+        chosen.append(FinetuneCase(MIDDLE, LONG))
     if not variant or variant.short:
-        found += [Case(fraction, SHORT) for fraction in FRACTIONS]
-    return found
+        chosen += [FinetuneCase(fraction, SHORT) for fraction in FRACTIONS]
+    return chosen
 
 
 class Study:
-    """The runs of one folder."""
+    """Runs of the study in one folder. An initialization is ``SCRATCH`` or a key of ``VARIANTS``.
+
+    Args:
+        folder: folder of data, runs and logs.
+        processes: number of simultaneous runs.
+    """
 
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder, self.processes = folder, processes
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
-    def command(self, log: str, *words: str | Path) -> None:
-        """Run Python with these words; the output goes to a log."""
+    def run_python(self, log: str, *arguments: str | Path) -> None:
+        """Run Python with these arguments, append its output to ``logs/LOG.log``, and exit if it fails."""
         path = self.folder / "logs" / f"{log}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as output:
             done = subprocess.run(
-                [sys.executable, *map(str, words)], env=self.environment, stdout=output, stderr=output, check=False
+                [sys.executable, *map(str, arguments)], env=self.environment, stdout=output, stderr=output, check=False
             )
         if done.returncode:
-            raise SystemExit(f"{log} ended with status {done.returncode}: see {path}")
+            raise SystemExit(f"{log} failed with exit code {done.returncode}: see {path}")
 
-    def data(self) -> Path:
-        """Shards of simulated patches."""
+    def shards(self) -> Path:
+        """Return the folder of the shards; simulate and shard the patches if it is missing."""
         tree, shards = self.folder / "tree", self.folder / "shards"
         if not (shards / "manifest.parquet").exists():
-            many = str(self.processes)
-            size = ["--patches", str(PATCHES), "--seed", str(SAMPLE_SEED), "--workers", many]
-            self.command("sample", "-m", "bocage", "sample", tree, *size)
-            size = ["--workers", many, "--shard-mb", "64"]
-            self.command("shard", "-m", "bocage", "shard", tree, shards, *size)
+            workers = ["--workers", str(self.processes)]
+            size = ["--patches", str(PATCHES), "--seed", str(SAMPLE_SEED)]
+            self.run_python("sample", "-m", "bocage", "sample", tree, *size, *workers)
+            self.run_python("shard", "-m", "bocage", "shard", tree, shards, *workers, "--shard-mb", "64")
         return shards
 
-    def pretraining(self, variant: str, seed: int) -> list[tuple[tuple[str, ...], list[str], Path]]:
-        """Sensors, words of the command line and folder of each run of a variant; other words, another folder."""
-        found = []
+    def pretraining_runs(self, variant: str, seed: int) -> list[tuple[tuple[str, ...], list[str], Path]]:
+        """Return modalities, arguments and folder of each run of a variant; the folder depends on the arguments."""
+        runs = []
         for names in VARIANTS[variant].groups:
-            words = [*PRETRAIN, *VARIANTS[variant].words, f"modalities=[{','.join(names)}]", f"engine.seed={seed}"]
-            found.append((names, words, self.folder / "pretrain" / _named(f"{variant}-{seed}", words)))
-        return found
+            arguments = [
+                *PRETRAIN,
+                *VARIANTS[variant].overrides,
+                f"modalities=[{','.join(names)}]",
+                f"engine.seed={seed}",
+            ]
+            runs.append((names, arguments, self.folder / "pretrain" / _run_name(f"{variant}-{seed}", arguments)))
+        return runs
 
-    def encoder(self, variant: str, seed: int, sensor: str) -> Path:
-        """Where an encoder of a variant is."""
-        output = next(folder for names, _, folder in self.pretraining(variant, seed) if sensor in names)
+    def encoder_path(self, variant: str, seed: int, sensor: str) -> Path:
+        """Return the folder of a pretrained encoder."""
+        output = next(folder for names, _, folder in self.pretraining_runs(variant, seed) if sensor in names)
         return output / "encoders" / sensor
 
     def pretrain(self, variant: str, seed: int) -> None:
-        """Pretrain all groups of sensors of a variant."""
-        for names, words, output in self.pretraining(variant, seed):
+        """Pretrain all groups of modalities of a variant."""
+        for names, arguments, output in self.pretraining_runs(variant, seed):
             if not (output / "encoders" / names[-1] / "config.json").exists():
-                words = [*words, f"shards={self.data()}", f"output={output}"]
-                self.command(f"pretrain-{output.name}", "-m", "bocage", "pretrain", *words)
+                arguments = [*arguments, f"shards={self.shards()}", f"output={output}"]
+                self.run_python(f"pretrain-{output.name}", "-m", "bocage", "pretrain", *arguments)
 
-    def finetuning(self, start: str, seed: int, case: Case) -> tuple[list[str], Path]:
-        """Words of the command line and folder of a fine-tuning run, from a variant's encoder or from scratch."""
-        words = [*FINETUNE, f"modalities=[{IMAGE}]", f"train_fraction={case.fraction:g}"]
-        words += [f"engine.seed={seed}", f"engine.steps={case.steps}"]
-        if start in VARIANTS:
-            words.append(f"encoders.{IMAGE}={self.encoder(start, seed, IMAGE)}")
+    def finetuning_run(self, initialization: str, seed: int, case: FinetuneCase) -> tuple[list[str], Path]:
+        """Return arguments and folder of a fine-tuning run."""
+        arguments = [*FINETUNE, f"modalities=[{IMAGE}]", f"train_fraction={case.fraction:g}"]
+        arguments += [f"engine.seed={seed}", f"engine.steps={case.steps}"]
+        if initialization in VARIANTS:
+            arguments.append(f"encoders.{IMAGE}={self.encoder_path(initialization, seed, IMAGE)}")
         if case.frozen:
-            words.append(f"freeze=[{IMAGE}]")
-        return words, self.folder / "finetune" / _named(f"{start}-{seed}-land_cover-{case.fraction:g}", words)
+            arguments.append(f"freeze=[{IMAGE}]")
+        name = _run_name(f"{initialization}-{seed}-land_cover-{case.fraction:g}", arguments)
+        return arguments, self.folder / "finetune" / name
 
-    def finetune(self, start: str, seed: int, case: Case) -> None:
-        """Fine-tune."""
-        words, output = self.finetuning(start, seed, case)
+    def finetune(self, initialization: str, seed: int, case: FinetuneCase) -> None:
+        """Fine-tune, unless the run has finished before."""
+        arguments, output = self.finetuning_run(initialization, seed, case)
         if not (output / "metrics.json").exists():
-            words = [*words, f"shards={self.data()}", f"output={output}"]
-            self.command(f"finetune-{output.name}", "-m", "bocage", "finetune", *words)
+            arguments = [*arguments, f"shards={self.shards()}", f"output={output}"]
+            self.run_python(f"finetune-{output.name}", "-m", "bocage", "finetune", *arguments)
 
-    def probed(self, start: str, seed: int) -> Path:
-        """The file of a start's probes."""
-        words = [str(self.encoder(start, seed, sensor)) for sensor in (IMAGE, SERIES)] if start in VARIANTS else []
-        return self.folder / "probe" / f"{_named(f'{start}-{seed}', words)}.json"
+    def probe_path(self, initialization: str, seed: int) -> Path:
+        """Return the file of the probe scores of an initialization."""
+        encoders: list[str] = []  # the hash in the name depends on the probed encoders
+        if initialization in VARIANTS:
+            encoders = [str(self.encoder_path(initialization, seed, sensor)) for sensor in (IMAGE, SERIES)]
+        return self.folder / "probe" / f"{_run_name(f'{initialization}-{seed}', encoders)}.json"
 
-    def probe(self, start: str, seed: int) -> None:
-        """Measure frozen encoders of a variant, or random ones."""
-        output = self.probed(start, seed)
+    def probe(self, initialization: str, seed: int) -> None:
+        """Probe the frozen encoders of an initialization in a new process, unless the scores exist."""
+        output = self.probe_path(initialization, seed)
         if not output.exists():
-            words = [self.folder, "--probe", start, "--seed", str(seed)]
-            self.command(f"probe-{output.stem}", Path(__file__).with_name("design_choices.py"), *words)
+            arguments: list[str | Path] = [self.folder, "--probe", initialization, "--seed", str(seed)]
+            self.run_python(f"probe-{output.stem}", Path(__file__).with_name("design_choices.py"), *arguments)
 
-    def run(self, starts: list[str]) -> None:
-        """Everything, ``processes`` runs at a time: pretraining and probes, then fine-tuning, by importance."""
-        self.data()
+    def run(self, initializations: list[str]) -> None:
+        """Pretrain and probe all initializations, then fine-tune them, ``processes`` runs at a time."""
+        self.shards()
 
-        def prepare(start: str, seed: int) -> None:
-            if start in VARIANTS:
-                self.pretrain(start, seed)
-            self.probe(start, seed)
+        def prepare(initialization: str, seed: int) -> None:
+            if initialization in VARIANTS:
+                self.pretrain(initialization, seed)
+            self.probe(initialization, seed)
 
-        every = [(start, case) for start in starts for case in cases(start)]
-        rank = {case: number for number, case in enumerate(cases(SCRATCH))}
-        every.sort(key=lambda item: rank[item[1]])
-        first = [partial(prepare, start, seed) for start in starts for seed in SEEDS]
-        then = [partial(self.finetune, start, seed, case) for start, case in every for seed in SEEDS]
+        importance = {case: number for number, case in enumerate(cases(SCRATCH))}
+        finetuning = [(initialization, case) for initialization in initializations for case in cases(initialization)]
+        finetuning.sort(key=lambda item: importance[item[1]])
+        stages = (
+            [partial(prepare, initialization, seed) for initialization in initializations for seed in SEEDS],
+            [
+                partial(self.finetune, initialization, seed, case)
+                for initialization, case in finetuning
+                for seed in SEEDS
+            ],
+        )
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(TextColumn("runs"), *columns) as progress:
-            bar = progress.add_task("runs", total=len(first) + len(then))
-            for work in (first, then):
+            bar = progress.add_task("runs", total=sum(map(len, stages)))
+            for stage in stages:
                 with ThreadPoolExecutor(self.processes) as pool:
-                    futures = [pool.submit(item) for item in work]
+                    futures = [pool.submit(run) for run in stage]
                     try:
                         for future in as_completed(futures):
                             future.result()
@@ -211,31 +244,37 @@ class Study:
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
 
-    def value(self, start: str, seed: int, what: str | Case) -> float | None:
-        """mIoU in percent, of fine-tuning or of a probe, or a spread; None where it was not run."""
-        if isinstance(what, Case):
-            path = self.finetuning(start, seed, what)[1] / "metrics.json"
+    def score(self, initialization: str, seed: int, measure: str | FinetuneCase) -> float | None:
+        """Return the mIoU of fine-tuning or of a probe in percent, or 100 times a feature spread; None without a run.
+
+        Args:
+            initialization: ``SCRATCH`` or a key of ``VARIANTS``.
+            seed: seed of the run.
+            measure: fine-tuning case, key of ``SPREAD``, or ``linear TASK`` or ``knn TASK`` for a key of ``PROBED``.
+        """
+        if isinstance(measure, FinetuneCase):
+            path = self.finetuning_run(initialization, seed, measure)[1] / "metrics.json"
             if not path.exists():
                 return None
             strict = next(iter(json.loads(path.read_text())["valid"].values()))["strict"]
             return float(strict["miou"])
-        if what in SPREAD:
-            return self.spread(start, seed, SPREAD[what])
-        path = self.probed(start, seed)
-        return json.loads(path.read_text())[what] if path.exists() else None
+        if measure in SPREAD:
+            return self.feature_spread(initialization, seed, SPREAD[measure])
+        path = self.probe_path(initialization, seed)
+        return json.loads(path.read_text())[measure] if path.exists() else None
 
-    def spread(self, start: str, seed: int, sensor: str) -> float | None:
-        """``feature_std`` of the deepest map of an encoder, times 100, at the end of pretraining."""
-        if start not in VARIANTS:
+    def feature_spread(self, initialization: str, seed: int, sensor: str) -> float | None:
+        """Return 100 times the ``feature_std`` of an encoder's deepest map after pretraining; None without a run."""
+        if initialization not in VARIANTS:
             return None
-        path = self.encoder(start, seed, sensor).parents[1] / "metrics.jsonl"
+        path = self.encoder_path(initialization, seed, sensor).parents[1] / "metrics.jsonl"
         if not path.exists():
             return None
         last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
         return 100 * float(last[f"feature_std/{sensor}"])
 
 
-def _named(name: str, words: list[str]) -> str:
-    """A name for files that tells other words from these."""
-    own = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]
-    return f"{name.replace(', ', '-').replace(' ', '_')}-{own}"
+def _run_name(name: str, arguments: list[str]) -> str:
+    """Append a hash of the arguments to a name, so that runs with other arguments get other folders."""
+    digest = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8]
+    return f"{name.replace(', ', '-').replace(' ', '_')}-{digest}"
