@@ -1,10 +1,10 @@
-"""What the training loop costs over a bare PyTorch loop: ``python tests/bench/loop.py SHARDS``.
+"""Compare the trainer with a bare PyTorch loop: ``python tests/bench/loop.py SHARDS``.
 
-The model is that of ``recipe=quickstart``. Both loops take the same batches from memory, in turns: forward, backward,
-clipping, AdamW. The loop of bocage adds the agreement of ranks, running statistics kept over a step, random state
-around data, metrics and RankMe every 20 steps, and the learning rate. Times are processor seconds of one thread, which
-other work on the machine disturbs less, as means over the steps of a turn; the ratio is the median of the turns'
-ratios. Then: how long resuming takes to the first step, and how long saving and leaving.
+The model is that of ``recipe=quickstart``. Both loops run in turns on the same batches in memory: forward, backward,
+gradient clipping, AdamW. The trainer additionally synchronises ranks, backs up running statistics over a step, keeps
+the random state around data loading, records metrics and RankMe every 20 steps, and schedules the learning rate. Times
+are means over the steps of a turn, in CPU seconds of one thread, which other processes disturb less. The ratio is the
+median over turns. The script also measures the time to resume until the first step, and the time to save and exit.
 """
 
 from __future__ import annotations
@@ -35,28 +35,33 @@ from bocage.ssl.pretrain_config import PretrainConfig
 _SETTINGS = OptimizerConfig(min_lr_ratio=1.0)
 
 
-class Kept:
-    """The same few batches for ever; remembers when each was asked for."""
+class CachedBatches:
+    """Endless repetition of a few batches in memory.
+
+    Attributes:
+        batch_size: samples per batch.
+        requests: wall-clock time and CPU time of each request for a batch.
+    """
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batch_size = len(batches[0])
-        self.kept = batches
-        self.asked: list[tuple[float, float]] = []  # wall clock and processor time
+        self.cache = batches
+        self.requests: list[tuple[float, float]] = []
 
     def batches(self, position: int, rank: int, world: int) -> Iterator[Batch]:
         """See ``BatchSource``."""
-        for batch in itertools.cycle(self.kept):
-            self.asked.append((time.perf_counter(), time.process_time()))
+        for batch in itertools.cycle(self.cache):
+            self.requests.append((time.perf_counter(), time.process_time()))
             yield batch
 
 
-def step_times(asked: list[tuple[float, float]]) -> float:
-    """Mean processor seconds between requests, records of metrics among them; the first ones warm up."""
-    return (asked[-1][1] - asked[2][1]) / (len(asked) - 3)
+def seconds_per_step(requests: list[tuple[float, float]]) -> float:
+    """Return the mean CPU seconds between requests, including the recording of metrics, without two warm-up steps."""
+    return (requests[-1][1] - requests[2][1]) / (len(requests) - 3)
 
 
-def bare(task: torch.nn.Module, source: Kept, steps: int) -> None:
-    """The loop that everybody writes."""
+def train_bare(task: torch.nn.Module, source: CachedBatches, steps: int) -> None:
+    """Train with a minimal PyTorch loop."""
     optimizer = build_optimizer(task, _SETTINGS, global_batch=source.batch_size, device=torch.device("cpu"))
     task.train()
     for batch in itertools.islice(source.batches(0, 0, 1), steps):
@@ -67,23 +72,21 @@ def bare(task: torch.nn.Module, source: Kept, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def looped(task: torch.nn.Module, source: Kept, steps: int, output: Path) -> float:
-    """bocage's; returns seconds from the call to the first batch."""
+def train_bocage(task: torch.nn.Module, source: CachedBatches, steps: int, output: Path) -> float:
+    """Train with bocage's trainer; return the seconds from the call to the first request for a batch."""
     config = EngineConfig(steps=steps, save_every=0, log_every=20, optimizer=_SETTINGS)
     began = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        Trainer(
-            task, source, config, output=output, recipe="bench", resolved_config={}, export=export_encoders
-        ).fit()
-    return source.asked[0][0] - began
+        Trainer(task, source, config, output=output, recipe="bench", resolved_config={}, export=export_encoders).fit()
+    return source.requests[0][0] - began
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the time of a step, of resuming and of saving."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--steps", type=int, default=43)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("shards", type=Path, help="folder of shards")
+    parser.add_argument("--steps", type=int, default=43, help="steps per turn (default 43)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     manifest = Manifest.open(arguments.shards)
@@ -94,23 +97,23 @@ def main() -> None:
         manifest, manifest.split("all", ""), modalities, batch_size=4, window=config.window, seed=0, workers=0
     )
     batches = list(itertools.islice(stream.batches(0, 0, 1), 4))
-    ours, theirs, ratios, resumes, saves = [], [], [], [], []
+    bocage, bare, ratios, resumes, saves = [], [], [], [], []
     for turn in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            source = Kept(batches)
-            bare(task, source, arguments.steps)
-            theirs.append(step_times(source.asked))
-            source = Kept(batches)
-            looped(task, source, arguments.steps, Path(folder))
-            ours.append(step_times(source.asked))
-            ratios.append(ours[-1] / theirs[-1])
-            # Two more steps: the first is reached by resuming, the last is followed by a checkpoint.
-            source = Kept(batches)
-            resumes.append(looped(task, source, arguments.steps + 2, Path(folder)))
-            saves.append(time.perf_counter() - source.asked[-1][0] - ours[-1])
-        print(f"turn {turn + 1}: bocage {ours[-1]:.3f} s a step, bare {theirs[-1]:.3f}, ratio {ratios[-1]:.3f}")
+            source = CachedBatches(batches)
+            train_bare(task, source, arguments.steps)
+            bare.append(seconds_per_step(source.requests))
+            source = CachedBatches(batches)
+            train_bocage(task, source, arguments.steps, Path(folder))
+            bocage.append(seconds_per_step(source.requests))
+            ratios.append(bocage[-1] / bare[-1])
+            # Resume for two more steps: the first measures resuming, the last is followed by a checkpoint.
+            source = CachedBatches(batches)
+            resumes.append(train_bocage(task, source, arguments.steps + 2, Path(folder)))
+            saves.append(time.perf_counter() - source.requests[-1][0] - bocage[-1])
+        print(f"turn {turn + 1}: bocage {bocage[-1]:.3f} s per step, bare loop {bare[-1]:.3f}, ratio {ratios[-1]:.3f}")
     print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    print(f"resuming {statistics.median(resumes):.2f} s, saving and leaving {statistics.median(saves):.2f} s", end=" ")
+    print(f"resume {statistics.median(resumes):.2f} s, save and exit {statistics.median(saves):.2f} s", end=" ")
     print(f"({sum(parameter.numel() for parameter in task.parameters()) / 1e6:.1f} M parameters, encoders exported)")
 
 

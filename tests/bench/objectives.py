@@ -1,11 +1,12 @@
-"""What the objectives cost: ``python tests/bench/objectives.py SHARDS``.
+"""Measure step time and memory of the objectives: ``python tests/bench/objectives.py SHARDS``.
 
-Step time (forward and backward, processor seconds of one thread, which other work on the machine disturbs less) and
-peak memory of Swin-T on the aerial image at 256 and 512 px: ``packed`` and ``mask_token`` with the fusion decoder of
-the full-size recipes, beside supervised training of the same encoder with UPerNet (``supervised``). Then all seven
-sensors: dense contrast beside the masked objective (``combined``) against the masked one alone. The variants take turns
-in one process; ratios are medians over turns. Memory is what the process holds at most beyond what it held before the
-first step, each variant in a process of its own.
+The first comparison trains Swin-T on the aerial image at 256 and 512 px: ``packed`` and ``mask_token`` with the fusion
+decoder of the full-size recipes, and supervised training of the same encoder with UPerNet (``supervised``). The second
+trains on all seven sensors: the masked objective with dense contrast (``combined``) and alone (``masked``).
+
+A step is a forward and a backward pass. Its time is in CPU seconds of one thread, which other processes disturb less.
+The variants run in turns in one process, and ratios are medians over turns. Memory is the peak of a process beyond its
+memory before the first step; each variant is measured in a new process.
 """
 
 from __future__ import annotations
@@ -35,29 +36,31 @@ from bocage.ssl.pretrain_config import PretrainConfig
 SIDES = {51.2: 256, 102.4: 512}
 SWIN = ["swin.name=swin_tiny_patch4_window7_224", "swin.options={drop_path_rate: 0.0}"]
 BATCH = 2
-ALONE = {
+AERIAL = {
     "packed": ["masking.images=packed"],
     "mask_token": ["masking.images=mask_token"],
 }
-TOGETHER = {"masked": ["weights.contrastive=0"], "combined": []}
+ALL_SENSORS = {"masked": ["weights.contrastive=0"], "combined": []}
 
 
-def built(variant: str, side: float, manifest: Manifest) -> tuple[nn.Module, Batch]:
-    """The task of a variant and a batch for it."""
+def build(variant: str, side: float, manifest: Manifest) -> tuple[nn.Module, Batch]:
+    """Build the module of a variant in training mode, and a batch for it."""
     aerial = max(manifest.registry.by_role("image"), key=lambda item: item.size * len(item.bands)).name
     torch.manual_seed(0)
     task: nn.Module
     labels = []
     if variant == "supervised":
-        words = ["recipe=finetune_cosia", f"modalities=[{aerial}]", *SWIN]
-        config = recipes.resolve(FinetuneConfig, words)
+        overrides = ["recipe=finetune_cosia", f"modalities=[{aerial}]", *SWIN]
+        config = recipes.resolve(FinetuneConfig, overrides)
         task, labels = finetuning.build_task(config, manifest), config.labels
         names = [aerial]
     else:
-        own = ALONE.get(variant) or TOGETHER[variant]
-        alone = [f"modalities=[{aerial}]", "weights.contrastive=0"] if variant in ALONE else []
-        words = ["recipe=mae_multimodal", *SWIN, *alone, *own]
-        task = pretraining.build_pretraining_model(recipes.resolve(PretrainConfig, words), manifest)
+        overrides = ["recipe=mae_multimodal", *SWIN]
+        if variant in AERIAL:
+            overrides += [f"modalities=[{aerial}]", "weights.contrastive=0", *AERIAL[variant]]
+        else:
+            overrides += ALL_SENSORS[variant]
+        task = pretraining.build_pretraining_model(recipes.resolve(PretrainConfig, overrides), manifest)
         assert isinstance(task, PretrainingModel)
         names = list(task.encoders)
     modalities = required_modalities(manifest.registry, names, labels)
@@ -67,7 +70,7 @@ def built(variant: str, side: float, manifest: Manifest) -> tuple[nn.Module, Bat
 
 
 def step(task: nn.Module, batch: Batch) -> float:
-    """Processor seconds of a forward and a backward pass."""
+    """Run a forward and a backward pass; return its CPU seconds."""
     began = time.process_time()
     loss, _ = task(batch)
     loss.backward()
@@ -75,55 +78,55 @@ def step(task: nn.Module, batch: Batch) -> float:
     return time.process_time() - began
 
 
-def peak(variant: str, side: float, manifest: Manifest) -> float:
-    """MB that two steps hold at most beyond what there was before."""
-    task, batch = built(variant, side, manifest)
+def peak_memory(variant: str, side: float, manifest: Manifest) -> float:
+    """Return the peak memory of two steps beyond the memory before them, in MB."""
+    task, batch = build(variant, side, manifest)
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of building
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) after the model is built
     for _ in range(2):
         step(task, batch)
     status = Path("/proc/self/status").read_text().split()
     return (int(status[status.index("VmHWM:") + 1]) * 1024 - before) / 1e6
 
 
-def compared(variants: list[str], against: str, side: float, arguments: argparse.Namespace) -> None:
-    """Print time and memory of each variant, and ratios to ``against``."""
+def compare(variants: list[str], reference: str, side: float, arguments: argparse.Namespace) -> None:
+    """Print time and memory of each variant, and the ratio of its time to the ``reference`` variant."""
     manifest = Manifest.open(arguments.shards)
-    tasks = {variant: built(variant, side, manifest) for variant in variants}
+    tasks = {variant: build(variant, side, manifest) for variant in variants}
     for task, batch in tasks.values():
-        step(task, batch)  # warms up
+        step(task, batch)  # warm-up
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(arguments.turns):
         for variant, (task, batch) in tasks.items():
             seconds[variant].append(step(task, batch))
     for variant in variants:
-        line = [sys.executable, __file__, str(arguments.shards), "--peak", variant, "--side", str(side)]
-        memory = float(subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-1])
-        ratios = [own / other for own, other in zip(seconds[variant], seconds[against], strict=True)]
+        command = [sys.executable, __file__, str(arguments.shards), "--peak", variant, "--side", str(side)]
+        memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        ratios = [own / base for own, base in zip(seconds[variant], seconds[reference], strict=True)]
         print(
-            f"{SIDES[side]} px  {variant:10}  {statistics.median(seconds[variant]):6.2f} s a step  "
-            f"{statistics.median(ratios):5.2f} x {against} ({min(ratios):.2f} to {max(ratios):.2f})  "
+            f"{SIDES[side]} px  {variant:10}  {statistics.median(seconds[variant]):6.2f} s per step  "
+            f"{statistics.median(ratios):5.2f} x {reference} ({min(ratios):.2f} to {max(ratios):.2f})  "
             f"{memory:6.0f} MB",
             flush=True,
         )
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--peak", help="print the peak memory of one variant alone")
-    parser.add_argument("--side", type=float, default=51.2)
+    parser.add_argument("shards", type=Path, help="folder of shards")
+    parser.add_argument("--turns", type=int, default=7, help="turns (default 7)")
+    parser.add_argument("--peak", metavar="VARIANT", help="print only the peak memory of one variant, MB")
+    parser.add_argument("--side", type=float, default=51.2, help="window side for --peak, in metres (default 51.2)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.peak:
-        print(peak(arguments.peak, arguments.side, Manifest.open(arguments.shards)))
+        print(peak_memory(arguments.peak, arguments.side, Manifest.open(arguments.shards)))
         return
     for side in SIDES:
-        compared([*ALONE, "supervised"], "mask_token", side, arguments)
+        compare([*AERIAL, "supervised"], "mask_token", side, arguments)
     for side in SIDES:
-        compared(list(TOGETHER), "masked", side, arguments)
+        compare(list(ALL_SENSORS), "masked", side, arguments)
 
 
 if __name__ == "__main__":

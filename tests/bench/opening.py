@@ -1,16 +1,18 @@
-"""Seconds and memory that the catalogue of the whole of FLAIR-HUB takes, from folders and from zips.
+"""Measure time and memory to open the catalogue of a tree of FLAIR-HUB's size, from folders and from zips.
 
-    python tests/bench/opening.py FOLDER [--patches 241100] [--what folders zips] [--keep]
+    python tests/bench/opening.py NEWFOLDER [--patches 241100] [--what folders zips] [--keep]
 
-Makes trees of the dataset's names in ``FOLDER`` and GeoPackages with a row a patch, opens each tree in a process of its
-own, and prints seconds, the process's peak memory, and the bytes that the catalogue keeps for a patch. Folders hold
-empty files (2.4 million inodes); zips hold whole directories and a byte a raster, their metadata are deflated.
+The script writes trees with the names of the dataset, and GeoPackages with one row per patch, to NEWFOLDER. It opens
+each tree in a new process and prints seconds, the peak memory of the process, and the size of the catalogue per patch.
+Folders hold empty files (2.4 million inodes). Zips hold complete central directories and one byte per raster; those of
+the metadata are deflated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,67 +20,76 @@ import time
 import zipfile
 from pathlib import Path
 
-from full_tree import write_folders, write_metadata, write_zips
-
-_CHILD = """
-import json, resource, sys, time
-import numpy as np
 from bocage.shards.source.catalogue import Catalogue
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # tests import full_tree, too
 
-before, started, idle = peak(), time.perf_counter(), time.process_time()
-catalogue = Catalogue.open(sys.argv[1])
-seconds, busy, opened = time.perf_counter() - started, time.process_time() - idle, peak()
-started = time.perf_counter()
-fingerprint = catalogue.fingerprint()
-dates = catalogue._dates.values()
-arrays = [catalogue._codes, catalogue._presence, catalogue._places, catalogue._entries]
-arrays += [array for each in dates for array in (each.days, each.bounds, each.index)]
-kept = sum(array.nbytes for array in arrays) + sum(column.nbytes for column in catalogue.splits.values())
-print(json.dumps({
-    "patches": len(catalogue),
-    "rasters": sum(catalogue.report().present.values()),
-    "seconds": round(seconds, 1),
-    "seconds of CPU": round(busy, 1),
-    "MB imported": round(before),
-    "MB peak": round(opened),
-    "bytes kept a patch": round(kept / len(catalogue)),
-    "seconds of fingerprint": round(time.perf_counter() - started, 1),
-    "MB peak with it": round(peak()),
-    "torch": "torch" in sys.modules,
-    "fingerprint": fingerprint[:16],
-}))
-"""
+from full_tree import write_folders, write_metadata, write_zips
+
+
+def measure(tree: Path) -> dict[str, float | str | bool]:
+    """Open the catalogue of a tree; the process must be new, because peak memory is that of the whole process."""
+    imported, started, cpu_started = _peak_memory(), time.perf_counter(), time.process_time()
+    catalogue = Catalogue.open(tree)
+    seconds, cpu_seconds, opened = time.perf_counter() - started, time.process_time() - cpu_started, _peak_memory()
+    started = time.perf_counter()
+    fingerprint = catalogue.fingerprint()
+    fingerprint_seconds = time.perf_counter() - started
+    arrays = [catalogue._codes, catalogue._presence, catalogue._entry_index, catalogue._zip_entries]
+    arrays += [array for dates in catalogue._dates.values() for array in (dates.days, dates.bounds, dates.index)]
+    size = sum(array.nbytes for array in arrays) + sum(column.nbytes for column in catalogue.splits.values())
+    return {
+        "patches": len(catalogue),
+        "rasters": sum(catalogue.report().present.values()),
+        "seconds": round(seconds, 1),
+        "CPU seconds": round(cpu_seconds, 1),
+        "peak MiB after imports": round(imported),
+        "peak MiB after opening": round(opened),
+        "catalogue bytes per patch": round(size / len(catalogue)),
+        "seconds for the fingerprint": round(fingerprint_seconds, 1),
+        "peak MiB after the fingerprint": round(_peak_memory()),
+        "torch imported": "torch" in sys.modules,
+        "fingerprint": fingerprint[:16],
+    }
+
+
+def _peak_memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    """Makes the trees, opens them, removes them."""
+    """Write the trees, open them and remove them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a new folder; needs 2.5 million free inodes and 4 GB at full size")
-    parser.add_argument("--patches", type=int, default=241_100)
-    parser.add_argument("--what", nargs="+", choices=("folders", "zips"), default=["folders", "zips"])
-    parser.add_argument("--keep", action="store_true", help="leave the trees there")
+    parser.add_argument("folder", type=Path, help="new folder; needs 2.5 million free inodes and 4 GB at full size")
+    parser.add_argument("--patches", type=int, default=241_100, help="patches of the trees (default 241100)")
+    parser.add_argument(
+        "--what", nargs="+", choices=("folders", "zips"), default=["folders", "zips"], help="trees (default both)"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the trees")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.folder)))
+        return
     arguments.folder.mkdir(parents=True)
     try:
         started = time.perf_counter()
         write_metadata(arguments.folder / "metadata", arguments.patches)
-        print(f"metadata made in {time.perf_counter() - started:.0f} s", flush=True)
-        for what in arguments.what:
-            tree, started = arguments.folder / what, time.perf_counter()
-            (write_folders if what == "folders" else write_zips)(tree, arguments.patches)
-            _place_metadata(arguments.folder.absolute() / "metadata", tree, zipped=what == "zips")
-            print(f"{what} made in {time.perf_counter() - started:.0f} s", flush=True)
-            done = subprocess.run([sys.executable, "-c", _CHILD, tree], capture_output=True, text=True, check=True)
-            print(what, json.dumps(json.loads(done.stdout), indent=1), flush=True)
+        print(f"metadata written in {time.perf_counter() - started:.0f} s", flush=True)
+        for kind in arguments.what:
+            tree, started = arguments.folder / kind, time.perf_counter()
+            (write_folders if kind == "folders" else write_zips)(tree, arguments.patches)
+            _add_metadata(arguments.folder.absolute() / "metadata", tree, zipped=kind == "zips")
+            print(f"{kind} written in {time.perf_counter() - started:.0f} s", flush=True)
+            command = [sys.executable, __file__, str(tree), "--measure"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            print(kind, json.dumps(json.loads(done.stdout), indent=1), flush=True)
     finally:
         if not arguments.keep:
             shutil.rmtree(arguments.folder)
 
 
-def _place_metadata(metadata: Path, tree: Path, zipped: bool) -> None:
+def _add_metadata(metadata: Path, tree: Path, zipped: bool) -> None:
     if not zipped:
         (tree / "GLOBAL_ALL_MTD").symlink_to(metadata)
         return

@@ -1,7 +1,7 @@
-"""The peers of the benchmark: U-TAE computed the plain way, with the official code's extra work, or by that code.
+"""Reference implementations for ``models.py``: U-TAE and the fusion from the papers, and wrappers of the official code.
 
-Nothing here is fast on purpose or slow on purpose: it is what the equations of arXiv 2107.07933 and 2007.00586 look
-like when written down with torch's layers. No code of ``bocage`` takes part, so that what is gained there shows.
+They follow the equations of arXiv 2107.07933 and 2007.00586 with torch's layers, optimised neither for speed nor
+against it. They use no code of ``bocage``, so the comparison shows what bocage's implementation gains.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-_HIDDEN_SCORE = -1e3  # the official score of a padded date
+_PADDED_SCORE = -1e3  # attention score of a padded date in the official code
 _GROUPS = 4
 
 
 def _convolutions(widths: tuple[int, ...], norm: str) -> nn.Module:
-    """3 x 3 convolution, normalisation and ReLU for each step of ``widths``, named as in the official code."""
+    """Build 3 x 3 convolution, norm and ReLU for each pair of successive ``widths``; parameter names are official."""
     layers: list[nn.Module] = []
     for d_in, d_out in pairwise(widths):
         layers.append(nn.Conv2d(d_in, d_out, 3, padding=1, padding_mode="reflect"))
@@ -35,17 +35,16 @@ def _convolutions(widths: tuple[int, ...], norm: str) -> nn.Module:
 
 
 class ReferenceUTAE(nn.Module):
-    """U-TAE of FLAIR-HUB's defaults: stride 1, group normalisation, grouped attention; parameters named as official.
+    """U-TAE with FLAIR-HUB's defaults: stride 1, group normalisation, grouped attention, official parameter names.
 
-    Every date, padded or not, goes through the convolutions, and keys and values are built of every pixel and date.
+    The convolutions process all dates, padded ones included. Keys and values are built for every pixel and date.
 
     Args:
         input_dim: channels of a frame.
-        classes: of the head.
-        official_like: also do what the official code does beyond the equations: run every block that dates share
-            once more on zeros to learn the shape of its output, look for padded frames by comparing each block's
-            input with the padding value, gather the others and scatter them back, and encode the date of every
-            pixel.
+        classes: output classes of the head.
+        official_like: also do the additional work of the official code. It runs every block shared by the dates a
+            second time on zeros to find its output shape, compares each block's input with the padding value to find
+            padded frames, gathers the other frames and scatters them back, and encodes the date of every pixel.
     """
 
     def __init__(self, input_dim: int, classes: int, official_like: bool) -> None:
@@ -85,7 +84,7 @@ class ReferenceUTAE(nn.Module):
         self.out_conv.conv = _convolutions((decoder[0], 32, classes), "batch")
 
     def _block(self, index: int, frames: torch.Tensor) -> torch.Tensor:
-        """Block 0 is ``in_conv``, then the down blocks: (N, C, H, W) frames to (N, C', H, W)."""
+        """Apply block ``index`` to (N, C, H, W) frames; 0 is ``in_conv``, the down blocks follow."""
         if index == 0:
             return self.in_conv.conv.conv(frames)  # type: ignore[union-attr,operator]
         block: Any = self.down_blocks[index - 1]
@@ -93,32 +92,32 @@ class ReferenceUTAE(nn.Module):
         return maps + block.conv2.conv(maps)
 
     def _shared(self, index: int, maps: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-        """A block on every date of (B, T, C, H, W) maps; zeros where padded."""
+        """Apply a block to every date of (B, T, C, H, W) maps; the output is 0 for padded dates."""
         frames = maps.flatten(0, 1)
         if not self.official_like:
             frames = self._block(index, frames).unflatten(0, maps.shape[:2])
             return frames.masked_fill(padding[:, :, None, None, None], 0.0)
         shape = self._block(index, torch.zeros_like(frames)).shape
-        hidden = (frames == 0).all(dim=-1).all(dim=-1).all(dim=-1)
-        if hidden.any():
+        padded = (frames == 0).all(dim=-1).all(dim=-1).all(dim=-1)
+        if padded.any():
             encoded = torch.ones(shape) * 0.0
-            encoded[~hidden] = self._block(index, frames[~hidden])
+            encoded[~padded] = self._block(index, frames[~padded])
         else:
             encoded = self._block(index, frames)
         return encoded.unflatten(0, maps.shape[:2])
 
-    def _normalized(self, sequence: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """``in_norm`` of (N, T, C) tokens without the (N, T) hidden ones in its statistics."""
+    def _normalized(self, sequence: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
+        """Apply ``in_norm`` to (N, T, C) tokens; its statistics exclude the tokens of the (N, T) mask ``padded``."""
         norm: Any = self.temporal_encoder.in_norm
         groups = sequence.unflatten(2, (self.n_head, -1))
-        weight = (~hidden)[:, :, None, None].to(groups.dtype)
+        weight = (~padded)[:, :, None, None].to(groups.dtype)
         count = weight.sum(dim=1, keepdim=True) * groups.shape[-1]
         mean = (groups * weight).sum(dim=(1, 3), keepdim=True) / count
         variance = ((groups - mean).square() * weight).sum(dim=(1, 3), keepdim=True) / count
         return ((groups - mean) * (variance + norm.eps).rsqrt()).flatten(2) * norm.weight + norm.bias
 
     def _positions(self, days: torch.Tensor, width: int) -> torch.Tensor:
-        """(N, T) days as (N, T, n_head * width): every other column sine and cosine, the same for each head."""
+        """Encode (N, T) days as (N, T, n_head * width): alternating sine and cosine columns, equal for all heads."""
         angles = days[..., None] / 1000 ** (torch.arange(width, device=days.device) // 2 * 2 / width)
         table = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2)
         return torch.cat([table] * self.n_head, dim=-1)
@@ -126,15 +125,15 @@ class ReferenceUTAE(nn.Module):
     def _temporal(
         self, maps: torch.Tensor, dates: torch.Tensor, padding: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, C, H, W) maps to a (B, C, H, W) embedding and (n_head, B, T, H, W) attention."""
+        """Pool (B, T, C, H, W) maps to a (B, C, H, W) embedding; also return the (n_head, B, T, H, W) attention."""
         encoder: Any = self.temporal_encoder
         batch, length, channels, height, width = maps.shape
         sequence = maps.permute(0, 3, 4, 1, 2).contiguous().view(-1, length, channels)
-        hidden = padding[:, None].expand(-1, height * width, -1).reshape(-1, length)
+        padded = padding[:, None].expand(-1, height * width, -1).reshape(-1, length)
         if self.official_like or not bool(padding.any()):
             sequence = encoder.in_norm(sequence.mT).mT
         else:
-            sequence = self._normalized(sequence, hidden)
+            sequence = self._normalized(sequence, padded)
         tokens = encoder.inconv(sequence.mT).mT
         size = tokens.shape[-1] // self.n_head
         if self.official_like:
@@ -146,7 +145,7 @@ class ReferenceUTAE(nn.Module):
         d_k = query.shape[1]
         keys = encoder.attention_heads.fc1_k(tokens).unflatten(2, query.shape).permute(2, 0, 1, 3).contiguous()
         scores = torch.matmul(query[:, None, None], keys.mT)[:, :, 0] / math.sqrt(d_k)
-        attention = scores.masked_fill(hidden, _HIDDEN_SCORE).softmax(dim=-1)
+        attention = scores.masked_fill(padded, _PADDED_SCORE).softmax(dim=-1)
         attention = functional.dropout(attention, 0.1, self.training)
         values = torch.stack(tokens.split(size, dim=-1))
         pooled = torch.matmul(attention[:, :, None], values)[:, :, 0].permute(1, 0, 2).flatten(1)
@@ -157,7 +156,7 @@ class ReferenceUTAE(nn.Module):
     def forward(
         self, x: torch.Tensor, dates: torch.Tensor, pad_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, T, C, H, W) series and (B, T) days to logits and maps, deepest first; ``pad_mask``: where zeros pad."""
+        """Compute logits and maps, deepest first, of a (B, T, C, H, W) series with (B, T) days and padding mask."""
         padding = torch.zeros(x.shape[:2], dtype=torch.bool) if pad_mask is None else pad_mask
         if self.official_like:
             padding = (x == 0).all(dim=-1).all(dim=-1).all(dim=-1)
@@ -179,10 +178,10 @@ class ReferenceUTAE(nn.Module):
 
 
 class OfficialUTAE(nn.Module):
-    """The U-TAE of a checkout of IGNF/FLAIR-HUB, with the defaults of its configuration.
+    """The official U-TAE, from a checkout of IGNF/FLAIR-HUB, with the defaults of its configuration.
 
     Args:
-        checkout: its folder. One file of it is imported by path, since its package imports its trainer.
+        checkout: folder of the checkout. Only one file is imported, by path, because the package imports its trainer.
         input_dim, classes: see ``ReferenceUTAE``.
     """
 
@@ -215,21 +214,21 @@ class OfficialUTAE(nn.Module):
         )
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Weights by official name, without the name of the wrapped model."""
+        """Load weights into the wrapped model, under their official names."""
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward(
         self, x: torch.Tensor, dates: torch.Tensor, pad_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """See ``ReferenceUTAE``; padded frames are found by their zeros."""
+        """See ``ReferenceUTAE``; the official code recognises padded frames by their zeros."""
         return self.model(x, batch_positions=dates)
 
 
 class ReferenceFusion(nn.Module):
-    """Fusion as the paper of FLAIR-HUB draws it: resize every map to the first image's, concatenate, convolve.
+    """Fusion of the FLAIR-HUB paper: resize every map to the grid of the first image, concatenate, convolve.
 
     Args:
-        convolutions: the 1 x 1 convolution of each stage.
+        convolutions: 1 x 1 convolution of each stage.
     """
 
     def __init__(self, convolutions: nn.ModuleList) -> None:
@@ -237,7 +236,7 @@ class ReferenceFusion(nn.Module):
         self.conv_f = convolutions
 
     def forward(self, maps: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
-        """Maps of each modality, finest first and images first, to the fused maps."""
+        """Fuse the maps of the modalities; images come first, and the maps of a modality are finest first."""
         fused = []
         for stage, convolution in enumerate(self.conv_f):
             targets = next(iter(maps.values()))[stage].shape[-2:]
@@ -252,12 +251,12 @@ class ReferenceFusion(nn.Module):
 
 
 class OfficialFusion(nn.Module):
-    """The fusion of a checkout of IGNF/FLAIR-HUB, whose requirements must be installed.
+    """The official fusion, from a checkout of IGNF/FLAIR-HUB, whose requirements must be installed.
 
     Args:
-        checkout: its folder.
-        convolutions: as for ``ReferenceFusion``.
-        images, series: names of the modalities.
+        checkout: folder of the checkout.
+        convolutions: see ``ReferenceFusion``.
+        images, series: names of the modalities of each kind.
     """
 
     def __init__(self, checkout: Path, convolutions: nn.ModuleList, images: list[str], series: list[str]) -> None:

@@ -1,17 +1,16 @@
-"""Size and speed of sharding against plain GeoTIFF and plain rasterio: ``python tests/bench/sharding.py TREE``.
+"""Compare size and speed of sharding with GeoTIFF and rasterio: ``python tests/bench/sharding.py TREE``.
 
-TREE is a FLAIR-HUB tree, such as ``bocage sample`` writes. Simulated series are short, and what a reader costs depends
-on their length: series get as many dates as FLAIR-HUB's have on average, borrowed from the patches that follow
-(``--dates``; 0 takes the files as they are). Three tables:
+TREE is a FLAIR-HUB tree, for example from ``bocage sample``. The cost of reading a series depends on its number of
+dates, and simulated series are short. Each series is therefore extended with dates of the next patches to the average
+length in FLAIR-HUB (``--dates``; 0 keeps the files). The script prints three results:
 
-- bytes of each modality against LZW GeoTIFF (the file's own size where it is LZW, else written anew), and how many
-  patches a second one core encodes and decodes, in process CPU time;
-- patches a second that one core shards, from opening files to bytes in a tar, against a peer that differs in one thing:
-  it opens each file with rasterio and reads all bands, as data loaders do, and checks nothing. They take turns;
-- the same in one process and in two, in wall-clock time, and the largest resident memory of a process.
+- size of each modality relative to LZW GeoTIFF (the file itself if it is LZW, otherwise a rewritten copy), and CPU time
+  of one core to encode and to decode;
+- patches per CPU second of one core, from opening the files to bytes in a tar. The reference runs in turns and differs
+  only in the reader: it opens each file with rasterio and reads all bands without checks, as data loaders do;
+- patches per second of wall-clock time with one process and with two, and the peak resident memory of a process.
 
-Files are read once before, so that all of it is about the processor. Figures of a busy machine are good for ratios
-only.
+All files are read once before, so that only computation is measured. On a busy machine only the ratios are reliable.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ _GDAL = {"GDAL_CACHEMAX": 64, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL
 _MEGABYTE = 1e6
 
 
-def lengthened(catalogue: Catalogue, row: int, dates: int, folder: Path) -> Patch:
-    """The patch with series of so many dates, taken from the patches that follow; LZW, as the simulator writes."""
+def extend_series(catalogue: Catalogue, row: int, dates: int, folder: Path) -> Patch:
+    """Extend the series of a patch to ``dates`` dates from the next patches; the files are LZW, as simulated ones."""
     patch = catalogue.patch(row)
     sources = dict(patch.sources)
     for modality in catalogue.registry.values():
@@ -71,7 +70,7 @@ def lengthened(catalogue: Catalogue, row: int, dates: int, folder: Path) -> Patc
 
 
 def lzw_bytes(content: bytes, bands: np.ndarray) -> int:
-    """Size of the raster as an LZW GeoTIFF."""
+    """Return the size of a raster as an LZW GeoTIFF."""
     with tifffile.TiffFile(BytesIO(content)) as file:
         if file.pages.first.compression == tifffile.COMPRESSION.LZW:
             return len(content)
@@ -85,7 +84,7 @@ def lzw_bytes(content: bytes, bands: np.ndarray) -> int:
 
 
 def cpu_time(run: Callable[[], Any], repeats: int) -> float:
-    """Median process CPU time, seconds."""
+    """Return the median CPU time of a run, in seconds."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -94,9 +93,9 @@ def cpu_time(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def encodings(patches: list[Patch], registry: Registry, repeats: int) -> None:
-    """Table of bytes, encoding and decoding."""
-    print(f"{'modality':22}{'LZW MB':>9}{'here MB':>9}{'ratio':>8}{'encode ms':>11}{'decode ms':>11}")
+def compare_sizes(patches: list[Patch], registry: Registry, repeats: int) -> None:
+    """Print size, encoding time and decoding time of each modality, per patch."""
+    print(f"{'modality':22}{'LZW MB':>9}{'shard MB':>9}{'ratio':>8}{'encode ms':>11}{'decode ms':>11}")
     totals = np.zeros(4)
     decoding_inputs = 0.0
     for modality in registry.values():
@@ -104,33 +103,33 @@ def encodings(patches: list[Patch], registry: Registry, repeats: int) -> None:
         if not sources:
             continue
         arrays = [rasters.read_raster(source, modality).array for source in sources]
-        before = sum(lzw_bytes(source.read(), array) for source, array in zip(sources, arrays))
+        lzw_size = sum(lzw_bytes(source.read(), array) for source, array in zip(sources, arrays))
         members = [encode(array, modality.codec) for array in arrays]
         for array, member in zip(arrays, members):
             assert modality.codec == "height-5mm" or decode(member).tobytes() == array.tobytes()
-        after = sum(map(len, members))
-        # As the writer and the reader do: members are not kept, arrays go where a batch has its place for them.
+        shard_size = sum(map(len, members))
+        # As in the writer and the reader, members are discarded and arrays are decoded into existing memory.
         encoding = cpu_time(lambda: deque((encode(array, modality.codec) for array in arrays), 0), repeats)  # noqa: B023
         decoding = cpu_time(lambda: deque(map(_decode_into, members, arrays), 0), repeats)  # noqa: B023
-        row = np.array([before / _MEGABYTE, after / _MEGABYTE, encoding * 1e3, decoding * 1e3]) / len(patches)
+        row = np.array([lzw_size / _MEGABYTE, shard_size / _MEGABYTE, encoding * 1e3, decoding * 1e3]) / len(patches)
         totals += row
         decoding_inputs += row[3] if modality.is_input else 0.0
-        print(_row(modality.name, row))
-    print(_row("all, per patch", totals))
+        print(_format_row(modality.name, row))
+    print(_format_row("all, per patch", totals))
     print(f"encodes {1e3 / totals[2]:.1f} patches/s, decodes {1e3 / totals[3]:.1f}, inputs {1e3 / decoding_inputs:.1f}")
 
 
-def _decode_into(member: bytes, place: np.ndarray) -> None:
-    EncodedArray(member).decode(out=place)
+def _decode_into(member: bytes, out: np.ndarray) -> None:
+    EncodedArray(member).decode(out=out)
 
 
-def _row(name: str, row: np.ndarray) -> str:
-    before, after, encoding, decoding = row
-    return f"{name:22}{before:9.4f}{after:9.4f}{after / before:8.3f}{encoding:11.2f}{decoding:11.2f}"
+def _format_row(name: str, row: np.ndarray) -> str:
+    lzw_size, shard_size, encoding, decoding = row
+    return f"{name:22}{lzw_size:9.4f}{shard_size:9.4f}{shard_size / lzw_size:8.3f}{encoding:11.2f}{decoding:11.2f}"
 
 
 def read_with_rasterio(source: RasterSource, modality: Modality) -> Raster:
-    """What a loader that opens each file with rasterio does."""
+    """Read a raster as a data loader with rasterio does."""
     with rasterio.open(source.path) as file:
         bands, transform, crs = file.read(), file.transform, file.crs.to_string() if file.crs else ""
     if modality.has_time_axis:
@@ -139,64 +138,65 @@ def read_with_rasterio(source: RasterSource, modality: Modality) -> Raster:
 
 
 @contextmanager
-def _here() -> Iterator[None]:
+def _bocage_reader() -> Iterator[None]:
     with rasterio.Env(**_GDAL):
         yield
 
 
 @contextmanager
-def _peer() -> Iterator[None]:
+def _rasterio_reader() -> Iterator[None]:
     with mock.patch.object(rasters, "read_raster", read_with_rasterio):
         yield
 
 
-def shard(patches: list[Patch], registry: Registry, splits: list[str], folder: Path) -> Path:
-    """One shard of these patches; the tar."""
+def write_one_shard(patches: list[Patch], registry: Registry, splits: list[str], folder: Path) -> Path:
+    """Write the patches to one shard; return the path of the tar."""
     (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    job = ShardTask(0, folder, registry, splits, patches, max_skipped=0)
-    write_shard(job, lambda _patches, _written: None)
-    return job.shard_path
+    task = ShardTask(0, folder, registry, splits, patches, max_skipped=0)
+    write_shard(task, lambda _patches, _written: None)
+    return task.shard_path
 
 
-def against_rasterio(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
-    """Table of sharding speed on one core."""
-    times: dict[str, list[float]] = {"here": [], "rasterio": []}
+def compare_with_rasterio(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
+    """Print the sharding speed of one core with both readers."""
+    times: dict[str, list[float]] = {"bocage": [], "rasterio": []}
     with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(repeats + 1):  # the first turn only warms up
+        for repeat in range(repeats + 1):  # the first turn is a warm-up
             start = time.process_time()
-            with _here():
-                here = shard(patches, registry, splits, Path(folder) / "here")
+            with _bocage_reader():
+                bocage = write_one_shard(patches, registry, splits, Path(folder) / "bocage")
             between = time.process_time()
-            with _peer():
-                peer = shard(patches, registry, splits, Path(folder) / "rasterio")
+            with _rasterio_reader():
+                reference = write_one_shard(patches, registry, splits, Path(folder) / "rasterio")
             end = time.process_time()
             if repeat:
-                times["here"].append(between - start)
+                times["bocage"].append(between - start)
                 times["rasterio"].append(end - between)
-        same = here.read_bytes() == peer.read_bytes()
+        same = bocage.read_bytes() == reference.read_bytes()
     speeds = {name: len(patches) / statistics.median(seconds) for name, seconds in times.items()}
-    print(f"shards {speeds['here']:.1f} patches/s a core; one rasterio open a file {speeds['rasterio']:.1f};", end=" ")
-    print(f"ratio {speeds['here'] / speeds['rasterio']:.2f}; same bytes: {same}")
+    print(f"sharding: {speeds['bocage']:.1f} patches/s per core", end="; ")
+    print(f"with one rasterio.open per file {speeds['rasterio']:.1f}", end="; ")
+    print(f"ratio {speeds['bocage'] / speeds['rasterio']:.2f}; same bytes: {same}")
 
 
 def _worker(patches: list[Patch], registry: Registry, splits: list[str], barrier: Any, results: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder, _here():
-        shard(patches[:2], registry, splits, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, _bocage_reader():
+        write_one_shard(patches[:2], registry, splits, Path(folder))
         barrier.wait()
         start = time.monotonic()
-        shard(patches, registry, splits, Path(folder))
+        write_one_shard(patches, registry, splits, Path(folder))
         barrier.wait()
-    results.put((time.monotonic() - start, _peak()))
+    results.put((time.monotonic() - start, _peak_memory()))
 
 
-def _peak() -> float:
-    """Largest resident memory of this process, MiB; what getrusage says began with the parent's."""
+def _peak_memory() -> float:
+    """Return the peak resident memory of this process, in MiB; getrusage would start from the parent's peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def processes(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
-    """Table of one process against two on the same number of patches each."""
+def compare_processes(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
+    """Print the speed of one process and of two; each process shards all patches."""
     context = multiprocessing.get_context("spawn")
     speeds: dict[int, list[float]] = {1: [], 2: []}
     memory = 0.0
@@ -209,23 +209,24 @@ def processes(patches: list[Patch], registry: Registry, splits: list[str], repea
             ]
             for process in started:
                 process.start()
-            found = [results.get() for _ in started]
+            measured = [results.get() for _ in started]
             for process in started:
                 process.join()
-            speeds[count].append(count * len(patches) / max(seconds for seconds, _ in found))
-            memory = max(memory, *(resident for _, resident in found))
-    one, two = (statistics.median(found) for found in speeds.values())
-    print(f"one process {one:.1f} patches/s, two {two:.1f}: ratio {two / one:.2f}; at most {memory:.0f} MiB a process")
+            speeds[count].append(count * len(patches) / max(seconds for seconds, _ in measured))
+            memory = max(memory, *(resident for _, resident in measured))
+    one, two = (statistics.median(values) for values in speeds.values())
+    print(f"one process {one:.1f} patches/s, two {two:.1f}: ratio {two / one:.2f}", end="; ")
+    print(f"peak memory {memory:.0f} MiB per process")
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tree", type=Path)
-    parser.add_argument("--patches", type=int, default=40, help="that many, spread over the tree (default 40)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dates", type=int, default=91, help="dates of every series (default 91; 0: as they are)")
-    parser.add_argument("--lossy-dem", action="store_true", help="heights rounded by at most 5 mm")
+    parser.add_argument("tree", type=Path, help="FLAIR-HUB tree")
+    parser.add_argument("--patches", type=int, default=40, help="patches to measure, spread over the tree (default 40)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
+    parser.add_argument("--dates", type=int, default=91, help="dates per series (default 91; 0 keeps the files)")
+    parser.add_argument("--lossy-dem", action="store_true", help="round heights by at most 5 mm")
     arguments = parser.parse_args()
     catalogue = Catalogue.open(arguments.tree)
     registry = with_lossy_dem(catalogue.registry) if arguments.lossy_dem else catalogue.registry
@@ -234,11 +235,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         patches = [catalogue.patch(row) for row in rows]
         if arguments.dates:
-            patches = [lengthened(catalogue, row, arguments.dates, Path(folder)) for row in rows]
-        with _here():
-            encodings(patches, registry, arguments.repeats)
-        against_rasterio(patches, registry, splits, arguments.repeats)
-        processes(patches, registry, splits, arguments.repeats)
+            patches = [extend_series(catalogue, row, arguments.dates, Path(folder)) for row in rows]
+        with _bocage_reader():
+            compare_sizes(patches, registry, arguments.repeats)
+        compare_with_rasterio(patches, registry, splits, arguments.repeats)
+        compare_processes(patches, registry, splits, arguments.repeats)
 
 
 if __name__ == "__main__":
