@@ -75,10 +75,10 @@ def train_bare(task: torch.nn.Module, source: CachedBatches, steps: int) -> None
 def train_bocage(task: torch.nn.Module, source: CachedBatches, steps: int, output: Path) -> float:
     """Train with bocage's trainer; return the seconds from the call to the first request for a batch."""
     config = EngineConfig(steps=steps, save_every=0, log_every=20, optimizer=_SETTINGS)
-    began = time.perf_counter()
+    started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
         Trainer(task, source, config, output=output, recipe="bench", resolved_config={}, export=export_encoders).fit()
-    return source.requests[0][0] - began
+    return source.requests[0][0] - started
 
 
 def main() -> None:

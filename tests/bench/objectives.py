@@ -71,11 +71,11 @@ def build(variant: str, side: float, manifest: Manifest) -> tuple[nn.Module, Bat
 
 def step(task: nn.Module, batch: Batch) -> float:
     """Run a forward and a backward pass; return its CPU seconds."""
-    began = time.process_time()
+    started = time.process_time()
     loss, _ = task(batch)
     loss.backward()
     task.zero_grad()
-    return time.process_time() - began
+    return time.process_time() - started
 
 
 def peak_memory(variant: str, side: float, manifest: Manifest) -> float:
@@ -102,7 +102,7 @@ def compare(variants: list[str], reference: str, side: float, arguments: argpars
     for variant in variants:
         command = [sys.executable, __file__, str(arguments.shards), "--peak", variant, "--side", str(side)]
         memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        ratios = [own / base for own, base in zip(seconds[variant], seconds[reference], strict=True)]
+        ratios = [value / base for value, base in zip(seconds[variant], seconds[reference], strict=True)]
         print(
             f"{SIDES[side]} px  {variant:10}  {statistics.median(seconds[variant]):6.2f} s per step  "
             f"{statistics.median(ratios):5.2f} x {reference} ({min(ratios):.2f} to {max(ratios):.2f})  "

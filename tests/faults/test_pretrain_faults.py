@@ -48,8 +48,8 @@ def uninterrupted(arguments: list[str], tmp_path_factory: pytest.TempPathFactory
 
 def assert_same_weights(output: Path, uninterrupted: Path) -> None:
     for path in uninterrupted.rglob("*.safetensors"):
-        expected, found = load_file(path), load_file(output / path.relative_to(uninterrupted))
-        assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], path
+        expected, actual = load_file(path), load_file(output / path.relative_to(uninterrupted))
+        assert [name for name in expected if not torch.equal(expected[name], actual[name])] == [], path
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
 

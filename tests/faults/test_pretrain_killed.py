@@ -74,8 +74,8 @@ def test_twenty_kills_do_not_change_the_result(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     assert recorded_steps(output) == list(range(1, STEPS + 1)) == recorded_steps(uninterrupted)
     for path in uninterrupted.rglob("*.safetensors"):
-        expected, found = load_file(path), load_file(output / path.relative_to(uninterrupted))
-        assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], path
+        expected, actual = load_file(path), load_file(output / path.relative_to(uninterrupted))
+        assert [name for name in expected if not torch.equal(expected[name], actual[name])] == [], path
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (uninterrupted, output)

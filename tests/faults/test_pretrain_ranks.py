@@ -40,8 +40,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(shards: Path, output: Path, *arguments: str) -> list[str]:
-    own = [*PRETRAIN, *IMAGES, f"shards={shards}", f"output={output}", "engine.resume_allow=[batch_size]"]
-    return ["pretrain.py", *own, *arguments]
+    common = [*PRETRAIN, *IMAGES, f"shards={shards}", f"output={output}", "engine.resume_allow=[batch_size]"]
+    return ["pretrain.py", *common, *arguments]
 
 
 def launched(arguments: list[str], *launcher: str, prefix: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
@@ -74,13 +74,13 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Training processes of a launcher, in rank order."""
-    found = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    processes = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
+    return sorted(processes, key=lambda child: int(child.environ()["RANK"]))
 
 
 def assert_same(one: Path, other: Path) -> None:
-    expected, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    expected, actual = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_rank_lost_under_torchrun_ends_the_run_and_it_resumes(
     process = two_ranks(arguments)
     wait_for_step(process, output, 8)
     lost = ranks_of(process)[1]
-    began = time.monotonic()
+    started = time.monotonic()
     lost.send_signal(signal_number)
     try:
         _, errors = process.communicate(timeout=90)
@@ -150,7 +150,7 @@ def test_a_rank_lost_under_torchrun_ends_the_run_and_it_resumes(
         with suppress(psutil.NoSuchProcess):  # the launcher has ended it
             lost.kill()
     assert process.returncode != 0
-    print(f"ended after {time.monotonic() - began:.0f} s")
+    print(f"ended after {time.monotonic() - started:.0f} s")
     if signal_number == signal.SIGKILL:
         assert "exitcode  : -9" in errors  # torchrun names the rank and ends the other
     else:
@@ -205,9 +205,9 @@ def test_two_hosts_train_like_one_and_a_cut_cable_ends_both(shards: Path, tmp_pa
         processes = on_hosts(names, arguments, 29631)
         wait_for_step(processes[0], far, 8)
         ip("-n", names[0], "link", "set", "cable0", "down")
-        began = time.monotonic()
+        started = time.monotonic()
         errors = [process.communicate(timeout=240)[1] for process in processes]
-        print(f"ended after {time.monotonic() - began:.0f} s")
+        print(f"ended after {time.monotonic() - started:.0f} s")
         assert all(process.returncode for process in processes)
         assert f"no sign of life from rank 1 (on {names[1]}, last seen in step" in errors[0], errors[0]
         assert "the rank that holds the store of the process group" in errors[1], errors[1]

@@ -69,12 +69,12 @@ def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path
     assert f"resuming at step {stopped} of {STEPS}" in errors
     assert recorded(output) == list(range(1, STEPS + 1))
     for path in sorted((tmp_path / "uninterrupted" / "encoders").glob("*/model.safetensors")):
-        expected, found = load_file(path), load_file(output / path.relative_to(tmp_path / "uninterrupted"))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected), path.parent.name
+        expected, actual = load_file(path), load_file(output / path.relative_to(tmp_path / "uninterrupted"))
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected), path.parent.name
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
-    expected, found = load_file(tmp_path / "uninterrupted" / last), load_file(output / last)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = load_file(tmp_path / "uninterrupted" / last), load_file(output / last)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 # About 10 s: a training process imports torch.

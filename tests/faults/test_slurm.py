@@ -23,11 +23,11 @@ JOBS = ROOT / "recipes" / "slurm"
 SRUN = """#!{python}
 import os, signal, subprocess, sys
 assert os.environ["SRUN_CPUS_PER_TASK"] == "8"  # otherwise each task would have one core
-words = sys.argv[1:]
-while words[0].startswith("--"):
-    words.pop(0)
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
 tasks = [
-    subprocess.Popen(words, env=os.environ | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
+    subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
     for rank in range(int(os.environ["SLURM_NTASKS"]))
 ]
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
@@ -106,9 +106,9 @@ def test_the_array_job_writes_the_same_shards_as_one_process(cluster: dict[str, 
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     whole = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "whole", shard_bytes=4_000_000)
     for task in ("1", "2"):
-        own = {"SLURM_ARRAY_TASK_ID": task, "SLICES": "2", "SLURM_CPUS_PER_TASK": "1"}
+        job = {"SLURM_ARRAY_TASK_ID": task, "SLICES": "2", "SLURM_CPUS_PER_TASK": "1"}
         arguments = ["tree", "out", "--shard-mb", "4"]
-        subprocess.run(["bash", str(JOBS / "shard.sbatch"), *arguments], cwd=tmp_path, env=cluster | own, check=True)
+        subprocess.run(["bash", str(JOBS / "shard.sbatch"), *arguments], cwd=tmp_path, env=cluster | job, check=True)
     merge = [sys.executable, "-m", "bocage", "shard", "tree", "out", "--shard-mb", "4", "--merge"]
     subprocess.run(merge, cwd=tmp_path, check=True)
     assert Manifest.open(tmp_path / "out").digest == whole.digest

@@ -33,13 +33,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
 
 
-def resolved(*words: str) -> PretrainConfig:
-    return recipes.resolve(PretrainConfig, ["recipe=quickstart", f"modalities=[{','.join(SENSORS)}]", *words])
+def resolved(*overrides: str) -> PretrainConfig:
+    return recipes.resolve(PretrainConfig, ["recipe=quickstart", f"modalities=[{','.join(SENSORS)}]", *overrides])
 
 
-def build_model(manifest: Manifest, *words: str, seed: int = 3) -> PretrainingModel:
+def build_model(manifest: Manifest, *overrides: str, seed: int = 3) -> PretrainingModel:
     torch.manual_seed(seed)
-    return build_pretraining_model(resolved(*words), manifest)
+    return build_pretraining_model(resolved(*overrides), manifest)
 
 
 def saved_encoders(manifest: Manifest, folder: Path) -> list[str]:
@@ -52,10 +52,10 @@ def saved_encoders(manifest: Manifest, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("images", ["packed", "mask_token"])
 def test_encoders_start_from_saved_encoders(images: str, manifest: Manifest, tmp_path: Path) -> None:
-    words = saved_encoders(manifest, tmp_path)
+    overrides = saved_encoders(manifest, tmp_path)
     before = build_model(manifest, "masking.images=mask_token", seed=8).state_dict()
     scratch = build_model(manifest, f"masking.images={images}").state_dict()
-    state = build_model(manifest, f"masking.images={images}", *words).state_dict()
+    state = build_model(manifest, f"masking.images={images}", *overrides).state_dict()
     for name, tensor in state.items():
         pretrained = name.startswith("encoders.") and not name.endswith("mask_token")
         assert torch.equal(tensor, (before if pretrained else scratch)[name]), name
@@ -80,7 +80,7 @@ def test_encoders_start_from_imagenet_weights(manifest: Manifest, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
         (["encoders.SPOT_RGBI=x"], r"encoders.SPOT_RGBI: not one of the modalities of this run"),
         (["architectures.SPOT_RGBI.name=x"], r"architectures.SPOT_RGBI: not one of the modalities of this run"),
@@ -91,12 +91,12 @@ def test_encoders_start_from_imagenet_weights(manifest: Manifest, tmp_path: Path
     ],
 )
 def test_encoders_that_do_not_fit_raise_a_one_line_message(
-    words: list[str], sentence: str, manifest: Manifest, tmp_path: Path
+    overrides: list[str], sentence: str, manifest: Manifest, tmp_path: Path
 ) -> None:
-    if not any(word.startswith("encoders") for word in words):
-        words = [*words, *saved_encoders(manifest, tmp_path)]
+    if not any(override.startswith("encoders") for override in overrides):
+        overrides = [*overrides, *saved_encoders(manifest, tmp_path)]
     with pytest.raises(InputError, match=sentence) as caught:
-        build_model(manifest, *words)
+        build_model(manifest, *overrides)
     assert "\n" not in str(caught.value)
 
 

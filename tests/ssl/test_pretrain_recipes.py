@@ -27,8 +27,8 @@ OBJECTIVES = {
 }
 
 
-def resolved(recipe: str, *words: str) -> PretrainConfig:
-    return recipes.resolve(PretrainConfig, [f"recipe={recipe}", *words])
+def resolved(recipe: str, *overrides: str) -> PretrainConfig:
+    return recipes.resolve(PretrainConfig, [f"recipe={recipe}", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_recipe_and_its_quickstart_have_the_same_objectives(name: str) -> None
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_quickstart_recipes_train(name: str, manifest: Manifest, tmp_path: Path) -> None:
     recipe = "quickstart" if name == "mae_multimodal" else f"{name}_quickstart"
-    words = [
+    overrides = [
         f"shards={manifest.path}",
         f"output={tmp_path}",
         "split=all",
@@ -68,8 +68,8 @@ def test_quickstart_recipes_train(name: str, manifest: Manifest, tmp_path: Path)
         "workers=0",
         "reconstructions=1",
     ]
-    words += ["engine.steps=2", "engine.log_every=1", "engine.optimizer.warmup_steps=0"]
-    pretrain(resolved(recipe, *words))
+    overrides += ["engine.steps=2", "engine.log_every=1", "engine.optimizer.warmup_steps=0"]
+    pretrain(resolved(recipe, *overrides))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(lines[-1][objective] > 0 for objective in OBJECTIVES[name])
     assert (tmp_path / "reconstructions").exists() == ("masked" in OBJECTIVES[name])
@@ -82,7 +82,7 @@ def test_contrast_of_a_single_sensor_raises(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
         (
             ["batch_size=1"],
@@ -100,13 +100,12 @@ def test_contrast_of_a_single_sensor_raises(manifest: Manifest) -> None:
     ],
 )
 def test_runs_that_cannot_learn_stop_before_they_start(
-    words: list[str], sentence: str, manifest: Manifest, tmp_path: Path
+    overrides: list[str], sentence: str, manifest: Manifest, tmp_path: Path
 ) -> None:
-    modalities = (
-        ["modalities=[AERIAL_RGBI,SPOT_RGBI]"] if not any(word.startswith("modalities") for word in words) else []
-    )
+    chosen = any(override.startswith("modalities") for override in overrides)
+    modalities = [] if chosen else ["modalities=[AERIAL_RGBI,SPOT_RGBI]"]
     config = resolved(
-        "quickstart", f"shards={manifest.path}", f"output={tmp_path / 'run'}", "split=all", *modalities, *words
+        "quickstart", f"shards={manifest.path}", f"output={tmp_path / 'run'}", "split=all", *modalities, *overrides
     )
     with pytest.raises(InputError, match=sentence):
         pretrain(config)
@@ -114,7 +113,7 @@ def test_runs_that_cannot_learn_stop_before_they_start(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("overrides", "sentence"),
     [
         (["probe.cell=0.3"], r"probe.cell=0.3 .*probe.patches=64.* 262144"),
         (["probe.cell=1000"], r"probe.cell=1000.0 must be positive, and at most half a patch"),
@@ -140,9 +139,9 @@ def test_runs_that_cannot_learn_stop_before_they_start(
         (["batchsize=3"], r"did you mean 'batch_size'\?"),
     ],
 )
-def test_a_wrong_value_names_its_full_key(words: list[str], sentence: str) -> None:
+def test_a_wrong_value_names_its_full_key(overrides: list[str], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        resolved("quickstart", *words)
+        resolved("quickstart", *overrides)
 
 
 def test_probes_run_under_bfloat16_autocast(manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""The trainer: what it computes, records and refuses."""
+"""Trainer: updates, records, tracking, warnings and errors."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
     _, accumulated = run(tmp_path / "accumulated", TinySource(4), plain=True, accumulation=2)
     for (name, one), other in zip(large.named_parameters(), accumulated.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
-    for one, other in zip(records(tmp_path / "large"), records(tmp_path / "accumulated"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+    for line, other_line in zip(records(tmp_path / "large"), records(tmp_path / "accumulated"), strict=True):
+        assert line["loss"] == pytest.approx(other_line["loss"], abs=1e-6)
 
 
 def test_a_bad_step_changes_no_weight_and_no_running_statistics(
@@ -188,7 +188,7 @@ def test_no_weight_decay_of_vectors_tables_tokens_and_embeddings(features_only: 
 
 
 def test_custom_parameter_groups_keep_their_peak_rates(tmp_path: Path) -> None:
-    def groups(task: nn.Module) -> list[dict[str, Any]]:
+    def groups(task: TinyTask) -> list[dict[str, Any]]:
         return [{"params": list(task.head.parameters()), "lr_scale": 0.1}, {"params": list(task.first.parameters())}]
 
     outcome, task = run(tmp_path, options={"parameter_groups": groups}, optimizer=CONSTANT)
@@ -322,9 +322,9 @@ def test_wandb_marks_a_failed_run_and_an_unknown_mode_is_refused(
 # About 8 s: torchrun starts two interpreters that import torch.
 def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
     run(tmp_path / "one", TinySource(4), plain=True, steps=20, log_every=1)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path / "two")]
-    words += ["--plain", "--batch-size", "2", "--steps", "20"]
-    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120)
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path / "two")]
+    args += ["--plain", "--batch-size", "2", "--steps", "20"]
+    result = subprocess.run([sys.executable, *args], env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
@@ -340,9 +340,9 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
 
 # About 8 s, as above. One rank has a NaN, and both skip the step.
 def test_both_ranks_skip_a_step_that_is_bad_on_one(tmp_path: Path) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path)]
-    words += ["--plain", "--batch-size", "2", "--steps", "6", "--broken", "21"]
-    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120)
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path)]
+    args += ["--plain", "--batch-size", "2", "--steps", "6", "--broken", "21"]
+    result = subprocess.run([sys.executable, *args], env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "step 6: loss is not finite on rank 1 (samples place 21, place 23); no update (1 in a row)" in result.stderr
     line = records(tmp_path)[-1]

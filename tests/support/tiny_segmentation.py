@@ -64,13 +64,13 @@ def task(
     )
 
 
-def sample(index: int, held: tuple[str, ...]) -> Sample:
+def sample(index: int, modalities: tuple[str, ...]) -> Sample:
     """A checkerboard of 5 x 5 cells of three classes, as observed by the given sensors."""
     random = np.random.default_rng(index)
     cells = random.integers(0, len(CLASSES), (5, 5))
     grey = np.array([20, 128, 236])[cells]
     arrays, dates = {}, {}
-    for name in held:
+    for name in modalities:
         modality = FLAIR_HUB[name]
         size = round(WINDOW.side / modality.gsd)
         cell = np.minimum(np.arange(size) * 5 // size, 4)
@@ -83,11 +83,11 @@ def sample(index: int, held: tuple[str, ...]) -> Sample:
     return Sample(f"D001-2020_AA_0-{index}", f"D001-2020/A{index % 2}", index, WINDOW, arrays, dates)
 
 
-def batch(*held: tuple[str, ...], inputs: tuple[str, ...], labels: tuple[str, ...] = (COSIA,)) -> Batch:
+def batch(*modalities: tuple[str, ...], inputs: tuple[str, ...], labels: tuple[str, ...] = (COSIA,)) -> Batch:
     """Collate one sample per tuple of modalities that it has; all ``inputs`` are in the batch."""
-    samples = [sample(index, (*names, *labels)) for index, names in enumerate(held)]
-    wanted = required_modalities(FLAIR_HUB, list(inputs), list(labels))
-    return collate(samples, wanted)
+    samples = [sample(index, (*names, *labels)) for index, names in enumerate(modalities)]
+    required = required_modalities(FLAIR_HUB, list(inputs), list(labels))
+    return collate(samples, required)
 
 
 def trained(model: Segmentation, data: Batch, steps: int, learning_rate: float = 5e-3) -> float:
