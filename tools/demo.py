@@ -49,14 +49,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     tree, shards, pretrained = out / "tree", out / "shards", out / "pretrain"
 
     demo.announce("1. Simulate patches in FLAIR-HUB's own format")
-    words = ["sample", tree, "--patches", arguments.patches, "--seed", SAMPLE_SEED, "--workers", processes]
-    demo.command("bocage", "bocage", words)
+    command = ["sample", tree, "--patches", arguments.patches, "--seed", SAMPLE_SEED, "--workers", processes]
+    demo.command("bocage", "bocage", command)
 
     demo.announce("2. Write WebDataset shards")
     demo.command("bocage", "bocage", ["shard", tree, shards, "--workers", processes, "--shard-mb", 32])
 
     demo.announce("3. Pretrain one encoder per sensor, without labels")
-    words = [
+    command = [
         "pretrain",
         "recipe=quickstart",
         f"shards={shards}",
@@ -64,7 +64,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         f"batch_size={8 // processes}",
     ]
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m"]
-    demo.command(f"torchrun --nproc_per_node {processes} -m bocage", [*launcher, "bocage"], words)
+    demo.command(f"torchrun --nproc_per_node {processes} -m bocage", [*launcher, "bocage"], command)
 
     demo.announce("4. Fine-tune on few labels, from pretrained encoders and from scratch, one process per core")
     registry = Manifest.open(shards).registry
@@ -73,7 +73,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     for seed in SEEDS:
         for initialization in INITIALIZATIONS:
             output = out / "finetune" / f"{initialization}-{seed}"
-            words = [
+            command = [
                 "recipe=finetune_quickstart",
                 f"shards={shards}",
                 f"output={output}",
@@ -83,12 +83,12 @@ def _demo(arguments: argparse.Namespace) -> int:
                 f"engine.seed={seed}",
             ]
             if initialization == "pretrained":
-                words += [f"encoders.{name}={pretrained / 'encoders' / name}" for name in sensors]
+                command += [f"encoders.{name}={pretrained / 'encoders' / name}" for name in sensors]
             runs[initialization, seed] = TrainingProcess(
                 f"{initialization}, seed {seed}",
                 "bocage finetune",
                 ("bocage", "finetune", "engine.log_every=5"),
-                tuple(words),
+                tuple(command),
                 output,
                 "metrics.json",
                 FINETUNE_STEPS,

@@ -17,7 +17,7 @@ from bocage.ssl.engine.parallel.distributed import is_main
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "words",
+        "overrides",
         nargs="*",
         metavar="key=value",
         help="recipe=finetune_cosia shards=PATH output=PATH, and any key of the recipe",
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune; return 0, or the exit code of the signal that stopped the run."""
-    config = recipes.resolve(FinetuneConfig, arguments.words)
+    config = recipes.resolve(FinetuneConfig, arguments.overrides)
     if arguments.print_config:
         print(recipes.to_yaml(config), end="")
         return 0

@@ -125,8 +125,8 @@ def _channel_table(modalities: dict[str, Any]) -> Table:
 def _counts(title: str, columns: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], int]]) -> Table:
     table = Table(*columns, title=title, title_justify="left")
     table.add_column("patches", justify="right")
-    for words, count in rows:
-        table.add_row(*words, str(count))
+    for cells, count in rows:
+        table.add_row(*cells, str(count))
     return table
 
 

@@ -79,23 +79,23 @@ def build_parser(loaded: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the console script and return the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
     # Import only the chosen command's module, so that `bocage sample` does not wait for torch.
-    chosen = next((word for word in words if word in COMMANDS), None)
-    if chosen is None and words and not words[0].startswith("-"):
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    chosen = next((argument for argument in arguments if argument in COMMANDS), None)
+    if chosen is None and arguments and not arguments[0].startswith("-"):
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         build_parser([]).error(
-            f"no command {words[0]!r}; {f'did you mean {near[0]}?' if near else 'see bocage --help'}"
+            f"no command {arguments[0]!r}; {f'did you mean {near[0]}?' if near else 'see bocage --help'}"
         )
     parser = build_parser([chosen] if chosen else [])
     # argparse takes positional arguments in one piece only and returns those after an option as unknown, e.g. in
     # `recipe=X --print-config key=value`.
-    parsed, rest = parser.parse_known_args(words)
-    unknown = [word for word in rest if word.startswith("-") or "words" not in parsed]
+    parsed, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-") or "overrides" not in parsed]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
-        parsed.words += rest
+        parsed.overrides += rest
     configure_logging()
     return run_guarded(lambda: parsed.run(parsed))
 

@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the maps, or resume writing them, and print their paths."""
     task = load_segmentation(arguments.run_folder / "model")
     files, dates = (
-        {name: Path(value) for name, value in parse_pairs(option, words).items()}
-        for option, words in (("--raster", arguments.raster), ("--dates", arguments.dates))
+        {name: Path(value) for name, value in parse_pairs(option, pairs).items()}
+        for option, pairs in (("--raster", arguments.raster), ("--dates", arguments.dates))
     )
     rasters, reference = open_rasters(task, files, dates)
     plan = plan_grid(task, reference, arguments.overlap)

@@ -12,7 +12,7 @@ from bocage.ssl.pretrain_config import PretrainConfig
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "words",
+        "overrides",
         nargs="*",
         metavar="key=value",
         help="recipe=mae_multimodal shards=PATH output=PATH, and any key of the recipe",
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Pretrain; return 0, or the exit code of the signal that stopped the run."""
-    config = recipes.resolve(PretrainConfig, arguments.words)
+    config = recipes.resolve(PretrainConfig, arguments.overrides)
     if arguments.print_config:
         print(recipes.to_yaml(config), end="")
         return 0

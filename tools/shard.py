@@ -194,7 +194,7 @@ def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Nam
 
 
 def _show(bar: ProgressBar, interrupts: Interrupts, done: int, total: int, written: int) -> None:
-    """Update the bar; see ``writer.Progress``."""
+    """Update the progress bar; a ``WriteProgress`` callback."""
     interrupts.check()
     bar.update(done, total, f"{written / _MEGABYTE:,.0f} MB written")
 

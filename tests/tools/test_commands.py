@@ -22,6 +22,12 @@ def test_print_config_may_stand_anywhere(place: int, capsys: pytest.CaptureFixtu
     assert "shards: here" in printed
 
 
+def test_overrides_of_a_study_may_follow_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = "recipe=label_efficiency_crops_quickstart"
+    assert main(["study", "run", recipe, "--dry-run", f"shards={tmp_path / 'none'}", f"output={tmp_path / 'out'}"]) == 2
+    assert f"{tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["finetune", "recipe=x", "--nonsense"], ["sample", "out", "more"]])
 def test_unknown_words_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -88,7 +94,7 @@ def test_examples_of_the_help_are_lines_that_the_command_reads(name: str, capsys
         if "--help" in words:
             continue
         parsed, rest = build_parser([command]).parse_known_args([command, *words])
-        assert not [word for word in rest if word.startswith("-")] and (not rest or "words" in parsed)
+        assert not [word for word in rest if word.startswith("-")] and (not rest or "overrides" in parsed)
 
 
 def test_every_command_and_action_has_examples() -> None:

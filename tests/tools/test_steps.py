@@ -18,8 +18,8 @@ from bocage.tools.cli import study_demo
 from bocage.tools.cli.steps import DemoSteps, TrainingProcess
 
 
-def job(folder: Path, name: str, *words: str) -> TrainingProcess:
-    return TrainingProcess(name, name, ("module",), words, folder / name, "done", 3)
+def job(folder: Path, name: str, *arguments: str) -> TrainingProcess:
+    return TrainingProcess(name, name, ("module",), arguments, folder / name, "done", 3)
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +39,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_jobs_run_once_and_are_told(tmp_path: Path) -> None:
-    told = io.StringIO()
-    steps = DemoSteps(Console(file=told, width=200))
+def test_jobs_run_once_and_are_printed(tmp_path: Path) -> None:
+    printed = io.StringIO()
+    steps = DemoSteps(Console(file=printed, width=200))
     jobs = [job(tmp_path, name, str(tmp_path / name), "0", "0") for name in ("one", "two", "three")]
     steps.side_by_side(jobs, 2)
     assert all((item.output / "done").exists() for item in jobs)
-    assert f"$ two {tmp_path / 'two'} 0 0" in told.getvalue()
+    assert f"$ two {tmp_path / 'two'} 0 0" in printed.getvalue()
     (tmp_path / "one" / "began").unlink()
     steps.side_by_side(jobs, 2)
     assert not (tmp_path / "one" / "began").exists()
@@ -65,15 +65,15 @@ def test_one_that_fails_stops_the_others_and_names_its_log(tmp_path: Path) -> No
     assert not (tmp_path / "slow" / "done").exists()
 
 
-def test_a_folder_of_other_words_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_other_arguments_is_refused(tmp_path: Path) -> None:
     steps = DemoSteps(Console(file=io.StringIO()))
     steps.side_by_side([job(tmp_path, "one", str(tmp_path / "one"), "0", "0")], 1)
-    with pytest.raises(InputError, match=r"one holds another run, see .*one.words: delete it"):
+    with pytest.raises(InputError, match=r"one holds another run, see .*one\.command: delete it"):
         steps.side_by_side([job(tmp_path, "one", str(tmp_path / "one"), "0", "0.1")], 1)
 
 
 # Some seconds: processes that are stopped on their way. Signalled alone, they have to stop their children themselves.
-@pytest.mark.parametrize("call", ["steps.command('module', 'module', words)", "steps.side_by_side([job], 1)"])
+@pytest.mark.parametrize("call", ["steps.command('module', 'module', arguments)", "steps.side_by_side([job], 1)"])
 def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> None:
     (tmp_path / "steps_run.py").write_text(
         "import sys\n"
@@ -81,8 +81,8 @@ def test_stopped_steps_stop_their_children_first(tmp_path: Path, call: str) -> N
         "from rich.console import Console\n"
         "from bocage.tools.cli.steps import DemoSteps, TrainingProcess, interruptible\n"
         "folder = Path(sys.argv[1])\n"
-        "steps, words = DemoSteps(Console()), (str(folder), '0', '60')\n"
-        "job = TrainingProcess('one', 'one', ('module',), words, folder, 'done', 3)\n"
+        "steps, arguments = DemoSteps(Console()), (str(folder), '0', '60')\n"
+        "job = TrainingProcess('one', 'one', ('module',), arguments, folder, 'done', 3)\n"
         f"sys.exit(interruptible(lambda: {call}))\n"
     )
     folder = tmp_path / "one"
@@ -103,8 +103,8 @@ def test_the_small_study_is_what_its_recipes_say() -> None:
         for run in study_runs(study):
             assert run_config(study, run, "out").modalities == [demo.sensors[0]]
         for objective in study_demo.OBJECTIVES:
-            words = study_demo.pretraining_process(demo, objective, Path("shards"), Path("out")).words
-            config = recipes.resolve(PretrainConfig, list(words))
+            arguments = study_demo.pretraining_process(demo, objective, Path("shards"), Path("out")).arguments
+            config = recipes.resolve(PretrainConfig, list(arguments))
             assert config.modalities == list(demo.sensors)
             assert config.engine.steps == demo.steps
             assert config.weights["masked"] + config.weights["contrastive"] > 0

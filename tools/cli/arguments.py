@@ -46,22 +46,22 @@ def split_value(split: bool, value: str | None) -> str:
     return "test" if value is None else value
 
 
-def parse_pairs(option: str, words: list[str], form: str = "MODALITY=VALUE") -> dict[str, str]:
+def parse_pairs(option: str, arguments: list[str], form: str = "MODALITY=VALUE") -> dict[str, str]:
     """Parse the ``KEY=VALUE`` arguments of an option into a dictionary.
 
     Args:
         option: name of the option, for error messages.
-        words: arguments of the option.
+        arguments: arguments of the option.
         form: expected form, for error messages.
 
     Raises:
         InputError: an argument of another form, or a repeated key.
     """
     parsed: dict[str, str] = {}
-    for word in words:
-        name, separator, value = word.partition("=")
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
         if not separator or not name or not value or name in parsed:
-            raise InputError(f"{option} {word}: expected {form}, each {form.partition('=')[0].lower()} once")
+            raise InputError(f"{option} {argument}: expected {form}, each {form.partition('=')[0].lower()} once")
         parsed[name] = value
     return parsed
 

@@ -45,7 +45,8 @@ bocage study run recipe=label_efficiency shards=data/shards \\
 bocage study run recipe=my_study.yaml shards=data/shards --processes 2
 bocage study run recipe=my_study.yaml shards=data/shards --slurm runs/study.sh --sbatch gpus=1 time=06:00:00""",
     "study report": """\
-bocage study report recipe=label_efficiency shards=data/shards initializations.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI""",
+bocage study report recipe=label_efficiency shards=data/shards \\
+    initializations.ours.AERIAL_RGBI=runs/mae/encoders/AERIAL_RGBI""",
     "study probe": """\
 bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards runs/probes/aerial --fraction 0.01
 bocage study probe hf:org/name data/shards runs/probes/aerial --label ALL_LABEL-LPIS""",

@@ -23,13 +23,13 @@ from bocage.tools.cli.progress import ProgressBar, ProgressBars
 
 @dataclass(frozen=True)
 class TrainingProcess:
-    """A training run in a process beside others.
+    """One of several training runs in parallel processes.
 
     Attributes:
         title: title of its progress bar.
         shown: command that a user would type in place of ``module``.
         module: module that Python runs, followed by leading arguments.
-        words: command-line arguments.
+        arguments: command-line arguments.
         output: output folder of the run; the log file lies beside it.
         finished: file in ``output`` that the run writes last.
         steps: number of training steps.
@@ -38,7 +38,7 @@ class TrainingProcess:
     title: str
     shown: str
     module: tuple[str, ...]
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     output: Path
     finished: str
     steps: int
@@ -49,30 +49,29 @@ class TrainingProcess:
         return self.output.with_name(f"{self.output.name}.log")
 
     def check(self) -> None:
-        """Check that the output folder is not that of a run with other arguments.
+        """Check that the output folder does not hold a run with other arguments.
 
         Raises:
-            InputError: it is.
+            InputError: it holds one.
         """
-        if self._command.exists() and self._command.read_text(encoding="utf-8") != shlex.join(self.words) + "\n":
+        if self._command.exists() and self._command.read_text(encoding="utf-8") != shlex.join(self.arguments) + "\n":
             raise InputError(f"{self.output} holds another run, see {self._command}: delete it or give another folder")
 
     def record_command(self) -> None:
         """Write the command line to a file beside the output folder."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._command) as path:
-            path.write_text(shlex.join(self.words) + "\n", encoding="utf-8")
+            path.write_text(shlex.join(self.arguments) + "\n", encoding="utf-8")
 
     @property
     def _command(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.words")
+        return self.output.with_name(f"{self.output.name}.command")
 
     def last_step(self) -> int:
         """Return the last step in ``metrics.jsonl``, 0 before the first."""
         path = self.output / "metrics.jsonl"
-        lines = (
-            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        )  # the last line may be incomplete
+        # The last line may be incomplete.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
@@ -93,19 +92,24 @@ class DemoSteps:
         """Print the title of a step and the seconds since the start."""
         self.console.rule(f"[bold]{title}[/bold]  ({time.monotonic() - self._began:.0f} s)", align="left")
 
-    def print_command(self, shown: str, words: Sequence[Any]) -> None:
+    def print_command(self, shown: str, arguments: Sequence[Any]) -> None:
         """Print a command."""
-        self.console.print(f"$ {shown} {shlex.join(map(str, words))}", style="dim", soft_wrap=True, markup=False)
+        self.console.print(f"$ {shown} {shlex.join(map(str, arguments))}", style="dim", soft_wrap=True, markup=False)
 
-    def command(self, shown: str, module: str | Sequence[Any], words: Sequence[Any]) -> None:
-        """Run a module and wait for it; ``shown`` is what a user would type instead.
+    def command(self, shown: str, module: str | Sequence[Any], arguments: Sequence[Any]) -> None:
+        """Run a module and wait for it.
+
+        Args:
+            shown: command that a user would type in place of ``module``.
+            module: module that Python runs, or the module and leading arguments.
+            arguments: command-line arguments.
 
         Raises:
-            InputError: it ended with a non-zero status.
+            InputError: the module ended with a non-zero status.
         """
-        self.print_command(shown, words)
+        self.print_command(shown, arguments)
         modules = [module] if isinstance(module, str) else module
-        child = subprocess.Popen([sys.executable, "-m", *map(str, modules), *map(str, words)], env=self.environment)
+        child = subprocess.Popen([sys.executable, "-m", *map(str, modules), *map(str, arguments)], env=self.environment)
         try:
             status = child.wait()
         except BaseException:
@@ -124,7 +128,7 @@ class DemoSteps:
             job.check()
         waiting = [job for job in jobs if not (job.output / job.finished).exists()]
         for job in waiting:
-            self.print_command(job.shown, job.words)
+            self.print_command(job.shown, job.arguments)
         active: dict[TrainingProcess, tuple[subprocess.Popen[bytes], ProgressBar]] = {}
         with ProgressBars() as bars:
             try:
@@ -132,7 +136,7 @@ class DemoSteps:
                     while waiting and len(active) < processes:
                         job = waiting.pop(0)
                         job.record_command()
-                        line = [sys.executable, "-m", *job.module, *job.words]
+                        line = [sys.executable, "-m", *job.module, *job.arguments]
                         with job.log.open("ab") as output:
                             child = subprocess.Popen(line, env=self.environment, stdout=output, stderr=output)
                         active[job] = (child, bars.add(job.title, "steps", job.steps))
