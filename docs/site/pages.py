@@ -51,7 +51,7 @@ CONFIGURATIONS = {
     "Fine-tuning": (FinetuneConfig, "`bocage finetune recipe=NAME key=value`"),
     "Label studies": (StudyConfig, "`bocage study run recipe=NAME key=value`"),
 }
-ROOMS = ("bocage", "recipes", "shards", "ssl", "finetune", "tools")
+PACKAGES = ("bocage", "recipes", "shards", "ssl", "finetune", "tools")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?://|mailto:|#)[^)#\s]+)(#[^)]*)?\)")
 IMAGE = re.compile(r"!\[([^\]]*)\]\(((?!https?://)[^)\s]+)\)")
 
@@ -274,9 +274,9 @@ def write_api_pages(reference: Path) -> None:
 
 def public_modules() -> Iterator[str]:
     """Names of the modules that define ``__all__``."""
-    for room in ROOMS:
-        folder = ROOT / room
-        paths = [folder / "__init__.py"] if room == "bocage" else sorted(folder.rglob("*.py"))
+    for package in PACKAGES:
+        folder = ROOT / package
+        paths = [folder / "__init__.py"] if package == "bocage" else sorted(folder.rglob("*.py"))
         for path in paths:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
