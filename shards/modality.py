@@ -89,7 +89,8 @@ class Baseline:
         channels: channels that the models read, in their order.
         representation: representation of the values, see ``Modality``.
         mean, std: normalisation of each channel; 0 and 1 for models that read raw values.
-        alone: the single channel that some of the models read instead, as a tuple; empty without such models.
+        alone: name of the channel, as a tuple of one, that some of the models read instead of ``channels``; empty if
+            there are no such models.
 
     Raises:
         ValueError: the number of means or standard deviations differs from the number of channels.
@@ -165,7 +166,7 @@ class Modality:
             raise ValueError(f"modality name {self.name!r} must not contain '.' or '/'")
         if type(self.size) is not int or self.size < 1:
             raise ValueError(f"{self.name}: size {self.size!r} is not a number of pixels")
-        # Windows lie on a lattice of whole millimetres (``windows.lattice``).
+        # Windows lie on a lattice of whole millimetres (``windows.lattice_step``).
         is_whole_mm = self.gsd > 0 and abs(self.gsd - round(self.gsd, 3)) <= 1e-9
         if not is_whole_mm or abs(self.size * self.gsd - PATCH_SIZE) > 1e-6:
             raise ValueError(
@@ -305,7 +306,7 @@ class Registry(Mapping[str, Modality]):
 
     @property
     def inputs(self) -> tuple[Modality, ...]:
-        """Encoder inputs: images, then series, in the order of the fusion."""
+        """Encoder inputs: images, then series, in the order in which their features are fused."""
         return (*self.by_role("image"), *self.by_role("series"))
 
     @property

@@ -366,7 +366,10 @@ class UPerFuse(nn.Module):
         return constant.expand(-1, -1, *grid) if total is None else total + constant.to(total.dtype)
 
     def _bias_and_tokens(self, stage: int, samples: int, encoded: Mapping[str, EncodedModality]) -> torch.Tensor | None:
-        """Sum the bias and the tokens of absent modalities of a stage, (samples, width, 1, 1); None for neither."""
+        """Sum the fusion bias and the tokens of absent modalities at a stage: (samples, width, 1, 1).
+
+        An official model has no tokens: the bias is (1, width, 1, 1), or None if the model has no fusion either.
+        """
         bias = None if self.fusion is None else self.fusion.bias(stage)
         if self.official:
             return None if bias is None else bias.view(1, -1, 1, 1)

@@ -42,12 +42,13 @@ def infer_model(
         stored: tensors of the checkpoint by name, without the prefix ``model.``.
         arch: encoder and decoder, see ``build_official``; None to infer them from the shapes.
         image_sizes: image sides by modality, see ``build_official``; sizes that are not given are inferred.
-        channel_names: channels by modality; the number of channels determines those that are not given.
+        channel_names: names of the channels by modality; for other modalities they are inferred from the number of
+            channels, see ``baseline_input``.
         auxiliary: whether to build the auxiliary decoders of the checkpoint.
 
     Raises:
-        InputError: ``build_official`` makes no model with these names and shapes, or the shapes do not identify the
-            Swin.
+        InputError: ``build_official`` cannot build a model with these names and shapes, or the shapes do not identify
+            the Swin.
     """
     channels: dict[str, Channels] = {}
     for name in dict.fromkeys(key.split(".")[1] for key in stored if key.startswith("encoders.")):

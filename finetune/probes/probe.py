@@ -150,7 +150,7 @@ def _fit(
 
 
 def _feature_vectors(features: Sequence[PatchTensorStore], keys: Sequence[str]) -> torch.Tensor:
-    """Read the features of all cells of patches, concatenated over encoders, (N, C) float32."""
+    """Read the feature vectors of all cells of the patches ``keys``, concatenated over encoders: (N, C) float32."""
     return torch.cat([item.read(keys) for item in features], dim=1).movedim(1, -1).flatten(0, 2).float()
 
 

@@ -248,7 +248,7 @@ def _pretraining_facts(run: PretrainedRun, modality: str) -> dict[str, Any]:
 
 
 def _data_facts(run: PretrainedRun, modality: str) -> dict[str, Any]:
-    """Describe the training patches of the encoder: those of the pretraining that have its sensor."""
+    """Describe the training patches of the encoder: the patches of the pretraining run that have its sensor."""
     manifest, config = run.manifest, run.config
     rows = run.rows[ShardPatches(manifest).has_modality(modality)[run.rows]]
     regions, domains, crs = (manifest.column(name).take(rows).unique().to_pylist() for name in ("roi", "domain", "crs"))

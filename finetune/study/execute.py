@@ -62,7 +62,7 @@ def _finetune_or_probe(study: StudyConfig, run: StudyRun, folders: RunFolders) -
     config = run_config(study, run, str(folders.path(run)))
     if run.mode in PROBE_KINDS:
         if launcher_rank_and_world()[0] == 0:  # a probe does not use several ranks
-            with FileLock(folders.path(run) / ".claim", range(1), folders.path(run)):
+            with FileLock(folders.path(run) / ".lock", range(1), folders.path(run)):
                 run_probe(config, run.mode, folders.features)
         return 0
     result = finetune(config)

@@ -176,7 +176,7 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """Unique name, which is the name of the run's folder."""
+        """Unique name of the run and of its folder."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         return f"{self.initialization}-{self.mode}-{self.fraction:g}-draw{self.draw}-seed{self.seed}{rate}"
 

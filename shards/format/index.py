@@ -152,7 +152,7 @@ class Index:
             # Subtract instead of adding: an offset near 2^63 must not overflow.
             if (offset < 0).any() or (self.length[name] < 0).any() or (offset > ends - self.length[name]).any():
                 raise InputError(f"{self.path}: a member of {name} lies outside its shard; shard the tree again")
-        # Release the memory of the checks, some 170 bytes a sample, so that DataLoader workers do not inherit it.
+        # Release the memory of the checks, some 170 bytes per sample, so that DataLoader workers do not inherit it.
         pa.default_memory_pool().release_unused()
 
 

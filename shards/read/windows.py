@@ -19,7 +19,7 @@ WHOLE_PATCH = GroundWindow(left=0.0, top=0.0, side=PATCH_SIZE)
 def lattice_step(modalities: Iterable[Modality]) -> float:
     """Smallest step, in metres, that is a whole number of pixels in every modality.
 
-    0.2 m imagery alone gives 0.2 m; with SPOT it is 1.6 m; with the 10.24 m Sentinel series it is 51.2 m.
+    For 0.2 m imagery it is 0.2 m, with SPOT 1.6 m, with the 10.24 m Sentinel series 51.2 m.
     """
     return math.lcm(*(round(modality.gsd * 1000) for modality in modalities)) / 1000
 

@@ -28,8 +28,8 @@ class EncoderConfig:
         name: timm model name of a Swin, with or without the tag of timm's pretrained weights; unused by U-TAE.
         options: further constructor arguments: timm model arguments (``embed_dim``, ``depths``, ``num_heads``,
             ``window_size``, ...) or those of U-TAE (``encoder_widths``, ``n_head``, ...).
-        fixed_size: only image side that a Swin accepts, in pixels; the official FLAIR-HUB code builds its encoders
-            this way. None: any size (see ``SwinEncoder``).
+        fixed_size: side of the images in pixels, if a Swin is built for one image size as in the official FLAIR-HUB
+            code. None: any size (see ``SwinEncoder``).
     """
 
     architecture: Architecture = "swin"

@@ -78,7 +78,7 @@ def load_encoder(source: str | Path) -> Encoder:
 
     Args:
         source: folder of the encoder, a ``.zip`` of it, or ``hf:org/name`` or ``hf:org/name@revision`` for a Hugging
-            Face repository with the two files.
+            Face repository that contains ``config.json`` and ``model.safetensors``.
 
     Raises:
         InputError: the folder or a file is missing, unreadable or of a newer version, or the weights do not fit

@@ -36,14 +36,15 @@ def initialize_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
     Args:
         scratch: randomly initialised encoder, built from the recipe and the shards. ImageNet weights are loaded into
             it.
-        source: see the module docstring.
+        source: folder, ``hf:...``, ``imagenet``, ``imagenet:FILE`` or ``scratch``; see the module docstring.
         keep_architecture: whether a saved encoder must have the architecture and channels of ``scratch``. If True, its
             weights are loaded into ``scratch``, which keeps its mask token. If False, the saved encoder replaces
             ``scratch``, and must only have the bands of the shards.
 
     Returns:
-        ``scratch`` or the saved encoder. Its ``spec`` has the statistics that its weights were trained with: those of
-        the saved encoder, or those of the shards after ImageNet, whose images were standardised too.
+        ``scratch`` or the saved encoder. Its ``spec`` has the channel statistics of the saved encoder, with which the
+        weights were trained. ImageNet and random weights keep the statistics of the shards: ImageNet weights expect
+        standardised input, too.
 
     Raises:
         InputError: the source is missing, damaged or does not fit; the message begins with the key.

@@ -470,7 +470,7 @@ class Trainer:
             )
 
     def _report(self) -> bool:
-        """Record and evaluate what is due after a step; return whether the monitored metric is the best so far."""
+        """Record metrics and evaluate if the step is due; return whether the monitored metric improved."""
         config, state = self.config, self.state
         final = state.step >= config.steps
         values: dict[str, float] = {}

@@ -176,10 +176,10 @@ def check_window(
         modalities: modalities of the run.
         side: side of the ground window, in metres.
         config: masking.
-        reconstructed: whether series are also divided into mask units, as the objective ``masked`` does.
+        reconstructed: whether the run has the objective ``masked``, which also divides series into mask units.
 
     Raises:
-        InputError: the window does not fit; the message gives windows that fit, if there are any. Also, see
+        InputError: the window does not fit (the message lists windows that fit), or ``masking`` is invalid, see
             ``block_sizes``.
     """
     blocks = block_sizes(modalities, config)

@@ -136,7 +136,7 @@ def run_lock(output: Path) -> Iterator[None]:
             # If the folder cannot be written, the first file written there raises the error.
             if is_main():
                 with suppress(OSError):
-                    stack.enter_context(FileLock(output / ".claim", range(1), output))
+                    stack.enter_context(FileLock(output / ".lock", range(1), output))
 
         run_on_all_ranks(acquire)
         yield
