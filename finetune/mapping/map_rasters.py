@@ -148,7 +148,7 @@ class MapRaster:
         """Check that this raster lies at the same coordinates in both rasters' coordinate systems.
 
         Raises:
-            InputError: it does not, or only one of the two rasters has a coordinate system.
+            InputError: the raster lies elsewhere, or only one of the two rasters has a coordinate system.
         """
         own, theirs = self._file.crs, reference._file.crs
         if own == theirs:

@@ -108,8 +108,8 @@ class Predictions(NamedTuple):
 
     Attributes:
         logits: (B, classes, size, size) logits by task.
-        auxiliary: by task and modality, the indices (R,) of the samples that the auxiliary decoder processed and their
-            logits (R, classes, size, size). R may be 0. Empty in evaluation mode.
+        auxiliary: indices (R,) of the samples that an auxiliary decoder processed and their logits (R, classes, size,
+            size), by task and modality. R may be 0. Empty in evaluation mode.
     """
 
     logits: dict[str, torch.Tensor]

@@ -160,7 +160,7 @@ class StudyRun:
 
     Attributes:
         initialization: name of the initialization.
-        mode: what is trained.
+        mode: training mode: a probe (``knn``, ``linear``), ``frozen`` encoders or ``full`` fine-tuning.
         fraction: fraction of the labelled patches.
         draw: index of the subset of that size.
         seed: index of the training seed.

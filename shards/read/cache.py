@@ -82,7 +82,7 @@ class Cache:
     """Files of one version of a dataset, downloaded when they are missing. Picklable: it keeps no file open.
 
     Args:
-        store: where the files come from.
+        store: object store that the files are downloaded from.
         config: folder and maximum size.
         digest: digest of the dataset's description; each version has its own folder.
 

@@ -29,8 +29,8 @@ def run_on_cluster(
     paths as this process. At most two tasks per worker thread are looked up and submitted at a time.
 
     Raises:
-        InputError: as ``tasks.run_task``; or ``distributed`` is not installed, no scheduler answers at ``address``, it
-            has no workers, or the scheduler or the workers of a task are lost.
+        InputError: a task fails (see ``tasks.run_task``), ``distributed`` is not installed, no scheduler answers at
+            ``address``, it has no workers, or the scheduler or the workers of a task are lost.
     """
     if not missing:
         return

@@ -210,7 +210,7 @@ def run_locally(
     With one worker the tasks run in this process, in order.
 
     Raises:
-        InputError: as ``run_task``, or a worker process was killed.
+        InputError: a task fails (see ``run_task``), or a worker process was killed.
     """
     root = tasks.catalogue.root
     jobs = ((tasks[index], root) for index in missing)

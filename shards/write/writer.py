@@ -155,15 +155,15 @@ class DatasetWriter:
         Args:
             number: number of the slice, from 1.
             slices: number of slices.
-            workers: as in ``write``.
-            scheduler: as in ``write``.
-            progress: as in ``write``.
+            workers: number of processes, see ``write``.
+            scheduler: address of a Dask scheduler, see ``write``.
+            progress: progress callback, see ``WriteProgress``.
 
         Returns:
-            shards: indices of the shards of the slice.
+            Indices of the shards of the slice.
 
         Raises:
-            InputError: as ``write``, or the dataset is already complete.
+            InputError: the shards cannot be written (see ``write``), or the dataset is already complete.
         """
         with explain_write_errors(self.out):
             if self._is_complete:

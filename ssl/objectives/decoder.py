@@ -243,9 +243,9 @@ class FusionDecoder(nn.Module):
         """Fuse the visible tokens of all modalities by self-attention.
 
         Args:
-            tokens: by modality, (B, N, width).
-            centres: by modality, (B or 1, N, 2) metres.
-            dropped: by modality, (B,) bool, True where the sample's modality is masked as a whole or absent.
+            tokens: tokens (B, N, width), by modality.
+            centres: ground coordinates of the tokens in metres, (B or 1, N, 2), by modality.
+            dropped: (B,) bool by modality, True for samples whose modality is masked as a whole or absent.
             side: side of the ground window, in metres.
         """
         batch = len(next(iter(tokens.values())))
@@ -268,11 +268,11 @@ class FusionDecoder(nn.Module):
         """Decode features at query positions by cross-attention to the context.
 
         Args:
-            centres: by modality, (N, 2) metres.
+            centres: ground coordinates of the queries in metres, (N, 2), by modality.
             context: fused visible tokens.
 
         Returns:
-            By modality, (B, N, width).
+            Features (B, N, width), by modality.
         """
         batch = len(context.tokens)
         queries = [

@@ -98,7 +98,7 @@ class ProgressBars:
 
         Args:
             title: name of the task.
-            unit: what is counted, in the plural.
+            unit: name of the counted items, in the plural.
             total: number of units; None when it is unknown.
         """
         bar = ProgressBar(self, title, unit, total)

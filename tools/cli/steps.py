@@ -52,7 +52,7 @@ class TrainingProcess:
         """Check that the output folder does not hold a run with other arguments.
 
         Raises:
-            InputError: it holds one.
+            InputError: the folder holds a run with other arguments.
         """
         if self._command.exists() and self._command.read_text(encoding="utf-8") != shlex.join(self.arguments) + "\n":
             raise InputError(f"{self.output} holds another run, see {self._command}: delete it or give another folder")
