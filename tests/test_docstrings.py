@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("shards", "ssl", "finetune")
+PACKAGES = ("shards", "ssl", "finetune")
 # Methods that a reader knows by their class: its docstring may speak for them.
 OF_THE_CLASS = ("__init__", "__post_init__", "__call__", "__iter__", "__getitem__", "forward")
 # A broken invariant or what a subclass has to write is a fault in code, not something that callers handle.
@@ -46,7 +46,7 @@ def publics(tree: ast.Module) -> Iterator[Public]:
 
 @cache
 def modules() -> dict[Path, ast.Module]:
-    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -76,7 +76,7 @@ def is_bare_raise(node: ast.AST) -> bool:
 
 
 def raised(node: ast.AST, bases: dict[str, list[str]], caught: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Names of the exceptions that leave a function by a ``raise`` of its own."""
+    """Names of the exceptions that leave a function by one of its own ``raise`` statements."""
     if isinstance(node, ast.Raise) and node.exc is not None:
         name = last_name(node.exc)
         # A lower-case name is a caught exception, or a function that makes one.
@@ -97,7 +97,7 @@ def raised(node: ast.AST, bases: dict[str, list[str]], caught: frozenset[str] = 
             yield from raised(inner, bases, caught)
 
 
-def told(docstring: str) -> set[str]:
+def documented(docstring: str) -> set[str]:
     """The exceptions that the ``Raises:`` section of a docstring names."""
     section = re.search(r"^Raises:\n((?:(?:    .*)?(?:\n|$))+)", docstring, re.MULTILINE)
     heads = re.findall(r"^    (\w[\w, ]*):", section[1], re.MULTILINE) if section else []
@@ -112,7 +112,7 @@ def bases_here() -> dict[str, list[str]]:
 def lacking_errors(tree: ast.Module) -> Iterator[tuple[Public, str]]:
     for item in publics(tree):
         if isinstance(item.node, Function):
-            known = told(item.text) | (told(item.around) if item.node.name in OF_THE_CLASS else set())
+            known = documented(item.text) | (documented(item.around) if item.node.name in OF_THE_CLASS else set())
             for name in sorted({*raised(ast.Module(item.node.body, []), bases_here())} - known - FAULTS):
                 yield item, f"raises {name}, and no Raises section says so"
 
@@ -120,18 +120,18 @@ def lacking_errors(tree: ast.Module) -> Iterator[tuple[Public, str]]:
 Check = Callable[[ast.Module], Iterator[tuple[Public, str]]]
 
 
-def lacks(room: str, check: Check) -> list[str]:
+def lacks(package: str, check: Check) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{item.node.lineno} {item.name} {what}"
         for path, tree in modules().items()
-        if path.is_relative_to(ROOT / room)
+        if path.is_relative_to(ROOT / package)
         for item, what in check(tree)
     ]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_errors_are_told(room: str) -> None:
-    found = lacks(room, lacking_errors)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_errors_are_documented(package: str) -> None:
+    found = lacks(package, lacking_errors)
     assert not found, "\n".join(found)
 
 

@@ -17,16 +17,16 @@ import bocage
 from bocage.shards.modality import FLAIR_HUB
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("shards", "recipes", "ssl", "finetune", "tools")
+PACKAGES = ("shards", "recipes", "ssl", "finetune", "tools")
 ALLOWED = {
     "shards": {"shards"},
     "recipes": {"shards", "recipes"},
     "ssl": {"shards", "recipes", "ssl"},
     "finetune": {"shards", "recipes", "ssl", "finetune"},
-    "tools": set(ROOMS),
+    "tools": set(PACKAGES),
 }
-# Chambers of each room in the order of imports: each imports those before it. The empty one is the room's own modules.
-CHAMBERS = {
+# Subpackages in the order of imports: each imports those before it. The empty one is the package itself.
+SUBPACKAGES = {
     "shards": ("", "preprocess", "format", "source", "write", "read", "inspect", "simulate"),
     "recipes": ("",),
     "ssl": ("engine", "encoders", "objectives", "evaluation", ""),
@@ -37,8 +37,8 @@ CHAMBERS = {
 ENGINE = ("rng", "signals", "optim", "parallel", "ema", "logging", "engine_config", "checkpoint", "health", "trainer")
 
 
-def modules(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -61,29 +61,31 @@ def dotted(path: Path) -> str:
 @cache
 def imports() -> dict[str, set[str]]:
     """The modules of bocage that each module imports, by dotted name without ``bocage.``."""
-    known = {dotted(path) for room in ROOMS for path in modules(room)}
+    known = {dotted(path) for package in PACKAGES for path in modules(package)}
     found: dict[str, set[str]] = {}
-    for room in ROOMS:
-        for path in modules(room):
+    for package in PACKAGES:
+        for path in modules(package):
             names = {name.removeprefix("bocage.") for name in imported(path) if name.startswith("bocage.")}
             parents = {name.rpartition(".")[0] for name in names} - known.intersection(names)
             found[dotted(path)] = known & (names | parents) - {dotted(path)}
     return found
 
 
-def chamber(module: str) -> tuple[str, str]:
-    """Room and chamber of a module; the chamber of a room's own modules is empty."""
-    room, *rest = module.split(".")
-    return room, rest[0] if rest and rest[0] in CHAMBERS[room] else ""
+def subpackage_of(module: str) -> tuple[str, str]:
+    """Package and subpackage of a module; the subpackage is empty for modules directly in the package."""
+    package, *rest = module.split(".")
+    return package, rest[0] if rest and rest[0] in SUBPACKAGES[package] else ""
 
 
 def test_rooms_and_chambers_import_downwards_only() -> None:
     wrong = []
     for module, below in imports().items():
         for other in below:
-            (room, here), (other_room, there) = chamber(module), chamber(other)
-            order = CHAMBERS[room]
-            if other_room not in ALLOWED[room] or (room == other_room and order.index(there) > order.index(here)):
+            (package, here), (other_package, there) = subpackage_of(module), subpackage_of(other)
+            order = SUBPACKAGES[package]
+            if other_package not in ALLOWED[package] or (
+                package == other_package and order.index(there) > order.index(here)
+            ):
                 wrong.append(f"{module} imports {other}")
     assert not wrong
 
@@ -102,9 +104,9 @@ def test_the_engine_imports_downwards_only() -> None:
 
 
 def test_every_chamber_is_in_the_table() -> None:
-    for room in ROOMS:
-        folders = {path.parent.name for path in modules(room) if path.parent.parent == ROOT / room}
-        assert folders == set(CHAMBERS[room]) - {""}
+    for package in PACKAGES:
+        folders = {path.parent.name for path in modules(package) if path.parent.parent == ROOT / package}
+        assert folders == set(SUBPACKAGES[package]) - {""}
 
 
 def test_no_circle_of_imports() -> None:
@@ -114,18 +116,18 @@ def test_no_circle_of_imports() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_own_modules_are_imported_as_bocage(room: str) -> None:
-    for path in modules(room):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_own_modules_are_imported_as_bocage(package: str) -> None:
+    for path in modules(package):
         for name in imported(path):
             top = name.partition(".")[0]
-            if top in ROOMS and top != "ssl":
+            if top in PACKAGES and top != "ssl":
                 pytest.fail(f"{path.relative_to(ROOT)} imports {name}: write bocage.{name}")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_module_says_what_it_is_for(room: str) -> None:
-    for path in modules(room):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_says_what_it_is_for(package: str) -> None:
+    for path in modules(package):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path}: no docstring"
 
 
@@ -133,8 +135,8 @@ def test_sensors_are_listed_in_the_registry_alone() -> None:
     registry = ROOT / "shards" / "modality.py"
     names = {modality.name for modality in (*FLAIR_HUB.inputs, *FLAIR_HUB.by_role("mask"))}
     assert len(names) == 8
-    for room in ROOMS:
-        for path in modules(room):
+    for package in PACKAGES:
+        for path in modules(package):
             if path == registry:
                 continue
             strings = {
@@ -155,7 +157,7 @@ def test_the_standard_library_keeps_its_ssl() -> None:
 
 def test_every_folder_with_modules_is_a_listed_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in modules(room)}
+    folders = {path.parent.relative_to(ROOT) for package in PACKAGES for path in modules(package)}
     expected = {"bocage." + ".".join(folder.parts): folder.as_posix() for folder in folders} | {"bocage": "bocage"}
     assert set(listed["packages"]) == set(expected)
     assert listed["package-dir"] == expected
@@ -167,15 +169,15 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    for folder in (*ROOMS, "bocage"):
+    for folder in (*PACKAGES, "bocage"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored, symlinks=True)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for room in ROOMS:
-        for path in [*modules(room), *(ROOT / room).rglob("*.yaml"), ROOT / room / "py.typed"]:
+    for package in PACKAGES:
+        for path in [*modules(package), *(ROOT / package).rglob("*.yaml"), ROOT / package / "py.typed"]:
             assert f"bocage/{path.relative_to(ROOT).as_posix()}" in held
     # The installed wheel works without the clone; -P keeps the current folder out of the path.
     installed = tmp_path / "installed"
