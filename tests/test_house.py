@@ -77,7 +77,7 @@ def subpackage_of(module: str) -> tuple[str, str]:
     return package, rest[0] if rest and rest[0] in SUBPACKAGES[package] else ""
 
 
-def test_rooms_and_chambers_import_downwards_only() -> None:
+def test_imports_follow_the_order_of_packages() -> None:
     wrong = []
     for module, below in imports().items():
         for other in below:

@@ -11,7 +11,7 @@ from bocage.tools.cli.examples import EXAMPLES
 from bocage.tools.main import COMMANDS, build_parser, run_guarded, main
 
 
-# Imports torch and the fine-tuning room: some seconds the first time.
+# Imports torch and the fine-tuning package: some seconds the first time.
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_print_config_may_stand_anywhere(place: int, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["recipe=finetune_cosia", "shards=here", "batch_size=17"]
