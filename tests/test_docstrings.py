@@ -89,12 +89,12 @@ def raised(node: ast.AST, bases: dict[str, list[str]], caught: frozenset[str] = 
         here = {"BaseException" if kind is None else last_name(kind) for kind in listed}
         for inner in node.body:
             yield from raised(inner, bases, caught | here)
-        for inner in (*node.handlers, *node.orelse, *node.finalbody):
-            yield from raised(inner, bases, caught)
+        for part in (*node.handlers, *node.orelse, *node.finalbody):
+            yield from raised(part, bases, caught)
         return
-    for inner in ast.iter_child_nodes(node):
-        if not isinstance(inner, Function | ast.Lambda | ast.ClassDef):
-            yield from raised(inner, bases, caught)
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, Function | ast.Lambda | ast.ClassDef):
+            yield from raised(child, bases, caught)
 
 
 def documented(docstring: str) -> set[str]:

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from bocage.finetune.official.official_model import OfficialModel, build_official
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
+from bocage.ssl.encoders.base import Encoder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = ("lc_a", "lc_l", "lpis_f", "multitask_d")
@@ -72,7 +73,7 @@ def test_names_shapes_and_logits_equal_those_of_the_official_code(case: str) -> 
         torch.testing.assert_close(values[:, :, ::4, ::4], expected[task], rtol=0, atol=1e-4)
 
 
-def resized(values: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
+def resized(values: torch.Tensor, size: int | tuple[int, ...]) -> torch.Tensor:
     return interpolate(values, size=size, mode="bilinear", align_corners=False)
 
 
@@ -91,13 +92,15 @@ def reference_logits(
     for name in order:
         encoder = model.encoders[name]
         if name in images:
-            maps[name] = encoder.seg_model.features(inputs[name])
+            image_encoder = encoder.get_submodule("seg_model")
+            assert isinstance(image_encoder, Encoder)
+            maps[name] = image_encoder.features(inputs[name])
         else:
             output = encoder(inputs[name], dates[name], padding[name])
             maps[name], logits[name] = output.maps, resized(output.logits, size)
 
     def decoded(decoder: torch.nn.Module, pyramid: list[torch.Tensor]) -> torch.Tensor:
-        found = decoder.seg_model(pyramid)
+        found = decoder.get_submodule("seg_model")(pyramid)
         found = interpolate(found, scale_factor=4, mode="bilinear", align_corners=True)
         return resized(found, size)
 

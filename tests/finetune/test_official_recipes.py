@@ -61,7 +61,7 @@ def test_one_cycle_equals_torch() -> None:
     theirs = OneCycleLR(optimizer, max_lr=1.0, total_steps=100, pct_start=0.2, cycle_momentum=False, div_factor=1000)
     expected = []
     for _ in range(100):
-        expected.append(theirs.get_last_lr()[0])
+        expected.append(float(theirs.get_last_lr()[0]))
         optimizer.step()
         if len(expected) < 100:
             theirs.step()

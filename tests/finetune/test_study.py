@@ -198,7 +198,7 @@ def test_a_stopped_study_saves_its_runs_and_resumes(tmp_path: Path, stop: Callab
 def test_the_fork_server_may_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = study(tmp_path / "out", modes=["full"], fractions=[LabelFraction(fraction=0.1, draws=1, seeds=3)])
     monkeypatch.setenv("STUDY_SECONDS", "2")
-    killed = []
+    killed: list[psutil.Process] = []
 
     def kill() -> None:
         while not killed and not list((tmp_path / "out" / "runs").glob("*/executions.txt")):

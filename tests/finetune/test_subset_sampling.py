@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from bocage.finetune.subsets.sampling import (
     SAMPLING_UNITS,
     LabelledPatches,
+    SamplingUnit,
     disjoint_validation_mask,
     draw_subset,
     keys_digest,
@@ -41,7 +42,7 @@ def patches(domains: int = 12, regions: int = 9, most: int = 30, seed: int = 0) 
 
 @given(st.integers(0, 50), st.integers(0, 4), st.sampled_from(SAMPLING_UNITS), st.integers(1, 20))
 @settings(max_examples=40, deadline=None)
-def test_subsets_are_nested_and_of_exact_size(seed: int, draw: int, sampling_unit: str, domains: int) -> None:
+def test_subsets_are_nested_and_of_exact_size(seed: int, draw: int, sampling_unit: SamplingUnit, domains: int) -> None:
     known = patches(domains, seed=seed)
     chosen = [set(draw_subset(known, size, draw=draw, sampling_unit=sampling_unit).tolist()) for size in FRACTIONS]
     assert all(small <= large for small, large in pairwise(chosen))
@@ -96,7 +97,7 @@ def test_draws_differ_and_neither_order_nor_machine_matters() -> None:
 
 
 @pytest.mark.parametrize(("sampling_unit", "recorded"), [("patch", "ad7c5904555643cc"), ("roi", "503774d33de0b99b")])
-def test_subsets_equal_recorded_ones(sampling_unit: str, recorded: str) -> None:
+def test_subsets_equal_recorded_ones(sampling_unit: SamplingUnit, recorded: str) -> None:
     # Fails if a machine or a library version draws other subsets.
     number = np.arange(600)
     keys = [f"D{value % 7:03}-2020_R{value % 35}_{value}-0" for value in number]
@@ -109,7 +110,7 @@ def test_subsets_equal_recorded_ones(sampling_unit: str, recorded: str) -> None:
 
 
 @pytest.mark.parametrize("sampling_unit", SAMPLING_UNITS)
-def test_smallest_fractions_give_all_subsets(sampling_unit: str) -> None:
+def test_smallest_fractions_give_all_subsets(sampling_unit: SamplingUnit) -> None:
     known = patches(domains=4)
     smallest = smallest_fractions(known, [0.5, 0.05, 0.1], draw=2, sampling_unit=sampling_unit)
     for fraction in (0.05, 0.1, 0.5):

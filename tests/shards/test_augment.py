@@ -34,7 +34,7 @@ def test_radar_is_only_shifted_and_heights_are_unchanged() -> None:
     shifted = jitter_radiometry(values, SEEDS, "SENTINEL1-ASC_TS", "decibel", GAIN_AND_OFFSET)
     assert torch.allclose(shifted - values, (shifted - values)[..., :1, :1].expand_as(values), atol=1e-6)
     for representation in ("relief", "elevation"):
-        unchanged = jitter_radiometry(values, SEEDS, "DEM_ELEV", representation, GAIN_AND_OFFSET)  # type: ignore[arg-type]
+        unchanged = jitter_radiometry(values, SEEDS, "DEM_ELEV", representation, GAIN_AND_OFFSET)
         assert unchanged is values
     assert jitter_radiometry(values, SEEDS, "AERIAL_RGBI", "linear", AugmentConfig()) is values
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,7 +288,8 @@ def test_process_exits_during_prefetch(
     files.prefetch([7])  # gives the parent a thread, a connection and a lock
     time.sleep(0.1)
     pickle.loads(pickle.dumps(files))
-    reader = multiprocessing.get_context(start).Process(target=_fetch_in_the_background, args=(files,))
+    context: Any = multiprocessing.get_context(start)  # the type of a context from a variable lacks Process
+    reader = context.Process(target=_fetch_in_the_background, args=(files,))
     reader.start()
     reader.join(timeout=30)
     assert reader.exitcode == 0

@@ -2,7 +2,9 @@ import contextlib
 import json
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ def gradient(*shape: int, dtype: str) -> np.ndarray:
     return (np.indices(shape)[-2:].sum(axis=0) ** 2 % 97).astype(dtype)
 
 
-def member(header: dict[str, object], payload: bytes) -> bytes:
+def member(header: Mapping[str, object], payload: bytes) -> bytes:
     """A member with a valid checksum and the given header and payload."""
     return with_checksum(json.dumps(header).encode(), payload)
 
@@ -79,7 +81,9 @@ def test_round_trip_of_any_array_is_exact(array: np.ndarray, codec: str, transpo
 
 @given(st.sampled_from(sorted(FLAIR_HUB)), st.integers(0, 3), st.integers(1, 9), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_round_trip_of_random_bits_is_exact_for_every_modality(name: str, dates: int, size: int, random) -> None:
+def test_round_trip_of_random_bits_is_exact_for_every_modality(
+    name: str, dates: int, size: int, random: Random
+) -> None:
     modality = FLAIR_HUB[name]
     shape = (
         (dates, len(modality.bands), size, size + 1)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,7 @@ def test_batches_do_not_depend_on_workers_or_resume(real: Manifest, workers: int
         assert np.array_equal(batch.windows, reference_batch.windows)
         for name in reference_batch.values:
             assert np.array_equal(batch.values[name], reference_batch.values[name])
+    assert isinstance(resumed, Generator)
     resumed.close()
 
 

@@ -170,7 +170,8 @@ def test_upcoming_shards_are_prefetched(manifest: Manifest) -> None:
     used = list(dict.fromkeys(shard for shard, _, _ in files.read_bytes))
     assert used == [0, 1, 2, 3, 4, 5]
 
-    files.prefetched.clear(), files.read_bytes.clear()
+    files.prefetched.clear()
+    files.read_bytes.clear()
     batches = TrainingStream(opened, rows, modalities, batch_size=2, seed=3).batches(0, 0, 1)
     for _ in range(3 * COUNT // 2):
         before = len(files.read_bytes)

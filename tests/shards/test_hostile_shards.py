@@ -235,7 +235,7 @@ def test_no_flipped_byte_crashes(shards: Path, name: str) -> None:
     path = shards / name
     pristine, description = path.read_bytes(), (shards / "dataset.json").read_bytes()
     random = np.random.default_rng(0)
-    answers = set()
+    answers: set[bool | str] = set()
     for place in random.integers(0, len(pristine), 60).tolist():
         (shards / "dataset.json").write_bytes(description)
         data = bytearray(pristine)

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import pickle
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_folders_without_a_manifest_get_a_hint(tmp_path: Path, shards: Path) -> 
 
 def test_other_schema_versions_are_refused(shards: Path) -> None:
     for version in (1, 99):
-        edit_description(shards, lambda description, version=version: description.update(schema_version=version))
+        edit_description(shards, methodcaller("update", schema_version=version))
         with pytest.raises(InputError, match=f"schema version {version}.*shard the tree again"):
             Manifest.open(shards)
 

@@ -1,6 +1,7 @@
 """Read GeoTIFFs of every layout, and refuse rasters that are damaged or contradict the registry."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def layouts() -> list[tuple[str, dict[str, object]]]:
 
 
 @pytest.mark.parametrize(("name", "options"), layouts())
-def test_every_layout_gives_the_same_array(tmp_path: Path, name: str, options: dict[str, object]) -> None:
+def test_every_layout_gives_the_same_array(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     modality = FLAIR_HUB[name]
     count = len(modality.bands) * (3 if modality.has_time_axis else 1)
     bands = np.random.default_rng(0).integers(0, 18, (count, modality.size, modality.size)).astype(modality.dtype)
@@ -97,7 +98,8 @@ def test_missing_tiles_of_heights_are_an_error(tmp_path: Path, nodata: float | N
     bands = np.full((2, 512, 512), 120.0, np.float32)
     bands[:, :256, 256:] = 0 if nodata is None else nodata
     path = tmp_path / "sparse.tif"
-    for options in ({"blockxsize": 256, "blockysize": 256, "tiled": True}, {"blockysize": 64}):
+    layouts: list[dict[str, Any]] = [{"blockxsize": 256, "blockysize": 256, "tiled": True}, {"blockysize": 64}]
+    for options in layouts:
         if "tiled" not in options:
             bands[:, :256] = 0 if nodata is None else nodata
         write_raster(path, bands, 0.2, nodata=nodata, sparse_ok=False, **options)
@@ -158,7 +160,7 @@ def test_nan_positions_are_named(tmp_path: Path, name: str, tag: int) -> None:
     modality = FLAIR_HUB[name]
     path = tmp_path / "nowhere.tif"
     write_raster(path, np.ones((len(modality.bands), modality.size, modality.size), modality.dtype), modality.gsd)
-    with tifffile.TiffFile(path, mode="r+b") as file:
+    with tifffile.TiffFile(path, mode="r+") as file:
         entry = file.pages.first.tags[tag]
         entry.overwrite([*entry.value[:-3], *[float("nan")] * 3])
     with pytest.raises(RasterError, match=r"nowhere\.tif: (pixels of nan|its position)"):

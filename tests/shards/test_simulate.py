@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyogrio
@@ -133,7 +134,7 @@ def test_content_does_not_depend_on_workers_or_number_of_patches(tmp_path: Path)
 
 def test_another_seed_gives_another_scene() -> None:
     images = [next(render_patch(plan_patches(1, seed)[0], FLAIR_HUB, {"SPOT_RGBI"}, DATES))[1] for seed in (0, 1)]
-    assert not np.array_equal(*images)
+    assert not np.array_equal(images[0], images[1])
 
 
 def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
@@ -158,7 +159,8 @@ def test_other_folders_and_other_parameters_are_rejected(tmp_path: Path) -> None
     (tmp_path / "foreign" / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="not a sample"):
         write_tree(tmp_path / "foreign", patches=1, seed=1, registry=registry)
-    for wrong in ({"patches": 0}, {"gaps": 1.5}, {"workers": 0}, {"dates": (5, 4)}):
+    mistakes: list[dict[str, Any]] = [{"patches": 0}, {"gaps": 1.5}, {"workers": 0}, {"dates": (5, 4)}]
+    for wrong in mistakes:
         with pytest.raises(InputError, match=next(iter(wrong))):
             write_tree(tmp_path / "new", **{"patches": 1, "seed": 0, **wrong})
     assert not (tmp_path / "new").exists()

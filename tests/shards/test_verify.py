@@ -242,7 +242,12 @@ def test_interrupt_ends_all_processes(shards: Path) -> None:
     size = 64 << 30  # sparse: hashing takes far longer than this test waits
     for name in ("shard-000000.tar", SECOND):
         os.truncate(shards / name, size)
-    edit_description(shards, lambda description: [entry.update(bytes=size) for entry in description["shards"][:2]])
+
+    def enlarge(description: dict[str, Any]) -> None:
+        for entry in description["shards"][:2]:
+            entry.update(bytes=size)
+
+    edit_description(shards, enlarge)
     command = [sys.executable, "-m", "bocage", "verify", str(shards), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

@@ -1,5 +1,6 @@
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +27,15 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
 
 def test_order(tmp_path: Path) -> None:
     catalogue = small(tmp_path)
+    arguments: dict[str, dict[str, Any]] = {
+        "roi": {"order": "roi"},
+        "first": {"seed": 1},
+        "again": {"seed": 1},
+        "second": {"seed": 2},
+    }
     orders = {
         name: write_shards(catalogue, tmp_path / name, samples_per_shard=4, **options).column("key").to_pylist()
-        for name, options in {
-            "roi": {"order": "roi"},
-            "first": {"seed": 1},
-            "again": {"seed": 1},
-            "second": {"seed": 2},
-        }.items()
+        for name, options in arguments.items()
     }
     assert orders["roi"] == catalogue.keys()
     assert orders["first"] == orders["again"] != orders["second"] != orders["roi"]

@@ -56,8 +56,8 @@ def test_zip_written_to_a_pipe_has_sizes_after_the_data(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with open(writer, "wb") as pipe, zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/one.tif", CONTENT["a/one.tif"])
-    with open(reader, "rb") as pipe:
-        path.write_bytes(pipe.read())
+    with open(reader, "rb") as output:
+        path.write_bytes(output.read())
     (member,) = zips.members(path)
     assert zips.read(path, member) == CONTENT["a/one.tif"]
 

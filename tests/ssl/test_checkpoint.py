@@ -153,7 +153,7 @@ def test_a_changed_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
 
 
 def test_an_accepted_change_is_named_and_takes_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = {
+    changed: dict[str, Any] = {
         "optimizer": OptimizerConfig(learning_rate=0.02, weight_decay=0.3),
         "options": {"resolved_config": {"width": 4}},
     }

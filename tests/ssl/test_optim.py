@@ -131,10 +131,12 @@ def test_layer_decay_without_an_encoder_is_refused(tmp_path: Path) -> None:
 def test_the_average_follows_its_formula_and_is_evaluated_exported_and_final(tmp_path: Path) -> None:
     evaluated: list[dict[str, torch.Tensor]] = []
     exported: list[dict[str, torch.Tensor]] = []
-    options = {
-        "evaluate": lambda task, step: evaluated.append(weights(task)) or {"score": 0.0},
-        "export": lambda task, folder: exported.append(weights(task)),
-    }
+
+    def evaluate(task: nn.Module, step: int) -> dict[str, float]:
+        evaluated.append(weights(task))
+        return {"score": 0.0}
+
+    options = {"evaluate": evaluate, "export": lambda task, folder: exported.append(weights(task))}
     torch.manual_seed(1)
     expected = {name: value.double() for name, value in TinyTask().state_dict().items()}
     _, task = run(tmp_path, steps=6, save_every=1, keep_last=9, options=options, evaluate_every=1, ema_decay=0.75)
@@ -214,8 +216,8 @@ def test_fine_tuning_combines_encoder_scale_and_layer_decay() -> None:
     optimizer = build_optimizer(task, engine.optimizer, global_batch=8, device=CPU, parameter_groups=groups)
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     assert rates.keys() == {id(parameter) for parameter in task.parameters() if parameter.requires_grad}
-    encoder = task.model.encoders["AERIAL_RGBI"]
-    assert rates[id(next(encoder.model.patch_embed.parameters()))] == pytest.approx(2 * 0.1 * 0.5**5)
+    patch_embed = task.model.get_submodule("encoders.AERIAL_RGBI.model.patch_embed")
+    assert rates[id(next(patch_embed.parameters()))] == pytest.approx(2 * 0.1 * 0.5**5)
     inside = {id(parameter) for parameter in task.model.encoders.parameters()}
     assert {rate for key, rate in rates.items() if key not in inside} == {2.0}
     assert optimizer.param_groups[0]["lr"] == 2.0  # the rate that is recorded

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
@@ -189,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"
-_ROUTES = {
+_ROUTES: dict[str, Callable[..., None]] = {
     r"POST /api/repos/create": _Handler._create,
     r"POST /api/validate-yaml": _Handler._validate,
     rf"POST /api/models/{_NAME}/branch/(\S+)": _Handler._branch,

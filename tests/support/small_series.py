@@ -38,5 +38,5 @@ def series_encoder(manifest: Manifest, name: str) -> UTAE:
         encoder = build_encoder(manifest.input_spec(name), EncoderConfig(architecture="utae", options=_OPTIONS))
     assert isinstance(encoder, UTAE)
     with torch.no_grad():
-        encoder.temporal_encoder.attention_heads.Q *= 4
+        encoder.temporal_encoder.attention_heads.Q.mul_(4)
     return encoder.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def raster_path(root: Path, modality: Modality, key: str) -> Path:
     return root / f"{folder}_{modality.name}" / roi / f"{folder}_{modality.name}_{roi}_{cell}.tif"
 
 
-def write_table(path: Path, columns: dict[str, list[str | None]]) -> None:
+def write_table(path: Path, columns: Mapping[str, Sequence[str | None]]) -> None:
     """Write a GeoPackage with text columns and no geometry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = [np.array(values, object) for values in columns.values()]

@@ -118,8 +118,13 @@ def run(
     torch.set_num_threads(1)
     torch.manual_seed(1)
     task = task or TinyTask(plain)
-    keys = {"steps": 12, "save_every": 4, "log_every": 2, "optimizer": OptimizerConfig(learning_rate=1e-2)} | engine
-    arguments = {"recipe": "tiny", "resolved_config": {"batch_size": 4}} | (options or {})
+    keys: dict[str, Any] = {
+        "steps": 12,
+        "save_every": 4,
+        "log_every": 2,
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+    } | engine
+    arguments: dict[str, Any] = {"recipe": "tiny", "resolved_config": {"batch_size": 4}} | (options or {})
     trainer = Trainer(task, source or TinySource(), EngineConfig(**keys), output=output, **arguments)
     return trainer.fit(), task
 

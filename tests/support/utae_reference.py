@@ -189,8 +189,8 @@ class Reference:
             pooled.append(heads)
             skips.append([self.skip(level, attention) for level in maps[:-1]])
         size = levels[-1].shape[-2:]
-        maps = [self.embedding(torch.cat(pooled)).view(len(values), *size, -1).permute(0, 3, 1, 2)]
+        outputs = [self.embedding(torch.cat(pooled)).view(len(values), *size, -1).permute(0, 3, 1, 2)]
         for level in range(self.levels - 1):
             skip = torch.cat([levels[self.levels - 2 - level] for levels in skips])
-            maps.append(self.up(f"up_blocks.{level}", maps[-1], skip))
-        return maps
+            outputs.append(self.up(f"up_blocks.{level}", outputs[-1], skip))
+        return outputs

@@ -10,6 +10,7 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
+_MESSAGES: Any = wandb_internal_pb2  # its classes depend on the version of protobuf
 _HEADER, _BLOCK, _FULL, _LAST = 7, 2**15, 1, 4
 
 
@@ -25,7 +26,7 @@ def records(path: Path) -> Iterator[Any]:
         parts.append(content[position + _HEADER : position + _HEADER + length])
         position += _HEADER + length
         if kind in (_FULL, _LAST):
-            record = wandb_internal_pb2.Record()
+            record = _MESSAGES.Record()
             record.ParseFromString(b"".join(parts))
             parts = []
             yield record

@@ -39,7 +39,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small saved encoder of each architecture."""
-    folders = {}
+    folders: dict[str, Path] = {}
     for name, config in (("AERIAL_RGBI", SWIN), ("SENTINEL1-ASC_TS", SERIES)):
         channels = len(FLAIR_HUB[name].channels)
         spec = InputSpec.from_modality(FLAIR_HUB[name], (0.5,) * channels, (1.5,) * channels)

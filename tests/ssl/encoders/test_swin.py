@@ -84,7 +84,9 @@ def test_one_set_of_weights_serves_every_size(name: str, size: tuple[int, int]) 
 
 def test_timm_has_pretrained_weights_for_every_name() -> None:
     for name in list_swin_names():
-        assert timm.models.get_pretrained_cfg(name).hf_hub_id.startswith("timm/swin")
+        pretrained = timm.models.get_pretrained_cfg(name)
+        assert pretrained is not None and pretrained.hf_hub_id is not None
+        assert pretrained.hf_hub_id.startswith("timm/swin")
 
 
 @pytest.mark.parametrize("in_channels", [1, 2, 10])
@@ -172,7 +174,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     assert computed == [4, 8]
     for name, gradient in gradients[0].items():
         assert gradient is not None
-        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradients[1][name], gradient, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("name", ["AERIAL_RGBI", "AERIAL-RLT_PAN", "DEM_ELEV", "SPOT_RGBI"])

@@ -55,7 +55,8 @@ def test_timm_computes_the_same(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = encoder.features(image)
         features = timm.create_model(local, pretrained=True, features_only=True).eval()(image)
-        whole = timm.create_model(local, pretrained=True).eval().forward_intermediates(image, intermediates_only=True)
+        classifier: Any = timm.create_model(local, pretrained=True).eval()
+        whole = classifier.forward_intermediates(image, intermediates_only=True)
         ours = load_encoder(tmp_path / "encoder").features(image)
     for mine, listed, inner, loaded in zip(expected, features, whole, ours, strict=True):
         assert torch.equal(mine, listed.permute(0, 3, 1, 2))

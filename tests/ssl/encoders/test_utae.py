@@ -76,12 +76,12 @@ def test_equals_the_reference_implementation(case: str, padding: str, training: 
     torch.autograd.backward(expected, cotangents)
     pairs = {"input": (given.grad, expected_given.grad)}
     pairs.update({name: (parameter.grad, weights[name].grad) for name, parameter in model.named_parameters()})
-    for name, (mine, theirs) in pairs.items():
-        assert mine is not None, name
-        if theirs is None:  # an evenly pooled skip uses no attention, yet every parameter has a gradient
-            theirs = torch.zeros_like(mine)
-        scale = float(theirs.abs().max().clamp_min(1.0))
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10 * scale, msg=lambda m, n=name: f"{n}: {m}")
+    for name, (gradient, other) in pairs.items():
+        assert gradient is not None, name
+        if other is None:  # an evenly pooled skip uses no attention, yet every parameter has a gradient
+            other = torch.zeros_like(gradient)
+        scale = float(other.abs().max().clamp_min(1.0))
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-10 * scale, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("name", ["utae_small_s1", "utae_small_padded", "utae_strided"])

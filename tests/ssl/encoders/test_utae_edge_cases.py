@@ -11,7 +11,7 @@ from utae_reference import SMALL, STRIDED, Reference, series, small_model
 
 from bocage.shards.errors import InputError
 from bocage.ssl.encoders.temporal import PackedDates, SinusoidalPositions
-from bocage.ssl.encoders.utae import UTAE, UTAEOutput
+from bocage.ssl.encoders.utae import UTAE, Aggregation, UTAEOutput
 
 
 @pytest.mark.parametrize("options", [{}, {"agg_mode": "att_mean"}, {"agg_mode": "mean"}, STRIDED])
@@ -146,7 +146,7 @@ def test_window_too_small_for_the_strides_raises_input_error(size: tuple[int, in
 
 
 @pytest.mark.parametrize("mode", ["att_group", "att_mean", "mean"])
-def test_autocast(mode: str) -> None:
+def test_autocast(mode: Aggregation) -> None:
     torch.manual_seed(0)
     model = UTAE(3, **SMALL, agg_mode=mode, head=True)
     padding = torch.rand(2, 5) < 0.5

@@ -57,7 +57,8 @@ def test_objects_that_trainers_store_are_ignored(case: str, legacy: bool, tmp_pa
 
 
 def test_weights_in_ordered_dict_or_defaultdict(tmp_path: Path) -> None:
-    for container in (collections.OrderedDict(WEIGHTS), collections.defaultdict(list, WEIGHTS)):
+    values: dict[str, Any] = WEIGHTS
+    for container in (collections.OrderedDict(values), collections.defaultdict(list, values)):
         torch.save({"state_dict": container}, tmp_path / "last.ckpt")
         assert torch.equal(read_tensors(tmp_path / "last.ckpt")["layer.weight"], WEIGHTS["layer.weight"])
 
@@ -94,7 +95,7 @@ FORBIDDEN: dict[str, Callable[[Path], object]] = {
     "method of a path": lambda executed: Call(Path.touch, executed),
     "eval": lambda executed: Call(eval, f"open({str(executed)!r}, 'w')"),
     "attribute": lambda executed: Call(getattr, executed, "touch"),
-    "function for absent keys": lambda executed: collections.defaultdict(eval),
+    "function for absent keys": lambda executed: collections.defaultdict(eval),  # type: ignore[arg-type]
     "subprocess": lambda executed: Call(subprocess.call, ["touch", str(executed)]),
     "array": lambda executed: np.zeros(3),
     "options of a script": lambda executed: argparse.Namespace(lr=1.0),

@@ -51,7 +51,7 @@ def test_attention_equals_the_encoder_on_each_patch(manifest: Manifest) -> None:
     rows = np.arange(len(manifest))
     dataset = ShardDataset(manifest, [FLAIR_HUB[RADAR]], 102.4, seed=0)
     for row, item in zip(rows, compute_attention(encoder, manifest, rows), strict=True):
-        stored = manifest.row(row)
+        stored = manifest.row(int(row))
         days = np.array(stored[f"dates.{RADAR}"], "datetime64[D]")
         assert item.key == stored["key"]
         assert np.array_equal(item.days, np.sort(days))
@@ -121,7 +121,7 @@ def test_rows_for_keys(manifest: Manifest) -> None:
 
 def ticks_out_of_view(figure: Figure) -> set[Text]:
     """Labels that matplotlib keeps but does not draw."""
-    labels = set()
+    labels: set[Text] = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
@@ -141,7 +141,7 @@ def test_texts_of_a_picture_are_inside_it_and_do_not_overlap(dates: int, heads: 
     days = [text for text in texts if text.get_text().startswith("2020-")]
     assert min(dates, 50) <= len(days) <= dates
     # Ranks above neighbouring bars may touch; they are the figures in bold.
-    ranks = {text for text in texts if text.get_text().isdigit() and text.get_weight() == "bold"}
+    ranks = {text for text in texts if text.get_text().isdigit() and text.get_fontweight() == "bold"}
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text not in ranks]
     for name, box in boxes:
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, name

@@ -97,8 +97,10 @@ def test_vicreg_penalises_collapse() -> None:
     with torch.no_grad():
         for head in objective.heads.values():
             assert isinstance(head, nn.Sequential)
-            head[-1].weight.zero_()  # type: ignore[union-attr]  # a linear layer
-            head[-1].bias.zero_()  # type: ignore[union-attr]
+            last = head[-1]
+            assert isinstance(last, nn.Linear)
+            last.weight.zero_()
+            last.bias.zero_()
         collapsed = float(objective(encoded)[0])
     assert collapsed == pytest.approx(25 * (1 - 0.0001**0.5), rel=1e-3)
 
