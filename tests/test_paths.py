@@ -11,16 +11,17 @@ from real_series import treesat_tree
 from small_recipes import PRETRAIN
 
 from bocage import recipes
-from bocage.finetune.config import FinetuneConfig
+from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.train import finetune
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.modality import FLAIR_HUB, Band, Modality, Sensor
+from bocage.shards.modality import FLAIR_HUB, Band, Modality, SimulatedSensor
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
-from bocage.ssl.pretrain import PretrainConfig, pretrain
+from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain_config import PretrainConfig
 
 DATA = Path(__file__).parent / "data"
 COSIA, LPIS = "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
@@ -43,7 +44,7 @@ def take_real_patches_to_maps(folder: Path, *words: str) -> float:
     run_pretraining(manifest.path, run, "engine.steps=40", "engine.optimizer.learning_rate=2e-3")
     values = losses(run)
     assert np.mean(values[-5:]) < 0.97 * np.mean(values[:5])
-    assert list((run / "pictures").glob("reconstruction_*.png"))
+    assert list((run / "reconstructions").glob("reconstruction_*.png"))
 
     settings = [
         "recipe=finetune_quickstart",
@@ -137,7 +138,7 @@ def test_an_eighth_sensor_needs_a_registry_entry_and_nothing_else(tmp_path: Path
         groups=(("red", "edge"),),
         unit=4,
         dates_table="PLANET",
-        sensor=Sensor(gain=10_000.0, noise=20.0),
+        sensor=SimulatedSensor(gain=10_000.0, noise=20.0),
     )
     registry = FLAIR_HUB.with_modality(sensor)
     write_tree(tmp_path / "tree", patches=3, seed=0, registry=registry, dates=(6, 8))

@@ -22,7 +22,7 @@ from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.optim import OptimizerConfig, decay_groups, learning_rate_factor
 
-DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "finetune.md"
+DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "official-models.md"
 SPOT, S2, COSIA = "SPOT_RGBI", "SENTINEL2_TS", "AERIAL_LABEL-COSIA"
 
 

@@ -125,5 +125,5 @@ def test_a_run_does_not_write_among_shards(below: str, tmp_path: Path, capsys: p
     words = ["recipe=finetune_quickstart", f"shards={tmp_path}", f"output={tmp_path / below}"]
     assert main(["finetune", *words]) == 2
     assert main(["pretrain", "recipe=quickstart", *words[1:]]) == 2
-    assert capsys.readouterr().err.count("is among the shards: choose another folder") == 2
+    assert capsys.readouterr().err.count("is inside the folder of the shards: choose another folder") == 2
     assert not list(tmp_path.iterdir())
