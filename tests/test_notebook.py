@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 
 
-# Some forty seconds: patches are simulated, encoders pretrained and fine-tuned.
+# A minute: it simulates patches, pretrains encoders and fine-tunes.
+@pytest.mark.slow
 def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bocage.tools.cli.examples import EXAMPLES
-from bocage.tools.main import COMMANDS, build_parser, run_guarded, main
+from bocage.tools.main import COMMANDS, build_parser, main, run_guarded
 
 
 # Imports torch and the fine-tuning package: some seconds the first time.
@@ -59,7 +59,7 @@ def test_a_sample_cannot_be_written_below_a_file(tmp_path: Path, capsys: pytest.
     assert main(["sample", str(tmp_path / "file" / "out")]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("bocage: error: ")
-    assert "cannot be made: Not a directory" in errors
+    assert "cannot be created: Not a directory" in errors
 
 
 # Some five seconds: every sub-command's module is imported.

@@ -57,9 +57,9 @@ def test_dry_run_tells_sizes_and_time_and_writes_nothing(tmp_path: Path, capsys:
         "dry run: nothing is written",
         "patches",
         "shards",
-        "size, about",
-        "free there",
-        "--workers 3, about",
+        "estimated size",
+        "free disk space",
+        "estimated time with --workers 3",
     ):
         assert words in printed
     assert not list(tmp_path.iterdir())
@@ -68,7 +68,7 @@ def test_dry_run_tells_sizes_and_time_and_writes_nothing(tmp_path: Path, capsys:
 def test_slices_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["shard", str(REAL), str(tmp_path / "out")]
     assert main([*words, "--slice", "2/2"]) == 0
-    assert "slice 2 of 2: 1 shards are written; --merge when all slices are" in capsys.readouterr().out
+    assert "slice 2 of 2: 1 shards written; run --merge when all slices are done" in capsys.readouterr().out
     assert main([*words, "--slice", "1/2"]) == 0
     assert main([*words, "--merge"]) == 0
     assert len(Manifest.open(tmp_path / "out")) == 3
@@ -88,7 +88,7 @@ def test_splits_by_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main([*words, "test=D999-2019"]) == 2
     assert "D999-2019" in capsys.readouterr().err
     assert main([*words, "test=rest", "train=rest"]) == 2
-    assert "cannot both take the rest" in capsys.readouterr().err
+    assert "cannot both be the rest" in capsys.readouterr().err
     assert main([*words, "test=D031-2019,D004-2021", "train=rest"]) == 0
     table = Manifest.open(tmp_path / "out").table
     assert dict(zip(table["domain"].to_pylist(), table["split_domains"].to_pylist())) == {
