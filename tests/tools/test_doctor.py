@@ -33,7 +33,7 @@ def test_a_healthy_machine_and_healthy_shards(
     tar.write_bytes(tar.read_bytes()[:-1])
     assert main(words) == 1
     text = capsys.readouterr().out
-    assert f"1 missing or of another size ({tar.name}): copy or shard them again" in text
+    assert f"1 missing or of the wrong size ({tar.name}): copy or write them again" in text
     assert "1 fault" in text
 
 
