@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from bocage.ssl.objectives.model import PretrainingModel
 from bocage.ssl.objectives.pooled_contrast import PooledContrast, PooledVICReg
 from bocage.ssl.pretrain_config import PretrainConfig
 
-logger = logging.getLogger(__name__)
+RECONSTRUCTIONS_FOLDER = "reconstructions"
 
 
 def pretrain(config: PretrainConfig) -> Outcome:
@@ -64,7 +63,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
         workers=config.workers,
     )
     output = Path(config.output)
-    figures = output / "reconstructions"
+    figures = output / RECONSTRUCTIONS_FOLDER
     draws_figures = config.reconstructions > 0 and "masked" in model.objectives
     trainer = Trainer(
         model,
@@ -85,9 +84,6 @@ def pretrain(config: PretrainConfig) -> Outcome:
     outcome = trainer.fit()
     if outcome.exit_code == 0 and is_main():
         export_encoders(model, output / "encoders")
-        for path in sorted(figures.glob(f"*_step-{outcome.step:07d}.png")):
-            logger.info("reconstruction: %s", path)
-        logger.info("encoders: %s", output / "encoders")
     return outcome
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from bocage import recipes
-from bocage.ssl.pretrain import pretrain
+from bocage.ssl.engine.parallel.distributed import is_main
+from bocage.ssl.engine.trainer import Outcome
+from bocage.ssl.pretrain import RECONSTRUCTIONS_FOLDER, pretrain
 from bocage.ssl.pretrain_config import PretrainConfig
 
 
@@ -30,4 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(recipes.to_yaml(config), end="")
         return 0
-    return pretrain(config).exit_code
+    outcome = pretrain(config)
+    if outcome.exit_code == 0 and is_main():
+        _print_paths(Path(config.output), outcome)
+    return outcome.exit_code
+
+
+def _print_paths(output: Path, outcome: Outcome) -> None:
+    """Print where a finished run wrote its last figures and its encoders."""
+    for path in sorted((output / RECONSTRUCTIONS_FOLDER).glob(f"*_step-{outcome.step:07d}.png")):
+        print(f"reconstruction: {path}")
+    print(f"encoders: {output / 'encoders'}")

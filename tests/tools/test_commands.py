@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bocage.ssl.engine.trainer import Outcome
 from bocage.tools.cli.examples import EXAMPLES
 from bocage.tools.main import COMMANDS, build_parser, main, run_guarded
 
@@ -127,3 +128,17 @@ def test_a_run_does_not_write_among_shards(below: str, tmp_path: Path, capsys: p
     assert main(["pretrain", "recipe=quickstart", *words[1:]]) == 2
     assert capsys.readouterr().err.count("is inside the folder of the shards: choose another folder") == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_pretrain_prints_where_the_encoders_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "run" / "reconstructions"
+    figures.mkdir(parents=True)
+    for step in (2, 4):
+        (figures / f"reconstruction_key_step-{step:07d}.png").touch()
+    outcome = Outcome(step=4, stopped=False, exit_code=0, last=tmp_path, best=None, metrics={})
+    monkeypatch.setattr("bocage.tools.pretrain.pretrain", lambda config: outcome)
+    assert main(["pretrain", "recipe=quickstart", f"output={tmp_path / 'run'}"]) == 0
+    last = figures / "reconstruction_key_step-0000004.png"
+    assert capsys.readouterr().out == f"reconstruction: {last}\nencoders: {tmp_path / 'run' / 'encoders'}\n"
