@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from timm.models import group_parameters
-from timm.optim import Lars
 from torch import nn
 
 from bocage.shards.errors import InputError
@@ -152,6 +150,8 @@ def layer_scales(task: nn.Module, layer_decay: float) -> dict[str, float]:
     scales: dict[str, float] = {}
     if layer_decay == 1:
         return scales
+    from timm.models import group_parameters  # importing timm takes longer than starting a small run
+
     for prefix, module in task.named_modules():
         matcher = getattr(module, "group_matcher", None)
         start = f"{prefix}." if prefix else ""
@@ -213,6 +213,8 @@ def build_optimizer(
         group.pop("lr_scale", None)
         group["initial_lr"] = group["lr"]
     if config.name == "lars":
+        from timm.optim import Lars
+
         return Lars(groups, lr=peak, momentum=config.betas[0], weight_decay=config.weight_decay)
     fused = device.type in _FUSED_DEVICES
     return torch.optim.AdamW(groups, lr=peak, betas=config.betas, weight_decay=config.weight_decay, fused=fused)

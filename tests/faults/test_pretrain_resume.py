@@ -42,6 +42,7 @@ def recorded(output: Path) -> list[int]:
 
 
 # About 40 s: three real launches, each of which imports torch and timm twice (launcher and training process).
+@pytest.mark.slow
 def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path: Path) -> None:
     uninterrupted = launch(shards, tmp_path / "uninterrupted")
     _, errors = uninterrupted.communicate(timeout=120)

@@ -93,12 +93,11 @@ def test_maps_have_no_seams_for_any_tile_size(tmp_path: Path) -> None:
     expected = blended_in_memory(chosen, image, 448)
     plan = plan_grid(chosen, reference, 12.8)
     maps = {}
-    for across in (1, 2, 8):
+    for across in (1, 8):
         coarser = replace(plan, windows_per_tile=across)
         (path,) = write_map(chosen, rasters, coarser, tmp_path / f"across-{across}", batch_size=1).values()
         maps[across] = read(path)
     assert np.array_equal(maps[1], maps[8])
-    assert np.array_equal(maps[2], maps[8])
     assert (maps[8][0] == expected.argmax(axis=0)).mean() > 0.9999  # rounding may change single pixels
     (path,) = write_map(chosen, rasters, plan, tmp_path / "shares", kind="probabilities", batch_size=1).values()
     with rasterio.open(path) as file:
@@ -139,6 +138,7 @@ def test_windows_end_with_the_map(tmp_path: Path) -> None:
             assert starts == [at for at in every if at < stop and at + 512 > start]
 
 
+@pytest.mark.slow  # Some twenty seconds: the command is killed and started again.
 def test_a_killed_and_resumed_map_is_the_same_file(tmp_path: Path) -> None:
     # Some twenty seconds: four processes, two tiles.
     run, raster = saved(tmp_path / "run"), write(tmp_path / "image.tif", ground(600, 3900), 0.2)

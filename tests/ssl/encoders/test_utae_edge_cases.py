@@ -180,10 +180,14 @@ OFFICIAL_MEAN: dict[str, Any] = {**STRIDED, "masked_norm": False, "agg_mode": "m
     ("options", "masked", "strict"),
     [
         ({}, True, True),
-        (OFFICIAL_MEAN, True, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (({}, False, True), ({}, False, False), (OFFICIAL_MEAN, False, True))
+            for case in (
+                (OFFICIAL_MEAN, True, False),
+                ({}, False, True),
+                ({}, False, False),
+                (OFFICIAL_MEAN, False, True),
+            )
         ),
     ],
 )
