@@ -34,12 +34,12 @@ assert importlib.util.find_spec("bocage") is None
 worst = {}
 for name in sys.argv[1:]:
     kept = load_file(f"{name}.safetensors")
-    encoder = timm.create_model(f"local-dir:published/{name}", pretrained=True, features_only=True).eval()
+    encoder = timm.create_model(f"local-dir:runs/published/{name}", pretrained=True, features_only=True).eval()
     with torch.no_grad():
         maps = encoder(kept["images"])
     worst[name] = max(float((m.permute(0, 3, 1, 2) - kept[f"map{i}"]).abs().max()) for i, m in enumerate(maps))
     assert len(maps) == len(kept) - 1
-    other = timm.create_model(f"local-dir:published/{name}", pretrained=True, features_only=True, in_chans=3)
+    other = timm.create_model(f"local-dir:runs/published/{name}", pretrained=True, features_only=True, in_chans=3)
     assert other(kept["images"][:, :3])[0].shape == maps[0].shape
 print(json.dumps(worst))
 """
@@ -51,7 +51,7 @@ from safetensors.torch import load_file
 assert importlib.util.find_spec("bocage") is None
 kept = load_file("AERIAL_RGBI.safetensors")
 encoder = task.model.encoder.eval()
-alone = timm.create_model("local-dir:published/AERIAL_RGBI", pretrained=True, features_only=True).eval()
+alone = timm.create_model("local-dir:runs/published/AERIAL_RGBI", pretrained=True, features_only=True).eval()
 with torch.no_grad():
     maps, others = encoder(kept["images"])[-4:], alone(kept["images"])
 for index, (found, other) in enumerate(zip(maps, others, strict=True)):
@@ -83,7 +83,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reconstructions=0",
     ]
     assert pretrain(recipes.resolve(PretrainConfig, words)).exit_code == 0
-    given = ["publish", str(folder / "run"), str(folder / "published"), "--shards", str(shards), "--without-scores"]
+    given = [
+        "publish",
+        str(folder / "run"),
+        str(folder / "runs" / "published"),
+        "--shards",
+        str(shards),
+        "--without-scores",
+    ]
     assert main([*given, "--modalities", *IMAGES, *TERMS]) == 0
     for name in IMAGES:
         encoder = load_encoder(folder / "run" / "encoders" / name).eval()
@@ -118,7 +125,7 @@ def test_timm_alone_gives_the_same_features(published: Path, tmp_path: Path) -> 
 def test_the_documented_code_gives_the_same_features(
     library: str, extra: list[str], published: Path, tmp_path: Path
 ) -> None:
-    page = (ROOT / "docs" / "publishing.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "publish.md").read_text()
     (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"from {library}" in code]
     python = environment(tmp_path / "venv", library, *extra)
     done = subprocess.run([str(python), "-c", block + COMPARE], cwd=published, capture_output=True, text=True)
