@@ -184,15 +184,16 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
             raise InputError(f"argument {argument!r} is not of the form key=value")
     names = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("recipe=")]
     if len(names) != 1:
-        raise InputError(f"give one recipe as recipe=NAME; recipes: {_format_recipe_list()}")
+        raise InputError(f"give one recipe as recipe=NAME; recipes of this command: {', '.join(recipes_for(schema))}")
     config: Any = OmegaConf.structured(schema)
     recipe = names[0]
     for name, layer in _load_with_bases(recipe).items():
         if not name.endswith(_FILE_EXTENSIONS) and (unknown := [key for key in layer if key not in config]):
             others = ", ".join(recipes_for(schema))
+            base = f" through its base {name}" if name != recipe else ""
             raise InputError(
-                f"recipe={recipe} belongs to another command: this one has no key {unknown[0]!s}, which {name} sets; "
-                f"recipes of this command: {others or 'none that come with bocage'}"
+                f"recipe={recipe} belongs to another command: it sets {unknown[0]!s}{base}, a key this command does not "
+                f"have; recipes of this command: {others or 'none that come with bocage'}"
             )
         config = _merge(config, layer, f"recipe {name}")
     for key in removed:

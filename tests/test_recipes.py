@@ -99,7 +99,7 @@ def test_a_recipe_of_another_command_is_rejected() -> None:
         recipes.resolve(FinetuneConfig, ["recipe=quickstart"])
     text = str(caught.value)
     assert text.startswith(
-        "recipe=quickstart belongs to another command: this one has no key weights, which mae_multimodal sets"
+        "recipe=quickstart belongs to another command: it sets weights through its base mae_multimodal"
     )
     assert "finetune_quickstart" in text
     assert "label_efficiency" not in text

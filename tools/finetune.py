@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="recipe=finetune_cosia shards=PATH output=PATH, and any key of the recipe",
     )
+    parser.epilog = f"recipes: {', '.join(recipes.recipes_for(FinetuneConfig))}, and official/*"
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
 
 

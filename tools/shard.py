@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     content.add_argument(
         "--lossy-dem",
         action="store_true",
-        help="round heights by at most 5 mm: height models take less than half the bytes; the rest stays lossless",
+        help="round heights by at most 3.9 mm: height models take less than half the bytes; the rest stays lossless",
     )
     content.add_argument(
         "--max-bad",
