@@ -192,8 +192,8 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
             others = ", ".join(recipes_for(schema))
             base = f" through its base {name}" if name != recipe else ""
             raise InputError(
-                f"recipe={recipe} belongs to another command: it sets {unknown[0]!s}{base}, a key this command does not "
-                f"have; recipes of this command: {others or 'none that come with bocage'}"
+                f"recipe={recipe} belongs to another command: it sets {unknown[0]!s}{base}, a key that this command "
+                f"lacks; recipes of this command: {others or 'none that come with bocage'}"
             )
         config = _merge(config, layer, f"recipe {name}")
     for key in removed:

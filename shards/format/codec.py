@@ -87,7 +87,7 @@ CODECS = {
 
 
 def with_lossy_dem(registry: Registry) -> Registry:
-    """Copy of the registry that stores height models rounded, with an error of at most 3.9 mm (documented as 5 mm).
+    """Copy of the registry that stores height models rounded, with an error of at most 3.9 mm.
 
     NaN, infinities and values below -500 m or above 9000 m, including nodata, keep their bits.
     """

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 
 class _StderrHandler(logging.Handler):
     """Writes ``bocage: MESSAGE`` to the present ``sys.stderr``, which tests and progress bars replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        import sys
-
         print(f"bocage: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
