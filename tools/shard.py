@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import with_lossy_dem
 from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.delete_source import replaced_zips
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.write.estimate import Estimate
@@ -24,9 +26,11 @@ from bocage.shards.write.writer import DatasetWriter
 from bocage.tools.cli.arguments import parse_pairs, positive_int, unit_fraction
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.progress import ProgressBar, ProgressBars, format_duration
+from bocage.tools.verify import show_verification
 
 _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
+_ZIPS_SHOWN = 20
 _REST = "rest"
 _EPILOG = """\
 After an interruption the same command resumes: finished shards are kept, and only those that skipped a patch that
@@ -111,6 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheduler", metavar="ADDRESS", help="address of a Dask scheduler to run on, e.g. tcp://head:8786"
     )
     running.add_argument("--report", metavar="FILE", type=Path, help="write the problems found in SRC as JSON")
+    running.add_argument(
+        "--delete-source",
+        action="store_true",
+        help="verify the written shards as `bocage verify --decode all` does, then delete the zips of SRC whose files "
+        "they all hold; folders and metadata stay",
+    )
     stages = running.add_mutually_exclusive_group()
     stages.add_argument(
         "--dry-run", action="store_true", help="estimate sizes and time from a few patches, and write nothing"
@@ -125,6 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the shards; return 130 or 143 when interrupted."""
+    if arguments.delete_source and (arguments.dry_run or arguments.slice is not None):
+        raise InputError("--delete-source: needs complete shards; give it without --dry-run, or with --merge")
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # FORCE_COLOR would draw a spinner in logs
     try:
         with Interrupts() as interrupts:
@@ -135,6 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
                 _write_report(arguments.report, catalogue)
             _check_readable(arguments, catalogue)
             _shard(interrupts, catalogue, arguments)
+            if arguments.delete_source:
+                _delete_source(interrupts, catalogue, arguments)
     except InterruptedCommand as stopped:
         print(
             f"bocage: interrupted by {stopped.name}; finished shards are kept; run the same command to resume",
@@ -191,6 +205,26 @@ def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Nam
         else:
             number, of = arguments.slice
             print(f"slice {number} of {of}: {len(shards)} shards written; run --merge when all slices are done")
+
+
+def _delete_source(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Namespace) -> None:
+    """Delete the zips of SRC that the verified shards replace, and print why others stay."""
+    with ProgressBars() as bars:
+        show = partial(show_verification, bars.add("verifying", "MB"), interrupts)
+        found = replaced_zips(catalogue, arguments.out, workers=arguments.workers, progress=show)
+    with interrupts.deferred():  # with half of the zips, the same command would find another dataset
+        found.delete()
+        size = _size(sum(found.deletable.values()))
+        print(f"deleted {len(found.deletable)} zips of {arguments.source}, {size}{_names(found.deletable)}")
+        for reason in dict.fromkeys(found.kept.values()):
+            kept = [path for path, why in found.kept.items() if why == reason]
+            print(f"kept {len(kept)}, {reason}{_names(kept)}")
+
+
+def _names(paths: Iterable[Path]) -> str:
+    names = [path.name for path in paths]
+    more = f" and {len(names) - _ZIPS_SHOWN} more" if len(names) > _ZIPS_SHOWN else ""
+    return f": {', '.join(names[:_ZIPS_SHOWN])}{more}" if names else ""
 
 
 def _show(bar: ProgressBar, interrupts: Interrupts, done: int, total: int, written: int) -> None:

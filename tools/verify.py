@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from bocage.shards.format.manifest import DATASET_FILE
@@ -11,7 +12,7 @@ from bocage.shards.inspect.verify import Verification, verify
 from bocage.shards.inspect.verify_shard import Problem
 from bocage.tools.cli.arguments import non_negative_int, positive_int
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
-from bocage.tools.cli.progress import ProgressBars
+from bocage.tools.cli.progress import ProgressBar, ProgressBars
 from bocage.tools.cli.reports import write_json
 
 _SHOWN = 50  # problems printed
@@ -53,13 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _verify(interrupts: Interrupts, arguments: argparse.Namespace) -> Verification:
     with ProgressBars() as bars:
-        bar = bars.add("verifying", "MB")
+        show = partial(show_verification, bars.add("verifying", "MB"), interrupts)
+        return verify(arguments.shards, decode=arguments.decode, workers=arguments.workers, progress=show)
 
-        def progress(done: int, total: int, problems: int) -> None:
-            interrupts.check()
-            bar.update(int(done / _MEGABYTE), int(total / _MEGABYTE), f"{problems} broken" * bool(problems))
 
-        return verify(arguments.shards, decode=arguments.decode, workers=arguments.workers, progress=progress)
+def show_verification(bar: ProgressBar, interrupts: Interrupts, done: int, total: int, problems: int) -> None:
+    """Update the progress bar; a ``Progress`` callback of ``verify``."""
+    interrupts.check()
+    bar.update(int(done / _MEGABYTE), int(total / _MEGABYTE), f"{problems} broken" * bool(problems))
 
 
 def _print(found: Verification, path: Path) -> None:

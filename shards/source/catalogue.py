@@ -155,6 +155,22 @@ class Catalogue:
         """Counts by modality, and missing, undated and unparsable files."""
         return self._report
 
+    def stored_by_zip(self, stored: np.ndarray) -> dict[str, int]:
+        """Number of rasters that shards hold, by file name of the zip.
+
+        A raster of several patches, such as a historical one, counts if the shards hold it for all of them.
+
+        Args:
+            stored: (patches, modalities) bool, whether the shards hold the raster of a patch, in the catalogue's order.
+        """
+        bits = np.arange(len(self.registry), dtype=np.uint64)
+        wanted = (self._presence[:, None] >> bits & np.uint64(1)).astype(bool) & (self._entry_index >= 0)
+        is_stored = np.zeros(len(self._zip_entries), bool)
+        is_stored[self._entry_index[wanted & stored]] = True
+        is_stored[self._entry_index[wanted & ~stored]] = False
+        counts = np.bincount(self._zip_entries["zip"][is_stored], minlength=len(self._zips))
+        return dict(zip(self._zips, counts.tolist()))
+
     def with_csv_split(self, name: str, files: Mapping[str, str | Path]) -> Catalogue:
         """A copy of the catalogue with another split, defined by CSV files.
 

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,6 +36,7 @@ class Interrupts:
     def __init__(self) -> None:
         self._received = 0
         self._when = 0.0
+        self._is_deferred = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -52,10 +55,22 @@ class Interrupts:
         if self._received:
             raise InterruptedCommand(self._received)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Context manager for a step that must be completed: a first signal raises the exception at its end."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+        self.check()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self._received:
             self._received, self._when = number, now
+            if self._is_deferred:
+                return
             raise InterruptedCommand(number)
         if now - self._when > _DEBOUNCE_SECONDS:
             if sys.stderr.isatty():
