@@ -8,7 +8,6 @@ from bocage.finetune.models.supervision import Supervision, TaskConfig
 from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.finetune.subsets.sampling import SAMPLING_UNITS, SamplingUnit
 from bocage.shards.format.manifest import EVERY_SAMPLE
-from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.read.cache import CacheConfig
 from bocage.ssl.encoders.base import EncoderConfig
 from bocage.ssl.engine.engine_config import EngineConfig
@@ -49,7 +48,8 @@ class FinetuneConfig:
         sampling_unit: unit that is drawn: single patches (``patch``) or whole regions of interest (``roi``).
         disjoint_validation: whether to validate on whole regions that contain no training patch. They are drawn within
             each domain from the patches of ``train`` and ``valid``, about as many patches as ``valid`` has.
-        window: side of the ground window of a training sample, in metres. Evaluation uses whole patches.
+        window: side of the ground window of a training sample, in metres; null trains on whole patches.
+            Evaluation uses whole patches.
         label_stride: stride of the label pixels, along both axes, that the training loss uses. Logits are computed for
             these pixels only, which saves most of the time where sensors are much coarser than labels. Evaluation uses
             all pixels.
@@ -90,7 +90,7 @@ class FinetuneConfig:
     draw: int = 0
     sampling_unit: SamplingUnit = "patch"
     disjoint_validation: bool = False
-    window: float = PATCH_SIZE
+    window: float | None = None
     label_stride: int = 1
     batch_size: int = 4
     workers: int = 0
@@ -128,7 +128,7 @@ class FinetuneConfig:
         changed = {
             f"decoder={self.decoder}": self.decoder != UPerNetConfig(),
             f"swin.options={self.swin.options}": bool(self.swin.options),
-            f"window={self.window}": self.window != PATCH_SIZE,
+            f"window={self.window}": self.window is not None,
             f"label_stride={self.label_stride}": self.label_stride != 1,
         }
         for key, differs in changed.items():

@@ -117,10 +117,11 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         official=config.official,
         supervision=config.supervision,
     )
-    pixels = round(config.window / task.gsd)
+    window = config.window or task.patch_size
+    pixels = round(window / task.gsd)
     if pixels % config.label_stride:
         raise InputError(
-            f"label_stride={config.label_stride} does not divide the {pixels} pixels of window={config.window} metres"
+            f"label_stride={config.label_stride} does not divide the {pixels} pixels of window={window:g} metres"
         )
     return task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -10,10 +11,7 @@ from typing import Any, Literal, get_args
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3, ClassScheme
 from bocage.shards.errors import InputError
 
-__all__ = ["FLAIR_HUB", "PATCH_SIZE", "Band", "Baseline", "Modality", "Registry", "SimulatedSensor"]
-
-PATCH_SIZE = 102.4
-"""Side of a patch on the ground, in metres."""
+__all__ = ["FLAIR_HUB", "Band", "Baseline", "Modality", "Registry", "SimulatedSensor"]
 
 Role = Literal["image", "series", "mask", "label"]
 Quantity = Literal[
@@ -24,6 +22,7 @@ Quantity = Literal[
     "terrain_height",
     "snow_probability",
     "cloud_probability",
+    "other",
     "class",
 ]
 Representation = Literal["linear", "decibel", "relief", "elevation"]
@@ -37,7 +36,8 @@ class Band:
 
     Attributes:
         name: name of the band.
-        quantity: physical quantity that the band measures, or ``class`` for a band of labels.
+        quantity: physical quantity that the band measures, ``other`` for one that has no name here, or ``class`` for
+            a band of labels.
         wavelength: centre wavelength in nm; required for reflectance bands, None for others.
         scheme: class scheme of the values; required for class bands, None for others.
 
@@ -120,7 +120,7 @@ class Modality:
         bands: bands of the raster, in order.
         dtype: NumPy dtype of the stored values.
         gsd: ground sampling distance, in metres.
-        size: side of a patch, in pixels; ``size * gsd`` is 102.4 m.
+        size: side of a patch, in pixels; ``size * gsd`` is the side of the registry's patches.
         codec: name of the codec of the shard member (see ``codec.py``).
         representation: conversion of stored values before standardisation. ``linear``: the values. ``decibel``:
             10 log10 of the values. ``relief``: (surface - mean surface of the window, surface - terrain), in metres.
@@ -128,7 +128,8 @@ class Modality:
         groups: groups of correlated channels of the representation, normalised together in reconstruction targets
             (MAESTRO, arXiv 2508.10894).
         unit: side of a mask unit, in pixels; for series, side of the blocks in which targets are normalised.
-        dates_table: NAME in ``GLOBAL_NAME_MTD_DATES.gpkg``, the file of the acquisition dates, if there is one.
+        dates_table: source of the acquisition dates: NAME in FLAIR-HUB's ``GLOBAL_NAME_MTD_DATES.gpkg``, or
+            ``description`` if a dataset description gives them; None if they are unknown.
         historical: whether file names have ``195X`` instead of the image year and images show an older landscape.
         mask_of: name of the series that a mask belongs to.
         mean, std: official statistics of the stored values by band, if IGN publishes them.
@@ -137,9 +138,9 @@ class Modality:
         sensor: radiometry in the simulator.
 
     Raises:
-        ValueError: the name contains ``.`` or ``/``; ``gsd`` is not a whole number of millimetres, or ``size * gsd``
-            is not the side of a patch; the representation is unknown; or, for an input, ``groups`` does not hold
-            each channel once, or ``unit`` does not divide ``size``.
+        ValueError: the name contains ``.`` or ``/``; ``size`` or ``gsd`` is not positive; the representation is
+            unknown; or, for an input, ``groups`` does not hold each channel once, or ``unit`` does not divide
+            ``size``.
     """
 
     name: str
@@ -166,12 +167,8 @@ class Modality:
             raise ValueError(f"modality name {self.name!r} must not contain '.' or '/'")
         if type(self.size) is not int or self.size < 1:
             raise ValueError(f"{self.name}: size {self.size!r} is not a number of pixels")
-        # Windows lie on a lattice of whole millimetres (``windows.lattice_step``).
-        is_whole_mm = self.gsd > 0 and abs(self.gsd - round(self.gsd, 3)) <= 1e-9
-        if not is_whole_mm or abs(self.size * self.gsd - PATCH_SIZE) > 1e-6:
-            raise ValueError(
-                f"{self.name}: {self.size} px of {self.gsd} m are not a patch of {PATCH_SIZE} m, or gsd is not whole mm"
-            )
+        if not (type(self.gsd) in (int, float) and 0 < self.gsd < math.inf):
+            raise ValueError(f"{self.name}: gsd {self.gsd!r} is not a number of metres")
         if self.representation not in get_args(Representation):
             known = ", ".join(get_args(Representation))
             raise ValueError(f"{self.name}: representation {self.representation!r} is not one of {known}")
@@ -186,6 +183,11 @@ class Modality:
     def is_input(self) -> bool:
         """Whether the modality is an encoder input."""
         return self.role in ("image", "series")
+
+    @property
+    def patch_size(self) -> float:
+        """Side of a patch on the ground, in metres."""
+        return self.size * self.gsd
 
     @property
     def has_time_axis(self) -> bool:
@@ -244,10 +246,11 @@ def _tuples(value: Any) -> Any:
 
 
 class Registry(Mapping[str, Modality]):
-    """An ordered, immutable mapping from names to modalities.
+    """An ordered, immutable mapping from names to modalities, whose patches cover the same ground.
 
     Raises:
-        ValueError: a modality is listed twice, or a mask without its series.
+        ValueError: a modality is listed twice, a mask without its series, or two modalities have patches of different
+            sides.
         InputError: on lookup, the name is unknown; the message suggests the closest one.
     """
 
@@ -258,6 +261,11 @@ class Registry(Mapping[str, Modality]):
         for modality in modalities:
             if modality.mask_of is not None and modality.mask_of not in self._by_name:
                 raise ValueError(f"{modality.name} masks {modality.mask_of}, which is not listed")
+            if not math.isclose(modality.patch_size, modalities[0].patch_size, rel_tol=1e-6):
+                raise ValueError(
+                    f"{modality.name}: {modality.size} px of {modality.gsd:g} m make {modality.patch_size:g} m, "
+                    f"but a patch of {modalities[0].name} has {modalities[0].patch_size:g} m"
+                )
 
     def __getitem__(self, name: str) -> Modality:
         try:
@@ -276,6 +284,17 @@ class Registry(Mapping[str, Modality]):
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    @property
+    def patch_size(self) -> float:
+        """Side of a patch on the ground, in metres.
+
+        Raises:
+            ValueError: the registry is empty.
+        """
+        for modality in self._by_name.values():
+            return modality.patch_size
+        raise ValueError("an empty registry has no patch size")
 
     def with_modality(self, modality: Modality) -> Registry:
         """Copy of the registry with one more modality.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.preprocess.augment import AugmentConfig
 from bocage.shards.read.cache import CacheConfig
 from bocage.ssl.encoders.base import EncoderConfig
@@ -32,7 +31,7 @@ class PretrainConfig:
         modalities: sensors to pretrain; empty for all input modalities of the shards.
         split: split column of the shards, or ``all`` to pretrain on every patch.
         train: value of the split column to pretrain on; other patches are left out.
-        window: side of the ground window of a sample, in metres.
+        window: side of the ground window of a sample, in metres; null trains on whole patches.
         batch_size: samples per rank and step.
         workers: DataLoader workers per rank.
         swin: architecture of image encoders.
@@ -66,7 +65,7 @@ class PretrainConfig:
     modalities: list[str] = field(default_factory=list)
     split: str = "split_1"
     train: str = "train"
-    window: float = PATCH_SIZE
+    window: float | None = None
     batch_size: int = 8
     workers: int = 4
     swin: EncoderConfig = field(default_factory=EncoderConfig)
@@ -87,7 +86,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if not 0 < self.window < math.inf:
+        if self.window is not None and not 0 < self.window < math.inf:
             raise ValueError(f"window={self.window} must be a positive number of metres")
         for name, weight in self.weights.items():
             if name not in OBJECTIVES:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from bocage.finetune.mapping.map_rasters import MapRaster
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.errors import InputError
-from bocage.shards.modality import PATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def plan_grid(task: Segmentation, raster: MapRaster, overlap: float) -> MapGrid:
     Raises:
         InputError: the overlap is negative or more than half a window.
     """
-    if not 0 <= overlap <= PATCH_SIZE / 2:
-        raise InputError(f"--overlap {overlap:g} must be between 0 and {PATCH_SIZE / 2:g} m, half a window")
-    extent, window_size = raster.extent, round(PATCH_SIZE / task.gsd)
+    if not 0 <= overlap <= task.patch_size / 2:
+        raise InputError(f"--overlap {overlap:g} must be between 0 and {task.patch_size / 2:g} m, half a window")
+    extent, window_size = raster.extent, round(task.patch_size / task.gsd)
     width, height = (max(1, round(length / task.gsd)) for length in (extent.width, extent.height))
     return MapGrid(raster, task.gsd, width, height, window_size, window_size - round(overlap / task.gsd))

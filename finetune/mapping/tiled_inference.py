@@ -22,7 +22,6 @@ from bocage.finetune.mapping.map_rasters import MapRaster, valid_pixels, window_
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
-from bocage.shards.modality import PATCH_SIZE
 from bocage.ssl.engine.parallel.distributed import rank_and_world, run_lock, run_on_all_ranks
 
 Kind = Literal["classes", "probabilities"]
@@ -202,7 +201,7 @@ def _predict_windows(
         chosen = range(first, min(first + batch_size, columns.stop))
         top = grid.window_start(row, grid.height)
         corners = [grid.corner(top, grid.window_start(column, grid.width)) for column in chosen]
-        batch, has_data = window_batch(rasters, corners, PATCH_SIZE)
+        batch, has_data = window_batch(rasters, corners, task.patch_size)
         rows = np.flatnonzero(has_data)
         if not len(rows):
             continue

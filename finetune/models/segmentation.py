@@ -79,6 +79,7 @@ class Segmentation(nn.Module):
         if len(sizes) > 1:
             raise InputError(f"labels: {', '.join(self.targets)} have different pixel sizes: fine-tune them separately")
         self.gsd = sizes.pop()
+        self.patch_size = targets[0].label.patch_size
         if unknown := set(supervision.tasks) - set(self.targets):
             raise InputError(f"tasks: {', '.join(sorted(unknown))} not among the labels {', '.join(self.targets)}")
         rates = dict(supervision.modality_dropout)

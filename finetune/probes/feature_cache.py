@@ -22,7 +22,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.modality import Modality
 from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks, required_modalities
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
@@ -104,7 +104,7 @@ class DenseFeatureCache:
 
     def __init__(self, root: Path, manifest: Manifest, cell: float) -> None:
         self.root, self.manifest = root, manifest
-        self.cells = round(PATCH_SIZE / cell)
+        self.cells = max(1, round(manifest.registry.patch_size / cell))
 
     def features(
         self,

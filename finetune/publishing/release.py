@@ -26,7 +26,6 @@ from bocage.finetune.publishing.card import CARD_FILE, FACTS_FILE, PREPROCESSING
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_folder, sha256
 from bocage.shards.format.manifest import EVERY_SAMPLE, Manifest, has_acquisition_dates
-from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.preprocess.inputs import quality_masks
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.patches import ShardPatches
@@ -263,7 +262,7 @@ def _data_facts(run: PretrainedRun, modality: str) -> dict[str, Any]:
         "shards": manifest.digest,
         "split": split,
         "patches": len(rows),
-        "patch": PATCH_SIZE,
+        "patch": manifest.registry.patch_size,
         "regions": len(regions),
         "domains": sorted(domains),
         "crs": sorted(crs),

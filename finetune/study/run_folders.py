@@ -27,7 +27,6 @@ from bocage.finetune.train import build_task
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.read.open import open_shards
 from bocage.ssl.encoders.initialization import SCRATCH, weights_digest
 
@@ -118,7 +117,8 @@ class RunFolders:
                     source = sources.get(name, SCRATCH)
                     # The random weights of an encoder differ from draw to draw.
                     cached.add((name, source, run.draw if source == SCRATCH else 0))
-        return 2 * sum(width[name] for name, _, _ in cached) * round(PATCH_SIZE / CELL_SIZE) ** 2 * len(self.manifest)
+        cells = max(1, round(self.manifest.registry.patch_size / CELL_SIZE)) ** 2 * len(self.manifest)
+        return 2 * sum(width[name] for name, _, _ in cached) * cells
 
     def prepare(self, run: StudyRun) -> None:
         """Write ``run.json``, or check an existing one.

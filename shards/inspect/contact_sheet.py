@@ -18,7 +18,7 @@ from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import CodecError, decode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.composites import colour_bands, hillshade, palette, series_composites
-from bocage.shards.modality import PATCH_SIZE, Band, Modality
+from bocage.shards.modality import Band, Modality
 from bocage.shards.preprocess.normalize import represent
 
 # Inches.
@@ -74,7 +74,8 @@ def contact_sheet(manifest: Manifest, row: int) -> Figure:
     height = _TOP + lines * (_TITLE + _SIDE + _SCALE) + strips + labels_height + _MARGIN
     page = _Page(height)
     page.text(_MARGIN, 0.12, key, fontsize=13, weight="bold")
-    ground = f"{manifest.index.roi(row)}, {PATCH_SIZE:g} m x {PATCH_SIZE:g} m, north up"
+    extent = manifest.registry.patch_size
+    ground = f"{manifest.index.roi(row)}, {extent:g} m x {extent:g} m, north up"
     page.text(_MARGIN, 0.38, ground, fontsize=9, color="#444444")
     top = _TOP
     for start in range(0, len(images), _COLUMNS):

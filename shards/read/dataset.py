@@ -23,10 +23,10 @@ from bocage.shards.batch import Batch, GroundWindow, Sample
 from bocage.shards.errors import InputError
 from bocage.shards.format.codec import EncodedArray
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.modality import Modality
 from bocage.shards.read.collate import BatchWriter, PackedBatch
 from bocage.shards.read.sampler import BatchRequest, DistributedBatchSampler, EvaluationBatchSampler, GlobalShuffle
-from bocage.shards.read.windows import check_side, draw_windows, lattice_step, pixel_slices
+from bocage.shards.read.windows import check_side, draw_windows, pixel_slices
 from bocage.shards.sample_seed import sample_seed
 
 _MAX_GAP = 1024
@@ -57,23 +57,23 @@ class ShardDataset(Dataset[Sample]):
     Args:
         manifest: an open manifest.
         modalities: modalities to read.
-        window: side of the ground window, in metres.
+        window: side of the ground window, in metres; None reads whole patches.
         seed: seed of the windows and of all other random numbers of a sample.
 
     Raises:
         InputError: the window is not whole pixels, or the shards lack a modality.
     """
 
-    def __init__(self, manifest: Manifest, modalities: Sequence[Modality], window: float, seed: int) -> None:
-        check_side(window, modalities)
+    def __init__(self, manifest: Manifest, modalities: Sequence[Modality], window: float | None, seed: int) -> None:
         missing = [modality.name for modality in modalities if modality.name not in manifest.registry]
         if missing:
             raise InputError(
                 f"{manifest.path}: the shards hold no {', '.join(missing)}; they hold {', '.join(manifest.registry)}"
             )
         self.modalities = list(modalities)
-        self._window, self._seed = window, seed
-        self._lattice_step = lattice_step(modalities)
+        if window is not None:
+            check_side(window, modalities)
+        self._window, self._seed = window or manifest.registry.patch_size, seed
         self._index, self._files = manifest.index, manifest.files
         self._prefetched: list[int] = []
 
@@ -84,7 +84,7 @@ class ShardDataset(Dataset[Sample]):
         epoch, row = item
         key = self._index.key(row)
         seed = sample_seed(self._seed, epoch, key)
-        [window] = draw_windows([seed], self._window, self._lattice_step)
+        [window] = draw_windows([seed], self._window, self.modalities)
         arrays, dates = {}, {}
         for modality, data in self._read_members(row):
             arrays[modality.name] = self._decode(row, modality, data, window)
@@ -100,7 +100,7 @@ class ShardDataset(Dataset[Sample]):
         rows = [row for _, row in request.samples]
         keys = [self._index.key(row) for row in rows]
         seeds = [sample_seed(self._seed, epoch, key) for key, (epoch, _) in zip(keys, request.samples)]
-        windows = draw_windows(seeds, self._window, self._lattice_step)
+        windows = draw_windows(seeds, self._window, self.modalities)
         dates = {
             item.name: [self._dates(row, item) if self._index.length[item.name][row] else None for row in rows]
             for item in self.modalities
@@ -247,7 +247,7 @@ class TrainingStream:
         rows: (N,) int64, manifest rows to train on.
         modalities: modalities to read.
         batch_size: samples per rank and batch.
-        window: side of the ground window, in metres.
+        window: side of the ground window, in metres; None reads whole patches.
         seed: seed of the order, the windows and the augmentations.
         workers: number of DataLoader workers; 0 reads in the training process.
 
@@ -266,7 +266,7 @@ class TrainingStream:
         modalities: Sequence[Modality],
         *,
         batch_size: int,
-        window: float = PATCH_SIZE,
+        window: float | None = None,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
@@ -292,12 +292,12 @@ def evaluation_batches(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
-    window: float = PATCH_SIZE,
+    window: float | None = None,
 ) -> Iterator[Batch]:
     """Read each patch exactly once over all ranks, in the order of ``rows``, (N,) int64; the last batch may be short.
 
-    Patches are whole unless ``window``, in metres, is smaller: then each patch has one random window, the same in
-    every evaluation.
+    Patches are whole unless ``window`` is a side in metres: then each patch has one random window, the same in every
+    evaluation.
 
     Raises:
         InputError: the window is not whole pixels, or the shards lack a modality.

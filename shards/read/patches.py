@@ -16,7 +16,7 @@ from bocage.shards.format.manifest import EVERY_SAMPLE, Manifest
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.read.collate import collate
 from bocage.shards.read.dataset import days_since_may, evaluation_batches
-from bocage.shards.read.windows import WHOLE_PATCH
+from bocage.shards.read.windows import whole_patch
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.source.rasters import gdal_environment, read_raster
@@ -178,5 +178,5 @@ class TreePatches:
             if modality.has_time_axis:
                 dates[modality.name] = days_since_may(patch.dates[modality.name])
         seed = sample_seed(0, 0, patch.key)
-        sample = Sample(patch.key, patch.roi, seed, WHOLE_PATCH, arrays, dates)
+        sample = Sample(patch.key, patch.roi, seed, whole_patch(modalities[0]), arrays, dates)
         return sample, location or PatchLocation(patch.key, "", 0.0, 0.0)

@@ -12,7 +12,7 @@ import pyogrio
 import tifffile
 
 from bocage.shards.files import atomic_write
-from bocage.shards.modality import PATCH_SIZE
+from bocage.shards.simulate.ground import PATCH_SIZE
 
 CRS = "EPSG:2154"
 """Projection of all rasters: Lambert-93."""

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.landscape import Landscape, Shape
 from bocage.shards.simulate.noise import TILE, generator, texture_tiles, tile_index
+
+PATCH_SIZE = FLAIR_HUB.patch_size
+"""Side of a patch on the ground, in metres."""
 
 _BORDER = 64
 """Width of the border rendered around a patch, in pixels: objects there cast shadows into the patch."""

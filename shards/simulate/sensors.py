@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3, ClassScheme
-from bocage.shards.modality import PATCH_SIZE, Band, Modality, SimulatedSensor
-from bocage.shards.simulate.ground import GroundRasters, SunPosition
+from bocage.shards.modality import Band, Modality, SimulatedSensor
+from bocage.shards.simulate.ground import PATCH_SIZE, GroundRasters, SunPosition
 from bocage.shards.simulate.landscape import Landscape
 from bocage.shards.simulate.noise import SmoothField, generator
 from bocage.shards.simulate.spectra import spectrum

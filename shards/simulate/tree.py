@@ -23,9 +23,9 @@ import numpy as np
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
-from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Modality, Registry
+from bocage.shards.modality import FLAIR_HUB, Modality, Registry
 from bocage.shards.simulate.geo_files import write_raster, write_table
-from bocage.shards.simulate.ground import rasterise_patch
+from bocage.shards.simulate.ground import PATCH_SIZE, rasterise_patch
 from bocage.shards.simulate.landscape import build_landscape
 from bocage.shards.simulate.noise import generator
 from bocage.shards.simulate.regions import REGIONS

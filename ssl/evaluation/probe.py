@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from bocage.shards.batch import Batch
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.modality import PATCH_SIZE
 from bocage.shards.preprocess.inputs import EncoderInput, encoder_inputs, required_modalities
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
@@ -42,7 +42,7 @@ class ProbeConfig:
         penalty: L2 penalty on the weights of the linear probe.
 
     Raises:
-        ValueError: a value is out of range, or there would be too many cells.
+        ValueError: a value is out of range.
     """
 
     label: str = ""
@@ -58,14 +58,8 @@ class ProbeConfig:
         for key in ("level", "patches", "neighbours"):
             if getattr(self, key) < 1:
                 raise ValueError(f"probe.{key}={getattr(self, key)} must be at least 1")
-        if not 0 < self.cell <= PATCH_SIZE / 2:
-            raise ValueError(f"probe.cell={self.cell} must be positive, and at most half a patch of {PATCH_SIZE} m")
-        cells = self.patches * round(PATCH_SIZE / self.cell) ** 2
-        if cells > _MAX_CELLS:
-            raise ValueError(
-                f"probe.cell={self.cell} gives {cells} cells with probe.patches={self.patches}: the maximum is "
-                f"{_MAX_CELLS}; use larger cells or fewer patches"
-            )
+        if not 0 < self.cell < math.inf:
+            raise ValueError(f"probe.cell={self.cell} must be a positive number of metres")
         if not self.penalty >= 0:
             raise ValueError(f"probe.penalty={self.penalty} must not be negative")
 
@@ -95,7 +89,8 @@ class Probe:
         split: split column of the shards.
 
     Raises:
-        InputError: the shards do not have the label, or the train or test subset has no patch with it.
+        InputError: the shards do not have the label, the train or test subset has no patch with it, or there would be
+            too many cells.
     """
 
     def __init__(self, manifest: Manifest, config: ProbeConfig, split: str) -> None:
@@ -110,6 +105,12 @@ class Probe:
         self.label = registry[config.label]
         if config.level > len(self.label.schemes):
             raise InputError(f"probe.level={config.level}: {config.label} has levels 1 to {len(self.label.schemes)}")
+        cells = config.patches * _cells_per_side(registry.patch_size, config.cell) ** 2
+        if cells > _MAX_CELLS:
+            raise InputError(
+                f"probe.cell={config.cell} gives {cells} cells with probe.patches={config.patches}: the maximum is "
+                f"{_MAX_CELLS}; use larger cells or fewer patches"
+            )
         labelled = manifest.column(f"length.{config.label}").to_numpy() > 0
         self.rows = []
         for key, value in (("train", config.train), ("test", config.test)):
@@ -193,7 +194,7 @@ class Probe:
         """Return encoder, patch key, features and labels of the labelled cells, for each encoder and patch."""
         specs = {name: model.encoder(name).spec for name in model.encoders}
         inputs = encoder_inputs(batch, specs, model.quality_masks, random_orientation=False)
-        cells = max(1, round(float(batch.windows[0, 2]) / self.config.cell))
+        cells = _cells_per_side(float(batch.windows[0, 2]), self.config.cell)
         labels = majority_class(batch.values[self.label.name][:, self.config.level - 1], self.scheme, cells)
         labels[~batch.present[self.label.name]] = -1
         results = []
@@ -204,6 +205,11 @@ class Probe:
                 vectors = features[index].flatten(1).T[known].float().cpu().numpy()
                 results.append((name, batch.keys[row], vectors, labels[row].flatten()[known].cpu().numpy()))
         return results
+
+
+def _cells_per_side(side: float, cell: float) -> int:
+    """Number of cells along a window of ``side`` metres, at least 1."""
+    return max(1, round(side / cell))
 
 
 def present_features(encoder: Encoder, inputs: EncoderInput, cells: int) -> tuple[torch.Tensor, torch.Tensor]:

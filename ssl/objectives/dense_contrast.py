@@ -13,7 +13,7 @@ from torch import nn
 
 from bocage.shards.counter_rng import uniform
 from bocage.shards.errors import InputError
-from bocage.shards.modality import PATCH_SIZE, Modality
+from bocage.shards.modality import Modality
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.parallel.distributed import all_gather_with_grad, world_size
 from bocage.ssl.objectives.decoder import Neck
@@ -59,8 +59,8 @@ class ContrastiveConfig:
             raise ValueError(f"contrastive.queue={self.queue} must not be negative")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"contrastive.temperature={self.temperature} must be a positive number")
-        if not 0 < self.cell <= PATCH_SIZE:
-            raise ValueError(f"contrastive.cell={self.cell} must be positive, and at most a patch of {PATCH_SIZE} m")
+        if not 0 < self.cell < math.inf:
+            raise ValueError(f"contrastive.cell={self.cell} must be a positive number of metres")
 
 
 class DenseContrast(nn.Module):

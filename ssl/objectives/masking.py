@@ -168,13 +168,13 @@ def _image_mismatch(modality: Modality, pixels: int, block: int, images: str) ->
 
 
 def check_window(
-    modalities: Mapping[str, Modality], side: float, config: MaskingConfig, *, reconstructed: bool
+    modalities: Mapping[str, Modality], side: float | None, config: MaskingConfig, *, reconstructed: bool
 ) -> None:
-    """Check that windows of ``side`` metres can be cut and divide into masked blocks.
+    """Check that windows can be cut and divide into masked blocks.
 
     Args:
         modalities: modalities of the run.
-        side: side of the ground window, in metres.
+        side: side of the ground window, in metres; None for whole patches.
         config: masking.
         reconstructed: whether the run has the objective ``masked``, which also divides series into mask units.
 
@@ -184,6 +184,7 @@ def check_window(
     """
     blocks = block_sizes(modalities, config)
     sides = valid_sides(modalities.values())
+    side = sides[-1] if side is None else side
 
     def mismatch(window: float) -> str:
         if reason := explain_mismatch(window, sides):

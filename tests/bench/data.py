@@ -45,7 +45,7 @@ from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import Modality
 from bocage.shards.read.collate import collate
 from bocage.shards.read.dataset import TrainingStream, days_since_may
-from bocage.shards.read.windows import draw_windows, lattice_step, pixel_slices
+from bocage.shards.read.windows import draw_windows, pixel_slices
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.catalogue import Catalogue
@@ -83,7 +83,7 @@ class BenchmarkData:
         """Crop a sample; ``read_window`` reads one modality in the window."""
         key = self.keys[row]
         seed = sample_seed(SEED, 0, key)
-        [window] = draw_windows([seed], WINDOW, lattice_step(self.modalities))
+        [window] = draw_windows([seed], WINDOW, self.modalities)
         arrays = {item.name: array for item in self.modalities if (array := read_window(item, window)) is not None}
         return Sample(key, self.manifest.index.roi(row), seed, window, arrays, dates)
 

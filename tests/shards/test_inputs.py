@@ -8,7 +8,7 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import cloudy_dates, encoder_inputs, quality_masks, required_modalities
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.collate import collate
-from bocage.shards.read.windows import WHOLE_PATCH
+from bocage.shards.read.windows import whole_patch
 
 S2, S2_MASK = "SENTINEL2_TS", "SENTINEL2_MSK-SC"
 
@@ -20,7 +20,7 @@ def sample(key: str, seed: int, **arrays: np.ndarray) -> Sample:
         for name, array in by_name.items()
         if FLAIR_HUB[name].has_time_axis
     }
-    return Sample(key, "D001-2020/AA", seed, WHOLE_PATCH, by_name, dates)
+    return Sample(key, "D001-2020/AA", seed, whole_patch(FLAIR_HUB["AERIAL_RGBI"]), by_name, dates)
 
 
 def series(length: int, fill: int = 7) -> np.ndarray:

@@ -15,7 +15,7 @@ import rasterio
 
 from bocage.shards.classes import COSIA, LPIS_1, LPIS_2, LPIS_3
 from bocage.shards.errors import InputError
-from bocage.shards.modality import FLAIR_HUB, PATCH_SIZE, Band, Modality, SimulatedSensor
+from bocage.shards.modality import FLAIR_HUB, Band, Modality, SimulatedSensor
 from bocage.shards.simulate.noise import generator
 from bocage.shards.simulate.surfaces import Palette, crop_surface
 from bocage.shards.simulate.tree import SPLITS, image_date, plan_patches, render_patch, series_dates, write_tree
@@ -387,7 +387,7 @@ def test_command_does_not_import_torch() -> None:
 def test_rois_of_a_domain_never_overlap() -> None:
     # 500 ROIs per domain: more than the 400 cells of one grid.
     patches = [patch for patch in plan_patches(16_000, SEED) if patch.cell == 0]
-    side = 2 * PATCH_SIZE
+    side = 2 * FLAIR_HUB.patch_size
     for domain in {patch.domain.name for patch in patches}:
         corners = np.array([patch.corner for patch in patches if patch.domain.name == domain])
         distance = np.abs(corners[:, None] - corners[None]).max(axis=2)
