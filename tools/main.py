@@ -16,6 +16,7 @@ from bocage.tools.cli.examples import add_examples
 from bocage.tools.cli.logging_setup import configure_logging
 
 COMMANDS = {
+    "get": "download FLAIR-HUB from the Hugging Face hub, all or a part of it",
     "sample": "write simulated patches in the format of FLAIR-HUB",
     "shard": "write FLAIR-HUB as WebDataset shards with a manifest",
     "verify": "check shards against their manifest and name broken files",

@@ -1,8 +1,9 @@
-"""A local stand-in for the Hugging Face hub, for the calls of huggingface_hub's client that publishing makes.
+"""A local stand-in for the Hugging Face hub, for the calls of huggingface_hub's client that bocage makes.
 
 It implements a part of the hub's HTTP API (https://huggingface.co/docs/hub/api): create a repository or a branch,
 validate the header of a card, upload small files in a commit and large files with git LFS, list and download files.
-All data stay in memory, and ``requests`` records every request.
+Files of datasets are served as on the hub: a redirect to another host, which answers range requests. All data stay in
+memory, and ``requests`` records every request.
 """
 
 from __future__ import annotations
@@ -11,28 +12,55 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """HTTP server of the hub; a ``refuse`` other than 0 is the status of every response."""
+    """HTTP server of the hub.
+
+    Attributes:
+        repositories: repositories of models.
+        datasets: files of the datasets, contents by path, by name of the dataset.
+        refuse: status of every response, unless it is 0.
+        error_code: header ``X-Error-Code`` of refused requests, by which the client tells reasons apart.
+        faults: faults of the next downloads by file name: 503, 404, reset, truncate, stall, flip, or whole, which
+            ignores the range.
+        ranges: file name and first byte of every download.
+        tokens: header ``Authorization`` of the downloads, which the client must not send to the other host.
+        pause: seconds between pieces of 64 KiB.
+        page: number of entries in a page of a listing.
+    """
+
+    daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.datasets: dict[str, dict[str, bytes]] = {}
+        self.error_code = ""
+        self.faults: dict[str, list[str]] = {}
+        self.ranges: list[tuple[str, int]] = []
+        self.tokens: list[str | None] = []
+        self.pause = 0.0
+        self.page = 1000
         self.repositories: dict[str, dict[str, Any]] = {}
         self.collections: dict[str, list[str]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.refuse = 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None: ...  # faults close connections
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
         """Return the files of a branch: contents by name."""
@@ -65,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         self.server.requests.append(f"{self.command} {path}")
         if self.server.refuse:
-            return self._respond({"error": "refused"}, self.server.refuse, {"X-Error-Message": "refused"})
+            headers = {"X-Error-Message": "refused", "X-Error-Code": self.server.error_code}
+            return self._respond({"error": "refused"}, self.server.refuse, headers)
         for pattern, method in _ROUTES.items():
             if match := re.fullmatch(pattern, f"{self.command} {path}"):
                 return method(self, body, *match.groups())
@@ -165,6 +194,77 @@ class _Handler(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         self._respond(content, headers={"ETag": etag, "X-Repo-Commit": self._oid(name, branch)})
 
+    def _dataset(self, name: str) -> dict[str, bytes] | None:
+        """Files of a dataset; sends the hub's answer if there is none."""
+        files = self.server.datasets.get(name)
+        if files is None:
+            self._respond({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return files
+
+    def _dataset_info(self, body: bytes, name: str, revision: str | None = None) -> None:
+        if self._dataset(name) is None:
+            return None
+        if revision not in (None, "main", _DATASET_COMMIT):
+            return self._respond({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        return self._respond({"id": name, "sha": _DATASET_COMMIT, "siblings": [], "tags": []})
+
+    def _dataset_tree(self, body: bytes, name: str, revision: str) -> None:
+        files = self._dataset(name)
+        if files is None:
+            return
+        assert revision == _DATASET_COMMIT
+        start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+        entries: list[dict[str, Any]] = [{"type": "directory", "path": "data", "oid": "0" * 40, "size": 0}]
+        for path, content in files.items():
+            entry = {"type": "file", "path": path, "size": len(content), "oid": _git_hash(content)}
+            if len(content) > _LFS_BYTES:
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        end = start + self.server.page
+        following = f"{self.server.address}/api/datasets/{name}/tree/{revision}?recursive=true&cursor={end}"
+        headers = {"Link": f'<{following}>; rel="next"'} if end < len(entries) else {}
+        self._respond(entries[start:end], headers=headers)
+
+    def _dataset_file(self, body: bytes, name: str, revision: str, path: str) -> None:
+        if self._dataset(name) is not None:
+            other_host = f"http://localhost:{self.server.server_address[1]}"
+            self._respond(b"", 302, {"Location": f"{other_host}/cdn/{name}/{path}"})
+
+    def _download(self, body: bytes, name: str, path: str) -> None:
+        content, file = self.server.datasets[name][path], path.rpartition("/")[2]
+        self.server.tokens.append(self.headers.get("Authorization"))
+        first = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0])[0])
+        self.server.ranges.append((file, first))
+        faults = self.server.faults.get(file, [])
+        fault = faults.pop(0) if faults else ""
+        if fault.isdecimal():
+            return self._respond(b"", int(fault))
+        if fault == "whole":
+            first = 0
+        size = len(content)
+        if fault == "flip":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        content = content[first:]
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if fault in ("reset", "truncate", "stall"):
+            content = content[: len(content) // 2]
+        for start in range(0, len(content), _PIECE):
+            self.wfile.write(content[start : start + _PIECE])
+            time.sleep(self.server.pause)
+        if fault == "stall":
+            time.sleep(3)
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if fault in ("reset", "truncate", "stall"):
+            self.close_connection = True
+            self.connection.close()
+        return None
+
     def _collection(self, body: bytes) -> None:
         request = json.loads(body)
         slug = f"{request['namespace']}/{request['title'].lower()}"
@@ -189,6 +289,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._respond(self._collection_json(slug, slug))
 
 
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+_DATASET_COMMIT = "c" * 40
+_LFS_BYTES = 1000  # larger files of datasets are in git LFS
+_PIECE = 1 << 16
 _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES: dict[str, Callable[..., None]] = {
     r"POST /api/repos/create": _Handler._create,
@@ -201,6 +308,11 @@ _ROUTES: dict[str, Callable[..., None]] = {
     rf"GET /api/models/{_NAME}/revision/(\S+)": _Handler._info,
     rf"GET /api/models/{_NAME}/tree/(\S+)": _Handler._tree,
     rf"(?:GET|HEAD) /{_NAME}/resolve/([^/]+)/(\S+)": _Handler._resolve,
+    rf"GET /api/datasets/{_NAME}": _Handler._dataset_info,
+    rf"GET /api/datasets/{_NAME}/revision/(\S+)": _Handler._dataset_info,
+    rf"GET /api/datasets/{_NAME}/tree/(\S+)": _Handler._dataset_tree,
+    rf"(?:GET|HEAD) /datasets/{_NAME}/resolve/([^/]+)/(\S+)": _Handler._dataset_file,
+    rf"GET /cdn/{_NAME}/(\S+)": _Handler._download,
     r"POST /api/collections": _Handler._collection,
     rf"POST /api/collections/{_NAME}/items?": _Handler._item,
 }

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 
 EXAMPLES = {
+    "get": """\
+bocage get FLAIR-HUB --dry-run
+bocage get FLAIR-HUB --workers 8
+bocage get FLAIR-HUB --domains D004-2021 D012-2019 --modalities AERIAL_RGBI AERIAL_LABEL-COSIA""",
     "sample": """\
 bocage sample FLAIR-HUB --patches 200 --seed 0
 bocage sample data/tree --patches 20 --gaps 0.2 --modalities AERIAL_RGBI SENTINEL2_TS AERIAL_LABEL-COSIA""",
