@@ -12,8 +12,34 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 _PERIOD = 1000.0
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """Batch normalisation that also trains on a single vector: it then uses the running statistics."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise vectors (B, C)."""
+        return _running_norm(self, input) if _is_single(self, input) else super().forward(input)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that also trains on a single pixel: it then uses the running statistics."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise maps (B, C, H, W)."""
+        return _running_norm(self, input) if _is_single(self, input) else super().forward(input)
+
+
+def _is_single(norm: nn.BatchNorm1d | nn.BatchNorm2d, values: torch.Tensor) -> bool:
+    """Whether a batch in training has one value per channel, whose variance is 0 (torch refuses to normalise it)."""
+    return norm.training and values.numel() == values.shape[1]
+
+
+def _running_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, values: torch.Tensor) -> torch.Tensor:
+    return functional.batch_norm(values, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 @dataclass(frozen=True)
@@ -198,7 +224,7 @@ class TemporalEncoder(nn.Module):
         self.positional_encoder = SinusoidalPositions(d_model // n_head)
         self.attention_heads = AttentionHeads(n_head, d_k, d_model)
         self.attention_dropout = nn.Dropout(self.ATTENTION_DROPOUT)
-        self.mlp = nn.Sequential(nn.Linear(d_model, out_channels), nn.BatchNorm1d(out_channels), nn.ReLU())
+        self.mlp = nn.Sequential(nn.Linear(d_model, out_channels), BatchNorm1d(out_channels), nn.ReLU())
         self.dropout = nn.Dropout(self.DROPOUT)
         self.out_norm = nn.GroupNorm(n_head, out_channels)
 

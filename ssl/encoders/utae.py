@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from bocage.shards.errors import InputError
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.encoders.temporal import PackedDates, TemporalEncoder
+from bocage.ssl.encoders.temporal import BatchNorm2d, PackedDates, TemporalEncoder
 
 Aggregation = Literal["att_group", "att_mean", "mean"]
 Normalization = Literal["group", "batch", "instance", "none"]
@@ -54,7 +54,7 @@ def _normalization(kind: Normalization, channels: int) -> list[nn.Module]:
     if kind == "group":
         return [nn.GroupNorm(_NORM_GROUPS, channels)]
     if kind == "batch":
-        return [nn.BatchNorm2d(channels)]
+        return [BatchNorm2d(channels)]
     return [_InstanceNorm()] if kind == "instance" else []
 
 
@@ -131,9 +131,9 @@ class _UpBlock(nn.Module):
         padding: int,
     ) -> None:
         super().__init__()
-        self.skip_conv = nn.Sequential(nn.Conv2d(d_skip, d_skip, 1), nn.BatchNorm2d(d_skip), nn.ReLU(inplace=True))
+        self.skip_conv = nn.Sequential(nn.Conv2d(d_skip, d_skip, 1), BatchNorm2d(d_skip), nn.ReLU(inplace=True))
         transposed = nn.ConvTranspose2d(d_in, d_out, kernel, stride=stride, padding=padding)
-        self.up = nn.Sequential(transposed, nn.BatchNorm2d(d_out), nn.ReLU(inplace=True))
+        self.up = nn.Sequential(transposed, BatchNorm2d(d_out), nn.ReLU(inplace=True))
         self.conv1 = _ConvLayers((d_out + d_skip, d_out), "batch", padding_mode)
         self.conv2 = _ConvLayers((d_out, d_out), "batch", padding_mode)
 

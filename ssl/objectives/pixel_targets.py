@@ -1,7 +1,8 @@
 """Targets of masked reconstruction: standardised values, normalised in each mask unit by groups of correlated bands.
 
 Patch-group-wise normalisation follows MAESTRO (arXiv 2508.10894). The bands of a group share one mean and one standard
-deviation per unit, which keeps the ratios between bands and removes the brightness of the unit.
+deviation per unit, which keeps the ratios between bands and removes the brightness of the unit. Small units, such as
+the single pixels of some series, are not normalised: one band of one pixel would always become 0.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from bocage.shards.modality import Modality
 
 _VARIANCE_FLOOR = 1e-3  # of standardised values: a constant unit becomes zeros instead of amplified rounding errors
+_MIN_VALUES = 16  # of a group in a unit; mean and standard deviation would take two of fewer degrees of freedom
 
 
 def to_units(values: torch.Tensor, unit: int) -> torch.Tensor:
@@ -38,12 +40,15 @@ def group_statistics(units: torch.Tensor, valid: torch.Tensor, modality: Modalit
         modality: registry entry, which defines the groups.
 
     Returns:
-        Two tensors (..., C, 1, 1); the bands of a group share their values.
+        Two tensors (..., C, 1, 1); the bands of a group share their values. They are 0 and 1 for groups with fewer than
+        16 values in a unit.
     """
     weights = valid.to(units.dtype)
     mean = torch.zeros_like(units[..., :1, :1])
     std = torch.ones_like(mean)
     for group in modality.groups:
+        if len(group) * units.shape[-1] ** 2 < _MIN_VALUES:
+            continue
         index = [modality.channels.index(name) for name in group]
         weight = weights[..., index, :, :]
         values = units[..., index, :, :]

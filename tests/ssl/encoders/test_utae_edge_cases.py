@@ -99,6 +99,21 @@ def test_empty_batch_keeps_running_statistics_finite(options: dict[str, Any], le
     assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
 
 
+@pytest.mark.parametrize("options", [{}, {"encoder_norm": "batch"}, {"agg_mode": "mean"}])
+def test_a_single_pixel_of_a_single_series_trains(options: dict[str, Any]) -> None:
+    """Its batch statistics do not exist, so the running ones are used, and stay as they are."""
+    model = small_model(**options)
+    values, dates = series(1, 1, (1, 1))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trained = model.train().features(values, dates)
+    sum(m.sum() for m in trained).backward()  # type: ignore[union-attr]
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters() if parameter.grad is not None)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    with torch.no_grad():
+        for m, expected in zip(trained, model.eval().features(values, dates), strict=True):
+            torch.testing.assert_close(m, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("pad_value", [0.0, -1.5])
 @pytest.mark.parametrize("masked_norm", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from bocage.shards.modality import FLAIR_HUB
@@ -57,3 +59,15 @@ def test_holes_do_not_change_the_statistics() -> None:
     polluted = torch.where(valid, units, 1e6)
     mean, _ = group_statistics(polluted, valid, modality)
     assert torch.allclose(mean.squeeze(), units[..., 8:, :].mean())
+
+
+def test_units_of_few_values_keep_them() -> None:
+    """One band of one pixel would become 0, and three bands would keep little more than their order."""
+    modality = replace(FLAIR_HUB["SENTINEL2_TS"], unit=1)
+    units = to_units(torch.rand(2, 3, 10, 4, 4), 1)
+    mean, std = group_statistics(units, torch.ones_like(units, dtype=torch.bool), modality)
+    assert torch.equal((units - mean) / std, units)
+    larger = to_units(torch.rand(2, 3, 10, 4, 4), 2)
+    mean, _ = group_statistics(larger, torch.ones_like(larger, dtype=torch.bool), modality)
+    changed = (mean != 0).flatten(-2).any(dim=-1).flatten(0, -2).all(dim=0)
+    assert changed.tolist() == [True] * 8 + [False] * 2  # 16 values in each group of four bands, 8 in the group of two
