@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+_REFERENCE_PATCH = 102.4  # metres; the wavelengths and reaches below are for patches of this side and scale with it
 _LONGEST_WAVE, _SHORTEST_WAVE = 400.0, 4.0  # metres, position encoding: four patches, about the smallest mask unit
 _LONGEST_PERIOD, _SHORTEST_PERIOD = 730.0, 8.0  # days, date encoding
 _SHORTEST_REACH, _LONGEST_REACH = 4.0, 100.0  # metres, initial reach of the most local and the widest attention head
@@ -66,19 +67,20 @@ def sinusoidal_encoding(values: torch.Tensor, width: int, shortest: float, longe
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def ground_encoding(centres: torch.Tensor, width: int) -> torch.Tensor:
+def ground_encoding(centres: torch.Tensor, width: int, patch_size: float) -> torch.Tensor:
     """Encode ground positions by ``sinusoidal_encoding`` of each coordinate.
 
     Args:
         centres: (..., 2) metres from the left and the top of the ground window.
         width: channels, a multiple of 4.
+        patch_size: side of a patch, in metres, with which the wavelengths scale.
 
     Returns:
         (..., width) float32.
     """
-    return torch.cat(
-        [sinusoidal_encoding(centres[..., axis], width // 2, _SHORTEST_WAVE, _LONGEST_WAVE) for axis in (0, 1)], dim=-1
-    )
+    scale = patch_size / _REFERENCE_PATCH
+    waves = _SHORTEST_WAVE * scale, _LONGEST_WAVE * scale
+    return torch.cat([sinusoidal_encoding(centres[..., axis], width // 2, *waves) for axis in (0, 1)], dim=-1)
 
 
 def date_encoding(days: torch.Tensor, width: int) -> torch.Tensor:
@@ -147,14 +149,14 @@ class _DistanceBiasedAttention(nn.Module):
     whatever their pixel size.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, patch_size: float) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
         # The initial reach of the heads goes from one mask unit to about the whole patch.
         reach = torch.logspace(math.log10(_SHORTEST_REACH), math.log10(_LONGEST_REACH), heads)
-        self.log_slope = nn.Parameter(-reach.log())
+        self.log_slope = nn.Parameter(-(reach * (patch_size / _REFERENCE_PATCH)).log())
 
     def forward(
         self, queries: torch.Tensor, keys: torch.Tensor, distances: torch.Tensor, key_padding_mask: torch.Tensor
@@ -172,11 +174,11 @@ class _DistanceBiasedAttention(nn.Module):
 class _Block(nn.Module):
     """Pre-norm attention and MLP: self-attention, or cross-attention to a context."""
 
-    def __init__(self, width: int, heads: int, *, cross: bool) -> None:
+    def __init__(self, width: int, heads: int, patch_size: float, *, cross: bool) -> None:
         super().__init__()
         self.norm_queries = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(width) if cross else None
-        self.attention = _DistanceBiasedAttention(width, heads)
+        self.attention = _DistanceBiasedAttention(width, heads, patch_size)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -214,20 +216,21 @@ class FusionDecoder(nn.Module):
     Args:
         names: modalities.
         config: sizes.
+        patch_size: side of a patch, in metres, with which the reach of the attention scales.
     """
 
-    def __init__(self, names: Sequence[str], config: DecoderConfig) -> None:
+    def __init__(self, names: Sequence[str], config: DecoderConfig, patch_size: float) -> None:
         super().__init__()
-        self.width = config.width
+        self.width, self.patch_size = config.width, patch_size
         self.modality_embeddings = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
         self.query_embeddings = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
         # A sample may have no visible token; attention needs at least one key.
         self.register_token = nn.Parameter(torch.zeros(config.width))
         self.fusion_blocks = nn.ModuleList(
-            _Block(config.width, config.heads, cross=False) for _ in range(config.fusion_depth)
+            _Block(config.width, config.heads, patch_size, cross=False) for _ in range(config.fusion_depth)
         )
         self.query_blocks = nn.ModuleList(
-            _Block(config.width, config.heads, cross=True) for _ in range(config.query_depth)
+            _Block(config.width, config.heads, patch_size, cross=True) for _ in range(config.query_depth)
         )
         self.norm = nn.LayerNorm(config.width)
         for parameter in (*self.modality_embeddings.values(), *self.query_embeddings.values(), self.register_token):
@@ -254,7 +257,7 @@ class FusionDecoder(nn.Module):
         all_centres = [torch.full_like(first_centres[:, :1], side / 2).expand(batch, -1, -1)]
         masks = [next(iter(dropped.values())).new_zeros((batch, 1))]
         for name, values in tokens.items():
-            position = ground_encoding(centres[name], self.width).to(values.dtype)
+            position = ground_encoding(centres[name], self.width, self.patch_size).to(values.dtype)
             all_tokens.append(values + position + self.modality_embeddings[name])
             all_centres.append(centres[name].expand(batch, -1, -1))
             masks.append(dropped[name][:, None].expand(-1, values.shape[1]))
@@ -276,7 +279,8 @@ class FusionDecoder(nn.Module):
         """
         batch = len(context.tokens)
         queries = [
-            ground_encoding(positions, self.width) + self.query_embeddings[name] for name, positions in centres.items()
+            ground_encoding(positions, self.width, self.patch_size) + self.query_embeddings[name]
+            for name, positions in centres.items()
         ]
         outputs = torch.cat(queries).expand(batch, -1, -1).to(context.tokens.dtype)
         distances = torch.cdist(torch.cat(list(centres.values())).expand(batch, -1, -1), context.centres)

@@ -20,6 +20,7 @@ from bocage.ssl.objectives.decoder import Neck
 from bocage.ssl.objectives.model import EncodedBatch
 from bocage.ssl.objectives.tokens import build_neck, cell_means, georeferenced_tokens
 
+_CELLS_PER_PATCH = 8  # default number of ground cells along a side of a patch: cells of 12.8 m in FLAIR-HUB
 _MAX_LOG_SCALE = math.log(100.0)  # upper limit of the learned logit scale, as in CLIP; fp16 overflows without it
 
 
@@ -29,7 +30,8 @@ class ContrastiveConfig:
 
     Attributes:
         width: channels of the projected vectors.
-        cell: side of a ground cell, in metres, rounded so that cells divide the window.
+        cell: side of a ground cell, in metres, rounded so that cells divide the window; null for an eighth of a patch,
+            or a cell of the finest feature map where that is larger.
         cells_per_sample: random cells of a sample that are used as queries in a step.
         keys: random cells of all ranks that each query is compared with. The similarities of a rank take
             samples x ``cells_per_sample`` x (``keys`` + ``queue``) float32 values for each ordered pair of sensors.
@@ -39,12 +41,11 @@ class ContrastiveConfig:
         learn_temperature: whether the temperature is a parameter (CLIP, arXiv 2103.00020; at least 0.01).
 
     Raises:
-        ValueError: a size is below 1, ``queue`` is negative, ``temperature`` is not positive, or ``cell`` is not
-            between 0 and the side of a patch.
+        ValueError: a size is below 1, ``queue`` is negative, or ``temperature`` or ``cell`` is not positive.
     """
 
     width: int = 128
-    cell: float = 12.8
+    cell: float | None = None
     cells_per_sample: int = 16
     keys: int = 4096
     queue: int = 0
@@ -59,7 +60,7 @@ class ContrastiveConfig:
             raise ValueError(f"contrastive.queue={self.queue} must not be negative")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"contrastive.temperature={self.temperature} must be a positive number")
-        if not 0 < self.cell < math.inf:
+        if self.cell is not None and not 0 < self.cell < math.inf:
             raise ValueError(f"contrastive.cell={self.cell} must be a positive number of metres")
 
 
@@ -79,7 +80,8 @@ class DenseContrast(nn.Module):
         config: dense contrast.
 
     Raises:
-        InputError: there are fewer than two modalities, or cells are finer than every feature map.
+        InputError: there are fewer than two modalities, or cells are finer than every feature map or larger than a
+            patch.
     """
 
     def __init__(
@@ -92,10 +94,17 @@ class DenseContrast(nn.Module):
                 "set weights.contrastive=0"
             )
         finest, name = min((modalities[name].gsd * min(item.strides), name) for name, item in encoders.items())
-        if config.cell < finest:
+        patch_size = modalities[name].patch_size
+        self.cell = config.cell or max(patch_size / _CELLS_PER_PATCH, finest)
+        if self.cell < finest:
             raise InputError(
-                f"contrastive.cell={config.cell:g}: the finest feature map, of {name}, has cells of {finest:g} m; use "
+                f"contrastive.cell={self.cell:g}: the finest feature map, of {name}, has cells of {finest:g} m; use "
                 f"contrastive.cell={finest:g} or more"
+            )
+        if self.cell > patch_size:
+            raise InputError(
+                f"contrastive.cell={self.cell:g}: a patch is {patch_size:g} m wide; use "
+                f"contrastive.cell={patch_size:g} or less"
             )
         self.config = config
         self.necks = nn.ModuleDict(
@@ -113,7 +122,7 @@ class DenseContrast(nn.Module):
         Returns:
             (M, B, cells, width) vectors of length 1, and (M, B, cells) bool: where a sensor has visible tokens.
         """
-        side = max(1, round(encoded.side / self.config.cell))
+        side = max(1, round(encoded.side / self.cell))
         vectors, valid = [], []
         for name, neck in self.necks.items():
             assert isinstance(neck, Neck)

@@ -67,7 +67,8 @@ class LatentPrediction(nn.Module):
         for name, encoder in encoders.items():
             self.necks[name] = build_neck(encoder, modalities[name], width)
             self.heads[name] = nn.Linear(width, encoder.widths[-1])
-        self.decoder = FusionDecoder(list(encoders), config.decoder)
+        patch_size = next(iter(modalities.values())).patch_size
+        self.decoder = FusionDecoder(list(encoders), config.decoder, patch_size)
 
     def train(self, mode: bool = True) -> LatentPrediction:
         """Set the training mode of all submodules except the teachers, which stay in evaluation mode."""

@@ -127,7 +127,8 @@ class MaskedReconstruction(nn.Module):
                 self.heads[name] = _DateHead(width, channels)
             else:
                 self.heads[name] = nn.Linear(width, channels * modality.unit**2)
-        self.decoder = FusionDecoder(list(encoders), config.decoder)
+        patch_size = next(iter(self.modalities.values())).patch_size
+        self.decoder = FusionDecoder(list(encoders), config.decoder, patch_size)
 
     def _weight(self, name: str) -> float:
         return self.config.weights.get(name, 1.0)

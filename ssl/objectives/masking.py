@@ -21,6 +21,8 @@ from bocage.shards.modality import Modality
 from bocage.shards.preprocess.inputs import EncoderInput
 from bocage.shards.read.windows import explain_mismatch, format_sides, valid_sides
 
+_CUBES_PER_PATCH = 4  # default number of cubes along a side of a patch: cubes of 25.6 m in FLAIR-HUB
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
@@ -42,7 +44,7 @@ class MaskingConfig:
             the end of the year.
         cube_probability: probability that a series is masked in cubes of space and time instead of whole dates: each
             ground cell has its own gap of dates. Masked pixels of a frame are set to the mean, as holes are.
-        cube: side of a cube on the ground, in metres.
+        cube: side of a cube on the ground, in metres; null for a quarter of a patch.
         modality_ratio: probability that a whole modality is masked.
         map_ratio: probability, in training, that a feature map of a sample is left out of the tokens of the objectives
             (``tokens.georeferenced_tokens``); at least one map stays. If all maps are always summed, the deepest map
@@ -62,7 +64,7 @@ class MaskingConfig:
     joint: bool = False
     gap_probability: float = 0.3
     cube_probability: float = 0.0
-    cube: float = 25.6
+    cube: float | None = None
     modality_ratio: float = 0.25
     map_ratio: float = 0.5
 
@@ -74,7 +76,7 @@ class MaskingConfig:
             if not 0 <= value <= 1:
                 raise ValueError(f"masking.{key}={value} must lie between 0 and 1")
         for key, side in (("cube", self.cube), *((f"blocks.{name}", side) for name, side in self.blocks.items())):
-            if not 0 < side < math.inf:
+            if side is not None and not 0 < side < math.inf:
                 raise ValueError(f"masking.{key}={side} must be a positive number of metres")
         if self.images == "packed" and self.ratio != 0.75:
             raise ValueError(
@@ -276,7 +278,8 @@ def _draw_series_mask(
     dates = _draw_dates(seeds, name, padding, ratio, config.gap_probability)
     if config.cube_probability == 0:
         return Mask(dropped, dates=dates)
-    cells = min(pixels, max(1, round(pixels * modality.gsd / config.cube)))
+    cube = config.cube or modality.patch_size / _CUBES_PER_PATCH
+    cells = min(pixels, max(1, round(pixels * modality.gsd / cube)))
     cubes = _draw_cubes(seeds, name, padding, ratio, cells, pixels)
     has_cubes = uniform(seeds, f"cubed/{name}") < config.cube_probability
     # A date that is masked in every cell counts as a masked date.

@@ -236,3 +236,13 @@ def test_queued_cells_of_the_same_sample_are_no_negatives() -> None:
         for epoch in range(2):
             batch = replace(make_batch(1), seeds=torch.tensor([sample_seed(0, epoch, "0")]))
             assert float(objective(model.encode_batch(batch, augment=False))[0]) == 0.0
+
+
+def test_cells_are_an_eighth_of_a_patch_by_default() -> None:
+    assert make_contrast_model()[1].cell == 12.8
+    assert make_contrast_model(["SENTINEL1-ASC_TS", "SENTINEL2_TS"])[1].cell == 12.8
+    coarse = {name: replace(FLAIR_HUB[name], size=2, gsd=51.2, unit=1) for name in ("SENTINEL1-ASC_TS", "SENTINEL2_TS")}
+    encoders = {name: make_model(names=[name]).encoder(name) for name in coarse}
+    assert DenseContrast(encoders, coarse, ContrastiveConfig()).cell == 51.2
+    with pytest.raises(InputError, match=r"contrastive.cell=200: a patch is 102.4 m wide; use contrastive.cell=102.4"):
+        make_contrast_model(cell=200.0)
