@@ -13,6 +13,8 @@ from bocage.shards.errors import InputError
 
 __all__ = ["FLAIR_HUB", "Band", "Baseline", "Modality", "Registry", "SimulatedSensor"]
 
+_MAX_SIZE = 1 << 14  # pixels; windows lie on a lattice of that many steps at most
+
 Role = Literal["image", "series", "mask", "label"]
 Quantity = Literal[
     "reflectance",
@@ -134,11 +136,12 @@ class Modality:
         mask_of: name of the series that a mask belongs to.
         mean, std: official statistics of the stored values by band, if IGN publishes them.
         baseline: input of the published baselines, if they read this modality.
-        nodata_below: stored values below this are nodata; None if every value is valid.
+        nodata_below: stored values below this are nodata; None if there is no such limit.
+        nodata_above: stored values above this are nodata; None if there is no such limit.
         sensor: radiometry in the simulator.
 
     Raises:
-        ValueError: the name contains ``.`` or ``/``; ``size`` or ``gsd`` is not positive; the representation is
+        ValueError: the name contains ``.`` or ``/``; ``size`` or ``gsd`` is out of range; the representation is
             unknown; or, for an input, ``groups`` does not hold each channel once, or ``unit`` does not divide
             ``size``.
     """
@@ -160,13 +163,14 @@ class Modality:
     std: tuple[float, ...] | None = None
     baseline: Baseline | None = None
     nodata_below: float | None = None
+    nodata_above: float | None = None
     sensor: SimulatedSensor = field(default_factory=SimulatedSensor)
 
     def __post_init__(self) -> None:
         if "." in self.name or "/" in self.name:
             raise ValueError(f"modality name {self.name!r} must not contain '.' or '/'")
-        if type(self.size) is not int or self.size < 1:
-            raise ValueError(f"{self.name}: size {self.size!r} is not a number of pixels")
+        if type(self.size) is not int or not 1 <= self.size <= _MAX_SIZE:
+            raise ValueError(f"{self.name}: size {self.size!r} is not a number of pixels from 1 to {_MAX_SIZE}")
         if not (type(self.gsd) in (int, float) and 0 < self.gsd < math.inf):
             raise ValueError(f"{self.name}: gsd {self.gsd!r} is not a number of metres")
         if self.representation not in get_args(Representation):

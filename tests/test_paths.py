@@ -17,7 +17,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB, Band, Modality, SimulatedSensor
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import pretrain
@@ -38,7 +38,7 @@ def run_pretraining(shards: Path, output: Path, *words: str) -> None:
 
 def take_real_patches_to_maps(folder: Path, *words: str) -> float:
     """GeoTIFF, shards, encoder, model, GeoTIFF; the fit (strict mIoU) on the three patches."""
-    manifest = write_shards(Catalogue.open(DATA / "flairhub_real"), folder / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(DATA / "flairhub_real"), folder / "shards")
     assert list(manifest.registry) == ["AERIAL_RGBI", "AERIAL_LABEL-COSIA"]
     run = folder / "pretrain"
     run_pretraining(manifest.path, run, "engine.steps=40", "engine.optimizer.learning_rate=2e-3")
@@ -84,7 +84,7 @@ def test_real_patches_are_fitted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [[COSIA], [LPIS], [COSIA, LPIS]])
 def test_simulated_scenes_are_fitted(tmp_path: Path, labels: list[str]) -> None:
     write_tree(tmp_path / "tree", patches=4, seed=5)
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     settings = [
         "recipe=finetune_quickstart",
         f"shards={manifest.path}",
@@ -105,7 +105,7 @@ def test_simulated_scenes_are_fitted(tmp_path: Path, labels: list[str]) -> None:
 # About 15 s: U-TAE on 146, 115 and 235 real dates.
 def test_real_series_drive_the_temporal_encoders(tmp_path: Path) -> None:
     treesat_tree(tmp_path / "tree")
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     row = manifest.row(0)
     assert [len(row[f"dates.{name}"]) for name in ("SENTINEL2_TS", "SENTINEL1-ASC_TS", "SENTINEL1-DESC_TS")] == [
         146,
@@ -142,7 +142,7 @@ def test_an_eighth_sensor_needs_a_registry_entry_and_nothing_else(tmp_path: Path
     )
     registry = FLAIR_HUB.with_modality(sensor)
     write_tree(tmp_path / "tree", patches=3, seed=0, registry=registry, dates=(6, 8))
-    manifest = write_shards(Catalogue.open(tmp_path / "tree", registry), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree", registry), tmp_path / "shards")
     assert manifest.counts["present"]["PLANET_RE"] == 3
     run_pretraining(Manifest.open(manifest.path).path, tmp_path / "run", "engine.steps=3")
     assert all(np.isfinite(losses(tmp_path / "run", "masked/PLANET_RE")))
@@ -151,7 +151,7 @@ def test_an_eighth_sensor_needs_a_registry_entry_and_nothing_else(tmp_path: Path
 
 # Some seconds: three short trainings on the real patches.
 def test_a_resumed_run_follows_its_shards_but_not_other_ones(tmp_path: Path) -> None:
-    manifest = write_shards(Catalogue.open(DATA / "flairhub_real"), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(DATA / "flairhub_real"), tmp_path / "shards")
     run = tmp_path / "run"
     run_pretraining(manifest.path, run, "engine.steps=2")
     moved = manifest.path.rename(tmp_path / "moved")

@@ -15,7 +15,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import DATASET_FILE
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.source.naming import FOLDER
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
@@ -85,4 +85,4 @@ def _patches(source: str, task: Segmentation) -> Patches:
     if not (folder.is_dir() and any(FOLDER.match(name) for name in os.listdir(folder))):
         return ShardPatches(open_shards(source))
     modalities = [*task.modalities, *task.quality_masks.values(), *task.labels]
-    return TreePatches(Catalogue.open(folder, modalities=modalities))
+    return TreePatches(FlairHubCatalogue.open(folder, modalities=modalities))

@@ -19,7 +19,7 @@ from bocage.shards.format.codec import with_lossy_dem
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.delete_source import replaced_zips
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.estimate import Estimate
 from bocage.shards.write.plan import ORDERS
 from bocage.shards.write.writer import DatasetWriter
@@ -158,9 +158,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _catalogue(arguments: argparse.Namespace) -> Catalogue:
+def _catalogue(arguments: argparse.Namespace) -> FlairHubCatalogue:
     registry = with_lossy_dem(FLAIR_HUB) if arguments.lossy_dem else FLAIR_HUB
-    catalogue = Catalogue.open(arguments.source, registry, modalities=arguments.modalities)
+    catalogue = FlairHubCatalogue.open(arguments.source, registry, modalities=arguments.modalities)
     if arguments.split_csv:
         return catalogue.with_csv_split(
             arguments.split_name or "split_csv", parse_pairs("--split-csv", arguments.split_csv, "VALUE=FILE")
@@ -179,7 +179,7 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
     return catalogue
 
 
-def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Namespace) -> None:
+def _shard(interrupts: Interrupts, catalogue: FlairHubCatalogue, arguments: argparse.Namespace) -> None:
     sharding = DatasetWriter(
         catalogue,
         arguments.out,
@@ -207,7 +207,7 @@ def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Nam
             print(f"slice {number} of {of}: {len(shards)} shards written; run --merge when all slices are done")
 
 
-def _delete_source(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Namespace) -> None:
+def _delete_source(interrupts: Interrupts, catalogue: FlairHubCatalogue, arguments: argparse.Namespace) -> None:
     """Delete the zips of SRC that the verified shards replace, and print why others stay."""
     with ProgressBars() as bars:
         show = partial(show_verification, bars.add("verifying", "MB"), interrupts)
@@ -233,13 +233,13 @@ def _show(bar: ProgressBar, interrupts: Interrupts, done: int, total: int, writt
     bar.update(done, total, f"{written / _MEGABYTE:,.0f} MB written")
 
 
-def _print_report(console: Console, catalogue: Catalogue) -> None:
+def _print_report(console: Console, catalogue: FlairHubCatalogue) -> None:
     """Print a note for each problem of the source: missing, unreadable, unknown or repeated files."""
     for remark in catalogue.report().warnings():
         console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_readable(arguments: argparse.Namespace, catalogue: Catalogue) -> None:
+def _check_readable(arguments: argparse.Namespace, catalogue: FlairHubCatalogue) -> None:
     """Refuse unreadable zips and folders, so that an unfinished download does not drop a sensor from many patches."""
     report = catalogue.report()
     if report.unreadable and not arguments.skip_unreadable:
@@ -250,7 +250,7 @@ def _check_readable(arguments: argparse.Namespace, catalogue: Catalogue) -> None
         )
 
 
-def _write_report(path: Path, catalogue: Catalogue) -> None:
+def _write_report(path: Path, catalogue: FlairHubCatalogue) -> None:
     try:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(catalogue.report().to_json(), indent=1), encoding="utf-8")

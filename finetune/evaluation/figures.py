@@ -15,6 +15,7 @@ from bocage.shards.classes import ClassScheme
 from bocage.shards.files import atomic_write
 from bocage.shards.inspect.composites import colour_bands, palette
 from bocage.shards.modality import Modality
+from bocage.shards.preprocess.normalize import represent
 
 _STRETCH_PERCENTILES = (2.0, 98.0)  # shown as black and white
 _PANEL_INCHES = 2.6
@@ -41,21 +42,23 @@ def render_rgb(values: np.ndarray, modality: Modality) -> np.ndarray:
     """Convert stored values to an RGB picture, (H, W, 3) float in [0, 1].
 
     A series is reduced to the median over its dates. A sensor without colour bands is shown by its first band, in
-    grey. Each band is stretched between its 2nd and 98th percentile.
+    grey. Each band is stretched between its 2nd and 98th percentile; the bands of a single pixel are stretched
+    together, which shows its colour.
 
     Args:
         values: (C, H, W), or (T, C, H, W) of a series without padded dates.
         modality: modality of the values.
     """
-    values = values.astype(np.float32)
+    values = represent(values, "linear", modality.nodata_below, modality.nodata_above)
     if values.ndim == 4:
-        values = np.median(values, axis=0)
-    if modality.nodata_below is not None:
-        values = np.where(values < modality.nodata_below, np.nan, values)
+        # Without a valid date, a pixel has no median, which nanmedian would warn of.
+        has_value = np.isfinite(values).any(axis=0)
+        values = np.where(has_value, np.nanmedian(np.where(has_value, values, 0.0), axis=0), np.nan)
     image = values[colour_bands(modality) or [0, 0, 0]]
     if not np.isfinite(image).any():
         return np.zeros((*image.shape[1:], 3), np.float32)
-    low, high = (np.nanpercentile(image, q, axis=(1, 2), keepdims=True) for q in _STRETCH_PERCENTILES)
+    axes = (1, 2) if image[0].size > 1 else (0, 1, 2)
+    low, high = (np.nanpercentile(image, q, axis=axes, keepdims=True) for q in _STRETCH_PERCENTILES)
     stretched = (image - low) / np.maximum(high - low, 1e-6)
     return np.nan_to_num(stretched).clip(0.0, 1.0).transpose(1, 2, 0)
 

@@ -61,7 +61,7 @@ class MapRaster:
         dates: dates of a series, (T,) days since 1970-01-01; None for an image.
         is_quality_mask: whether the raster is a quality mask. Its values are never interpolated, and the nodata value
             of the file counts as a value.
-        nodata_below: threshold below which values are nodata, whatever the file declares.
+        nodata_below, nodata_above: limits beyond which values are nodata, whatever the file declares.
 
     Raises:
         InputError: the file is not a raster, is rotated, is not in metres, has the wrong number of bands, or has 8-bit
@@ -78,8 +78,10 @@ class MapRaster:
         *,
         is_quality_mask: bool = False,
         nodata_below: float | None = None,
+        nodata_above: float | None = None,
     ) -> None:
-        self.name, self.path, self.gsd, self.dates, self._nodata_below = name, path, gsd, dates, nodata_below
+        self.name, self.path, self.gsd, self.dates = name, path, gsd, dates
+        self._nodata_below, self._nodata_above = nodata_below, nodata_above
         self._warned = False
         self._shape = (bands,) if dates is None else (len(dates), bands)
         try:
@@ -215,6 +217,8 @@ class MapRaster:
         values[~np.broadcast_to(valid, values.shape)] = np.nan
         if self._nodata_below is not None:
             values[values < self._nodata_below] = np.nan
+        if self._nodata_above is not None:
+            values[values > self._nodata_above] = np.nan
         return values.reshape(*self._shape, pixels, pixels)
 
     def warn_about_units(self, values: np.ndarray, spec: InputSpec) -> None:
@@ -297,7 +301,15 @@ def open_rasters(
                     f"--dates {name}=FILE is missing: give a text file with one date per line, in the bands' order"
                 )
             days = read_dates(dates[name])
-        rasters[name] = MapRaster(name, files[name], len(spec.bands), spec.gsd, days, nodata_below=spec.nodata_below)
+        rasters[name] = MapRaster(
+            name,
+            files[name],
+            len(spec.bands),
+            spec.gsd,
+            days,
+            nodata_below=spec.nodata_below,
+            nodata_above=spec.nodata_above,
+        )
     for mask, series in masks.items():
         if mask in files:
             if series not in rasters:

@@ -355,9 +355,7 @@ def _preprocessing(spec: InputSpec, dtype: str, mask: str | None) -> dict[str, A
         "mean": list(spec.mean),
         "std": list(spec.std),
         "input": "(value of the representation - mean) / std, by channel; nodata is 0",
-        "nodata": (
-            "NaN and infinities" if spec.nodata_below is None else f"values below {spec.nodata_below:g}, and infinities"
-        ),
+        "nodata": _describe_nodata(spec),
         "gsd": spec.gsd,
         "dates": "days since 15 May of the same year" if spec.series else None,
         "dates_left_out": None if mask is None else f"{_CLOUDY_DATES}, by {mask}",
@@ -387,3 +385,10 @@ def _without_local_path(source: str) -> str:
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe_nodata(spec: InputSpec) -> str:
+    """Which stored values are nodata, for a card."""
+    limits = [(spec.nodata_below, "below"), (spec.nodata_above, "above")]
+    ranges = [f"values {side} {limit:g}" for limit, side in limits if limit is not None]
+    return f"{' or '.join(ranges)}, and infinities" if ranges else "NaN and infinities"

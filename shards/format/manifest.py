@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bocage.shards.dataset_info import FLAIR_HUB_INFO, DatasetInfo
 from bocage.shards.errors import InputError
 from bocage.shards.format.index import INDEX_FILE, MAX_SERIES_LENGTH, Index
 from bocage.shards.format.shard_files import LocalShards, ShardFiles
@@ -42,7 +43,10 @@ __all__ = [
 ]
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_READABLE_VERSIONS = (2, SCHEMA_VERSION)
+"""Version 2 knows FLAIR-HUB only: it lacks the dataset and the column ``side``."""
+
 TABLE_FILE = "manifest.parquet"
 DATASET_FILE = "dataset.json"
 
@@ -62,9 +66,10 @@ def has_acquisition_dates(modality: Modality) -> bool:
     return modality.has_time_axis or modality.dates_table is not None
 
 
-def manifest_schema(registry: Registry, splits: list[str]) -> pa.Schema:
-    """Columns of ``manifest.parquet``.
+def manifest_schema(registry: Registry, splits: list[str], version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Columns of ``manifest.parquet`` in a version of the format.
 
+    ``left`` and ``top`` are the upper-left corner and ``side`` is the side of the patch, all in units of ``crs``.
     ``offset.M`` and ``length.M`` locate the bytes of modality M in its shard; length 0 means absent. ``dates.M`` are
     days since 1970-01-01. ``histogram.M.BAND`` counts pixels by class. ``minimum.M``, ``maximum.M`` and ``mean.M`` have
     one value per channel of the representation (``normalize.represent``). They ignore nodata, and are NaN for a channel
@@ -78,6 +83,7 @@ def manifest_schema(registry: Registry, splits: list[str]) -> pa.Schema:
         pa.field("crs", pa.string(), nullable=False),
         pa.field("left", pa.float64(), nullable=False),
         pa.field("top", pa.float64(), nullable=False),
+        *([pa.field("side", pa.float64(), nullable=False)] if version > 2 else []),
         *(pa.field(name, pa.string()) for name in splits),
     ]
     for modality in registry.values():
@@ -136,6 +142,7 @@ class Manifest:
     Attributes:
         path: folder of the shards.
         registry: modalities that the shards hold.
+        dataset: name, licence and origin of the dataset.
         splits: names of the split columns.
         shards: the tars, by shard index.
         counts: ``samples``, ``skipped``, ``source_bytes`` and, by modality, ``present``.
@@ -151,11 +158,13 @@ class Manifest:
         source = path / DATASET_FILE
         try:
             version = description["schema_version"]
-            if version != SCHEMA_VERSION:
+            if version not in _READABLE_VERSIONS:
                 raise SchemaVersionError(
-                    f"{source}: schema version {version}, but this bocage reads {SCHEMA_VERSION}; shard the tree again "
-                    "or use the bocage that wrote it"
+                    f"{source}: schema version {version}, but this bocage reads {_READABLE_VERSIONS[0]} to "
+                    f"{_READABLE_VERSIONS[-1]}; shard the tree again or use the bocage that wrote it"
                 )
+            self._version: int = version
+            self.dataset = DatasetInfo.from_json(description["dataset"]) if version > 2 else FLAIR_HUB_INFO
             self.registry = Registry(tuple(Modality.from_json(item) for item in description["registry"]))
             for item in self.registry.values():
                 np.dtype(item.dtype)  # raises TypeError for an unknown dtype
@@ -264,7 +273,7 @@ class Manifest:
             schema = file.schema_arrow
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: cannot be read: {error}; shard the tree again") from error
-        expected_schema = manifest_schema(self.registry, self.splits)
+        expected_schema = self.schema
         columns, expected = (dict(zip(item.names, item.types)) for item in (schema, expected_schema))
         wrong = [name for name in sorted({*columns, *expected}) if columns.get(name) != expected.get(name)]
         if wrong:
@@ -275,6 +284,11 @@ class Manifest:
             raise InputError(f"{path}: {file.metadata.num_rows} rows for {len(self)} samples; shard the tree again")
         _check_list_lengths(path, file.metadata)
         return file
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the table, see ``manifest_schema``."""
+        return manifest_schema(self.registry, self.splits, self._version)
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards)
@@ -367,7 +381,7 @@ class Manifest:
         return InputSpec.from_modality(self.registry[modality], mean, std)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Read all columns of one sample, as Python values.
+        """Read all columns of one sample, as Python values; ``side`` is there in every version of the format.
 
         Raises:
             IndexError: the row does not exist. Negative indices are not allowed.
@@ -382,7 +396,7 @@ class Manifest:
                 first, number = first + count, number + 1
             self._row_group = first, self._read(self._parquet.read_row_group, number)
         first, group = self._row_group
-        return group.slice(index - first, 1).to_pylist()[0]
+        return {"side": self.registry.patch_size, **group.slice(index - first, 1).to_pylist()[0]}
 
     def shard_path(self, shard: int) -> Path:
         """Path of the tar of shard ``shard``."""

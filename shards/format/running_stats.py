@@ -103,11 +103,12 @@ class RunningStats:
 
 def compute_stats(array: np.ndarray, modality: Modality) -> RunningStats:
     """Statistics of the representation of ``array``, a stored array (..., C, H, W) of ``modality``."""
-    if modality.representation == "linear" and modality.nodata_below is None and RunningStats._has_exact_sums(array):
+    limits = (modality.nodata_below, modality.nodata_above)
+    if modality.representation == "linear" and limits == (None, None) and RunningStats._has_exact_sums(array):
         return RunningStats.from_array(array)  # the linear representation equals the stored values
     # A nodata height may be so large that the subtraction overflows. The difference is nodata, so ignore the warning.
     with np.errstate(over="ignore"):
-        return RunningStats.from_array(represent(array, modality.representation, modality.nodata_below))
+        return RunningStats.from_array(represent(array, modality.representation, *limits))
 
 
 def _integer_stats(channel: np.ndarray) -> tuple[float, float, float, float, float]:

@@ -1,4 +1,7 @@
-"""Draw a contact sheet of one patch: composites, shaded relief, date strips, radar in decibels, classes."""
+"""Draw a contact sheet of one patch: composites, shaded relief, date strips, radar in decibels, classes.
+
+A dataset may have any sensors. An image without the colours red, green and blue is drawn in grey, band by band.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,13 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import CodecError, decode
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.inspect.composites import colour_bands, hillshade, palette, series_composites
+from bocage.shards.inspect.composites import (
+    colour_bands,
+    has_both_polarisations,
+    hillshade,
+    palette,
+    series_composites,
+)
 from bocage.shards.modality import Band, Modality
 from bocage.shards.preprocess.normalize import represent
 
@@ -29,6 +38,7 @@ _DATES = 10  # dates of a series, spread evenly
 _SCALE = 0.42  # height of the colour bar below a picture
 _STRETCH = (2.0, 98.0)
 _NEAR_INFRARED = 840.0  # nm
+_GREY_BANDS = 4  # bands of an image without colours that are drawn, each in grey
 _LEGEND_ROW = 0.19
 
 
@@ -66,12 +76,12 @@ def contact_sheet(manifest: Manifest, row: int) -> Figure:
     series = manifest.registry.by_role("series")
     labels = [(item, index) for item in manifest.registry.labels for index in range(len(item.bands))]
     legends = [_class_fractions(item.bands[index], arrays.get(item.name), index) for item, index in labels]
+    label_rows = [slice(start, start + _COLUMNS) for start in range(0, len(labels), _COLUMNS)]
+    label_heights = [_TITLE + _SIDE + 0.12 + max(map(len, legends[part])) * _LEGEND_ROW for part in label_rows]
     lines = math.ceil(len(images) / _COLUMNS)
     side = (_WIDTH - 2 * _MARGIN - (_DATES - 1) * 0.08) / _DATES
     strips = sum(_TITLE + side + (0.62 if _is_radar(item) else 0.28) for item in series)
-    legend_height = max(map(len, legends), default=0) * _LEGEND_ROW
-    labels_height = _TITLE + _SIDE + 0.12 + legend_height if labels else 0.0
-    height = _TOP + lines * (_TITLE + _SIDE + _SCALE) + strips + labels_height + _MARGIN
+    height = _TOP + lines * (_TITLE + _SIDE + _SCALE) + strips + sum(label_heights) + _MARGIN
     page = _Page(height)
     page.text(_MARGIN, 0.12, key, fontsize=13, weight="bold")
     extent = manifest.registry.patch_size
@@ -84,9 +94,11 @@ def contact_sheet(manifest: Manifest, row: int) -> Figure:
         top += _TITLE + _SIDE + _SCALE
     for item in series:
         top = _draw_series(page, manifest, row, item, arrays.get(item.name), top, side)
-    for column, ((item, index), legend) in enumerate(zip(labels, legends, strict=True)):
-        left = _MARGIN + column * (_SIDE + _GAP)
-        _draw_label(page, item, index, arrays.get(item.name), legend, left, top + _TITLE)
+    for part, label_height in zip(label_rows, label_heights, strict=True):
+        for column, ((item, index), legend) in enumerate(zip(labels[part], legends[part], strict=True)):
+            left = _MARGIN + column * (_SIDE + _GAP)
+            _draw_label(page, item, index, arrays.get(item.name), legend, left, top + _TITLE)
+        top += label_height
     return page.figure
 
 
@@ -152,22 +164,32 @@ def _read_arrays(manifest: Manifest, row: int) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _represent(array: np.ndarray, modality: Modality) -> np.ndarray:
+    return represent(array, modality.representation, modality.nodata_below, modality.nodata_above)
+
+
 def _image_tiles(modality: Modality, array: np.ndarray | None) -> list[_Tile]:
     quantities = [band.quantity for band in modality.bands]
     note = f"{modality.gsd:g} m, {modality.size} x {modality.size} px, {modality.dtype}"
     if "surface_height" in quantities and "terrain_height" in quantities:
         return _height_tiles(modality, array, quantities, note)
-    colours = colour_bands(modality)
     names = [band.name for band in modality.bands]
+    shown = None if array is None else _represent(array, modality)
+    if has_both_polarisations(modality):
+        picture = None if shown is None else series_composites(shown[None], modality, np.array([True]))[0]
+        return [_Tile(f"{modality.name}: VV, VH, VV - VH in dB", picture, note)]
+    colours = colour_bands(modality)
     if colours is None:
-        return [_Tile(f"{modality.name}: {names[0]}", None if array is None else _stretch(array[[0, 0, 0]]), note)]
-    composites = [colours]
-    wavelengths = [band.wavelength or 0.0 for band in modality.bands]
-    infrared = int(np.argmin(np.abs(np.array(wavelengths) - _NEAR_INFRARED)))
-    if infrared not in colours:
-        composites.append([infrared, *colours[:2]])
-    titles = [f"{modality.name}: {' '.join(names[k] for k in bands)}" for bands in composites]
-    pictures = [None if array is None else _stretch(array[bands], bands == colours) for bands in composites]
+        composites = [[band, band, band] for band in range(min(len(names), _GREY_BANDS))]
+        titles = [f"{modality.name}: {name}" for name in names]
+    else:
+        composites = [colours]
+        wavelengths = [band.wavelength or 0.0 for band in modality.bands]
+        infrared = int(np.argmin(np.abs(np.array(wavelengths) - _NEAR_INFRARED)))
+        if infrared not in colours:
+            composites.append([infrared, *colours[:2]])
+        titles = [f"{modality.name}: {' '.join(names[k] for k in bands)}" for bands in composites]
+    pictures = [None if shown is None else _stretch(shown[bands], bands == colours) for bands in composites]
     return [_Tile(title, picture, note) for title, picture in zip(titles, pictures)]
 
 
@@ -175,8 +197,7 @@ def _height_tiles(modality: Modality, array: np.ndarray | None, quantities: list
     titles = [f"{modality.name}: {content}" for content in ("surface, shaded", "terrain, shaded", "surface - terrain")]
     if array is None:
         return [_Tile(title, None) for title in titles]
-    limit = -math.inf if modality.nodata_below is None else modality.nodata_below
-    heights = np.where(np.isfinite(array) & (array >= limit), array, np.nan).astype(np.float64)
+    heights = represent(array, "linear", modality.nodata_below, modality.nodata_above).astype(np.float64)
     surface, terrain = (heights[quantities.index(name)] for name in ("surface_height", "terrain_height"))
     shaded = [np.nan_to_num(hillshade(values, modality.gsd)) for values in (surface, terrain)]
     return [
@@ -193,12 +214,16 @@ def _format_range(values: np.ndarray) -> str:
 
 
 def _stretch(bands: np.ndarray, common: bool = False) -> np.ndarray:
-    """Stretch (3, H, W) to (H, W, 3) in [0, 1] between the 2nd and 98th percentile of each band.
+    """Stretch (3, H, W) to (H, W, 3) in [0, 1] between the 2nd and 98th percentile of each band; nodata is black.
 
     ``common`` uses the percentiles of all bands together, which keeps true colours.
     """
-    low, high = np.percentile(bands, _STRETCH, axis=(0, 1, 2) if common else (1, 2), keepdims=True)
-    return np.clip((bands - low) / np.maximum(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
+    axes = (0, 1, 2) if common else (1, 2)
+    if not np.isfinite(bands).any(axis=axes).all():
+        return np.zeros((*bands.shape[1:], 3), np.float32)
+    low, high = np.nanpercentile(bands, _STRETCH, axis=axes, keepdims=True)
+    stretched = np.clip((bands - low) / np.maximum(high - low, 1e-6), 0, 1)
+    return np.nan_to_num(stretched).transpose(1, 2, 0)
 
 
 def _limits(values: np.ndarray, percentiles: tuple[float, float] = _STRETCH) -> tuple[float, float]:
@@ -227,7 +252,7 @@ def _draw_series(
     days = manifest.index.dates(modality.name, row)
     chosen = np.unique(np.linspace(0, len(array) - 1, min(_DATES, len(array))).astype(int))
     title = f"{modality.name}: {len(chosen)} of {len(array)} dates, {modality.gsd:g} m"
-    shown = represent(array[chosen], modality.representation, modality.nodata_below)
+    shown = represent(array[chosen], modality.representation, modality.nodata_below, modality.nodata_above)
     if _is_radar(modality):
         page.text(_MARGIN, top + 0.05, f"{title}, {modality.bands[0].name} in dB", fontsize=8.5)
         low, high = _limits(shown[:, 0][array[chosen, 0] > 0])  # zeros at the edge of a swath are nodata

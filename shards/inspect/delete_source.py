@@ -15,7 +15,7 @@ from bocage.shards.format.codec import CODECS
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import Progress, verify
 from bocage.shards.source import naming, zips
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.source.metadata import METADATA_FOLDER
 
 _ZIP = ".zip"
@@ -47,7 +47,7 @@ class SourceZips:
 
 
 def replaced_zips(
-    catalogue: Catalogue, shards: Path, *, workers: int = 1, progress: Progress | None = None
+    catalogue: FlairHubCatalogue, shards: Path, *, workers: int = 1, progress: Progress | None = None
 ) -> SourceZips:
     """Verify shards, decoding every sample, and find the zips of their source that they replace. Nothing is deleted.
 
@@ -80,7 +80,7 @@ def replaced_zips(
     return SourceZips(deletable, kept)
 
 
-def _stored_rasters(catalogue: Catalogue, manifest: Manifest) -> np.ndarray:
+def _stored_rasters(catalogue: FlairHubCatalogue, manifest: Manifest) -> np.ndarray:
     """Whether the shards hold each raster, (patches, modalities) bool in the order of the catalogue."""
     stored = np.zeros((len(catalogue), len(catalogue.registry)), bool)
     keys = pa.array(catalogue.keys(), pa.string())

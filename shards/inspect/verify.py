@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from bocage.shards.errors import InputError
 from bocage.shards.files import TEMPORARY_SUFFIX
 from bocage.shards.format.index import INDEX_FILE
-from bocage.shards.format.manifest import DATASET_FILE, TABLE_FILE, Manifest, SchemaVersionError, manifest_schema
+from bocage.shards.format.manifest import DATASET_FILE, TABLE_FILE, Manifest, SchemaVersionError
 from bocage.shards.format.running_stats import merge_stats
 from bocage.shards.format.shard_files import PARTS_FOLDER
 from bocage.shards.inspect.verify_shard import Findings, Problem, ShardCheck, check_shard, statistics_match
@@ -175,7 +175,7 @@ class _TableCheck:
 
     def __init__(self, manifest: Manifest, index: pa.RecordBatch | None, findings: Findings) -> None:
         self._manifest, self._index, self._findings = manifest, index, findings
-        self._required = [field.name for field in manifest_schema(manifest.registry, []) if not field.nullable]
+        self._required = [field.name for field in manifest.schema if not field.nullable]
         series = [f"dates.{item.name}" for item in manifest.registry.by_role("series")]
         self._columns = [*self._required, *series]
 

@@ -42,7 +42,8 @@ class InputSpec:
         mean, std: statistics of each channel, in units of the representation.
         gsd: ground sampling distance, in metres.
         series: whether arrays have a time axis. Dates are days since 15 May of their own year.
-        nodata_below: stored values below this are nodata; None if every value is valid.
+        nodata_below: stored values below this are nodata; None if there is no such limit.
+        nodata_above: stored values above this are nodata; None if there is no such limit.
 
     Raises:
         ValueError: fields have different lengths, or a channel is not one of the representation.
@@ -59,6 +60,7 @@ class InputSpec:
     gsd: float
     series: bool
     nodata_below: float | None = None
+    nodata_above: float | None = None
 
     def __post_init__(self) -> None:
         if not len(self.channels) == len(self.mean) == len(self.std):
@@ -89,6 +91,7 @@ class InputSpec:
             gsd=modality.gsd,
             series=modality.role == "series",
             nodata_below=modality.nodata_below,
+            nodata_above=modality.nodata_above,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +113,12 @@ class InputSpec:
             raise InputError(f"input description of an encoder cannot be read: {error}") from error
 
 
-def represent(values: Array, representation: Representation, nodata_below: float | None = None) -> Array:
+def represent(
+    values: Array,
+    representation: Representation,
+    nodata_below: float | None = None,
+    nodata_above: float | None = None,
+) -> Array:
     """Convert stored values to a representation.
 
     Args:
@@ -118,6 +126,7 @@ def represent(values: Array, representation: Representation, nodata_below: float
             expect the bands surface and terrain.
         representation: name of the representation, see ``modality.Modality``.
         nodata_below: stored values below this are nodata; so are infinities and NaN.
+        nodata_above: stored values above this are nodata.
 
     Returns:
         (..., C, H, W) float32, of the same array library. Each value is finite, or NaN for nodata.
@@ -125,8 +134,11 @@ def represent(values: Array, representation: Representation, nodata_below: float
     xp = array_namespace(values)
     is_float = xp.isdtype(values.dtype, "real floating")
     values = xp.astype(values, xp.float32, copy=False)
-    if nodata_below is not None:
-        values = xp.where(xp.isfinite(values) & (values >= nodata_below), values, xp.nan)
+    if nodata_below is not None or nodata_above is not None:
+        valid = xp.isfinite(values)
+        valid = valid if nodata_below is None else valid & (values >= nodata_below)
+        valid = valid if nodata_above is None else valid & (values <= nodata_above)
+        values = xp.where(valid, values, xp.nan)
     elif is_float:
         values = _finite_or_nan(xp, values)
     if representation == "decibel":
@@ -154,7 +166,7 @@ def _window_mean(xp: Any, values: Array) -> Array:
 
 def standardize(values: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """Standardise the channels of ``spec``: (..., C, H, W) float32, NaN for nodata (see ``fill_nodata``)."""
-    values = represent(values, spec.representation, spec.nodata_below)
+    values = represent(values, spec.representation, spec.nodata_below, spec.nodata_above)
     known = representation_channels(spec.representation, spec.bands)
     if spec.channels != known:
         values = values[..., [known.index(channel) for channel in spec.channels], :, :]

@@ -19,7 +19,7 @@ from bocage.shards.read.dataset import days_since_may, evaluation_batches
 from bocage.shards.read.windows import whole_patch
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.rasters import gdal_environment, read_raster
+from bocage.shards.source.rasters import gdal_environment
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class PatchLocation:
         crs: coordinate reference system as EPSG code or WKT; empty if unknown.
         left: x coordinate of the upper-left corner, in the CRS.
         top: y coordinate of the upper-left corner, in the CRS.
+        side: side of the patch, in units of the CRS.
     """
 
     key: str
     crs: str
     left: float
     top: float
+    side: float
 
 
 class Patches(Protocol):
@@ -110,7 +112,10 @@ class ShardPatches:
         done = 0
         for batch in evaluation_batches(self.manifest, rows, modalities, batch_size=batch_size, workers=workers):
             records = [self.manifest.row(int(row)) for row in rows[done : done + len(batch)]]
-            yield batch, [PatchLocation(row["key"], row["crs"] or "", row["left"], row["top"]) for row in records]
+            yield (
+                batch,
+                [PatchLocation(row["key"], row["crs"] or "", row["left"], row["top"], row["side"]) for row in records],
+            )
             done += len(batch)
 
 
@@ -172,11 +177,11 @@ class TreePatches:
         for modality in modalities:
             if modality.name not in patch.sources:
                 continue
-            raster = read_raster(patch.sources[modality.name], modality)
+            raster = patch.sources[modality.name].read_raster(modality)
             arrays[modality.name] = raster.array
-            location = location or PatchLocation(patch.key, raster.crs, raster.left, raster.top)
+            location = location or PatchLocation(patch.key, raster.crs, raster.left, raster.top, raster.side)
             if modality.has_time_axis:
                 dates[modality.name] = days_since_may(patch.dates[modality.name])
         seed = sample_seed(0, 0, patch.key)
         sample = Sample(patch.key, patch.roi, seed, whole_patch(modalities[0]), arrays, dates)
-        return sample, location or PatchLocation(patch.key, "", 0.0, 0.0)
+        return sample, location or PatchLocation(patch.key, "", 0.0, 0.0, self.registry.patch_size)

@@ -50,6 +50,19 @@ class RasterSource:
     def __str__(self) -> str:
         return str(self.path) if self.member is None else f"{self.path}/{self.member.name.decode('utf-8', 'replace')}"
 
+    @property
+    def container(self) -> Path:
+        """Folder of the GeoTIFF, or the zip that holds it."""
+        return self.path.parent if self.member is None else self.path
+
+    def read_raster(self, modality: Modality) -> Raster:
+        """Read the raster, see ``read_raster``.
+
+        Raises:
+            RasterError: the raster cannot be read, or contradicts ``modality``.
+        """
+        return read_raster(self, modality)
+
     def read(self) -> bytes:
         """Read the bytes of the GeoTIFF.
 
@@ -80,13 +93,15 @@ class Raster(NamedTuple):
             have a local Lambert-93 without a code: compare coordinates, never these strings.
         left: x coordinate of the outer corner of the upper-left pixel, in the CRS.
         top: y coordinate of this corner.
-        stored_bytes: size of the GeoTIFF, in bytes.
+        side: side of the raster, in units of the CRS.
+        stored_bytes: bytes of the files that were read.
     """
 
     array: np.ndarray
     crs: str
     left: float
     top: float
+    side: float
     stored_bytes: int
 
 
@@ -119,7 +134,7 @@ def read_raster(source: RasterSource, modality: Modality) -> Raster:
             bands = np.where(bands == bands.dtype.type(nodata), bands.dtype.type(np.nan), bands)
     if modality.has_time_axis:
         bands = bands.reshape(-1, len(modality.bands), modality.size, modality.size)
-    return Raster(np.ascontiguousarray(bands), crs, left, top, len(content))
+    return Raster(np.ascontiguousarray(bands), crs, left, top, modality.patch_size, len(content))
 
 
 _Read = tuple[np.ndarray, tuple[float, float], str, float, float, float | None]
@@ -190,6 +205,12 @@ def _read_tifffile(content: bytes) -> _Read:
     half_pixel = 0.5 if keys.get(_RASTER_TYPE) == _PIXEL_IS_POINT else 0.0
     left, top = easting - (column + half_pixel) * width, northing + (row + half_pixel) * height
     return bands, (width, height), f"EPSG:{code}", left, top, nodata
+
+
+def may_be_same_crs(first: str, second: str) -> bool:
+    """Whether two ``Raster.crs`` do not contradict each other: only EPSG codes can, and Lambert-93 has several."""
+    codes = {first, second}
+    return len(codes) == 1 or codes <= set(_LAMBERT_93) or not all(code.startswith("EPSG:") for code in codes)
 
 
 def _check_crs(source: RasterSource, crs: str) -> None:

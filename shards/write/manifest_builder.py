@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bocage.shards.dataset_info import DatasetInfo
 from bocage.shards.files import atomic_write
 from bocage.shards.format.index import INDEX_FILE, IndexBuilder
 from bocage.shards.format.manifest import DATASET_FILE, SCHEMA_VERSION, TABLE_FILE, manifest_schema
@@ -31,6 +32,7 @@ def build_manifest(
     registry: Registry,
     splits: list[str],
     *,
+    dataset: DatasetInfo,
     plan: dict[str, Any],
     samples_per_shard: int,
 ) -> None:
@@ -43,6 +45,7 @@ def build_manifest(
         paths: manifest parts of all shards, in the order of the shards.
         registry: modalities of the shards.
         splits: names of the split columns.
+        dataset: name, licence and origin of the dataset.
         plan: settings of the plan, recorded unchanged.
         samples_per_shard: number recorded beside the plan.
     """
@@ -71,6 +74,7 @@ def build_manifest(
     description = {
         "schema_version": SCHEMA_VERSION,
         "created_by": f"bocage {importlib.metadata.version('bocage')}",
+        "dataset": dataset.to_json(),
         "registry": [modality.to_json() for modality in registry.values()],
         "splits": splits,
         "statistics": statistics,

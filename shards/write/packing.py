@@ -1,15 +1,16 @@
 """Encode patches and write one shard: a tar, and the manifest rows of its patches.
 
 The members of a patch are contiguous in the tar: inputs, masks, labels, then ``KEY.json``. The JSON member holds the
-key, ROI, domain, CRS, upper-left corner, dates and the list of members. A raster is stored as ``KEY.MODALITY.bin`` (see
-``codec``). Keys contain no dot, so any WebDataset reader groups the members into samples; the webdataset library turns
-field names to lower case: ``aerial_rgbi.bin``.
+key, ROI, domain, CRS, upper-left corner, side, dates and the list of members. A raster is stored as
+``KEY.MODALITY.bin`` (see ``codec``). Keys contain no dot, so any WebDataset reader groups the members into samples; the
+webdataset library turns field names to lower case: ``aerial_rgbi.bin``.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,8 @@ from bocage.shards.format.shard_files import member_name, part_path, shard_path
 from bocage.shards.format.tar import TarWriter
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.pool import ProgressCallback
-from bocage.shards.source import rasters
-from bocage.shards.source.catalogue import Patch
-from bocage.shards.source.rasters import Raster, RasterError, RasterSource
+from bocage.shards.source.catalogue import Patch, PatchSource
+from bocage.shards.source.rasters import Raster, RasterError, may_be_same_crs
 
 _METADATA_KEY = b"bocage"
 _EPOCH = datetime.date(1970, 1, 1)
@@ -52,7 +52,7 @@ class ShardTask:
     out: Path
     registry: Registry
     splits: list[str]
-    patches: list[Patch]
+    patches: Sequence[Patch[PatchSource]]
     max_skipped: int
 
     @property
@@ -95,7 +95,7 @@ class EncodedPatch:
     stats: dict[str, RunningStats]
 
 
-def encode_patch(patch: Patch, registry: Registry) -> EncodedPatch:
+def encode_patch(patch: Patch[PatchSource], registry: Registry) -> EncodedPatch:
     """Read the rasters of one patch and encode them.
 
     Raises:
@@ -107,7 +107,7 @@ def encode_patch(patch: Patch, registry: Registry) -> EncodedPatch:
     for modality in (*registry.inputs, *registry.by_role("mask"), *registry.labels):
         source = patch.sources.get(modality.name)
         if source is not None:
-            loaded[modality.name] = rasters.read_raster(source, modality)
+            loaded[modality.name] = source.read_raster(modality)
             source_bytes += loaded[modality.name].stored_bytes
             _check_dates(source, modality, loaded[modality.name].array, patch.dates.get(modality.name))
     # The reference is the first modality present, the aerial image where there is one: other sensors are resampled onto
@@ -116,7 +116,7 @@ def encode_patch(patch: Patch, registry: Registry) -> EncodedPatch:
     reference = loaded[reference_name]
     for name, raster in loaded.items():
         _check_position(patch, registry[reference_name], reference, registry[name], raster)
-    ground = {"crs": reference.crs, "left": reference.left, "top": reference.top}
+    ground = {"crs": reference.crs, "left": reference.left, "top": reference.top, "side": reference.side}
     row: dict[str, Any] = {"key": patch.key, "roi": patch.roi, "domain": patch.domain, **ground, **patch.splits}
     members, member_info = {}, {}
     stats = {}
@@ -232,16 +232,21 @@ def _class_histogram(values: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(flat[run_ends], np.diff(run_ends, prepend=-1), minlength=classes).astype(np.int64)
 
 
-def _check_dates(source: RasterSource, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
+def _check_dates(source: PatchSource, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
     if modality.has_time_axis and days is not None and len(days) != len(array):
         raise RasterError(f"{source}: {len(array)} dates in the file, {len(days)} in the metadata")
 
 
 def _check_position(
-    patch: Patch, reference_modality: Modality, reference: Raster, modality: Modality, raster: Raster
+    patch: Patch[PatchSource], reference_modality: Modality, reference: Raster, modality: Modality, raster: Raster
 ) -> None:
     """Check that a raster has the upper-left corner of the reference, to within a pixel of the coarser of the two."""
-    tolerance = max(reference_modality.gsd, modality.gsd)
+    if not may_be_same_crs(raster.crs, reference.crs):
+        raise RasterError(
+            f"{patch.sources[modality.name]}: coordinates in {raster.crs}, but "
+            f"{patch.sources[reference_modality.name]} has {reference.crs}"
+        )
+    tolerance = max(reference.side / reference_modality.size, raster.side / modality.size)
     if abs(raster.left - reference.left) > tolerance or abs(raster.top - reference.top) > tolerance:
         raise RasterError(
             f"{patch.sources[modality.name]}: upper-left corner at ({raster.left:.2f}, {raster.top:.2f}), but "

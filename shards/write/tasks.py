@@ -18,7 +18,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import TEMPORARY_SUFFIX
 from bocage.shards.format.shard_files import PARTS_FOLDER, part_path, shard_path
 from bocage.shards.pool import ProgressCallback, WorkerKilledError, run_in_pool
-from bocage.shards.source.catalogue import Catalogue, Patch
+from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
 from bocage.shards.source.rasters import RasterError, gdal_environment
 from bocage.shards.write.packing import ManifestPart, ShardTask, encode_patch, read_part, write_shard
 from bocage.shards.write.plan import ShardPlan
@@ -71,7 +71,7 @@ class ShardTasks:
         """Whether a patch that a finished shard skipped is readable now."""
         return any(self._is_readable(patch) for patch in self[index].patches if patch.key in part.skipped)
 
-    def _is_readable(self, patch: Patch) -> bool:
+    def _is_readable(self, patch: Patch[PatchSource]) -> bool:
         try:
             with gdal_environment():
                 encode_patch(patch, self.catalogue.registry)
@@ -158,7 +158,7 @@ def explain_write_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def check_source(root: Path, patches: Collection[Patch] = ()) -> None:
+def check_source(root: Path, patches: Collection[Patch[PatchSource]] = ()) -> None:
     """Check that the source tree, and the folders and zips of ``patches``, still exist.
 
     This distinguishes an unmounted disk from unreadable patches.
@@ -173,7 +173,7 @@ def check_source(root: Path, patches: Collection[Patch] = ()) -> None:
         reason = error.strerror or str(error)
     if reason is None:
         sources = [source for patch in patches for source in patch.sources.values()]
-        containers = {source.path.parent if source.member is None else source.path for source in sources}
+        containers = {source.container for source in sources}
         missing = next((container for container in sorted(containers) if not container.exists()), None)
         reason = None if missing is None else f"{missing} no longer exists"
     if reason is not None:

@@ -281,6 +281,7 @@ class DatasetWriter:
             [part_path(self.out, index) for index in range(len(plan))],
             self.catalogue.registry,
             list(self.catalogue.splits),
+            dataset=self.catalogue.dataset,
             plan={**self._settings, "libraries": library_versions()},
             samples_per_shard=plan.samples_per_shard,
         )

@@ -168,7 +168,8 @@ def parse_input_spec(section: dict[str, Any]) -> InputSpec:
     _check_numbers("std", section["std"], minimum=0.0)
     _check_numbers("gsd", [section["gsd"]], above=0.0)
     _check_numbers("wavelengths", [value for value in section["wavelengths"] if value is not None], above=0.0)
-    _check_numbers("nodata_below", [] if section["nodata_below"] is None else [section["nodata_below"]])
+    for key in ("nodata_below", "nodata_above"):
+        _check_numbers(key, [] if section[key] is None else [section[key]])
     return InputSpec.from_json(section)
 
 

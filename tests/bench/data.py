@@ -48,7 +48,7 @@ from bocage.shards.read.dataset import TrainingStream, days_since_may
 from bocage.shards.read.windows import draw_windows, pixel_slices
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 BATCH, WINDOW, SEED = 16, 51.2, 0
@@ -66,7 +66,7 @@ class BenchmarkData:
         self.manifest = Manifest.open(shards)
         self.modalities: list[Modality] = list(self.manifest.registry.inputs)
         self.keys = [self.manifest.index.key(row) for row in range(len(self.manifest))]
-        catalogue = Catalogue.open(tree)
+        catalogue = FlairHubCatalogue.open(tree)
         patches = [catalogue.patch(number) for number in range(len(catalogue))]
         sources = {patch.key: patch.sources for patch in patches}
         self.paths = [{name: str(source) for name, source in sources[key].items()} for key in self.keys]
@@ -297,7 +297,7 @@ def main() -> None:
         if arguments.shards is None:
             arguments.tree, arguments.shards = folder / "tree", folder / "shards"
             write_tree(arguments.tree, patches=arguments.patches, seed=5, dates=(40, 100), workers=2)
-            write_shards(Catalogue.open(arguments.tree), arguments.shards, workers=2, samples_per_shard=16)
+            write_shards(FlairHubCatalogue.open(arguments.tree), arguments.shards, workers=2, samples_per_shard=16)
         data = BenchmarkData(arguments.tree, arguments.shards)
         loaders = {
             "bocage": bocage_loader(data, 1),

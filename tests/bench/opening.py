@@ -20,7 +20,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # tests import full_tree, too
 
@@ -30,7 +30,7 @@ from full_tree import write_folders, write_metadata, write_zips
 def measure(tree: Path) -> dict[str, float | str | bool]:
     """Open the catalogue of a tree; the process must be new, because peak memory is that of the whole process."""
     imported, started, cpu_started = _peak_memory(), time.perf_counter(), time.process_time()
-    catalogue = Catalogue.open(tree)
+    catalogue = FlairHubCatalogue.open(tree)
     seconds, cpu_seconds, opened = time.perf_counter() - started, time.process_time() - cpu_started, _peak_memory()
     started = time.perf_counter()
     fingerprint = catalogue.fingerprint()

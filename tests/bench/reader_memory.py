@@ -31,7 +31,7 @@ from bocage.shards.format.manifest import Manifest, manifest_schema
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.dataset import TrainingStream
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.manifest_builder import build_manifest
 from bocage.shards.write.writer import write_shards
 
@@ -61,7 +61,9 @@ def write_large(small: Manifest, out: Path, count: int) -> None:
         description = {"shard": entry, "skipped": {}, "source_bytes": 0, "moments": {}}
         paths.append(parts / f"{name}.parquet")
         pq.write_table(repeated.replace_schema_metadata({b"bocage": json.dumps(description)}), paths[-1])
-    build_manifest(out, paths, small.registry, small.splits, plan={}, samples_per_shard=PER_SHARD)
+    build_manifest(
+        out, paths, small.registry, small.splits, dataset=small.dataset, plan={}, samples_per_shard=PER_SHARD
+    )
     shutil.rmtree(parts)
 
 
@@ -109,7 +111,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bocage-memory-"))
     try:
         write_tree(folder / "tree", patches=8, seed=1, dates=(60, 90), registry=FLAIR_HUB.subset(MODALITIES))
-        small = write_shards(Catalogue.open(folder / "tree"), folder / "small", samples_per_shard=8)
+        small = write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "small", samples_per_shard=8)
         print(
             f"{'samples':>9} {'method':<8}{'open s':>8}{'+RSS':>7}"
             f"{'worker: RSS':>13}{'private':>9}{'anonymous':>11}  MiB"

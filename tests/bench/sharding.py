@@ -38,15 +38,18 @@ from bocage.shards.format.codec import EncodedArray, decode, encode, with_lossy_
 from bocage.shards.format.shard_files import PARTS_FOLDER
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.source import rasters
-from bocage.shards.source.catalogue import Catalogue, Patch
+from bocage.shards.source.catalogue import Patch
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.source.rasters import Raster, RasterSource
 from bocage.shards.write.packing import ShardTask, write_shard
 
 _GDAL = {"GDAL_CACHEMAX": 64, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": 1}
 _MEGABYTE = 1e6
 
+FlairHubPatch = Patch[RasterSource]
 
-def extend_series(catalogue: Catalogue, row: int, dates: int, folder: Path) -> Patch:
+
+def extend_series(catalogue: FlairHubCatalogue, row: int, dates: int, folder: Path) -> FlairHubPatch:
     """Extend the series of a patch to ``dates`` dates from the next patches; the files are LZW, as simulated ones."""
     patch = catalogue.patch(row)
     sources = dict(patch.sources)
@@ -93,7 +96,7 @@ def cpu_time(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def compare_sizes(patches: list[Patch], registry: Registry, repeats: int) -> None:
+def compare_sizes(patches: list[FlairHubPatch], registry: Registry, repeats: int) -> None:
     """Print size, encoding time and decoding time of each modality, per patch."""
     print(f"{'modality':22}{'LZW MB':>9}{'shard MB':>9}{'ratio':>8}{'encode ms':>11}{'decode ms':>11}")
     totals = np.zeros(4)
@@ -134,7 +137,7 @@ def read_with_rasterio(source: RasterSource, modality: Modality) -> Raster:
         bands, transform, crs = file.read(), file.transform, file.crs.to_string() if file.crs else ""
     if modality.has_time_axis:
         bands = bands.reshape(-1, len(modality.bands), modality.size, modality.size)
-    return Raster(bands, crs, transform.c, transform.f, source.path.stat().st_size)
+    return Raster(bands, crs, transform.c, transform.f, modality.patch_size, source.path.stat().st_size)
 
 
 @contextmanager
@@ -149,7 +152,7 @@ def _rasterio_reader() -> Iterator[None]:
         yield
 
 
-def write_one_shard(patches: list[Patch], registry: Registry, splits: list[str], folder: Path) -> Path:
+def write_one_shard(patches: list[FlairHubPatch], registry: Registry, splits: list[str], folder: Path) -> Path:
     """Write the patches to one shard; return the path of the tar."""
     (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
     task = ShardTask(0, folder, registry, splits, patches, max_skipped=0)
@@ -157,7 +160,7 @@ def write_one_shard(patches: list[Patch], registry: Registry, splits: list[str],
     return task.shard_path
 
 
-def compare_with_rasterio(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
+def compare_with_rasterio(patches: list[FlairHubPatch], registry: Registry, splits: list[str], repeats: int) -> None:
     """Print the sharding speed of one core with both readers."""
     times: dict[str, list[float]] = {"bocage": [], "rasterio": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +182,7 @@ def compare_with_rasterio(patches: list[Patch], registry: Registry, splits: list
     print(f"ratio {speeds['bocage'] / speeds['rasterio']:.2f}; same bytes: {same}")
 
 
-def _worker(patches: list[Patch], registry: Registry, splits: list[str], barrier: Any, results: Any) -> None:
+def _worker(patches: list[FlairHubPatch], registry: Registry, splits: list[str], barrier: Any, results: Any) -> None:
     with tempfile.TemporaryDirectory() as folder, _bocage_reader():
         write_one_shard(patches[:2], registry, splits, Path(folder))
         barrier.wait()
@@ -195,7 +198,7 @@ def _peak_memory() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def compare_processes(patches: list[Patch], registry: Registry, splits: list[str], repeats: int) -> None:
+def compare_processes(patches: list[FlairHubPatch], registry: Registry, splits: list[str], repeats: int) -> None:
     """Print the speed of one process and of two; each process shards all patches."""
     context = multiprocessing.get_context("spawn")
     speeds: dict[int, list[float]] = {1: [], 2: []}
@@ -228,7 +231,7 @@ def main() -> None:
     parser.add_argument("--dates", type=int, default=91, help="dates per series (default 91; 0 keeps the files)")
     parser.add_argument("--lossy-dem", action="store_true", help="round heights by at most 5 mm")
     arguments = parser.parse_args()
-    catalogue = Catalogue.open(arguments.tree)
+    catalogue = FlairHubCatalogue.open(arguments.tree)
     registry = with_lossy_dem(catalogue.registry) if arguments.lossy_dem else catalogue.registry
     splits = list(catalogue.splits)
     rows = range(0, len(catalogue), max(1, len(catalogue) // arguments.patches))[: arguments.patches]

@@ -15,7 +15,7 @@ from small_disk import remount, tmpfs
 from small_recipes import PRETRAIN
 
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
@@ -28,7 +28,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of a run that saves at steps 2, 4 and 6, on simulated shards (seconds)."""
     folder = tmp_path_factory.mktemp("sample")
     write_tree(folder / "tree", patches=4, seed=3, dates=(3, 4))
-    shards = write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards").path
     data = [
         "modalities=[AERIAL_RGBI,SENTINEL2_TS]",
         "split=all",

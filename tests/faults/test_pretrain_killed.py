@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small_recipes import PRETRAIN
 
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def wait_for_kill_point(process: "subprocess.Popen[str]", output: Path, when: st
 @pytest.mark.slow
 def test_twenty_kills_do_not_change_the_result(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
-    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     uninterrupted, output = tmp_path / "uninterrupted", tmp_path / "killed"
     process = start(shards, uninterrupted)
     assert process.wait(timeout=300) == 0

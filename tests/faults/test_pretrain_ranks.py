@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_recipes import PRETRAIN
 
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
@@ -36,7 +36,7 @@ RATE = "engine.optimizer.learning_rate=3e-4"  # higher rates amplify the roundin
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample")
     write_tree(folder / "tree", patches=10, seed=3, dates=(3, 4))
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards").path
 
 
 def command(shards: Path, output: Path, *arguments: str) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small_recipes import PRETRAIN
 
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ STEPS = 8
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample")
     write_tree(folder / "tree", patches=4, seed=3, dates=(8, 10))
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards").path
 
 
 def launch(shards: Path, output: Path, *overrides: str) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ from small_recipes import PRETRAIN
 
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 pytestmark = pytest.mark.slow  # a minute: six launches that import torch
@@ -71,7 +71,7 @@ def test_a_job_saves_before_its_time_limit_and_resumes_when_requeued(
     name: str, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
-    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     arguments = [
         *PRETRAIN,
         f"shards={shards}",
@@ -104,7 +104,7 @@ def test_a_job_saves_before_its_time_limit_and_resumes_when_requeued(
 
 def test_the_array_job_writes_the_same_shards_as_one_process(cluster: dict[str, str], tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
-    whole = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "whole", shard_bytes=4_000_000)
+    whole = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "whole", shard_bytes=4_000_000)
     for task in ("1", "2"):
         job = {"SLURM_ARRAY_TASK_ID": task, "SLICES": "2", "SLURM_CPUS_PER_TASK": "1"}
         arguments = ["tree", "out", "--shard-mb", "4"]
@@ -123,7 +123,7 @@ def test_a_job_without_arguments_prints_its_usage(name: str, cluster: dict[str, 
 @pytest.mark.parametrize(("name", "parallel"), [("gpus_1x8.yaml", "ddp"), ("gpus_8x8.yaml", "fsdp")])
 def test_accelerate_launches_ranks_with_its_configuration(name: str, parallel: str, tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
-    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
     launcher += [str(ROOT / "recipes" / "accelerate" / name), "--num_processes", "2", "--num_machines", "1"]
     arguments = [

@@ -18,7 +18,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.optim import OptimizerConfig, decay_groups, learning_rate_factor
 
@@ -30,7 +30,7 @@ SPOT, S2, COSIA = "SPOT_RGBI", "SENTINEL2_TS", "AERIAL_LABEL-COSIA"
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=6, seed=3, dates=(3, 4), gaps=0.3)
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards")
 
 
 def resolved(*words: str) -> FinetuneConfig:

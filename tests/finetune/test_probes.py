@@ -18,7 +18,7 @@ from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.patches import ShardPatches
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.engine.engine_config import EngineConfig
@@ -36,7 +36,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probing")
     registry = FLAIR_HUB.subset([SPOT, S1, COSIA, LPIS])
     write_tree(folder / "tree", patches=60, seed=2, registry=registry, gaps=0.3, dates=(3, 3))
-    return write_shards(Catalogue.open(folder / "tree", registry), folder / "shards").path
+    return write_shards(FlairHubCatalogue.open(folder / "tree", registry), folder / "shards").path
 
 
 def config(shards: Path, output: Path, **changes: object) -> FinetuneConfig:

@@ -26,7 +26,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import pretrain
@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("publication")
     registry = FLAIR_HUB.subset([SPOT, DEM, S2, "SENTINEL2_MSK-SC", COSIA, LPIS])
     write_tree(folder / "tree", patches=36, seed=1, registry=registry, dates=(3, 4))
-    shards = write_shards(Catalogue.open(folder / "tree", registry), folder / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(folder / "tree", registry), folder / "shards").path
     words = [*RUN, f"shards={shards}", f"output={folder / 'run'}"]
     os.environ["WANDB_MODE"] = "offline"
     assert pretrain(recipes.resolve(PretrainConfig, words)).exit_code == 0

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from bocage import recipes
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import pretrain
@@ -74,7 +74,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the quickstart recipe, its published encoders, and reference features from ``load_encoder``."""
     folder = tmp_path_factory.mktemp("round_trip")
     write_tree(folder / "tree", patches=40, seed=0)
-    shards = write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards").path
     words = [
         "recipe=quickstart",
         f"shards={shards}",

@@ -21,7 +21,7 @@ from bocage.finetune.study.study_config import LabelFraction, study_runs
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
 from bocage.tools.main import main
@@ -124,7 +124,7 @@ def test_an_unfinished_study_can_be_reported(tmp_path: Path) -> None:
 def test_a_complete_study_from_shards_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry = FLAIR_HUB.subset(["SPOT_RGBI", S2, "SENTINEL2_MSK-SC", "AERIAL_LABEL-COSIA", LPIS])
     write_tree(tmp_path / "tree", patches=24, seed=1, dates=(4, 5), registry=registry)
-    written = write_shards(Catalogue.open(tmp_path / "tree", registry), tmp_path / "shards").path
+    written = write_shards(FlairHubCatalogue.open(tmp_path / "tree", registry), tmp_path / "shards").path
     overrides = [*SMALL[2:], "modalities=[SPOT_RGBI,SENTINEL2_TS]", "labels=[AERIAL_LABEL-COSIA,ALL_LABEL-LPIS]"]
     recipe = tmp_path / "study.yaml"
     settings = {

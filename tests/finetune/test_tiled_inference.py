@@ -24,7 +24,7 @@ from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.read.patches import ShardPatches
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
@@ -32,7 +32,7 @@ REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 
 
 def test_the_map_of_one_patch_equals_its_prediction(tmp_path: Path) -> None:
-    manifest = write_shards(Catalogue.open(REAL), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(REAL), tmp_path / "shards")
     chosen = model(AERIAL)
     predict_patches(chosen, ShardPatches(manifest), np.arange(1), tmp_path / "patches")
     row = manifest.row(0)

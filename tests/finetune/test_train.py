@@ -23,7 +23,7 @@ from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.patches import ShardPatches
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import save_encoder
@@ -38,7 +38,7 @@ REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three genuine patches: aerial image and CoSIA label, no metadata."""
     out = tmp_path_factory.mktemp("real") / "shards"
-    write_shards(Catalogue.open(REAL), out)
+    write_shards(FlairHubCatalogue.open(REAL), out)
     return out
 
 
@@ -166,7 +166,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six simulated patches, some of which lack sensors."""
     folder = tmp_path_factory.mktemp("simulated")
     write_tree(folder / "tree", patches=6, seed=3, gaps=0.3)
-    write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards")
     return folder / "shards"
 
 

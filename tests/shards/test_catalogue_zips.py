@@ -15,7 +15,7 @@ from small_tree import raster_path, write_tree
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.source.rasters import RasterError
 from bocage.shards.write.writer import write_shards
 
@@ -38,7 +38,7 @@ def tree(folders: Path, tmp_path: Path) -> Path:
 def test_zips_and_folders_give_the_same_catalogue(folders: Path, tree: Path, nested: bool, method: int) -> None:
     zip_folders(tree, method, nested)
     assert not any(path.is_dir() for path in tree.iterdir())
-    first, second = Catalogue.open(folders), Catalogue.open(tree)
+    first, second = FlairHubCatalogue.open(folders), FlairHubCatalogue.open(tree)
     assert first.fingerprint() == second.fingerprint()
     assert first.report() == second.report()
     for index in range(len(first)):
@@ -58,7 +58,7 @@ def test_zips_and_folders_give_the_same_catalogue(folders: Path, tree: Path, nes
 def test_zips_and_folders_give_the_same_shards(folders: Path, tree: Path, tmp_path: Path) -> None:
     zip_folders(tree, zipfile.ZIP_DEFLATED)
     for root, name in ((folders, "a"), (tree, "b")):
-        write_shards(Catalogue.open(root), tmp_path / name, samples_per_shard=4)
+        write_shards(FlairHubCatalogue.open(root), tmp_path / name, samples_per_shard=4)
     written = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert written == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in written:
@@ -71,8 +71,8 @@ def test_duplicates_in_folders_and_zips_are_counted(folders: Path, tree: Path) -
     zip_folders(tree)
     copy.rename(folder)
     shutil.rmtree(folder / "AF-S1-10")
-    catalogue = Catalogue.open(tree)
-    assert catalogue.fingerprint() == Catalogue.open(folders).fingerprint()
+    catalogue = FlairHubCatalogue.open(tree)
+    assert catalogue.fingerprint() == FlairHubCatalogue.open(folders).fingerprint()
     sources = {catalogue.patch(index).key: catalogue.patch(index).sources["SPOT_RGBI"] for index in range(6)}
     assert [sources[key].member is None for key in KEYS[:6]] == [True] * 3 + [False] * 3
     report = catalogue.report()
@@ -87,7 +87,7 @@ def test_duplicate_members_of_a_zip_are_counted(tree: Path) -> None:
         file.writestr("AF-S1-2/D012-2019_SPOT_RGBI_AF-S1-2_5-0.tif", b"another")
         file.writestr("D012-2019_SPOT_RGBI/readme.txt", b"hello")
         file.writestr("D013-2019_SPOT_RGBI/AF-S1-2/D013-2019_SPOT_RGBI_AF-S1-2_5-0.tif", b"of another domain")
-    catalogue = Catalogue.open(tree)
+    catalogue = FlairHubCatalogue.open(tree)
     assert (catalogue.report().duplicates, catalogue.report().unparsable) == (1, 2)
     assert catalogue.patch(0).sources["SPOT_RGBI"].read() != b"another"
 
@@ -100,7 +100,7 @@ def test_broken_zips_are_left_out_and_named(tree: Path) -> None:
     bomb = tree / "D099-2019_SPOT_RGBI.zip"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("AA-S1-1/D099-2019_SPOT_RGBI_AA-S1-1_0-0.tif", bytes(10_000_000))
-    catalogue = Catalogue.open(tree)
+    catalogue = FlairHubCatalogue.open(tree)
     report = catalogue.report()
     assert report.unreadable == 3
     assert report.unreadable_examples[0].startswith(f"{cut}: has no directory at its end")
@@ -117,7 +117,7 @@ def test_broken_metadata_zip_is_an_error(tree: Path) -> None:
     path = tree / "GLOBAL_ALL_MTD.zip"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError, match=r"GLOBAL_ALL_MTD\.zip: has no directory at its end"):
-        Catalogue.open(tree)
+        FlairHubCatalogue.open(tree)
 
 
 def test_empty_files_are_counted_and_fail_when_read(tree: Path) -> None:
@@ -125,7 +125,7 @@ def test_empty_files_are_counted_and_fail_when_read(tree: Path) -> None:
     for zipped in (False, True):
         if zipped:
             zip_folders(tree)
-        report = Catalogue.open(tree).report()
+        report = FlairHubCatalogue.open(tree).report()
         assert (report.empty, report.present["SPOT_RGBI"]) == (1, 7)
         assert report.empty_examples[0].endswith("D012-2019_SPOT_RGBI_AF-S1-2_5-1.tif")
 
@@ -156,7 +156,7 @@ def test_folder_without_read_permission_is_counted(tree: Path) -> None:
 
 
 def test_deleted_raster_is_named(tree: Path) -> None:
-    source = Catalogue.open(tree).patch(0).sources["SPOT_RGBI"]
+    source = FlairHubCatalogue.open(tree).patch(0).sources["SPOT_RGBI"]
     source.path.unlink()
     with pytest.raises(RasterError, match=r"_5-0\.tif: cannot be read: No such file"):
         source.read()
@@ -165,13 +165,13 @@ def test_deleted_raster_is_named(tree: Path) -> None:
 def test_file_names_with_any_bytes_can_be_reported(tree: Path) -> None:
     roi = os.fsencode(tree / "D012-2019_SPOT_RGBI" / "AF-S1-2")
     Path(os.fsdecode(roi + b"/\xff\x1b[31m.tif")).touch()
-    report = Catalogue.open(tree).report()
+    report = FlairHubCatalogue.open(tree).report()
     assert report.unparsable == 1
     assert report.unparsable_examples[0].encode().isascii() and report.unparsable_examples[0].isprintable()
 
 
 def test_domain_split(tree: Path) -> None:
-    catalogue = Catalogue.open(tree).with_domain_split("split_mine", {"test": ["D017-2018"]}, rest="train")
+    catalogue = FlairHubCatalogue.open(tree).with_domain_split("split_mine", {"test": ["D017-2018"]}, rest="train")
     assert [catalogue.patch(index).splits["split_mine"] for index in range(7)] == ["train"] * 6 + ["test"]
     alone = catalogue.with_domain_split("split_alone", {"test": ["D017-2018"]})
     assert [alone.patch(index).splits["split_alone"] for index in (0, 6)] == [None, "test"]
@@ -182,7 +182,7 @@ def test_domain_split(tree: Path) -> None:
 
 
 def test_domain_and_roi_ids(tree: Path) -> None:
-    domains, rois = Catalogue.open(tree).domain_and_roi_ids()
+    domains, rois = FlairHubCatalogue.open(tree).domain_and_roi_ids()
     assert domains.tolist() == [0] * 6 + [1]
     assert [len(set(rois[:3])), len(set(rois[3:6])), len(set(rois))] == [1, 1, 3]
 
@@ -194,7 +194,7 @@ def test_benchmark_tree_as_folders_and_as_zips(tmp_path: Path) -> None:
     write_zips(tmp_path / "zips", count)
     for name in ("folders", "zips"):
         write_metadata(tmp_path / name / "GLOBAL_ALL_MTD", count)
-    first, second = (Catalogue.open(tmp_path / name) for name in ("folders", "zips"))
+    first, second = (FlairHubCatalogue.open(tmp_path / name) for name in ("folders", "zips"))
     assert len(first) == len(second) == count
     assert first.fingerprint() == second.fingerprint()
     assert set(first.report().present.values()) == {count}

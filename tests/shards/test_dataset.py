@@ -19,7 +19,7 @@ from bocage.shards.format.codec import decode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.dataset import TrainingStream, days_since_may, evaluation_batches
 from bocage.shards.read.sampler import DistributedBatchSampler, GlobalShuffle
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
@@ -28,7 +28,7 @@ REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Three real patches, one per shard."""
-    return write_shards(Catalogue.open(REAL), tmp_path_factory.mktemp("shards") / "real", samples_per_shard=1)
+    return write_shards(FlairHubCatalogue.open(REAL), tmp_path_factory.mktemp("shards") / "real", samples_per_shard=1)
 
 
 def make_order(count: int, shards: int, seed: int) -> GlobalShuffle:
@@ -125,7 +125,7 @@ def test_batch_has_the_pixels_of_real_series(
 ) -> None:
     """Real series of Sentinel-1 and -2 are unchanged, bit by bit."""
     written = make(tmp_path / "tree")
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     assert len(manifest) == patches
     compared = 0
     modalities = list(manifest.registry.values())

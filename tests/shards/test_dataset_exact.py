@@ -16,7 +16,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.codec import encode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.dataset import TrainingStream, evaluation_batches
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 SERIES = "SENTINEL1-ASC_TS"
@@ -48,7 +48,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("exact")
     keys = [f"D001-2020_AA-S1-1_0-{column}" for column in range(COUNT)]
     write_tree(folder / "tree", keys, [SERIES])
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards", samples_per_shard=8)
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards", samples_per_shard=8)
 
 
 def keys_of(manifest: Manifest, rows: Sequence[int] | np.ndarray) -> list[str]:
@@ -186,7 +186,7 @@ def test_upcoming_shards_are_prefetched(manifest: Manifest) -> None:
 def test_only_needed_members_are_read_and_neighbours_in_one_read(tmp_path: Path) -> None:
     names = ["SENTINEL2_TS", SERIES, "SENTINEL1-DESC_TS", "ALL_LABEL-LPIS"]
     write_tree(tmp_path / "tree", ["D001-2020_AA-S1-1_0-0"], names)
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     row = manifest.row(0)
     spans = {name: (0, row[f"offset.{name}"], row[f"length.{name}"]) for name in names}
 

@@ -11,7 +11,7 @@ import numpy as np
 from small_tree import write_tree
 
 from bocage.shards.read.sampler import GlobalShuffle
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 SCRIPT = Path(__file__).parents[1] / "support" / "rank_run.py"
@@ -22,7 +22,7 @@ COUNT = 42
 def test_ranks_of_the_training_loop_split_the_samples(tmp_path: Path) -> None:
     keys = [f"D001-2020_AA-S1-1_0-{column}" for column in range(COUNT)]
     write_tree(tmp_path / "tree", keys, ["SENTINEL1-ASC_TS"])
-    manifest = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards", samples_per_shard=8)
+    manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards", samples_per_shard=8)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     # Seven steps of two batches of three are one epoch; the eighth begins the next.
     command += [str(manifest.path), str(tmp_path / "run"), "8"]

@@ -28,7 +28,7 @@ from bocage.shards.format.codec import encode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import verify
 from bocage.shards.read.dataset import evaluation_batches
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 KEYS = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
@@ -41,7 +41,7 @@ MEMORY_LIMIT = 256 << 20  # bytes that reading a hostile file may allocate
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     tree = write_tree(folder / "tree", KEYS, ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"])
-    return write_shards(Catalogue.open(tree), folder / "out", samples_per_shard=2, order="roi").path
+    return write_shards(FlairHubCatalogue.open(tree), folder / "out", samples_per_shard=2, order="roi").path
 
 
 @pytest.fixture

@@ -13,20 +13,24 @@ import pyarrow.parquet as pq
 import pytest
 from small_tree import write_tree
 
+from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest, manifest_schema
+from bocage.shards.inspect.verify import verify
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.read.dataset import evaluation_batches
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
+DATA = Path(__file__).parents[1] / "data"
 KEYS = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     tree = write_tree(tmp_path / "tree", KEYS, ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"])
-    return write_shards(Catalogue.open(tree), tmp_path / "out", samples_per_shard=3, order="roi").path
+    return write_shards(FlairHubCatalogue.open(tree), tmp_path / "out", samples_per_shard=3, order="roi").path
 
 
 def edit_description(shards: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -354,3 +358,13 @@ def test_damaged_descriptions_are_refused(shards: Path, text: str) -> None:
     (shards / "dataset.json").write_text(text)
     with pytest.raises(InputError):
         Manifest.open(shards)
+
+
+def test_shards_of_format_version_2_open() -> None:
+    manifest = Manifest.open(DATA / "shards_v2")
+    assert manifest.dataset == FLAIR_HUB_INFO
+    assert manifest.row(0)["side"] == pytest.approx(102.4)
+    modalities = list(manifest.registry.values())
+    batches = list(evaluation_batches(manifest, np.arange(3), modalities, batch_size=2))
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert verify(manifest.path).sound

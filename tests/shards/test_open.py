@@ -24,7 +24,7 @@ from bocage.shards.read.cache import CacheConfig
 from bocage.shards.read.dataset import TrainingStream, evaluation_batches
 from bocage.shards.read.object_store import ObjectStore, RetryPolicy, is_remote
 from bocage.shards.read.open import open_shards
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:cache.size")  # these caches are small on purpose
@@ -36,7 +36,7 @@ QUICK = RetryPolicy(attempts=3, backoff=0.01, timeout=0.5)
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Three real patches, one per shard."""
-    return write_shards(Catalogue.open(REAL), tmp_path_factory.mktemp("shards") / "real", samples_per_shard=1)
+    return write_shards(FlairHubCatalogue.open(REAL), tmp_path_factory.mktemp("shards") / "real", samples_per_shard=1)
 
 
 def cache_of(folder: Path, local: Manifest, count: float = 2) -> CacheConfig:

@@ -11,7 +11,8 @@ from small_tree import CORNER, raster_path, write_raster, write_tree
 from bocage.shards.format.codec import decode, with_lossy_dem
 from bocage.shards.format.shard_files import member_name
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.source.catalogue import Catalogue, Patch
+from bocage.shards.source.catalogue import Patch
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.source.rasters import RasterError
 from bocage.shards.write.packing import encode_patch
 
@@ -19,7 +20,7 @@ KEY = "D001-2021_AA-S1-1_0-0"
 
 
 def first_patch(root: Path) -> Patch:
-    return Catalogue.open(root).patch(0)
+    return FlairHubCatalogue.open(root).patch(0)
 
 
 def rewrite(root: Path, name: str, bands: np.ndarray, corner: tuple[float, float] = CORNER) -> Path:
@@ -93,9 +94,9 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     write_tree(tmp_path, [KEY], ["AERIAL_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"])
     code = (
         "import hashlib, json, sys\n"
-        "from bocage.shards.source.catalogue import Catalogue\n"
+        "from bocage.shards.source.flair_hub import FlairHubCatalogue\n"
         "from bocage.shards.write.packing import encode_patch\n"
-        "catalogue = Catalogue.open(sys.argv[1])\n"
+        "catalogue = FlairHubCatalogue.open(sys.argv[1])\n"
         "encoded = encode_patch(catalogue.patch(0), catalogue.registry)\n"
         "print(json.dumps({name: item.to_json() for name, item in encoded.stats.items()}))\n"
         "print(hashlib.sha256(b''.join(encoded.members.values())).hexdigest())\n"

@@ -18,7 +18,7 @@ from small_tree import write_tree
 from bocage.shards.errors import InputError
 from bocage.shards.format.codec import encode
 from bocage.shards.inspect.verify import Verification, verify
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
@@ -35,7 +35,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in tree.rglob(f"*_{KEYS[3].split('_', 1)[1]}.tif"):
         if "SPOT" in path.name or "LABEL" in path.name:
             path.unlink()
-    return write_shards(Catalogue.open(tree), folder / "out", samples_per_shard=2, order="roi").path
+    return write_shards(FlairHubCatalogue.open(tree), folder / "out", samples_per_shard=2, order="roi").path
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from small_tree import write_tree
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.locks import FileLock
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.plan import order_rows, shard_bounds
 from bocage.shards.write.writer import DatasetWriter, write_shards
 
 
 @pytest.fixture(scope="module")
-def domains(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+def domains(tmp_path_factory: pytest.TempPathFactory) -> FlairHubCatalogue:
     """30 patches of one domain in five ROIs of 2, 3, 4, 9 and 12, and ten of another in one ROI; empty files."""
     root = tmp_path_factory.mktemp("domains")
     for domain, roi, count in (
@@ -31,10 +31,10 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
         folder.mkdir(parents=True)
         for column in range(count):
             (folder / f"{domain}_SPOT_RGBI_{roi}_0-{column}.tif").touch()
-    return Catalogue.open(root)
+    return FlairHubCatalogue.open(root)
 
 
-def test_every_prefix_of_the_stratified_order_has_proportional_domains(domains: Catalogue) -> None:
+def test_every_prefix_of_the_stratified_order_has_proportional_domains(domains: FlairHubCatalogue) -> None:
     rows = order_rows(domains, "stratified", 0)
     assert sorted(rows) == list(range(40))
     second = domains.domain_and_roi_ids()[0][rows] == domains.domain_and_roi_ids()[0][-1]
@@ -45,7 +45,7 @@ def test_every_prefix_of_the_stratified_order_has_proportional_domains(domains: 
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 10, 13, 40, 100])
-def test_roi_order_splits_only_rois_larger_than_a_shard(domains: Catalogue, size: int) -> None:
+def test_roi_order_splits_only_rois_larger_than_a_shard(domains: FlairHubCatalogue, size: int) -> None:
     rows = order_rows(domains, "roi", 0)
     bounds = shard_bounds(domains, rows, "roi", size)
     assert (bounds[0], bounds[-1]) == (0, 40)
@@ -97,7 +97,7 @@ def test_unreadable_patches_of_all_slices_count_together(tmp_path: Path) -> None
         writer.merge()
 
 
-def test_a_tree_of_unreadable_patches_is_rejected_before_writing(domains: Catalogue, tmp_path: Path) -> None:
+def test_a_tree_of_unreadable_patches_is_rejected_before_writing(domains: FlairHubCatalogue, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^none of the 8 sampled patches can be read, e\.g\. .*: it is empty$"):
         write_shards(domains, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -151,7 +151,7 @@ def test_a_folder_of_other_libraries_formats_or_settings_is_rejected(tmp_path: P
 
 def test_the_estimate_matches_the_run_and_writes_nothing(tmp_path: Path) -> None:
     keys = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(5) for column in range(8)]
-    catalogue = Catalogue.open(write_tree(tmp_path / "tree", keys, SMALL))
+    catalogue = FlairHubCatalogue.open(write_tree(tmp_path / "tree", keys, SMALL))
     writer = DatasetWriter(catalogue, tmp_path / "out", shard_bytes=1_500_000)
     estimate = writer.estimate()
     assert not (tmp_path / "out").exists()

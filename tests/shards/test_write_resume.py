@@ -10,7 +10,7 @@ from small_tree import raster_path, write_tree
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 
@@ -86,7 +86,7 @@ def test_folders_of_other_plans_or_other_content_are_rejected(tmp_path: Path) ->
     with pytest.raises(InputError, match="seed"):
         write_shards(catalogue, tmp_path / "out", seed=5)
     with pytest.raises(InputError, match="the patches or modalities"):
-        write_shards(Catalogue.open(tmp_path / "tree", modalities=["SPOT_RGBI"]), tmp_path / "out")
+        write_shards(FlairHubCatalogue.open(tmp_path / "tree", modalities=["SPOT_RGBI"]), tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="new or empty"):
@@ -158,7 +158,7 @@ def test_skipped_patches_count_across_shards_and_may_be_repaired(tmp_path: Path)
 # Large rasters, because torch uses several threads only for these. Two processes start.
 def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", KEYS[:2], ["AERIAL_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"], dates=40)
-    catalogue = Catalogue.open(tree)
+    catalogue = FlairHubCatalogue.open(tree)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
@@ -173,7 +173,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
 
 def test_a_small_dataset_gets_several_shards(tmp_path: Path) -> None:
     keys = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(5) for column in range(8)]
-    catalogue = Catalogue.open(write_tree(tmp_path / "tree", keys, ["SPOT_RGBI"]))
+    catalogue = FlairHubCatalogue.open(write_tree(tmp_path / "tree", keys, ["SPOT_RGBI"]))
     assert [shard.samples for shard in write_shards(catalogue, tmp_path / "out").shards] == [16, 16, 8]
     tiny = write_shards(catalogue, tmp_path / "tiny", shard_bytes=100_000)
     assert tiny.shard_count > 3

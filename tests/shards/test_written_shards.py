@@ -20,7 +20,7 @@ from bocage.shards.preprocess.inputs import required_modalities
 from bocage.shards.preprocess.normalize import represent
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.shards.source import rasters
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
@@ -37,11 +37,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_shards(Catalogue.open(tree), tmp_path_factory.mktemp("shards") / "out", samples_per_shard=3)
+    return write_shards(FlairHubCatalogue.open(tree), tmp_path_factory.mktemp("shards") / "out", samples_per_shard=3)
 
 
 def test_every_raster_is_stored_losslessly_at_its_offset(tree: Path, shards: Manifest) -> None:
-    catalogue = Catalogue.open(tree)
+    catalogue = FlairHubCatalogue.open(tree)
     patches = {patch.key: patch for patch in map(catalogue.patch, range(len(catalogue)))}
     assert len(shards) == 4
     for index in range(len(shards)):
@@ -70,7 +70,7 @@ def test_every_raster_is_stored_losslessly_at_its_offset(tree: Path, shards: Man
 
 def test_manifest_statistics_match_the_rasters(tree: Path, shards: Manifest) -> None:
     labels, heights = [], []
-    catalogue = Catalogue.open(tree)
+    catalogue = FlairHubCatalogue.open(tree)
     for index in range(4):
         row = shards.row(index)
         patch = next(patch for patch in map(catalogue.patch, range(4)) if patch.key == row["key"])
@@ -139,7 +139,7 @@ def test_an_infinite_pixel_counts_as_nodata(tmp_path: Path) -> None:
     bands = np.full((2, 512, 512), 100.0, np.float32)
     bands[0, 5, 5] = np.inf
     write_raster(raster_path(root, FLAIR_HUB["DEM_ELEV"], KEYS[0]), bands, 0.2)
-    manifest = write_shards(Catalogue.open(root), tmp_path / "out")
+    manifest = write_shards(FlairHubCatalogue.open(root), tmp_path / "out")
     assert manifest.input_spec("DEM_ELEV").mean == (0.0, 0.0)
     assert manifest.row(0)["maximum.DEM_ELEV"] == [0.0, 0.0]
 
@@ -147,7 +147,7 @@ def test_an_infinite_pixel_counts_as_nodata(tmp_path: Path) -> None:
 def test_a_patch_with_a_mask_and_no_series_can_be_read(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree", KEYS[:2], SMALL)
     raster_path(root, FLAIR_HUB["SENTINEL2_TS"], KEYS[0]).unlink()
-    manifest = write_shards(Catalogue.open(root), tmp_path / "out")
+    manifest = write_shards(FlairHubCatalogue.open(root), tmp_path / "out")
     modalities = required_modalities(manifest.registry, ["SPOT_RGBI", "SENTINEL2_TS"], [])
     (batch,) = evaluation_batches(manifest, np.arange(2), modalities, batch_size=2)
     for name in ("SENTINEL2_TS", "SENTINEL2_MSK-SC"):
@@ -160,7 +160,7 @@ def test_number_of_dates_must_match_the_raster(tmp_path: Path) -> None:
     path = raster_path(root, FLAIR_HUB["SENTINEL2_TS"], KEYS[0])
     path.write_bytes(raster_path(other, FLAIR_HUB["SENTINEL2_TS"], KEYS[0]).read_bytes())
     with pytest.raises(InputError, match="4 dates in the file, 3 in the metadata"):
-        write_shards(Catalogue.open(root), tmp_path / "out", max_bad=0)
+        write_shards(FlairHubCatalogue.open(root), tmp_path / "out", max_bad=0)
 
 
 def test_a_new_modality_is_written_like_the_others(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_new_modality_is_written_like_the_others(tmp_path: Path) -> None:
         path = raster_path(root, thermal, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(raster_path(root, FLAIR_HUB["SPOT_RGBI"], key).read_bytes())
-    manifest = write_shards(Catalogue.open(root, registry), tmp_path / "out")
+    manifest = write_shards(FlairHubCatalogue.open(root, registry), tmp_path / "out")
     assert list(manifest.registry) == ["SPOT_RGBI", "THERMAL-X"]
     assert manifest.registry["THERMAL-X"] == thermal
     assert manifest.statistics["THERMAL-X"] == manifest.statistics["SPOT_RGBI"]

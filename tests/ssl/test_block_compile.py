@@ -17,7 +17,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.parallel.block_compile import repeated_blocks
 from bocage.ssl.pretrain import build_pretraining_model, pretrain
@@ -29,7 +29,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Some seconds: patches are simulated and sharded."""
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=4, seed=0, dates=(4, 5))
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards")
 
 
 def trained(manifest: Manifest, output: Path, *overrides: str) -> dict[str, torch.Tensor]:

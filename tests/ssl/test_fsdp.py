@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from bocage import recipes
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.checkpoint.reader import load_tensors
 from bocage.ssl.engine.engine_config import EngineConfig
@@ -31,7 +31,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some seconds: patches are simulated and sharded."""
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=8, seed=3, dates=(4, 6))
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards").path
 
 
 def on_two_ranks(shards: Path, output: Path, *cases: str) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from bocage import recipes
 from bocage.shards.batch import Batch
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.logging.metrics import (
     MAX_VECTORS,
@@ -97,7 +97,7 @@ def test_collapse_is_reported_once_after_three_low_records() -> None:
 # Some 10 s: patches are simulated and sharded, and three runs pretrain on them.
 def test_a_run_records_feature_metrics_also_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
-    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     names = ["AERIAL_RGBI", "SENTINEL2_TS"]
     overrides = [*PRETRAIN, f"shards={shards}", f"modalities=[{','.join(names)}]", "split=all", "reconstructions=0"]
     overrides += ["engine.log_every=3", "engine.optimizer.min_lr_ratio=1.0"]

@@ -15,7 +15,7 @@ from bocage import recipes
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import save_encoder
 from bocage.ssl.objectives.model import PretrainingModel
@@ -30,7 +30,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Some seconds: patches are simulated and sharded."""
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=3, seed=0, dates=(4, 5))
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards")
 
 
 def resolved(*overrides: str) -> PretrainConfig:

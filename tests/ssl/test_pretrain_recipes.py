@@ -12,7 +12,7 @@ from bocage import recipes
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.evaluation.probe import Probe, ProbeConfig
 from bocage.ssl.pretrain import build_pretraining_model, pretrain
@@ -36,7 +36,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Some seconds: patches are simulated and sharded."""
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=4, seed=3, dates=(3, 4))
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards")
 
 
 def test_all_pretraining_recipes_are_tested() -> None:
@@ -94,6 +94,10 @@ def test_contrast_of_a_single_sensor_raises(manifest: Manifest) -> None:
         ),
         (["masking.modality_ratio=1"], r"masking.modality_ratio=1 leaves one per sample"),
         (["contrastive.cell=0.1"], r"contrastive.cell=0.1: the finest feature map, of AERIAL_RGBI, has cells of 0.8 m"),
+        (["contrastive.cell=1000"], r"contrastive.cell=1000: a patch is 102.4 m wide; use contrastive.cell=102.4 or"),
+        (["probe.label=AERIAL_LABEL-COSIA", "probe.cell=0.3"], r"probe.cell=0.3 .*probe.patches=64.* 262144"),
+        (["probe.label=AERIAL_LABEL-COSIA", "probe.cell=1000"], r"probe.cell=1000: .* 0.2 m, and a patch, 102.4 m"),
+        (["probe.label=COSIA"], r"probe.label=COSIA is not a label of .*; labels: AERIAL_LABEL-COSIA"),
         (["output="], r"output= is empty"),
         (["modalities=[AERIAL]"], r"unknown modality 'AERIAL'; did you mean AERIAL_RGBI\?"),
         (["modalities=[spot_rgbi]"], r"did you mean SPOT_RGBI\?"),
@@ -115,9 +119,8 @@ def test_runs_that_cannot_learn_stop_before_they_start(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["probe.cell=0.3"], r"probe.cell=0.3 .*probe.patches=64.* 262144"),
-        (["probe.cell=1000"], r"probe.cell=1000.0 must be positive, and at most half a patch"),
-        (["contrastive.cell=1000"], r"contrastive.cell=1000.0 must be positive, and at most a patch"),
+        (["probe.cell=0"], r"probe.cell=0.0 must be a positive number of metres"),
+        (["contrastive.cell=inf"], r"contrastive.cell=inf must be a positive number of metres"),
         (["contrastive.temperature=inf"], r"contrastive.temperature=inf"),
         (["augment.offset=inf"], r"augment.offset=inf"),
         (["augment.date_jitter=400"], r"augment.date_jitter=400 must be between 0 and 182 days"),

@@ -9,7 +9,7 @@ import torch
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.base import EncoderConfig
 from bocage.ssl.encoders.build import build_encoder
@@ -28,7 +28,7 @@ def write_series(folder: Path, *, missing: int | None = None, quality: bool = Tr
         stem = sorted((tree).rglob(f"*_{OPTICAL}_*.tif"))[missing]
         stem.unlink()
         Path(str(stem).replace(OPTICAL, QUALITY)).unlink()
-    return write_shards(Catalogue.open(tree, registry), folder / "shards")
+    return write_shards(FlairHubCatalogue.open(tree, registry), folder / "shards")
 
 
 def series_encoder(manifest: Manifest, name: str) -> UTAE:

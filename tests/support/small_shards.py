@@ -7,7 +7,7 @@ from pathlib import Path
 
 from small_tree import write_tree
 
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 
 KEYS = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(2) for column in range(3)]
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]
@@ -19,6 +19,6 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def small(folder: Path, patches: int = 6) -> Catalogue:
+def small(folder: Path, patches: int = 6) -> FlairHubCatalogue:
     """Write a tree of patches with three small rasters each to ``folder/tree`` and open its catalogue."""
-    return Catalogue.open(write_tree(folder / "tree", KEYS[:patches], SMALL))
+    return FlairHubCatalogue.open(write_tree(folder / "tree", KEYS[:patches], SMALL))

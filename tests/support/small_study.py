@@ -22,7 +22,7 @@ from bocage.finetune.subsets.sampling import keys_digest
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
 
@@ -53,7 +53,7 @@ def known_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def sharded(folder: Path, patches: int = 1, seed: int = 0) -> Path:
     registry = FLAIR_HUB.subset([S2, "SENTINEL2_MSK-SC", LPIS])
     write_tree(folder / "tree", patches=patches, seed=seed, registry=registry, dates=(3, 4))
-    return write_shards(Catalogue.open(folder / "tree", registry), folder / "shards").path
+    return write_shards(FlairHubCatalogue.open(folder / "tree", registry), folder / "shards").path
 
 
 def study(output: Path, **changes: object) -> StudyConfig:

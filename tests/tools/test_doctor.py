@@ -6,7 +6,7 @@ import pytest
 
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
@@ -16,7 +16,7 @@ def test_a_healthy_machine_and_healthy_shards(
 ) -> None:
     registry = FLAIR_HUB.subset(["SPOT_RGBI"])
     write_tree(tmp_path / "tree", patches=4, seed=0, registry=registry)
-    manifest = write_shards(Catalogue.open(tmp_path / "tree", registry), tmp_path / "shards")
+    manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree", registry), tmp_path / "shards")
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("WANDB_API_KEY", "alsoverysecret")
     monkeypatch.setenv("COLUMNS", "200")

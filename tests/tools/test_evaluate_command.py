@@ -17,7 +17,7 @@ from bocage.finetune.train import build_task
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.patches import ShardPatches
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven simulated patches that lack sensors here and there, and an untrained model of two labels."""
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=7, seed=3, dates=(3, 5), gaps=0.2)
-    write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards")
     words = ["recipe=finetune_quickstart", f"modalities=[{AERIAL},{S2}]", f"labels=[{COSIA},{LPIS}]"]
     torch.manual_seed(0)
     task = build_task(recipes.resolve(FinetuneConfig, words), Manifest.open(folder / "shards"))
@@ -67,7 +67,7 @@ def test_sensor_ablations_are_scored_on_the_same_patches(folder: Path, capsys: p
 
 
 def test_shards_that_lack_a_sensor_and_a_label(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_shards(Catalogue.open(folder / "tree", modalities=[AERIAL, COSIA]), folder / "fewer")
+    write_shards(FlairHubCatalogue.open(folder / "tree", modalities=[AERIAL, COSIA]), folder / "fewer")
     words = ["evaluate", str(folder / "run"), str(folder / "fewer"), str(folder / "fewer_scores"), "--missing"]
     assert main(words) == 0
     assert f"has no {S2}, {LPIS}: scoring without" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.summary import most_complete_row, summarize
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
@@ -18,11 +18,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
     tree = folder / "tree"
     write_tree(tree, patches=3, seed=0)
-    _, place, cell = Catalogue.open(tree).keys()[0].split("_")
+    _, place, cell = FlairHubCatalogue.open(tree).keys()[0].split("_")
     for path in tree.rglob(f"*_{place}_{cell}.tif"):
         if "LABEL" in path.name or "RLT" in path.name:
             path.unlink()
-    return write_shards(Catalogue.open(tree), folder / "out", samples_per_shard=2, order="roi").path
+    return write_shards(FlairHubCatalogue.open(tree), folder / "out", samples_per_shard=2, order="roi").path
 
 
 def test_numbers(shards: Path) -> None:

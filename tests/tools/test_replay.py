@@ -20,7 +20,7 @@ from bocage import recipes
 from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.train import finetune
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.pretrain import pretrain
 from bocage.ssl.pretrain_config import PretrainConfig
@@ -35,13 +35,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
     """Key of a patch with absurd heights, and words of a run that meets it with statistics of sane ones (seconds)."""
     folder = tmp_path_factory.mktemp("broken")
     write_tree(folder / "tree", patches=4, seed=5, dates=(3, 4))
-    sane = write_shards(Catalogue.open(folder / "tree"), folder / "sane").path
+    sane = write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "sane").path
     words = [*WORDS, "engine.steps=1"]
     pretrain(recipes.resolve(PretrainConfig, [*words, f"shards={sane}", f"output={folder / 'first'}"]))
     path = sorted((folder / "tree").rglob("*DEM_ELEV*.tif"))[1]
     with rasterio.open(path, "r+") as file:
         file.write(np.random.default_rng(0).choice([-1e30, 1e30], file.read().shape).astype(np.float32))
-    shards = write_shards(Catalogue.open(folder / "tree"), folder / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards").path
     encoder = folder / "first" / "encoders" / "DEM_ELEV"
     key = path.stem.replace("_DEM_ELEV", "")
     return key, [*WORDS, f"shards={shards}", f"encoders.DEM_ELEV={encoder}", "masking.modality_ratio=0"]
@@ -172,7 +172,7 @@ def test_queues_and_losses_of_batches_do_not_blame_others(
 def test_statistics_of_batches_are_no_obstacle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fine-tuning with batch normalisation, at a rate that ends it."""
     write_tree(tmp_path / "tree", patches=4, seed=5, dates=(3, 4))
-    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     words = ["recipe=finetune_quickstart", "modalities=[AERIAL_RGBI]", "decoder.norm=batch", "batch_size=2"]
     words += ["split=all", "window=51.2", "predictions=0", "engine.steps=6", "engine.optimizer.learning_rate=1e30"]
     words += ["engine.optimizer.warmup_steps=0", f"shards={shards}", f"output={tmp_path / 'run'}"]

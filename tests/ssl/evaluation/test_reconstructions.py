@@ -16,7 +16,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.inspect.composites import hillshade, series_composites
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.logging.trackers import link_afterwards
 from bocage.ssl.evaluation.reconstructions import reconstruction_figure, save_figure
@@ -103,7 +103,7 @@ def test_pictures_are_saved_and_tracked_at_each_evaluation(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
-    write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     words = [
         *PRETRAIN,
         f"shards={tmp_path / 'shards'}",
@@ -134,7 +134,7 @@ def test_pictures_are_saved_and_tracked_at_each_evaluation(
 # Some 10 s: patches are simulated, and a run trains.
 def test_run_continues_if_pictures_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "tree", patches=2, seed=3, dates=(3, 4))
-    write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     words = [*PRETRAIN, f"shards={tmp_path / 'shards'}", f"modalities=[{OPTICAL}]", "split=all", "window=51.2"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "reconstructions").write_text("a file")
