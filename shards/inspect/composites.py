@@ -21,6 +21,12 @@ def colour_bands(modality: Modality) -> list[int] | None:
     return [int(distance.argmin()) for distance in distances]
 
 
+def has_both_polarisations(modality: Modality) -> bool:
+    """Whether the sensor is a radar in decibels with the polarisations VV and VH, shown as VV, VH and VV - VH."""
+    quantities = {band.quantity for band in modality.bands}
+    return modality.representation == "decibel" and {"backscatter_vv", "backscatter_vh"} <= quantities
+
+
 def series_composites(frames: np.ndarray, modality: Modality, reference: np.ndarray) -> np.ndarray:
     """Render the dates of one series with a common contrast, so that dates can be compared.
 
@@ -39,7 +45,7 @@ def series_composites(frames: np.ndarray, modality: Modality, reference: np.ndar
     quantities = [band.quantity for band in modality.bands]
     bands = colour_bands(modality)
     stretch_axes: tuple[int, ...] = (0, 2, 3)
-    if modality.representation == "decibel" and {"backscatter_vv", "backscatter_vh"} <= set(quantities):
+    if has_both_polarisations(modality):
         vv, vh = (frames[:, quantities.index(name)] for name in ("backscatter_vv", "backscatter_vh"))
         channels = np.stack((vv, vh, vv - vh), axis=1)
     elif bands is not None:

@@ -1,4 +1,4 @@
-"""Evaluate frozen encoders during pretraining: kNN and linear probes of land cover on ground cells."""
+"""Evaluate frozen encoders during pretraining: kNN and linear probes of labels on ground cells."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
+from bocage.shards.modality import Modality
 from bocage.shards.preprocess.inputs import EncoderInput, encoder_inputs, required_modalities
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
@@ -23,6 +24,7 @@ from bocage.ssl.objectives.model import PretrainingModel
 
 _TEMPERATURE = 0.07  # of the kNN votes, as in DINO (arXiv 2104.14294)
 _LBFGS_ITERATIONS = 100
+_CELLS_PER_PATCH = 8  # default number of cells along a side of a patch: cells of 12.8 m in FLAIR-HUB
 _MAX_CELLS = 2**18  # per subset; more take too long at each evaluation
 
 
@@ -31,13 +33,13 @@ class ProbeConfig:
     """Probes of frozen features, fitted at each evaluation (``engine.evaluate_every``).
 
     Attributes:
-        label: name of the label raster, e.g. ``AERIAL_LABEL-COSIA``; empty disables the probes.
+        label: name of the label raster, e.g. ``AERIAL_LABEL-COSIA`` in FLAIR-HUB; empty disables the probes.
         level: band of the label raster, from 1.
         train: value of the split whose patches train the probes.
         test: value of the split whose patches test them.
         patches: number of patches for each of the two, evenly spaced.
-        cell: side of a ground cell, in metres, rounded so that cells divide a patch; its label is its most frequent
-            scored class.
+        cell: side of a ground cell, in metres, rounded so that cells divide a patch; null for ``default_cell``. The
+            label of a cell is its most frequent scored class.
         neighbours: number of neighbours in kNN.
         penalty: L2 penalty on the weights of the linear probe.
 
@@ -50,7 +52,7 @@ class ProbeConfig:
     train: str = "train"
     test: str = "valid"
     patches: int = 64
-    cell: float = 12.8
+    cell: float | None = None
     neighbours: int = 20
     penalty: float = 1e-3
 
@@ -58,10 +60,15 @@ class ProbeConfig:
         for key in ("level", "patches", "neighbours"):
             if getattr(self, key) < 1:
                 raise ValueError(f"probe.{key}={getattr(self, key)} must be at least 1")
-        if not 0 < self.cell < math.inf:
+        if self.cell is not None and not 0 < self.cell < math.inf:
             raise ValueError(f"probe.cell={self.cell} must be a positive number of metres")
         if not self.penalty >= 0:
             raise ValueError(f"probe.penalty={self.penalty} must not be negative")
+
+
+def default_cell(label: Modality) -> float:
+    """Side of a ground cell, in metres: an eighth of a patch, or a pixel of the label raster where that is larger."""
+    return label.patch_size / min(_CELLS_PER_PATCH, label.size)
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ class Probe:
         split: split column of the shards.
 
     Raises:
-        InputError: the shards do not have the label, the train or test subset has no patch with it, or there would be
-            too many cells.
+        InputError: the shards do not have the label, the train or test subset has no patch with it, cells are smaller
+            than its pixels or larger than a patch, or there would be too many cells.
     """
 
     def __init__(self, manifest: Manifest, config: ProbeConfig, split: str) -> None:
@@ -105,10 +112,17 @@ class Probe:
         self.label = registry[config.label]
         if config.level > len(self.label.schemes):
             raise InputError(f"probe.level={config.level}: {config.label} has levels 1 to {len(self.label.schemes)}")
-        cells = config.patches * _cells_per_side(registry.patch_size, config.cell) ** 2
+        self.cell = config.cell or default_cell(self.label)
+        smallest, largest = self.label.gsd, registry.patch_size
+        if not smallest <= self.cell <= largest:
+            raise InputError(
+                f"probe.cell={self.cell:g}: use a side between a pixel of {config.label}, {smallest:g} m, and a patch, "
+                f"{largest:g} m"
+            )
+        cells = config.patches * _cells_per_side(registry.patch_size, self.cell) ** 2
         if cells > _MAX_CELLS:
             raise InputError(
-                f"probe.cell={config.cell} gives {cells} cells with probe.patches={config.patches}: the maximum is "
+                f"probe.cell={self.cell:g} gives {cells} cells with probe.patches={config.patches}: the maximum is "
                 f"{_MAX_CELLS}; use larger cells or fewer patches"
             )
         labelled = manifest.column(f"length.{config.label}").to_numpy() > 0
@@ -194,7 +208,7 @@ class Probe:
         """Return encoder, patch key, features and labels of the labelled cells, for each encoder and patch."""
         specs = {name: model.encoder(name).spec for name in model.encoders}
         inputs = encoder_inputs(batch, specs, model.quality_masks, random_orientation=False)
-        cells = _cells_per_side(float(batch.windows[0, 2]), self.config.cell)
+        cells = _cells_per_side(float(batch.windows[0, 2]), self.cell)
         labels = majority_class(batch.values[self.label.name][:, self.config.level - 1], self.scheme, cells)
         labels[~batch.present[self.label.name]] = -1
         results = []

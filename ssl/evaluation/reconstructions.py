@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
-from bocage.shards.inspect.composites import hillshade, series_composites
+from bocage.shards.inspect.composites import has_both_polarisations, hillshade, series_composites
 from bocage.shards.modality import Modality
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.ssl.objectives.masked import MaskedReconstruction, Reconstruction
@@ -105,7 +105,7 @@ def _denormalize(reconstruction: Reconstruction) -> torch.Tensor:
 def _row_title(modality: Modality, encoded: EncodedBatch, sample: int) -> str:
     dropped = bool(encoded.masks[modality.name].dropped[sample])
     absent = not bool(encoded.inputs[modality.name].present[sample])
-    radar = ", VV, VH, VV - VH" if modality.representation == "decibel" else ""
+    radar = ", VV, VH, VV - VH" if has_both_polarisations(modality) else ""
     return modality.name + radar + (" (absent)" if absent else " (fully masked)" if dropped else "")
 
 
