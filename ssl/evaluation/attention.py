@@ -154,7 +154,9 @@ def compute_attention(
             unsorted_days = np.array(days[int(rows[done + index])].as_py(), "datetime64[D]")
             # Padded dates come last in the batch and are not in the manifest, so ``order`` excludes them.
             order = np.argsort(unsorted_days, kind="stable")
-            frames = represent(batch.values[name][index], modality.representation, modality.nodata_below)
+            frames = represent(
+                batch.values[name][index], modality.representation, modality.nodata_below, modality.nodata_above
+            )
             cloud_or_snow = None
             if name in masks and batch.present[masks[name]][index]:
                 cloud_or_snow = (

@@ -19,7 +19,7 @@ from bocage.shards.classes import COSIA
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.evaluation.probe import (
     LabelledCells,
@@ -101,7 +101,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Shards of simulated patches; takes seconds."""
     folder = tmp_path_factory.mktemp("data")
     write_tree(folder / "tree", patches=12, seed=3, dates=(3, 4))
-    return write_shards(Catalogue.open(folder / "tree"), folder / "shards")
+    return write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards")
 
 
 # Takes 10 s, because two runs pretrain.

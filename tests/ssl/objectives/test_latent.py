@@ -17,7 +17,7 @@ from bocage import recipes
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import quality_masks
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.objectives.decoder import DecoderConfig
 from bocage.ssl.objectives.latent import LatentConfig, LatentPrediction
@@ -143,7 +143,7 @@ def test_the_trainer_calls_after_step_only_after_updates(tmp_path: Path) -> None
 # Some 8 s: patches are simulated and sharded, and two runs pretrain on them.
 def test_a_resumed_run_ends_with_the_same_teachers(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
-    shards = write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards").path
+    shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
     words = [*PRETRAIN, f"shards={shards}", "modalities=[AERIAL_RGBI,SENTINEL2_TS]", "split=all", "reconstructions=0"]
     words += ["weights.latent=1", "weights.masked=0", "latent.decoder.width=32", "window=51.2"]
     words += ["engine.optimizer.min_lr_ratio=1.0"]

@@ -21,7 +21,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.objectives.decoder import DecoderConfig
 from bocage.ssl.objectives.dense_contrast import ContrastiveConfig, DenseContrast
@@ -180,7 +180,7 @@ def test_a_window_that_blocks_do_not_divide_stops_the_run_before_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tree(tmp_path / "tree", patches=2, seed=3, dates=(3, 4))
-    write_shards(Catalogue.open(tmp_path / "tree"), tmp_path / "shards")
+    write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     words = [*PRETRAIN, f"shards={tmp_path / 'shards'}", f"output={tmp_path / 'run'}", "split=all"]
     assert main(["pretrain", *words, f"modalities=[{RELIEF}]", "window=70.4"]) == 2
     error = capsys.readouterr().err
