@@ -28,6 +28,7 @@ from bocage.recipes.recipe_errors import (
     full_key,
 )
 from bocage.shards.errors import InputError
+from bocage.shards.source.description import DatasetDescription
 
 Config = TypeVar("Config")
 
@@ -68,15 +69,7 @@ def _format_recipe_list() -> str:
 def _read_recipe(name: str) -> DictConfig:
     """Read one recipe, given by the name of a packaged recipe or by the path of a YAML file."""
     if name.endswith(_FILE_EXTENSIONS):
-        path = Path(name)
-        if not path.is_file():
-            raise InputError(f"recipe={name}: no such file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"recipe={name}: not UTF-8 text: {error}") from error
-        except OSError as error:
-            raise InputError(f"recipe={name}: cannot be read: {error.strerror}") from error
+        text = _read_text(f"recipe={name}", Path(name))
     else:
         packaged = _packaged_recipes()
         if name not in packaged:
@@ -84,12 +77,29 @@ def _read_recipe(name: str) -> DictConfig:
             hint = f"did you mean {near[0]!r}?" if near else f"recipes: {_format_recipe_list()}"
             raise InputError(f"recipe={name}: no such recipe; {hint}")
         text = packaged[name].read_text(encoding="utf-8")
+    return _parse_mapping(f"recipe={name}", text)
+
+
+def _read_text(argument: str, path: Path) -> str:
+    """Read the file of an argument such as ``recipe=FILE``."""
+    if not path.is_file():
+        raise InputError(f"{argument}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{argument}: not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise InputError(f"{argument}: cannot be read: {error.strerror}") from error
+
+
+def _parse_mapping(argument: str, text: str) -> DictConfig:
+    """Parse the YAML text of an argument such as ``recipe=FILE``."""
     try:
         config = OmegaConf.create(text)
     except Exception as error:  # PyYAML's errors have no common public base that OmegaConf re-exports
-        raise InputError(f"recipe={name}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{argument}: not valid YAML: {' '.join(str(error).split())}") from error
     if isinstance(config, ListConfig):
-        raise InputError(f"recipe={name}: a recipe is a mapping of keys to values, not a list")
+        raise InputError(f"{argument}: it is a mapping of keys to values, not a list")
     return config
 
 
@@ -198,20 +208,44 @@ def resolve(schema: type[Config], arguments: list[str]) -> Config:
         config = _merge(config, layer, f"recipe {name}")
     for key in removed:
         _remove_entry(config, key)
+    config = _merge(config, _parse_arguments(arguments), "command line")
+    return cast(Config, _to_object(config, f"recipe {recipe}", has_arguments=len(arguments) > 1))
+
+
+def load_dataset(path: str, arguments: list[str]) -> DatasetDescription:
+    """Read the description of a dataset that is not FLAIR-HUB.
+
+    Args:
+        path: YAML file with the keys of ``DatasetDescription``.
+        arguments: command-line arguments ``key=value`` that override values, such as ``patch=51.2``.
+
+    Raises:
+        InputError: the file cannot be read, a key is unknown, or a value is wrong.
+    """
+    layer = _parse_mapping(f"dataset={path}", _read_text(f"dataset={path}", Path(path)))
+    config = _merge(OmegaConf.structured(DatasetDescription), layer, f"dataset {path}")
+    config = _merge(config, _parse_arguments(arguments), "command line")
+    return cast(DatasetDescription, _to_object(config, f"dataset {path}", has_arguments=bool(arguments)))
+
+
+def _parse_arguments(arguments: list[str]) -> DictConfig:
+    """Parse arguments ``key=value``; ``key=`` sets the empty string, as in a shell, not null."""
     try:
-        # ``key=`` sets the empty string, as in a shell, not null.
-        overrides = OmegaConf.from_dotlist(
+        return OmegaConf.from_dotlist(
             [f"{argument}''" if argument.endswith("=") else argument for argument in arguments]
         )
     except Exception as error:  # OmegaConf's, or PyYAML's
         raise InputError(f"command line: {explain_parse_error(arguments) or ' '.join(str(error).split())}") from error
-    config = _merge(config, overrides, "command line")
+
+
+def _to_object(config: Any, source: str, *, has_arguments: bool) -> Any:
+    """Build the dataclass, which checks the values; ``source`` names where they come from."""
     try:
-        return cast(Config, OmegaConf.to_object(config))
+        return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise InputError(f"recipe {recipe}: {full_key(error)}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{source}: {full_key(error)}: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError) as error:
-        source = f"recipe {recipe} and command line" if len(arguments) > 1 else f"recipe {recipe}"
+        source = f"{source} and command line" if has_arguments else source
         raise InputError(f"{source}: {explain_value_error(config, error)}") from error
 
 

@@ -9,17 +9,22 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+from bocage.recipes.loader import load_dataset
+from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import with_lossy_dem
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.delete_source import replaced_zips
 from bocage.shards.modality import FLAIR_HUB
+from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.open import open_described
 from bocage.shards.write.estimate import Estimate
 from bocage.shards.write.plan import ORDERS
 from bocage.shards.write.writer import DatasetWriter
@@ -32,6 +37,9 @@ _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
 _ZIPS_SHOWN = 20
 _REST = "rest"
+_DATASET = "dataset="
+
+SomeCatalogue = TypeVar("SomeCatalogue", bound=Catalogue)
 _EPILOG = """\
 After an interruption the same command resumes: finished shards are kept, and only those that skipped a patch that
 is readable now are written again. With a complete OUT it rewrites deleted shards, bit for bit, and nothing else.
@@ -47,8 +55,14 @@ On SLURM, with SRC and OUT on a shared file system:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.epilog = _EPILOG
-    parser.add_argument("source", metavar="SRC", type=Path, help="FLAIR-HUB tree")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or the folder of a run to resume")
+    parser.usage = "bocage shard [options] SRC OUT [dataset=FILE] [key=value ...]"
+    parser.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="PATH",
+        help="SRC: FLAIR-HUB tree, or the folder that dataset=FILE describes; OUT: new folder, or the folder of a run "
+        "to resume; key=value: values of the description to override",
+    )
 
     content = parser.add_argument_group("content")
     content.add_argument(
@@ -137,17 +151,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the shards; return 130 or 143 when interrupted."""
     if arguments.delete_source and (arguments.dry_run or arguments.slice is not None):
         raise InputError("--delete-source: needs complete shards; give it without --dry-run, or with --merge")
+    _read_positionals(arguments)
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # FORCE_COLOR would draw a spinner in logs
     try:
         with Interrupts() as interrupts:
             with console.status(f"reading the catalogue of {arguments.source}"):
-                catalogue = _catalogue(arguments)
+                catalogue = _open_catalogue(arguments)
             _print_report(console, catalogue)
             if arguments.report is not None:
                 _write_report(arguments.report, catalogue)
             _check_readable(arguments, catalogue)
             _shard(interrupts, catalogue, arguments)
-            if arguments.delete_source:
+            if arguments.delete_source and isinstance(catalogue, FlairHubCatalogue):
                 _delete_source(interrupts, catalogue, arguments)
     except InterruptedCommand as stopped:
         print(
@@ -158,13 +173,48 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _catalogue(arguments: argparse.Namespace) -> FlairHubCatalogue:
+def _read_positionals(arguments: argparse.Namespace) -> None:
+    """Set ``source``, ``out``, ``dataset`` and ``settings`` from the positional arguments."""
+    paths = [argument for argument in arguments.overrides if "=" not in argument]
+    settings = [argument for argument in arguments.overrides if "=" in argument]
+    datasets = [argument for argument in settings if argument.startswith(_DATASET)]
+    if len(paths) != 2:
+        raise InputError(f"{len(paths)} paths given; give two, SRC and OUT: the source and the folder of the shards")
+    if len(datasets) > 1:
+        raise InputError(f"{' '.join(datasets)}: give one description")
+    if settings and not datasets:
+        raise InputError(f"{settings[0]}: only a description has keys to override; name it as dataset=FILE")
+    arguments.source, arguments.out = map(Path, paths)
+    arguments.dataset = datasets[0].removeprefix(_DATASET) if datasets else None
+    arguments.settings = [argument for argument in settings if argument not in datasets]
+
+
+def _open_catalogue(arguments: argparse.Namespace) -> Catalogue:
+    """Open the catalogue of a described dataset or of FLAIR-HUB."""
+    if arguments.dataset is None:
+        return _flair_hub_catalogue(arguments)
+    for option in ("split_csv", "lossy_dem", "delete_source"):
+        if getattr(arguments, option):
+            raise InputError(
+                f"--{option.replace('_', '-')} applies to FLAIR-HUB only, not to a described dataset; leave it out"
+            )
+    description = load_dataset(arguments.dataset, arguments.settings)
+    catalogue = open_described(arguments.source, description, Path(arguments.dataset).parent)
+    return _with_domain_split(catalogue, arguments)
+
+
+def _flair_hub_catalogue(arguments: argparse.Namespace) -> FlairHubCatalogue:
     registry = with_lossy_dem(FLAIR_HUB) if arguments.lossy_dem else FLAIR_HUB
     catalogue = FlairHubCatalogue.open(arguments.source, registry, modalities=arguments.modalities)
     if arguments.split_csv:
         return catalogue.with_csv_split(
             arguments.split_name or "split_csv", parse_pairs("--split-csv", arguments.split_csv, "VALUE=FILE")
         )
+    return _with_domain_split(catalogue, arguments)
+
+
+def _with_domain_split(catalogue: SomeCatalogue, arguments: argparse.Namespace) -> SomeCatalogue:
+    """Add the split of ``--split-domains``, if given."""
     if arguments.split_domains:
         domains_by_value = parse_pairs("--split-domains", arguments.split_domains, "VALUE=DOMAINS")
         rest = [value for value, text in domains_by_value.items() if text == _REST]
@@ -179,7 +229,7 @@ def _catalogue(arguments: argparse.Namespace) -> FlairHubCatalogue:
     return catalogue
 
 
-def _shard(interrupts: Interrupts, catalogue: FlairHubCatalogue, arguments: argparse.Namespace) -> None:
+def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Namespace) -> None:
     sharding = DatasetWriter(
         catalogue,
         arguments.out,
@@ -233,13 +283,13 @@ def _show(bar: ProgressBar, interrupts: Interrupts, done: int, total: int, writt
     bar.update(done, total, f"{written / _MEGABYTE:,.0f} MB written")
 
 
-def _print_report(console: Console, catalogue: FlairHubCatalogue) -> None:
+def _print_report(console: Console, catalogue: Catalogue) -> None:
     """Print a note for each problem of the source: missing, unreadable, unknown or repeated files."""
     for remark in catalogue.report().warnings():
         console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_readable(arguments: argparse.Namespace, catalogue: FlairHubCatalogue) -> None:
+def _check_readable(arguments: argparse.Namespace, catalogue: Catalogue) -> None:
     """Refuse unreadable zips and folders, so that an unfinished download does not drop a sensor from many patches."""
     report = catalogue.report()
     if report.unreadable and not arguments.skip_unreadable:
@@ -250,7 +300,7 @@ def _check_readable(arguments: argparse.Namespace, catalogue: FlairHubCatalogue)
         )
 
 
-def _write_report(path: Path, catalogue: FlairHubCatalogue) -> None:
+def _write_report(path: Path, catalogue: Catalogue) -> None:
     try:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(catalogue.report().to_json(), indent=1), encoding="utf-8")
@@ -291,7 +341,7 @@ def _print_summary(manifest: Manifest) -> None:
         if present < counts["samples"]:
             table.add_row(f"patches without {name}", str(counts["samples"] - present))
     absent = [name for name in FLAIR_HUB if name not in manifest.registry]
-    if absent:
+    if absent and manifest.dataset == FLAIR_HUB_INFO:
         table.add_row("not in these shards", "\n".join(absent))
     console = Console()
     console.print(table)

@@ -1,4 +1,4 @@
-"""Report on a FLAIR-HUB tree: counts by modality, and missing, duplicate, unreadable or unparsable files."""
+"""Report on the files of a dataset: counts by modality, and missing, duplicate, unreadable or unparsable files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ class CatalogueReport:
         undated: files left out because the metadata hold no dates for them, by series and mask.
         masks_without_series: files left out because their patch lacks the series, by mask.
         historical_without_patch: historical files whose location has no patch of any year.
-        unparsable: files and folders inside modality folders and zips whose names do not follow the pattern.
+        unparsable: files whose names do not follow a pattern, and folders inside FLAIR-HUB's modality folders.
         unparsable_examples: a few of these, relative to the root.
+        without_input: files left out because no image or series has their key, by label or mask.
+        without_input_examples: keys of a few of these.
         duplicates: further files of the same raster; a folder takes precedence over a zip, then the first by name.
         duplicate_examples: a few of these.
         empty: files of 0 bytes; they stay in the catalogue, and reading them fails.
@@ -41,6 +43,8 @@ class CatalogueReport:
     historical_without_patch: int = 0
     unparsable: int = 0
     unparsable_examples: list[str] = field(default_factory=list)
+    without_input: dict[str, int] = field(default_factory=dict)
+    without_input_examples: list[str] = field(default_factory=list)
     duplicates: int = 0
     duplicate_examples: list[str] = field(default_factory=list)
     empty: int = 0
@@ -80,6 +84,10 @@ class CatalogueReport:
             f"{count} files of {name} left out: no series beside them"
             for name, count in self.masks_without_series.items()
         ]
+        if self.without_input:
+            counts = ", ".join(f"{count} of {name}" for name, count in self.without_input.items())
+            examples = ", ".join(self.without_input_examples)
+            messages.append(f"files without an image or series of the same key left out: {counts}, e.g. {examples}")
         if self.unparsable:
             messages.append(f"{self.unparsable} names not understood, e.g. {', '.join(self.unparsable_examples)}")
         if self.unknown_folders:
@@ -96,6 +104,12 @@ class CatalogueReport:
         """Count a name that does not follow the pattern."""
         self.unparsable += 1
         _append_example(self.unparsable_examples, name)
+
+    def add_without_input(self, name: str, keys: list[str]) -> None:
+        """Count files of a label or mask whose key no image or series has."""
+        self.without_input[name] = len(keys)
+        for key in keys[:_MAX_EXAMPLES]:
+            _append_example(self.without_input_examples, key)
 
     def add_duplicates(self, count: int, names: list[str]) -> None:
         """Count duplicate rasters; ``names`` may hold only the first few."""

@@ -1,0 +1,249 @@
+"""Read rasters of a described dataset and check them against their description."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+
+from bocage.shards.errors import InputError
+from bocage.shards.modality import Modality
+from bocage.shards.source.description import DatasetDescription, LabelDescription, SensorDescription
+from bocage.shards.source.ground import metres_per_unit
+from bocage.shards.source.rasters import Raster, RasterError, gdal_reason
+
+_MAX_SHOWN = 5  # values in a message
+
+
+@dataclass(frozen=True)
+class RasterRules:
+    """What the files of one sensor or label must be like, and how they become arrays of the shards.
+
+    Attributes:
+        bands: positions of the bands to read, from 0.
+        file_bands: number of bands of a file; 0 accepts any.
+        dtype: type of the values of the files; None accepts any integer type, for labels.
+        pixel: side of a pixel on the ground, in metres.
+        pixel_tolerance: relative difference from ``pixel`` that is accepted.
+        crs: coordinate system of files without one; may be empty.
+        accepts_nan: whether NaN marks missing pixels.
+        nodata: values that the description names as nodata.
+        stored_values: class number in the shards of each value, for labels.
+    """
+
+    bands: tuple[int, ...]
+    file_bands: int
+    dtype: str | None
+    pixel: float
+    pixel_tolerance: float
+    crs: str
+    accepts_nan: bool = False
+    nodata: tuple[float, ...] = ()
+    stored_values: Mapping[int, int] | None = None
+
+
+def sensor_rules(sensor: SensorDescription, description: DatasetDescription) -> RasterRules:
+    """Rules for the files of a sensor."""
+    return RasterRules(
+        bands=sensor.used_indices,
+        file_bands=len(sensor.bands),
+        dtype=sensor.dtype,
+        pixel=sensor.pixel,
+        pixel_tolerance=sensor.pixel_tolerance,
+        crs=description.crs,
+        accepts_nan=sensor.accepts_nan,
+        nodata=tuple(value for value in sensor.nodata if not math.isnan(value)),
+    )
+
+
+def label_rules(label: LabelDescription, description: DatasetDescription) -> RasterRules:
+    """Rules for the files of a label."""
+    return RasterRules(
+        bands=(label.band - 1,),
+        file_bands=0,
+        dtype=None,
+        pixel=label.pixel,
+        pixel_tolerance=label.pixel_tolerance,
+        crs=description.crs,
+        stored_values=label.stored_values,
+    )
+
+
+@dataclass(frozen=True)
+class GeoPosition:
+    """Position of a raster: CRS, upper-left corner and pixel size in units of the CRS, and ground metres per unit."""
+
+    crs: str
+    left: float
+    top: float
+    pixel: float
+    scale: float
+
+
+def open_raster(path: Path) -> rasterio.DatasetReader:
+    """Open a raster; the caller closes it. World files beside it are read.
+
+    Raises:
+        RasterError: the file cannot be opened.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # PNG and JPEG need no position
+            return rasterio.open(path)
+    except RasterioError as error:
+        raise RasterError(f"{path}: cannot be read: {gdal_reason(error)}") from error
+
+
+def sidecar_environment() -> rasterio.Env:
+    """GDAL settings under which world files are found by name, without listing the folder."""
+    return rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE")
+
+
+def position_of(path: Path, file: rasterio.DatasetReader, rules: RasterRules) -> GeoPosition:
+    """Position of an open raster.
+
+    A file without georeference lies at 0, 0 of an unknown CRS, with the pixels of the description.
+
+    Raises:
+        RasterError: the raster is rotated, has pixels that are not square, is not in a projected CRS, or has pixels of
+            another size than described.
+    """
+    transform, crs = file.transform, file.crs.to_string() if file.crs else rules.crs
+    if transform.is_identity:
+        return GeoPosition(rules.crs, 0.0, 0.0, rules.pixel, 1.0)
+    if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
+        raise RasterError(f"{path}: its grid is rotated or flipped against north: rewrite it, e.g. with gdalwarp")
+    if not math.isclose(transform.a, -transform.e, rel_tol=1e-3):
+        raise RasterError(f"{path}: pixels of {transform.a:g} x {-transform.e:g} are not square")
+    try:
+        centre_x, centre_y = transform * (file.width / 2, file.height / 2)
+        scale = metres_per_unit(crs, centre_x, centre_y) if crs else 1.0
+    except InputError as error:
+        raise RasterError(f"{path}: {error}") from error
+    pixel = transform.a * scale
+    if abs(pixel - rules.pixel) > rules.pixel_tolerance * rules.pixel:
+        raise RasterError(
+            f"{path}: pixels of {pixel:.4g} m on the ground, but the description has {rules.pixel:g} m with a "
+            f"pixel_tolerance of {rules.pixel_tolerance:g}"
+        )
+    return GeoPosition(crs, transform.c, transform.f, transform.a, scale)
+
+
+def check_file(path: Path, file: rasterio.DatasetReader, rules: RasterRules) -> None:
+    """Check the bands and the dtype of an open raster.
+
+    Raises:
+        RasterError: they contradict the description.
+    """
+    if rules.file_bands and file.count != rules.file_bands:
+        raise RasterError(
+            f"{path}: {file.count} bands, but the description has {rules.file_bands}; name bands to leave out as unused"
+        )
+    if max(rules.bands) >= file.count:
+        raise RasterError(f"{path}: {file.count} bands, but the description names band {max(rules.bands) + 1}")
+    found = {file.dtypes[index] for index in rules.bands}
+    if rules.dtype is not None and found != {rules.dtype}:
+        raise RasterError(f"{path}: dtype {', '.join(sorted(found))}, but the description has {rules.dtype}")
+    if rules.dtype is None and not all(np.dtype(name).kind in "iub" for name in found):
+        raise RasterError(f"{path}: dtype {', '.join(sorted(found))}, but classes are integers")
+
+
+def convert(where: object, values: np.ndarray, rules: RasterRules, declared: float | None) -> np.ndarray:
+    """Check the values of a raster, (C, H, W), and convert those of labels to class numbers.
+
+    Args:
+        where: file, for messages.
+        values: values of the chosen bands.
+        rules: rules of the sensor or label.
+        declared: nodata value that the file declares, if any.
+
+    Raises:
+        RasterError: the values are NaN, infinite, nodata or classes that the description does not name.
+    """
+    if rules.stored_values is not None:
+        return _class_numbers(where, values, rules.stored_values)
+    if values.dtype.kind == "f":
+        if np.isinf(values).any():
+            raise RasterError(f"{where}: infinite values; replace them by NaN or a nodata value")
+        if not rules.accepts_nan and np.isnan(values).any():
+            raise RasterError(f"{where}: NaN values; if they mark missing pixels, add .nan to nodata")
+    is_named = declared is None or math.isnan(declared) or declared in rules.nodata
+    if not is_named and (values == declared).any():
+        raise RasterError(
+            f"{where}: declares {declared:g} as nodata and holds it; if it marks missing pixels, add it to nodata"
+        )
+    return values
+
+
+def _class_numbers(where: object, values: np.ndarray, stored: Mapping[int, int]) -> np.ndarray:
+    """Class number of each value, (C, H, W) uint8."""
+    found, inverse = np.unique(values, return_inverse=True)
+    unknown = [int(value) for value in found if int(value) not in stored]
+    if unknown:
+        shown = ", ".join(map(str, unknown[:_MAX_SHOWN])) + (", ..." if len(unknown) > _MAX_SHOWN else "")
+        raise RasterError(f"{where}: values {shown} are neither classes nor ignored; add them to classes or ignore")
+    numbers = np.array([stored[int(value)] for value in found], np.uint8)
+    return numbers[inverse].reshape(values.shape)
+
+
+@dataclass(frozen=True)
+class TileSource:
+    """One raster of a patch that is a file, or a series that is a file for each date.
+
+    Attributes:
+        paths: the file; for a series, the files in the order of the dates.
+        rules: rules of the sensor or label.
+    """
+
+    paths: tuple[Path, ...]
+    rules: RasterRules
+
+    def __str__(self) -> str:
+        return str(self.paths[0]) + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
+
+    @property
+    def container(self) -> Path:
+        """Folder of the first file."""
+        return self.paths[0].parent
+
+    def read_raster(self, modality: Modality) -> Raster:
+        """Read the raster, or stack the dates of a series.
+
+        Raises:
+            RasterError: a file cannot be read, contradicts the description, or lies elsewhere than the first date.
+        """
+        with sidecar_environment():
+            rasters = [_read_tile(path, self.rules, modality) for path in self.paths]
+        first = rasters[0]
+        if not modality.has_time_axis:
+            return first
+        for path, raster in zip(self.paths, rasters):
+            if (raster.crs, raster.left, raster.top) != (first.crs, first.left, first.top):
+                raise RasterError(f"{path}: lies elsewhere than {self.paths[0]}, of the same series")
+        array = np.stack([raster.array for raster in rasters])
+        return first._replace(array=array, stored_bytes=sum(raster.stored_bytes for raster in rasters))
+
+
+def _read_tile(path: Path, rules: RasterRules, modality: Modality) -> Raster:
+    with open_raster(path) as file:
+        check_file(path, file, rules)
+        size = modality.size
+        if (file.width, file.height) != (size, size):
+            raise RasterError(
+                f"{path}: {file.width} x {file.height} pixels, but a patch of {modality.name} has {size} x {size}"
+            )
+        position = position_of(path, file, rules)
+        try:
+            values = file.read([index + 1 for index in rules.bands])
+        except RasterioIOError as error:
+            raise RasterError(f"{path}: cannot be read: {gdal_reason(error)}") from error
+        declared = file.nodata
+    array = np.ascontiguousarray(convert(path, values, rules, declared))
+    side = size * position.pixel
+    return Raster(array, position.crs, position.left, position.top, side, path.stat().st_size)

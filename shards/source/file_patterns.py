@@ -1,0 +1,116 @@
+"""Match file names against patterns with named fields, such as ``{site}/image/{x}-{y}.tif``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bocage.shards.errors import InputError
+
+_TOKEN = re.compile(r"\{(?P<field>[A-Za-z_][A-Za-z0-9_]*)\}|(?P<wild>\*\*/|\*)")
+_FORBIDDEN = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+class FilePattern:
+    """Pattern of paths relative to a folder.
+
+    ``{name}`` matches one or more characters of one folder or file name and gives a field; a field that occurs twice
+    has the same value in both places. ``*`` matches any characters of one name, ``**/`` any folders. Upper and lower
+    case of the extension are the same.
+
+    Args:
+        text: pattern, with ``/`` between folders.
+
+    Attributes:
+        text: the pattern.
+        fields: names of the fields, in order.
+
+    Raises:
+        InputError: a brace is unbalanced, or the pattern is absolute or leaves the folder.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.fields: list[str] = []
+        if text.startswith("/") or ".." in text.split("/"):
+            raise InputError(f"files: {text!r}: give a path below the source folder")
+        expression, position = "", 0
+        for token in _TOKEN.finditer(text):
+            expression += re.escape(text[position : token.start()])
+            position = token.end()
+            if token["wild"]:
+                expression += "(?:[^/]+/)*" if token["wild"] == "**/" else "[^/]*"
+            elif token["field"] in self.fields:
+                expression += f"(?P={token['field']})"
+            else:
+                self.fields.append(token["field"])
+                expression += f"(?P<{token['field']}>[^/]+?)"
+        rest = text[position:]
+        if "{" in re.sub(_TOKEN, "", text) or "}" in re.sub(_TOKEN, "", text):
+            raise InputError(f"files: {text!r}: a brace is not closed, or a field is not a plain name")
+        stem, dot, extension = rest.rpartition(".")
+        expression += re.escape(stem) + (re.escape(dot) + f"(?i:{re.escape(extension)})" if dot else re.escape(rest))
+        self._expression = re.compile(expression)
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """Fields of a path relative to the folder; None if it does not match."""
+        match = self._expression.fullmatch(path)
+        return None if match is None else match.groupdict()
+
+
+def list_files(root: Path) -> Iterator[str]:
+    """Paths of all files below ``root``, relative to it, with ``/`` between folders, in a fixed order.
+
+    Hidden files and folders are left out. Links to folders are followed once.
+
+    Raises:
+        InputError: ``root`` is no folder, or a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    seen: set[tuple[int, int]] = set()
+    for folder, names, files in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        prefix = Path(folder).relative_to(root).as_posix()
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield name if prefix == "." else f"{prefix}/{name}"
+
+
+def fill_template(template: str, fields: Mapping[str, str], what: str) -> str:
+    """Fill the fields of a template and replace characters that keys cannot have by ``-``; ``/`` stays.
+
+    Args:
+        template: text with fields in braces.
+        fields: value of each field.
+        what: key of the description that holds the template, for messages.
+
+    Raises:
+        InputError: the template names an unknown field.
+    """
+
+    def value(token: re.Match[str]) -> str:
+        name = token["field"]
+        if name is None:
+            return token[0]
+        if name not in fields:
+            raise InputError(f"{what}: {template!r}: no field {name!r}; fields: {', '.join(fields) or 'none'}")
+        return fields[name]
+
+    return "/".join(plain_name(part) for part in _TOKEN.sub(value, template).split("/"))
+
+
+def plain_name(text: str) -> str:
+    """Text with runs of characters other than letters, digits, ``-`` and ``_`` replaced by one ``-``."""
+    return _FORBIDDEN.sub("-", text)

@@ -1,0 +1,75 @@
+"""Ground distances in any projected coordinate system."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import rasterio
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+from rasterio.warp import transform
+
+from bocage.shards.errors import InputError
+
+_STEP = 1000.0  # side, in metres of the CRS, over which the scale of a projection is measured
+_CACHE_GRID = 5000.0  # metres; the scale of a projection hardly changes within such a cell
+# WGS 84 (NIMA TR8350.2): semi-major axis in metres, and squared eccentricity.
+_SEMI_MAJOR, _ECCENTRICITY_2 = 6_378_137.0, 6.694379990141e-3
+
+
+@lru_cache(maxsize=64)
+def parse_crs(text: str) -> CRS:
+    """Coordinate reference system from an EPSG code or WKT.
+
+    Raises:
+        InputError: the text names no coordinate reference system.
+    """
+    try:
+        with rasterio.Env():
+            return CRS.from_user_input(text)
+    except (CRSError, ValueError) as error:
+        raise InputError(f"crs {text!r}: not a coordinate reference system; give a code such as EPSG:32631") from error
+
+
+def metres_per_unit(crs: str, x: float, y: float) -> float:
+    """Ground metres per unit of a projected CRS near a point: 1 for UTM, cos(latitude) for web maps (EPSG:3857).
+
+    Args:
+        crs: EPSG code or WKT of a projected system.
+        x, y: coordinates of the point, in the CRS.
+
+    Raises:
+        InputError: the CRS is unknown or has no projection, or the point is outside its area.
+    """
+    unit = parse_crs(crs)
+    if not unit.is_projected:
+        raise InputError(f"coordinates in degrees ({crs}): reproject, e.g. with gdalwarp -t_srs {utm_crs(x, y)}")
+    cell = _CACHE_GRID / unit.linear_units_factor[1]
+    # The scale at the centre of a cell serves the whole cell.
+    return _scale(crs, (math.floor(x / cell) + 0.5) * cell, (math.floor(y / cell) + 0.5) * cell)
+
+
+@lru_cache(maxsize=4096)
+def _scale(crs: str, x: float, y: float) -> float:
+    step = _STEP / parse_crs(crs).linear_units_factor[1]
+    longitudes, latitudes = transform(parse_crs(crs), CRS.from_epsg(4326), [x, x + step, x], [y, y, y + step])
+    if not all(map(math.isfinite, (*longitudes, *latitudes))):
+        raise InputError(f"coordinates ({x:.0f}, {y:.0f}) are outside the area of {crs}")
+    latitude = math.radians(latitudes[0])
+    curvature = 1.0 - _ECCENTRICITY_2 * math.sin(latitude) ** 2
+    meridian = _SEMI_MAJOR * (1.0 - _ECCENTRICITY_2) / curvature**1.5
+    parallel = _SEMI_MAJOR / math.sqrt(curvature) * math.cos(latitude)
+
+    def distance(index: int) -> float:
+        east = math.radians(longitudes[index] - longitudes[0]) * parallel
+        north = math.radians(latitudes[index] - latitudes[0]) * meridian
+        return math.hypot(east, north)
+
+    return math.sqrt(distance(1) * distance(2)) / step
+
+
+def utm_crs(longitude: float, latitude: float) -> str:
+    """EPSG code of the UTM zone of a point, given in degrees."""
+    zone = min(60, max(1, math.floor((longitude + 180.0) / 6.0) + 1))
+    return f"EPSG:{(32600 if latitude >= 0 else 32700) + zone}"

@@ -1,0 +1,23 @@
+"""Open the catalogue of a described dataset by its kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bocage.shards.source.described import DescribedCatalogue
+from bocage.shards.source.description import DatasetDescription
+from bocage.shards.source.tiles import TileCatalogue
+
+
+def open_described(root: Path, description: DatasetDescription, folder: Path) -> DescribedCatalogue:
+    """Open the catalogue of a described dataset.
+
+    Args:
+        root: folder of the dataset.
+        description: its description.
+        folder: folder that paths of the description are relative to.
+
+    Raises:
+        InputError: the folder and the description do not match.
+    """
+    return TileCatalogue.open(root, description, folder)

@@ -1,0 +1,208 @@
+"""Catalogue of a folder of equal tiles: one file a patch and sensor, with optional masks beside them."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from bocage.shards.errors import InputError
+from bocage.shards.modality import Registry
+from bocage.shards.source.catalogue import PatchSource
+from bocage.shards.source.described import DescribedCatalogue, assign_splits, name_patches
+from bocage.shards.source.described_rasters import (
+    RasterRules,
+    TileSource,
+    label_rules,
+    open_raster,
+    position_of,
+    sensor_rules,
+    sidecar_environment,
+)
+from bocage.shards.source.description import DatasetDescription, build_registry
+from bocage.shards.source.file_patterns import FilePattern, fill_template, list_files
+from bocage.shards.source.report import CatalogueReport
+
+_EPOCH = datetime.date(1970, 1, 1)
+_DATE = "date"
+_RESERVED = ("block",)
+
+
+@dataclass(frozen=True)
+class TileCatalogue(DescribedCatalogue):
+    """Patches of a folder of tiles."""
+
+    _files: dict[str, pa.ListArray]  # by modality: paths of each patch, in the order of their dates
+    _days: dict[str, pa.ListArray]  # by dated modality: days since 1970-01-01 of these files
+    _rules: dict[str, RasterRules]
+
+    @classmethod
+    def open(cls, root: Path, description: DatasetDescription, folder: Path) -> TileCatalogue:
+        """Open the catalogue of the tiles below ``root``.
+
+        Args:
+            root: folder of the tiles.
+            description: description of the dataset.
+            folder: folder that paths of the description are relative to.
+
+        Raises:
+            InputError: no file matches, a key occurs twice, a date cannot be read, or the description contradicts
+                itself.
+        """
+        registry = build_registry(description)
+        report = CatalogueReport()
+        tiles = _scan(root, description, report)
+        inputs = [name for name in registry if registry[name].is_input]
+        keys = sorted({key for name in inputs for key in tiles.files[name]})
+        if not keys:
+            raise InputError(_explain_empty(root, description, report))
+        for name in registry:
+            if not registry[name].is_input:
+                lonely = sorted(set(tiles.files[name]) - set(keys))
+                if lonely:
+                    report.add_without_input(name, lonely)
+        rules = {name: sensor_rules(sensor, description) for name, sensor in description.sensors.items()}
+        rules |= {name: label_rules(label, description) for name, label in description.labels.items()}
+        if description.blocks:
+            for key in keys:
+                first = next(name for name in inputs if key in tiles.files[name])
+                path = root / tiles.files[first][key][0][1]
+                tiles.fields[key]["block"] = _block(path, rules[first], description.blocks)
+        names = name_patches(description, keys, [tiles.fields[key] for key in keys])
+        ordered = [keys[row] for row in names.order]
+        files, days, presence = {}, {}, {}
+        for name in registry:
+            found = [sorted(tiles.files[name].get(key, [])) for key in ordered]
+            files[name] = pa.array([[path for _, path in patch] for patch in found], pa.list_(pa.string()))
+            presence[name] = np.array([bool(patch) for patch in found])
+            report.present[name] = int(presence[name].sum())
+            if registry[name].dates_table or registry[name].has_time_axis:
+                days[name] = pa.array([[day for day, _ in patch] for patch in found], pa.list_(pa.int32()))
+        report.patches = len(keys)
+        occurring = [name for name in registry if report.present[name]]
+        return cls(
+            root=root,
+            registry=Registry(tuple(registry[name] for name in occurring)),
+            splits=assign_splits(description, names, [tiles.fields[key] for key in ordered], folder),
+            description=description,
+            names=names,
+            _presence={name: presence[name] for name in occurring},
+            _report=report,
+            _files={name: files[name] for name in occurring},
+            _days={name: days[name] for name in occurring if name in days},
+            _rules=rules,
+        )
+
+    def source(self, modality: str, index: int) -> PatchSource:
+        """Source of a raster that the patch has."""
+        paths = self._files[modality][index].as_py()
+        return TileSource(tuple(self.root / path for path in paths), self._rules[modality])
+
+    def dates(self, modality: str, index: int) -> np.ndarray | None:
+        """Dates of a raster, int32 days since 1970-01-01; None if the patch lacks it or it has no dates."""
+        if modality not in self._days or not self._presence[modality][index]:
+            return None
+        return self._days[modality][index].values.to_numpy(zero_copy_only=False)
+
+    def layout_digest(self) -> bytes:
+        """Hash of the paths and dates of the tiles."""
+        digest = hashlib.sha256()
+        for columns in (self._files, self._days):
+            for name, column in columns.items():
+                digest.update(name.encode())
+                for buffer in column.flatten().buffers() + column.buffers():
+                    digest.update(buffer or b"")
+        return digest.digest()
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Files found: by modality and key, (day, path) of each; and the fields of the first input of each key."""
+
+    files: dict[str, dict[str, list[tuple[int, str]]]]
+    fields: dict[str, dict[str, str]]
+
+
+def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) -> _Tiles:
+    patterns = {name: FilePattern(sensor.files) for name, sensor in description.sensors.items()}
+    patterns |= {name: FilePattern(label.files) for name, label in description.labels.items()}
+    for name, pattern in patterns.items():
+        if taken := [field for field in pattern.fields if field in _RESERVED]:
+            raise InputError(f"{name}: files: the field {taken[0]} is computed; give it another name")
+    series = {name for name, sensor in description.sensors.items() if sensor.role != "image"}
+    for name in series:
+        if _DATE not in patterns[name].fields:
+            raise InputError(
+                f"sensors.{name}: a series has a file for each date: add {{date}} to {patterns[name].text!r}"
+            )
+    tiles = _Tiles({name: {} for name in patterns}, {})
+    originals: dict[str, dict[str, str]] = {}
+    for path in list_files(root):
+        matched = False
+        for name, pattern in patterns.items():
+            fields = pattern.match(path)
+            if fields is None:
+                continue
+            matched = True
+            day = _day(path, fields.get(_DATE), description.date_format)
+            key = _key(description, fields)
+            fields.pop(_DATE, None)
+            known = originals.setdefault(key, fields)
+            tiles.fields.setdefault(key, fields)
+            files = tiles.files[name].setdefault(key, [])
+            if files and (name not in series or day in [known_day for known_day, _ in files]):
+                raise InputError(
+                    f"key {key} occurs twice for {name}: {files[0][1]} and {path}; see key in the description"
+                )
+            clash = next((field for field in fields if known.get(field, fields[field]) != fields[field]), None)
+            if clash is not None:
+                raise InputError(
+                    f"key {key} stands for two patches: {clash} is {known[clash]!r}, and {fields[clash]!r} for {path}; "
+                    "name the field in key"
+                )
+            files.append((day, path))
+        if not matched:
+            report.add_unparsable(path)
+    return tiles
+
+
+def _key(description: DatasetDescription, fields: Mapping[str, str]) -> str:
+    if description.key:
+        return fill_template(description.key, fields, "key").replace("/", "-")
+    if "key" in fields:
+        return fill_template("{key}", fields, "key")
+    return fill_template("_".join(f"{{{name}}}" for name in fields if name != _DATE), fields, "key")
+
+
+def _day(path: str, text: str | None, date_format: str) -> int:
+    """Days since 1970-01-01; 0 without a date."""
+    if text is None:
+        return 0
+    try:
+        return (datetime.datetime.strptime(text, date_format).date() - _EPOCH).days
+    except ValueError:
+        raise InputError(f"{path}: date {text!r} is not of the form {date_format}; see date_format") from None
+
+
+def _block(path: Path, rules: RasterRules, side: float) -> str:
+    """Name of the ground block of a tile: column and row, counted in ``side`` metres from the origin of the CRS."""
+    with sidecar_environment(), open_raster(path) as file:
+        if file.transform.is_identity:
+            raise InputError(f"{path}: has no position, so blocks of {side:g} m cannot be made")
+        position = position_of(path, file, rules)
+        x, y = file.transform * (file.width / 2, file.height / 2)
+    return f"{math.floor(x * position.scale / side)}_{math.floor(y * position.scale / side)}"
+
+
+def _explain_empty(root: Path, description: DatasetDescription, report: CatalogueReport) -> str:
+    patterns = ", ".join(repr(sensor.files) for sensor in description.sensors.values())
+    examples = (
+        f"; files here: {', '.join(report.unparsable_examples)}" if report.unparsable else "; the folder is empty"
+    )
+    return f"{root}: no file matches {patterns}{examples}"
