@@ -392,6 +392,7 @@ for line in sys.stdin:
 
 
 # About 40 s: nine publications of up to three encoders, and the code of two cards in other processes.
+@pytest.mark.slow
 def test_upload_to_the_hub_and_download(world: Path, tmp_path: Path) -> None:
     hub = Hub()
     environment = {

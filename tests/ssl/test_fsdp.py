@@ -74,6 +74,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 # About 25 s: torchrun starts two interpreters, which train twice. Some batches of one sample lack a sensor.
+@pytest.mark.slow
 def test_fsdp_trains_like_ddp(shards: Path, tmp_path: Path) -> None:
     on_two_ranks(shards, tmp_path, "ddp", "fsdp", "gather")
     assert_similar(tmp_path / "ddp", tmp_path / "fsdp")
