@@ -39,6 +39,7 @@ IGNORED = "ignored"
 DTYPES = ("uint8", "uint16", "int16", "float32")
 _MAX_CLASSES = 255
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_GREY_CLASSES = ("background", "other", "none", "unlabelled", "unlabeled")
 _COLOUR = re.compile(r"[0-9a-fA-F]{6}")
 _SPLIT_VALUES = ("train", "valid", "test")
 _UNITS_PER_SIDE = 16  # of a default mask unit; the FLAIR-HUB images have as many or half
@@ -193,7 +194,10 @@ class LabelDescription:
     def scheme(self, name: str) -> ClassScheme:
         """Classes of the shards: those of ``classes`` in order, then ``ignored`` if there are values to ignore."""
         names = list(self.classes.values()) + ([IGNORED] if self.ignore else [])
-        colours = [self.colours.get(value, _default_colour(number)) for number, value in enumerate(self.classes)]
+        colours = [
+            self.colours.get(value, _default_colour(number, class_name))
+            for number, (value, class_name) in enumerate(self.classes.items())
+        ]
         unscored = [number for number, value in enumerate(self.classes) if value in self.unscored]
         if self.ignore:
             colours, unscored = [*colours, "000000"], [*unscored, len(names) - 1]
@@ -478,7 +482,9 @@ def _band(name: str, value: Any) -> Band:
     return Band(name=name, quantity=_literal(value))
 
 
-def _default_colour(number: int) -> str:
-    """Colour of a class: hues at the golden angle, so that neighbouring classes differ."""
+def _default_colour(number: int, name: str) -> str:
+    """Colour of a class: grey for the background, else hues at the golden angle, far from each other."""
+    if name.lower() in _GREY_CLASSES:
+        return "c8c8c8"
     red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 0.65 if number % 2 else 0.85, 0.95)
     return f"{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"

@@ -82,7 +82,6 @@ _SPREAD, _GAIN = 0.08, 0.1
 
 # About 20 s: 800 simulated studies, each with its own bootstrap.
 @pytest.mark.slow
-@pytest.mark.slow
 def test_intervals_cover_the_truth() -> None:
     random = np.random.default_rng(1)
     names = [f"D{domain}" for domain in range(_DOMAINS) for _ in range(_REGIONS)]
