@@ -42,6 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _GREY_CLASSES = ("background", "other", "none", "unlabelled", "unlabeled")
 _COLOUR = re.compile(r"[0-9a-fA-F]{6}")
 _SPLIT_VALUES = ("train", "valid", "test")
+_TABLE_FIELDS = ("key", "date", "block")  # of a table, which need no column
 _UNITS_PER_SIDE = 16  # of a default mask unit; the FLAIR-HUB images have as many or half
 _CHANNEL_GROUPS = (700.0, 1000.0)  # nm; bounds between visible, near infrared and short-wave infrared
 
@@ -57,7 +58,7 @@ class SensorDescription:
             the band out.
         columns: column of each band in a table; the default is the name of the band.
         dtype: type of the values: ``uint8``, ``uint16``, ``int16`` or ``float32``.
-        pixel: side of a pixel on the ground, in metres.
+        pixel: side of a pixel on the ground, in metres; not for tables, whose patches are one pixel.
         pixel_tolerance: relative difference between ``pixel`` and the pixel of a file that is still accepted.
         nodata: values that mark missing pixels; ``.nan`` for NaN. A value up to 0 also marks all lower ones, a value
             above 0 all higher ones.
@@ -96,8 +97,10 @@ class SensorDescription:
                 raise ValueError(f"{key}={value!r} is none of {', '.join(known)}")
         if not self.used_bands:
             raise ValueError("bands: name at least one, e.g. bands: {R: 650, G: 550, B: 460}")
-        if not 0 < self.pixel < math.inf:
+        if not 0 <= self.pixel < math.inf:
             raise ValueError(f"pixel={self.pixel} must be a positive number of metres")
+        if unknown := sorted(set(self.columns) - set(self.bands)):
+            raise ValueError(f"columns.{unknown[0]}: not among the bands {', '.join(self.bands)}")
         if not 0 < self.pixel_tolerance < 1:
             raise ValueError(f"pixel_tolerance={self.pixel_tolerance} must be between 0 and 1")
         if (self.role == "mask") != bool(self.mask_of):
@@ -142,13 +145,14 @@ class LabelDescription:
     Attributes:
         files: pattern of the paths below the source folder, see ``file_patterns``; not for tables.
         band: band of the files, from 1.
-        column: column of a table.
-        pixel: side of a pixel on the ground, in metres.
+        column: column of a table; the default is the name of the label.
+        pixel: side of a pixel on the ground, in metres; not for tables.
         pixel_tolerance: see ``SensorDescription``.
-        classes: name of each class by value. Shards number the classes from 0, in this order.
-        colours: colour ``rrggbb`` of classes by value; others get a colour from a fixed sequence.
+        classes: name of the class of each value. Values with the same name are one class. Shards number the classes
+            from 0, in this order.
+        colours: colour ``rrggbb`` of classes, by one of their values; others get a colour from a fixed sequence.
         ignore: values without a class, which losses and scores do not count.
-        unscored: values of classes that losses and scores do not count.
+        unscored: one value of each class that losses and scores do not count.
 
     Raises:
         ValueError: a value is missing, unknown, out of range or given twice.
@@ -167,40 +171,46 @@ class LabelDescription:
     def __post_init__(self) -> None:
         if not self.classes:
             raise ValueError("classes: name at least one, e.g. classes: {0: background, 1: building}")
-        names = list(self.classes.values())
-        if repeated := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"classes: {', '.join(sorted(repeated))} is the name of two values")
         if both := sorted(set(self.ignore) & set(self.classes)):
             raise ValueError(f"ignore: {both[0]} is the class {self.classes[both[0]]!r} too")
-        if len(names) + bool(self.ignore) > _MAX_CLASSES:
-            raise ValueError(f"classes: {len(names)} are more than shards hold, {_MAX_CLASSES}")
+        if len(self.class_names) + bool(self.ignore) > _MAX_CLASSES:
+            raise ValueError(f"classes: {len(self.class_names)} are more than shards hold, {_MAX_CLASSES}")
         for key, values in (("colours", self.colours), ("unscored", self.unscored)):
             if unknown := [value for value in values if value not in self.classes]:
                 raise ValueError(f"{key}: {unknown[0]} is not among the classes")
+        colours: dict[str, str] = {}
         for value, colour in self.colours.items():
             if not _COLOUR.fullmatch(colour):
                 raise ValueError(f"colours.{value}={colour!r} is not a colour rrggbb")
-        if not 0 < self.pixel < math.inf:
+            if colours.setdefault(self.classes[value], colour) != colour:
+                raise ValueError(f"colours.{value}={colour!r}: the class {self.classes[value]!r} has another colour")
+        if not 0 <= self.pixel < math.inf:
             raise ValueError(f"pixel={self.pixel} must be a positive number of metres")
         if self.band < 1:
             raise ValueError(f"band={self.band} must be at least 1")
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by their number in the shards."""
+        return tuple(dict.fromkeys(self.classes.values()))
+
+    @property
     def stored_values(self) -> dict[int, int]:
         """Class number in the shards of each value of the files."""
-        stored = {value: number for number, value in enumerate(self.classes)}
-        return stored | dict.fromkeys(self.ignore, len(stored))
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        stored = {value: numbers[name] for value, name in self.classes.items()}
+        return stored | dict.fromkeys(self.ignore, len(numbers))
 
     def scheme(self, name: str) -> ClassScheme:
         """Classes of the shards: those of ``classes`` in order, then ``ignored`` if there are values to ignore."""
-        names = list(self.classes.values()) + ([IGNORED] if self.ignore else [])
+        names = list(self.class_names)
+        chosen = {self.classes[value]: colour for value, colour in self.colours.items()}
         colours = [
-            self.colours.get(value, _default_colour(number, class_name))
-            for number, (value, class_name) in enumerate(self.classes.items())
+            chosen.get(class_name, _default_colour(number, class_name)) for number, class_name in enumerate(names)
         ]
-        unscored = [number for number, value in enumerate(self.classes) if value in self.unscored]
+        unscored = sorted({self.stored_values[value] for value in self.unscored})
         if self.ignore:
-            colours, unscored = [*colours, "000000"], [*unscored, len(names) - 1]
+            names, colours, unscored = [*names, IGNORED], [*colours, "000000"], [*unscored, len(names)]
         return ClassScheme(name=name, classes=tuple(names), colours=tuple(colours), unscored=tuple(unscored))
 
 
@@ -252,14 +262,18 @@ class SplitDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class TableDescription:
-    """Columns of a table of pixel series.
+    """Columns of a table of pixel series, with a row for each date of a series.
 
     Attributes:
-        files: pattern of the Parquet files below the source folder.
+        files: pattern of the Parquet files below the source folder, see ``file_patterns``.
         key: column that identifies the series; its rows are its dates.
-        date: column of the dates.
-        longitude, latitude: columns of the position, in degrees; empty if unknown.
-        fields: column of each field that ``key``, ``domain``, ``region`` and splits may name.
+        date: column of the dates: a date, a timestamp, or a text or number in the form ``date_format``.
+        longitude, latitude: columns of the position, in degrees (WGS 84); empty if unknown.
+        fields: column of each field that ``key``, ``domain``, ``region`` and splits may name, besides ``key``, the
+            value of the column ``key``, and the fields of ``files``.
+
+    Raises:
+        ValueError: a column is missing, or a field is computed.
     """
 
     files: str = "*.parquet"
@@ -268,6 +282,15 @@ class TableDescription:
     longitude: str = ""
     latitude: str = ""
     fields: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, column in (("key", self.key), ("date", self.date)):
+            if not column:
+                raise ValueError(f"table.{name}: name a column")
+        if bool(self.longitude) != bool(self.latitude):
+            raise ValueError("table.longitude and table.latitude: name both columns or none")
+        if taken := next((name for name in _TABLE_FIELDS if name in self.fields), None):
+            raise ValueError(f"table.fields.{taken}: {taken} is computed; give the field another name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,14 +304,16 @@ class DatasetDescription:
         source: address of the dataset.
         kind: ``tiles`` (one file a patch and sensor), ``rasters`` (rasters of any size, cut into patches) or ``table``
             (pixel series in Parquet).
-        patch: side of a patch on the ground, in metres; or ``512 px`` of the first sensor.
+        patch: side of a patch on the ground, in metres; or ``512 px`` of the first sensor. Patches of a table are one
+            pixel.
         crs: coordinate system of files that have none, such as ``EPSG:2154``.
         key, domain, region: templates of the key, the domain and the region of a patch, with fields of the file names
             in braces, such as ``{site}_{x}-{y}``. The default key is the field ``key`` or all fields; the default
             domain the field ``domain`` or the name of the dataset; the default region the field ``region``, the block
             or the domain.
         blocks: side of the ground blocks of the field ``block``, in metres; 0 for none.
-        date_format: format of the field ``date`` of file names, as in ``datetime.strptime``.
+        date_format: format of the field ``date`` of file names, or of text dates of a table, as in
+            ``datetime.strptime``.
         min_coverage: smallest fraction of valid pixels of a patch that is cut from rasters.
         table: columns of a table.
         sensors: sensors by name.
@@ -334,11 +359,11 @@ class DatasetDescription:
                 raise ValueError(f"splits.{name}: names of splits begin with split_, e.g. split_site")
             if split.by == "block" and not self.blocks:
                 raise ValueError(f"splits.{name}: by=block needs blocks, the side of the blocks in metres")
-        patterns = {name: sensor.files for name, sensor in self.sensors.items()}
-        patterns |= {name: label.files for name, label in self.labels.items()}
-        for name, pattern in patterns.items():
-            if self.kind != "table" and not pattern:
-                raise ValueError(f"{name}: files: give the pattern of its files, e.g. images/{{key}}.tif")
+        for name, item in (self.sensors | self.labels).items():
+            if self.kind == "table":
+                _check_column(name, item)
+            else:
+                _check_files(name, item)
         if not 0 < self.min_coverage <= 1:
             raise ValueError(f"min_coverage={self.min_coverage} must be above 0 and at most 1")
         if self.blocks < 0:
@@ -360,7 +385,7 @@ class DatasetDescription:
         if isinstance(self.patch, int | float) and not isinstance(self.patch, bool) and 0 < self.patch < math.inf:
             return float(self.patch)
         match = re.fullmatch(r"(\d+) ?px", str(self.patch))
-        if match is None or int(match[1]) < 1:
+        if match is None or int(match[1]) < 1 or self.kind == "table":
             raise InputError(f"patch={self.patch!r}: give the side of a patch in metres, or as pixels, e.g. 512 px")
         return int(match[1]) * first.pixel
 
@@ -368,6 +393,24 @@ class DatasetDescription:
     def has_dates(self) -> bool:
         """Whether file names or rows have dates."""
         return self.kind == "table" or any("{date}" in sensor.files for sensor in self.sensors.values())
+
+
+def _check_files(name: str, item: SensorDescription | LabelDescription) -> None:
+    """Check what sensors and labels of files need; raises ``ValueError``."""
+    if not item.files:
+        raise ValueError(f"{name}: files: give the pattern of its files, e.g. images/{{key}}.tif")
+    if not item.pixel:
+        raise ValueError(f"{name}: pixel: give the side of a pixel on the ground, in metres")
+    if item.columns if isinstance(item, SensorDescription) else item.column:
+        raise ValueError(f"{name}: only tables have columns; leave them out, or set kind: table")
+
+
+def _check_column(name: str, item: SensorDescription | LabelDescription) -> None:
+    """Check that a sensor or label of a table has no keys of files; raises ``ValueError``."""
+    if item.files:
+        raise ValueError(f"{name}: files: a table has one pattern of files, table.files; leave this one out")
+    if item.pixel:
+        raise ValueError(f"{name}: pixel: series of a table are one pixel, as large as patch; leave pixel out")
 
 
 def build_registry(description: DatasetDescription) -> Registry:
@@ -379,7 +422,7 @@ def build_registry(description: DatasetDescription) -> Registry:
     modalities = [_sensor(name, sensor, description) for name, sensor in description.sensors.items()]
     side = description.patch_size
     for name, label in description.labels.items():
-        size = _size(name, side, label.pixel)
+        size = _size(name, side, label.pixel or side)
         band = Band(name=name, quantity="class", scheme=label.scheme(name))
         modalities.append(
             Modality(name=name, role="label", bands=(band,), dtype="uint8", gsd=side / size, size=size, codec="plain")
@@ -392,7 +435,7 @@ def build_registry(description: DatasetDescription) -> Registry:
 
 def _sensor(name: str, sensor: SensorDescription, description: DatasetDescription) -> Modality:
     side = description.patch_size
-    size = _size(name, side, sensor.pixel)
+    size = _size(name, side, sensor.pixel or side)
     bands = sensor.used_bands
     channels = representation_channels(_literal(sensor.representation), tuple(band.name for band in bands))
     lowest, highest = sensor.nodata_limits
@@ -408,13 +451,18 @@ def _sensor(name: str, sensor: SensorDescription, description: DatasetDescriptio
             representation=_literal(sensor.representation),
             groups=tuple(tuple(group) for group in sensor.groups) or _default_groups(bands, channels),
             unit=sensor.unit or default_unit(size, sensor.role),
-            dates_table="description" if description.kind == "table" or "{date}" in sensor.files else None,
+            dates_table="description" if _is_dated(sensor, description) else None,
             mask_of=sensor.mask_of or None,
             nodata_below=lowest,
             nodata_above=highest,
         )
     except ValueError as error:
         raise InputError(f"sensors.{error}") from error
+
+
+def _is_dated(sensor: SensorDescription, description: DatasetDescription) -> bool:
+    """Whether the source gives acquisition dates; an image of a table holds what no date changes, such as heights."""
+    return sensor.role != "image" if description.kind == "table" else "{date}" in sensor.files
 
 
 def _literal(value: str) -> Any:
