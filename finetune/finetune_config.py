@@ -22,8 +22,8 @@ class FinetuneConfig:
         shards: folder that ``bocage shard`` wrote, or its address (see ``shards.read.object_store``).
         cache: location and size of the local cache of remote shards.
         output: folder of the run: checkpoints, model, scores, predictions.
-        labels: label rasters to predict, with one decoder each. Samples that lack one of them are still used for the
-            others.
+        labels: label rasters to predict, with one decoder each; empty for the label raster of the shards, if they have
+            only one. Samples that lack one of the labels are still used for the others.
         tasks: level, grouping, weight and loss by label; the default is ``TaskConfig()``.
         modalities: inputs of the model; empty means every input of the shards.
         encoders: source of pretrained weights by modality (see ``ssl.encoders.initialization``): the folder of a saved
@@ -34,7 +34,7 @@ class FinetuneConfig:
         swin: architecture of image encoders that start from scratch.
         utae: architecture of time-series encoders that start from scratch.
         decoder: widths and norm of the decoders.
-        official: whether to build the model of IGN's code (see ``finetune.official``), with its channels,
+        official: whether to build the model of IGN's code for FLAIR-HUB (see ``finetune.official``), with its channels,
             normalisation, fixed image sizes and heads of series. Patches that lack a modality are left out.
         auxiliary: modalities with an auxiliary decoder during training (deep supervision).
         auxiliary_weight: weight of the mean loss of the auxiliary decoders in the total loss.
@@ -70,7 +70,7 @@ class FinetuneConfig:
     shards: str = ""
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: str = ""
-    labels: list[str] = field(default_factory=lambda: ["AERIAL_LABEL-COSIA"])
+    labels: list[str] = field(default_factory=list)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     modalities: list[str] = field(default_factory=list)
     encoders: dict[str, str] = field(default_factory=dict)

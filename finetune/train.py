@@ -24,8 +24,8 @@ from bocage.finetune.evaluation.predict import draw_predictions, modalities_to_r
 from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation, save_segmentation
 from bocage.finetune.models.supervision import TaskConfig
-from bocage.finetune.models.targets import Target
-from bocage.finetune.official.official_model import build_official
+from bocage.finetune.models.targets import Target, only_label
+from bocage.finetune.official.official_model import build_official, check_official_input
 from bocage.finetune.subsets.sampling import LabelledPatches, disjoint_validation_mask, draw_subset, keys_digest
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write, check_outside_shards
@@ -99,8 +99,8 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         manifest: manifest of the shards.
 
     Raises:
-        InputError: a modality, label or other name is unknown, or an encoder reads another modality or other bands than
-            the shards have.
+        InputError: a modality, label or other name is unknown, an encoder reads another modality or other bands than
+            the shards have, or an image of the shards does not divide into the patches of its encoder.
     """
     modalities = _input_modalities(config, manifest)
     targets = _build_targets(config, manifest)
@@ -118,12 +118,29 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         supervision=config.supervision,
     )
     window = config.window or task.patch_size
+    for modality in modalities:
+        _check_size(modality, task.model.encoder(modality.name), window)
     pixels = round(window / task.gsd)
     if pixels % config.label_stride:
         raise InputError(
             f"label_stride={config.label_stride} does not divide the {pixels} pixels of window={window:g} metres"
         )
     return task
+
+
+def _check_size(modality: Modality, encoder: Encoder, window: float) -> None:
+    """Check that training windows and whole patches of an image divide into the patches of its Swin.
+
+    Raises:
+        InputError: they do not.
+    """
+    stride = min(encoder.strides)
+    for side, advice in ((window, "change the window"), (modality.patch_size, "shard patches of another size")):
+        if (pixels := round(side / modality.gsd)) % stride:
+            raise InputError(
+                f"{modality.name}: {side:g} m are {pixels} px, which do not divide into the {stride}-px patches of its "
+                f"Swin: {advice}"
+            )
 
 
 def _input_modalities(config: FinetuneConfig, manifest: Manifest) -> Sequence[Modality]:
@@ -144,7 +161,7 @@ def _input_modalities(config: FinetuneConfig, manifest: Manifest) -> Sequence[Mo
 def _build_targets(config: FinetuneConfig, manifest: Manifest) -> list[Target]:
     registry = manifest.registry
     targets = []
-    for name in config.labels:
+    for name in config.labels or [only_label(manifest)]:
         if name not in registry or registry[name].role != "label":
             available = ", ".join(modality.name for modality in registry.labels) or "none"
             raise InputError(f"labels: {name} is not a label of {manifest.path}; its labels are {available}")
@@ -156,7 +173,13 @@ def _build_targets(config: FinetuneConfig, manifest: Manifest) -> list[Target]:
 def _build_official_encoders(
     config: FinetuneConfig, modalities: Sequence[Modality], targets: Sequence[Target]
 ) -> dict[str, Encoder]:
-    """Build the encoders of the official code; the heads of series have the classes of all targets."""
+    """Build the encoders of the official code; the heads of series have the classes of all targets.
+
+    Raises:
+        InputError: a modality is not an input of FLAIR-HUB's official models.
+    """
+    for modality in modalities:
+        check_official_input(modality)
     classes = {target.name: len(target.scheme) for target in targets}
     names = [modality.name for modality in modalities]
     model = build_official(names, classes, f"{config.swin.name}-upernet", auxiliary=config.auxiliary).uperfuse

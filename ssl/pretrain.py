@@ -105,6 +105,11 @@ def build_pretraining_model(config: PretrainConfig, manifest: Manifest) -> Pretr
         architecture = config.architectures.get(name, config.swin if modality.role == "image" else config.utae)
         mask_token = config.masking.images == "mask_token"
         encoder = build_encoder(manifest.input_spec(name), architecture, mask_token=mask_token)
+        if modality.role == "image" and modality.unit % encoder.strides[0]:
+            raise InputError(
+                f"{name}: its mask unit of {modality.unit} px is not a multiple of the {encoder.strides[0]}-px patches of "
+                "its Swin: shard it with another unit"
+            )
         if name in config.encoders:
             encoder = initialize_encoder(encoder, config.encoders[name], keep_architecture=True)
         encoders[name] = encoder

@@ -23,8 +23,9 @@ class TaskConfig:
     """Settings of one label.
 
     Attributes:
-        level: band of the label raster, counted from 1; LPIS has three.
-        grouping: name of a class grouping (``shards.classes.GROUPINGS``), e.g. ``flair_challenge``; empty for none.
+        level: band of the label raster, counted from 1; FLAIR-HUB's LPIS has three.
+        grouping: name of a grouping of FLAIR-HUB's classes (``shards.classes.GROUPINGS``), e.g. ``flair_challenge``;
+            empty for none.
         weight: weight of the label's loss in the sum over labels.
         loss: loss of the label.
 

@@ -10,6 +10,7 @@ import torch
 from bocage.shards.batch import Batch
 from bocage.shards.classes import GROUPINGS, ClassScheme
 from bocage.shards.errors import InputError
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import Modality
 
 
@@ -19,7 +20,7 @@ class Target:
 
     Attributes:
         label: modality of the label raster.
-        band: band of the raster, counted from 0; LPIS has one per level.
+        band: band of the raster, counted from 0; FLAIR-HUB's LPIS has one per level.
         grouping: name in ``classes.GROUPINGS`` of the grouping of its classes; empty keeps the raster's classes.
 
     Raises:
@@ -31,15 +32,20 @@ class Target:
     grouping: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.band < len(self.label.schemes):
-            raise InputError(f"{self.name} has levels 1 to {len(self.label.schemes)}, not {self.band + 1}")
+        levels = len(self.label.schemes)
+        if not 0 <= self.band < levels:
+            has = "one level" if levels == 1 else f"levels 1 to {levels}"
+            raise InputError(f"{self.name} has {has}, not {self.band + 1}")
         if not self.grouping:
             return
         if self.grouping not in GROUPINGS:
             raise InputError(f"tasks.{self.name}.grouping={self.grouping} is not one of {', '.join(GROUPINGS)}")
         source = GROUPINGS[self.grouping].source
         if source.classes != self.label.schemes[self.band].classes:
-            raise InputError(f"tasks.{self.name}.grouping={self.grouping} groups the classes of {source.name} only")
+            raise InputError(
+                f"tasks.{self.name}.grouping={self.grouping} groups the classes of FLAIR-HUB's {source.name} only: "
+                "leave it out"
+            )
 
     @property
     def name(self) -> str:
@@ -86,6 +92,20 @@ class Target:
             InputError: a value is invalid. Malformed entries also raise KeyError, TypeError or other built-in errors.
         """
         return cls(label=Modality.from_json(item["label"]), band=item["band"], grouping=item["grouping"])
+
+
+def only_label(manifest: Manifest) -> str:
+    """Return the name of the only label raster of the shards, the default of ``labels``.
+
+    Raises:
+        InputError: the shards have no label raster or several ones.
+    """
+    names = [label.name for label in manifest.registry.labels]
+    if not names:
+        raise InputError(f"labels: {manifest.path} has no label raster, so there is nothing to predict")
+    if len(names) > 1:
+        raise InputError(f"labels is not set: {manifest.path} has {', '.join(names)}; name those to predict")
+    return names[0]
 
 
 def scheme_from_json(name: str, item: dict[str, Any]) -> ClassScheme:

@@ -217,13 +217,19 @@ def to_official(task: Segmentation) -> tuple[OfficialModel, KeyReport]:
         theirs, own = asdict(UPerNetConfig()), asdict(task.decoder_config)
         keys = ", ".join(f"decoder.{key}={theirs[key]} (here {own[key]})" for key in own if own[key] != theirs[key])
         raise InputError(f"the decoder differs from the official one: fine-tune with {keys} to convert")
+    for name in (*encoders, *task.targets):
+        if name not in FLAIR_HUB:
+            raise InputError(
+                f"official checkpoints are for FLAIR-HUB, which has no {name}: models of other datasets cannot be "
+                "converted"
+            )
     for name, encoder in encoders.items():
-        official = baseline_input(FLAIR_HUB[name]) if name in FLAIR_HUB else None
-        if official is None or encoder.spec.representation != official.representation:
+        official = baseline_input(FLAIR_HUB[name])
+        if encoder.spec.representation != official.representation:
             raise InputError(
                 f"the encoder of {name} reads {encoder.spec.representation} values, which the official code does not "
-                f"compute{f' (it computes {official.representation})' if official else ''}, so the model cannot be "
-                f"converted: fine-tune without {name}, or from an official encoder"
+                f"compute (it computes {official.representation}), so the model cannot be converted: fine-tune without "
+                f"{name}, or from an official encoder"
             )
     tasks = {name: len(target.scheme) for name, target in task.targets.items()}
     classes = sum(tasks.values())  # the head of an official series has the classes of all tasks

@@ -161,6 +161,21 @@ class OfficialModel(nn.Module):
         return self.uperfuse.decode(encoded, len(next(iter(inputs.values()))), grids, label_size).logits
 
 
+def check_official_input(modality: Modality) -> None:
+    """Check that a modality of some dataset is an input of the official models.
+
+    Raises:
+        InputError: it is not FLAIR-HUB's modality of this name, or the models do not read it.
+    """
+    inputs = {item.name: item for item in FLAIR_HUB.inputs if item.baseline is not None}
+    official = inputs.get(modality.name)
+    if official is None or (modality.bands, modality.gsd) != (official.bands, official.gsd):
+        raise InputError(
+            f"official=true builds IGN's models of FLAIR-HUB, which read {', '.join(inputs)}: {modality.name} of these "
+            "shards is none of them; use official=false"
+        )
+
+
 def baseline_input(modality: Modality, channels: Channels | None = None) -> InputSpec:
     """Return the input specification of a modality in the published baselines, or with other channels.
 

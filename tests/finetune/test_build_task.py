@@ -66,3 +66,8 @@ def test_an_incomplete_source_names_the_key_and_the_forms(manifest: Manifest, so
     """An empty shell variable leaves a colon at the end, which YAML reads as a mapping."""
     with pytest.raises(InputError, match=f"encoders.{AERIAL}: .*hf:org/name, imagenet or imagenet:FILE"):
         weights_of(manifest, f"encoders.{AERIAL}={source}")
+
+
+def test_labels_are_named_where_the_shards_have_several(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match="labels is not set: .* has AERIAL_LABEL-COSIA, ALL_LABEL-LPIS; name those"):
+        weights_of(manifest, "labels=[]")
