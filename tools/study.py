@@ -26,6 +26,7 @@ from bocage.tools.cli.progress import ProgressBar, ProgressBars
 if TYPE_CHECKING:
     from bocage.finetune.study.run_folders import RunFolders
     from bocage.finetune.study.study_config import StudyConfig
+    from bocage.shards.format.manifest import Manifest
 
 _OVERRIDES_HELP = "recipe=label_efficiency shards=PATH output=PATH, and overrides of the recipe's keys"
 
@@ -106,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--label", default="AERIAL_LABEL-COSIA", help="label raster (default: %(default)s)")
+    parser.add_argument("--label", metavar="NAME", help="label raster (default: the first of the shards)")
     parser.add_argument("--level", type=positive_int, default=1, help="band of the label raster (default: 1)")
 
 
@@ -124,13 +125,10 @@ def _subsets(arguments: argparse.Namespace) -> int:
     from bocage.shards.read.patches import ShardPatches
 
     manifest = open_shards(arguments.shards)
-    registry = manifest.registry
-    if arguments.label not in registry or registry[arguments.label].role != "label":
-        available = ", ".join(item.name for item in registry.labels) or "none"
-        raise InputError(f"--label {arguments.label}: not a label of {arguments.shards}; its labels are: {available}")
+    label = _chosen_label(arguments, manifest)
     rows = manifest.split(arguments.split, arguments.value)
-    rows = rows[ShardPatches(manifest).has_modality(arguments.label)[rows]]
-    target = Target(label=registry[arguments.label], band=arguments.level - 1)
+    rows = rows[ShardPatches(manifest).has_modality(label)[rows]]
+    target = Target(label=manifest.registry[label], band=arguments.level - 1)
     patches = LabelledPatches.read(manifest, rows, [target])
     plan = SubsetPlan(draws=arguments.draws, draws_above=arguments.draws_above)
     try:
@@ -141,7 +139,7 @@ def _subsets(arguments: argparse.Namespace) -> int:
     source = {
         "shards": manifest.digest,
         "split": arguments.split if arguments.split == EVERY_SAMPLE else f"{arguments.split}={arguments.value}",
-        "label": arguments.label,
+        "label": label,
         "level": arguments.level,
     }
     with ProgressBars() as bars:
@@ -163,6 +161,22 @@ def _subsets(arguments: argparse.Namespace) -> int:
     Console().print(table)
     print(f"subsets: {arguments.out / DESCRIPTION}")
     return 0
+
+
+def _chosen_label(arguments: argparse.Namespace, manifest: Manifest) -> str:
+    """Return the label raster of ``--label``, or the first one of the shards.
+
+    Raises:
+        InputError: the shards have no such label raster.
+    """
+    names = [item.name for item in manifest.registry.labels]
+    if not names:
+        raise InputError(f"{arguments.shards} has no label raster")
+    if arguments.label not in (None, *names):
+        raise InputError(
+            f"--label {arguments.label}: not a label of {arguments.shards}; its labels are: {', '.join(names)}"
+        )
+    return str(arguments.label or names[0])
 
 
 def _range(values: Iterable[int]) -> str:
@@ -315,11 +329,13 @@ def _probe(arguments: argparse.Namespace) -> int:
     from bocage.ssl.encoders.initialization import weights_digest
 
     modality = load_encoder(arguments.encoder).spec.modality
+    manifest = open_shards(arguments.shards)
+    label = _chosen_label(arguments, manifest)
     try:
         config = FinetuneConfig(
             shards=arguments.shards,
-            labels=[arguments.label],
-            tasks={arguments.label: TaskConfig(level=arguments.level)},
+            labels=[label],
+            tasks={label: TaskConfig(level=arguments.level)},
             modalities=[modality],
             encoders={modality: arguments.encoder},
             split=arguments.split,
@@ -331,9 +347,9 @@ def _probe(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    outputs = {kind: arguments.out / _probe_folder(arguments, kind) for kind in arguments.kinds}
+    outputs = {kind: arguments.out / _probe_folder(arguments, label, kind) for kind in arguments.kinds}
     weights = {name: weights_digest(source) for name, source in config.encoders.items()}
-    identity = {"weights": weights, "split": config.split, "shards": open_shards(arguments.shards).digest}
+    identity = {"weights": weights, "split": config.split, "shards": manifest.digest}
     for output in outputs.values():
         _check_same_probe(output, identity)
     rows = []
@@ -343,11 +359,11 @@ def _probe(arguments: argparse.Namespace) -> int:
                 replace(config, output=str(output)), kind, arguments.out / "features", partial(_show, bars, {})
             )
         for part in [name for name in ("valid", "test") if name in metrics]:
-            strict = metrics[part][arguments.label]["strict"]
+            strict = metrics[part][label]["strict"]
             scores = (strict["miou"], strict["miou_without_background"], strict["oa"])
             patches = f"{metrics['patches'][part]:,}"
             rows.append([kind, part, patches, *("" if score is None else f"{score:.2f}" for score in scores)])
-    table = Table(title=f"{arguments.label} from frozen features of {modality}, strict scores")
+    table = Table(title=f"{label} from frozen features of {modality}, strict scores")
     for name in ("probe", "part", "patches", "mIoU", "without background", "OA"):
         table.add_column(name, justify="left" if name in ("probe", "part") else "right")
     for row in rows:
@@ -364,11 +380,11 @@ def _show(bars: ProgressBars, shown: dict[str, ProgressBar], name: str, total: i
     shown[name].update(done)
 
 
-def _probe_folder(arguments: argparse.Namespace, kind: str) -> str:
+def _probe_folder(arguments: argparse.Namespace, label: str, kind: str) -> str:
     """Return the folder name for the scores of a probe, which contains its label, level, fraction and draw."""
     level = "" if arguments.level == 1 else f"-level{arguments.level}"
     sampling_unit = "" if arguments.sampling_unit == "patch" else f"-{arguments.sampling_unit}"
-    return f"{kind}-{arguments.label}{level}-{arguments.fraction:g}{sampling_unit}-draw{arguments.draw}"
+    return f"{kind}-{label}{level}-{arguments.fraction:g}{sampling_unit}-draw{arguments.draw}"
 
 
 def _check_same_probe(output: Path, identity: dict[str, Any]) -> None:

@@ -22,13 +22,10 @@ from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import ShardPatches
 from bocage.ssl.encoders.initialization import weights_digest
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
-from bocage.ssl.evaluation.probe import LabelledCells, knn_probe, linear_probe
+from bocage.ssl.evaluation.probe import LabelledCells, default_cell, knn_probe, linear_probe
 
 ProbeKind = Literal["knn", "linear"]
 PROBE_KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
-CELL_SIZE = 12.8
-"""Side of the ground cells that are classified, in metres."""
-
 MAX_TRAIN_CELLS = 2**17
 """Maximum number of training cells of a probe; more take longer without a useful gain."""
 
@@ -42,8 +39,9 @@ def run_probe(
     """Score the frozen initial encoders of a fine-tuning run with a probe.
 
     The probe uses the same training and evaluation patches as the run, and the same initial encoders: pretrained, or
-    random with the run's seed. Features of several encoders are concatenated. The probe classifies cells of 12.8 m by
-    their majority scored class. Its scores are comparable with those of other probes, but not with pixel scores.
+    random with the run's seed. Features of several encoders are concatenated. The probe classifies ground cells, an
+    eighth of a patch wide (``default_cell``), by their majority scored class. Its scores are comparable with those of
+    other probes, but not with pixel scores.
 
     Writes ``metrics.json``, ``confusions.parquet``, ``scores.parquet`` and ``confusions/`` to ``config.output``, like
     ``finetune``.
@@ -56,7 +54,7 @@ def run_probe(
 
     Returns:
         Contents of ``metrics.json``. ``train_cells`` has the number of training cells (``used``, at most 131,072) and
-        of labelled cells in the training patches (``labelled``).
+        of labelled cells in the training patches (``labelled``), and their side in metres (``side``).
 
     Raises:
         InputError: no training cell has a label, or an error of ``train.build_task`` or ``train.split_rows``.
@@ -71,7 +69,8 @@ def run_probe(
     rows = split_rows(config, ShardPatches(manifest), task)
     all_rows = np.unique(np.concatenate(list(rows.values())))
     loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
-    cells = DenseFeatureCache(cache, manifest, CELL_SIZE)
+    cell = default_cell(next(iter(task.targets.values())).label)  # all labels of a model have one pixel size
+    cells = DenseFeatureCache(cache, manifest, cell)
     features: list[PatchTensorStore] = []
     for name in task.modalities:
         report = None if progress is None else partial(progress, name, len(all_rows))
@@ -82,7 +81,7 @@ def run_probe(
     for label, target in task.targets.items():
         labels = cells.labels(target, all_rows, **loading)
         train, labelled = _labelled_cells(features, labels, keys["train"])
-        train_cells[label] = {"used": len(train.labels), "labelled": labelled}
+        train_cells[label] = {"used": len(train.labels), "labelled": labelled, "side": cell}
         predict = _fit(kind, train, len(target.scheme), device)
         for part, confusions in parts.items():
             regions = manifest.column("roi").take(rows[part]).to_pylist()

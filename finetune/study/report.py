@@ -230,15 +230,15 @@ def _method(study: StudyConfig, analyses: Mapping[str, Analysis]) -> list[str]:
             f"Learning rates {rates} are tried with every initialization. The best on the validation patches is "
             "selected by initialization, mode and fraction."
         )
-    if "knn" in study.modes or "linear" in study.modes:
+    probes = [item for analysis in analyses.values() for item in analysis.results if item.facts["train_cells"]]
+    if probes:
         lines.append(
-            "knn and linear are probes of frozen features on cells of 12.8 m. Their scores are not comparable with "
-            "those of maps."
+            f"knn and linear are probes of frozen features on cells of {probes[0].facts['train_cells']['side']:g} m. "
+            "Their scores are not comparable with those of maps."
         )
-        results = [item for analysis in analyses.values() for item in analysis.results if item.facts["train_cells"]]
         capped = {
             item.run.fraction
-            for item in results
+            for item in probes
             if item.facts["train_cells"]["used"] < item.facts["train_cells"]["labelled"]
         }
         if capped:
@@ -247,7 +247,7 @@ def _method(study: StudyConfig, analyses: Mapping[str, Analysis]) -> list[str]:
                 "reach this limit."
             )
     if not study.background and any(analysis.scheme.background is not None for analysis in analyses.values()):
-        lines.append("The mean leaves out the background of crops.")
+        lines.append("The mean leaves out the background class.")
     results = next(iter(analyses.values())).results
     if skipped := [result.run.name for result in results if result.facts["skipped_steps"]]:
         lines.append(

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from bocage.finetune.probes.probe import CELL_SIZE, PROBE_KINDS
+from bocage.finetune.probes.probe import PROBE_KINDS
 from bocage.finetune.study.study_config import (
     StudyConfig,
     StudyRun,
@@ -29,6 +29,7 @@ from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.open import open_shards
 from bocage.ssl.encoders.initialization import SCRATCH, weights_digest
+from bocage.ssl.evaluation.probe import default_cell
 
 _SECONDS_FILE = "seconds.txt"
 _LARGE_FOLDERS = ("checkpoints", "model", "predictions", "pictures")
@@ -107,8 +108,8 @@ class RunFolders:
     def feature_bytes(self) -> int:
         """Estimate the size in bytes of the feature cache, for all patches and all probed encoders."""
         first = next(iter(study_runs(self.study)))
-        encoders = build_task(replace(run_config(self.study, first, ""), encoders={}), self.manifest).model.encoders
-        width = {name: sum(encoder.widths) for name, encoder in encoders.items()}  # type: ignore[arg-type]
+        task = build_task(replace(run_config(self.study, first, ""), encoders={}), self.manifest)
+        width = {name: sum(task.model.encoder(name).widths) for name in task.modalities}
         cached = set()
         for run in study_runs(self.study):
             if run.mode in PROBE_KINDS:
@@ -117,7 +118,8 @@ class RunFolders:
                     source = sources.get(name, SCRATCH)
                     # The random weights of an encoder differ from draw to draw.
                     cached.add((name, source, run.draw if source == SCRATCH else 0))
-        cells = max(1, round(self.manifest.registry.patch_size / CELL_SIZE)) ** 2 * len(self.manifest)
+        cell = default_cell(next(iter(task.targets.values())).label)
+        cells = round(task.patch_size / cell) ** 2 * len(self.manifest)
         return 2 * sum(width[name] for name, _, _ in cached) * cells
 
     def prepare(self, run: StudyRun) -> None:

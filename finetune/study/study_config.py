@@ -89,7 +89,8 @@ class StudyConfig:
         sampling_unit: unit of the subsets, single patches (``patch``) or whole regions (``roi``).
         learning_rates: learning rates of the trained modes, all tried with every initialization. The best on the
             validation patches is selected by initialization, mode and fraction. Empty: the recipe's learning rate.
-        background: whether the mIoU includes the background of crops (LPIS), which covers most of the ground.
+        background: whether the mIoU includes the background class of a label. In FLAIR-HUB, that of crops (LPIS) covers
+            most of the ground.
         interquartile: whether to report the interquartile mean over runs instead of the mean.
         replicates: number of bootstrap replicates.
         missing: whether to score trained models of several sensors also without each sensor, and with each one alone.

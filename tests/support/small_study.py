@@ -94,7 +94,7 @@ def write_scores(settings: StudyConfig, gains: dict[str, float], part: str = "te
         metrics = {
             "labels": {LPIS: target.scheme_to_json()},
             "patches": {"train": int(100 * run.fraction)},
-            **({"train_cells": {LPIS: {"used": 10, "labelled": 20}}} if run.mode == "knn" else {}),
+            **({"train_cells": {LPIS: {"used": 10, "labelled": 20, "side": 12.8}}} if run.mode == "knn" else {}),
             "train_keys": keys_digest([f"{run.fraction}/{run.draw}"]),
             "steps": 2,
             **{name: {LPIS: classification_report(matrix)} for name in {"valid", part}},
