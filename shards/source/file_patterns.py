@@ -26,6 +26,7 @@ class FilePattern:
     Attributes:
         text: the pattern.
         fields: names of the fields, in order.
+        literals: number of characters that are neither fields nor wildcards.
 
     Raises:
         InputError: a brace is unbalanced, or the pattern is absolute or leaves the folder.
@@ -50,6 +51,7 @@ class FilePattern:
         rest = text[position:]
         if "{" in re.sub(_TOKEN, "", text) or "}" in re.sub(_TOKEN, "", text):
             raise InputError(f"files: {text!r}: a brace is not closed, or a field is not a plain name")
+        self.literals = len(re.sub(_TOKEN, "", text))
         stem, dot, extension = rest.rpartition(".")
         expression += re.escape(stem) + (re.escape(dot) + f"(?i:{re.escape(extension)})" if dot else re.escape(rest))
         self._expression = re.compile(expression)
@@ -58,6 +60,17 @@ class FilePattern:
         """Fields of a path relative to the folder; None if it does not match."""
         match = self._expression.fullmatch(path)
         return None if match is None else match.groupdict()
+
+
+def match_patterns(patterns: Mapping[str, FilePattern], path: str) -> dict[str, dict[str, str]]:
+    """Fields of a path by name of the patterns that match it.
+
+    Of several patterns, only those with the most literal characters count: ``{tile}_mask.tif`` takes the masks from
+    ``{tile}.tif``. Equal patterns share a file.
+    """
+    matches = {name: fields for name, pattern in patterns.items() if (fields := pattern.match(path)) is not None}
+    most = max((patterns[name].literals for name in matches), default=0)
+    return {name: fields for name, fields in matches.items() if patterns[name].literals == most}
 
 
 def list_files(root: Path) -> Iterator[str]:

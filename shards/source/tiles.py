@@ -26,7 +26,7 @@ from bocage.shards.source.described_rasters import (
     sidecar_environment,
 )
 from bocage.shards.source.description import DatasetDescription, build_registry
-from bocage.shards.source.file_patterns import FilePattern, fill_template, list_files
+from bocage.shards.source.file_patterns import FilePattern, fill_template, list_files, match_patterns
 from bocage.shards.source.report import CatalogueReport
 
 _EPOCH = datetime.date(1970, 1, 1)
@@ -144,12 +144,8 @@ def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) 
     tiles = _Tiles({name: {} for name in patterns}, {})
     originals: dict[str, dict[str, str]] = {}
     for path in list_files(root):
-        matched = False
-        for name, pattern in patterns.items():
-            fields = pattern.match(path)
-            if fields is None:
-                continue
-            matched = True
+        matches = match_patterns(patterns, path)
+        for name, fields in matches.items():
             day = _day(path, fields.get(_DATE), description.date_format)
             key = _key(description, fields)
             fields.pop(_DATE, None)
@@ -167,7 +163,7 @@ def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) 
                     "name the field in key"
                 )
             files.append((day, path))
-        if not matched:
+        if not matches:
             report.add_unparsable(path)
     return tiles
 
