@@ -183,14 +183,16 @@ def test_two_ranks_write_the_same_file_as_one(tmp_path: Path) -> None:
     assert (tmp_path / "two" / f"{COSIA}.tif").read_bytes() == (tmp_path / "one" / f"{COSIA}.tif").read_bytes()
 
 
-# Runs a command in a process with limited memory and prints its peak memory, in bytes.
+# Runs a command in a process with limited memory and prints its peak memory, in bytes. getrusage would not do: a new
+# process inherits the peak of the process that started it.
 LIMITED = """
 import resource, sys
 from bocage.tools.main import main
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 status = main(sys.argv[2:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024)
 sys.exit(status)
 """
 
