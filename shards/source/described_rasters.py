@@ -122,7 +122,8 @@ def position_of(path: Path, file: rasterio.DatasetReader, rules: RasterRules) ->
     if not math.isclose(transform.a, -transform.e, rel_tol=1e-3):
         raise RasterError(f"{path}: pixels of {transform.a:g} x {-transform.e:g} are not square")
     try:
-        centre_x, centre_y = transform * (file.width / 2, file.height / 2)
+        centre_x = transform.c + transform.a * file.width / 2
+        centre_y = transform.f + transform.e * file.height / 2
         scale = metres_per_unit(crs, centre_x, centre_y) if crs else 1.0
     except InputError as error:
         raise RasterError(f"{path}: {error}") from error

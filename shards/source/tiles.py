@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import math
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import Registry
 from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described import DescribedCatalogue, assign_splits, name_patches
+from bocage.shards.source.described_files import explain_empty, find_files
 from bocage.shards.source.described_rasters import (
     RasterRules,
     TileSource,
@@ -26,11 +26,9 @@ from bocage.shards.source.described_rasters import (
     sidecar_environment,
 )
 from bocage.shards.source.description import DatasetDescription, build_registry
-from bocage.shards.source.file_patterns import FilePattern, fill_template, list_files, match_patterns
+from bocage.shards.source.file_patterns import fill_template
 from bocage.shards.source.report import CatalogueReport
 
-_EPOCH = datetime.date(1970, 1, 1)
-_DATE = "date"
 _RESERVED = ("block",)
 
 
@@ -61,7 +59,7 @@ class TileCatalogue(DescribedCatalogue):
         inputs = [name for name in registry if registry[name].is_input]
         keys = sorted({key for name in inputs for key in tiles.files[name]})
         if not keys:
-            raise InputError(_explain_empty(root, description, report))
+            raise InputError(explain_empty(root, description, report))
         for name in registry:
             if not registry[name].is_input:
                 lonely = sorted(set(tiles.files[name]) - set(keys))
@@ -130,41 +128,24 @@ class _Tiles:
 
 
 def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) -> _Tiles:
-    patterns = {name: FilePattern(sensor.files) for name, sensor in description.sensors.items()}
-    patterns |= {name: FilePattern(label.files) for name, label in description.labels.items()}
-    for name, pattern in patterns.items():
-        if taken := [field for field in pattern.fields if field in _RESERVED]:
-            raise InputError(f"{name}: files: the field {taken[0]} is computed; give it another name")
     series = {name for name, sensor in description.sensors.items() if sensor.role != "image"}
-    for name in series:
-        if _DATE not in patterns[name].fields:
-            raise InputError(
-                f"sensors.{name}: a series has a file for each date: add {{date}} to {patterns[name].text!r}"
-            )
-    tiles = _Tiles({name: {} for name in patterns}, {})
+    tiles = _Tiles({name: {} for name in (*description.sensors, *description.labels)}, {})
     originals: dict[str, dict[str, str]] = {}
-    for path in list_files(root):
-        matches = match_patterns(patterns, path)
-        for name, fields in matches.items():
-            day = _day(path, fields.get(_DATE), description.date_format)
-            key = _key(description, fields)
-            fields.pop(_DATE, None)
-            known = originals.setdefault(key, fields)
-            tiles.fields.setdefault(key, fields)
-            files = tiles.files[name].setdefault(key, [])
-            if files and (name not in series or day in [known_day for known_day, _ in files]):
-                raise InputError(
-                    f"key {key} occurs twice for {name}: {files[0][1]} and {path}; see key in the description"
-                )
-            clash = next((field for field in fields if known.get(field, fields[field]) != fields[field]), None)
-            if clash is not None:
-                raise InputError(
-                    f"key {key} stands for two patches: {clash} is {known[clash]!r}, and {fields[clash]!r} for {path}; "
-                    "name the field in key"
-                )
-            files.append((day, path))
-        if not matches:
-            report.add_unparsable(path)
+    for file in find_files(root, description, report, _RESERVED):
+        name, path, fields, day = file.name, file.path, file.fields, file.day
+        key = _key(description, fields)
+        known = originals.setdefault(key, fields)
+        tiles.fields.setdefault(key, fields)
+        files = tiles.files[name].setdefault(key, [])
+        if files and (name not in series or day in [known_day for known_day, _ in files]):
+            raise InputError(f"key {key} occurs twice for {name}: {files[0][1]} and {path}; see key in the description")
+        clash = next((field for field in fields if known.get(field, fields[field]) != fields[field]), None)
+        if clash is not None:
+            raise InputError(
+                f"key {key} stands for two patches: {clash} is {known[clash]!r}, and {fields[clash]!r} for {path}; "
+                "name the field in key"
+            )
+        files.append((day, path))
     return tiles
 
 
@@ -173,17 +154,7 @@ def _key(description: DatasetDescription, fields: Mapping[str, str]) -> str:
         return fill_template(description.key, fields, "key").replace("/", "-")
     if "key" in fields:
         return fill_template("{key}", fields, "key")
-    return fill_template("_".join(f"{{{name}}}" for name in fields if name != _DATE), fields, "key")
-
-
-def _day(path: str, text: str | None, date_format: str) -> int:
-    """Days since 1970-01-01; 0 without a date."""
-    if text is None:
-        return 0
-    try:
-        return (datetime.datetime.strptime(text, date_format).date() - _EPOCH).days
-    except ValueError:
-        raise InputError(f"{path}: date {text!r} is not of the form {date_format}; see date_format") from None
+    return fill_template("_".join(f"{{{name}}}" for name in fields), fields, "key")
 
 
 def _block(path: Path, rules: RasterRules, side: float) -> str:
@@ -192,13 +163,6 @@ def _block(path: Path, rules: RasterRules, side: float) -> str:
         if file.transform.is_identity:
             raise InputError(f"{path}: has no position, so blocks of {side:g} m cannot be made")
         position = position_of(path, file, rules)
-        x, y = file.transform * (file.width / 2, file.height / 2)
+        x = position.left + position.pixel * file.width / 2
+        y = position.top - position.pixel * file.height / 2
     return f"{math.floor(x * position.scale / side)}_{math.floor(y * position.scale / side)}"
-
-
-def _explain_empty(root: Path, description: DatasetDescription, report: CatalogueReport) -> str:
-    patterns = ", ".join(repr(sensor.files) for sensor in description.sensors.values())
-    examples = (
-        f"; files here: {', '.join(report.unparsable_examples)}" if report.unparsable else "; the folder is empty"
-    )
-    return f"{root}: no file matches {patterns}{examples}"

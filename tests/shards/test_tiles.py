@@ -1,0 +1,404 @@
+"""Folders of tiles become shards by a description; wrong tiles and descriptions are named."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import Affine
+
+from bocage.recipes.loader import config_from_dict, load_dataset
+from bocage.shards.errors import InputError
+from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.verify import verify
+from bocage.shards.read.dataset import evaluation_batches
+from bocage.shards.source.description import DatasetDescription, default_unit
+from bocage.shards.source.file_patterns import FilePattern, list_files, plain_name
+from bocage.shards.source.ground import metres_per_unit, utm_crs
+from bocage.shards.source.open import open_described
+from bocage.shards.write.writer import write_shards
+
+SIZE, PIXEL = 32, 0.5
+SENSOR: dict[str, Any] = {
+    "files": "{site}/image/{tile}.tif",
+    "bands": {"R": 650, "G": 550, "B": 460},
+    "dtype": "uint8",
+    "pixel": PIXEL,
+}
+LABEL: dict[str, Any] = {
+    "files": "{site}/label/{tile}.tif",
+    "pixel": PIXEL,
+    "classes": {0: "background", 7: "roof"},
+    "ignore": [255],
+}
+
+
+def image(seed: int = 0, bands: int = 3, dtype: str = "uint8", size: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 200, (bands, size, size)).astype(dtype)
+
+
+def mask(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).choice(np.array([0, 7, 255], np.uint8), (1, SIZE, SIZE))
+
+
+def write_tile(
+    path: Path,
+    array: np.ndarray,
+    column: int = 0,
+    *,
+    crs: str | None = "EPSG:32631",
+    pixel: float = PIXEL,
+    **options: Any,
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    corner = Affine(pixel, 0, 500_000 + column * SIZE * pixel, 0, -pixel, 5_000_000)
+    profile = {"count": len(array), "height": array.shape[1], "width": array.shape[2], "dtype": array.dtype.name}
+    options = {"driver": "GTiff", "crs": crs, "transform": corner, **options}
+    with rasterio.open(path, "w", **profile, **options) as file:
+        file.write(array)
+    return path
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """Two sites of four neighbouring tiles each; the last tile of each has no label."""
+    for site in ("north", "south"):
+        for column in range(4):
+            write_tile(tmp_path / f"tiles/{site}/image/t{column}.tif", image(column), column)
+            if column < 3:
+                write_tile(tmp_path / f"tiles/{site}/label/t{column}.tif", mask(column), column)
+    return tmp_path / "tiles"
+
+
+def description(**changes: Any) -> DatasetDescription:
+    values = {
+        "name": "Test tiles",
+        "patch": SIZE * PIXEL,
+        "domain": "{site}",
+        "sensors": {"RGB": {**SENSOR, **changes.pop("sensor", {})}},
+        "labels": {"ROOF": {**LABEL, **changes.pop("label", {})}},
+        **changes,
+    }
+    return config_from_dict(DatasetDescription, values, "test")
+
+
+def shard(tiles: Path, out: Path, **changes: Any) -> Manifest:
+    max_bad = changes.pop("max_bad", 0.0)
+    return write_shards(open_described(tiles, description(**changes), tiles), out, max_bad=max_bad)
+
+
+def test_tiles_come_back_bit_for_bit(tiles: Path, tmp_path: Path) -> None:
+    manifest = shard(tiles, tmp_path / "shards")
+    assert len(manifest) == 8 and manifest.counts["present"] == {"RGB": 8, "ROOF": 6}
+    assert manifest.dataset.name == "Test tiles"
+    assert manifest.registry.patch_size == pytest.approx(16.0)
+    assert manifest.registry["ROOF"].schemes[0].classes == ("background", "roof", "ignored")
+    assert manifest.registry["ROOF"].schemes[0].scored == (0, 1)
+    modalities = list(manifest.registry.values())
+    for batch in evaluation_batches(manifest, np.arange(8), modalities, batch_size=8):
+        for row, key in enumerate(batch.keys):
+            site, _, tile = key.partition("_")
+            column = int(tile[1:])
+            np.testing.assert_array_equal(batch.values["RGB"][row].numpy(), image(column))
+            record = manifest.row(row)
+            assert (record["crs"], record["side"]) == ("EPSG:32631", 16.0)
+            assert record["left"] == 500_000 + column * 16 and record["roi"] == record["domain"] == site
+            if column < 3:
+                stored = np.searchsorted([0, 7, 255], mask(column))
+                np.testing.assert_array_equal(batch.values["ROOF"][row].numpy(), stored)
+    assert verify(manifest.path).sound
+
+
+def test_two_workers_write_the_same_bytes_as_one_wherever_the_tiles_are(tiles: Path, tmp_path: Path) -> None:
+    one = shard(tiles, tmp_path / "one")
+    moved = tmp_path / "moved"
+    shutil.move(tiles, moved)
+    catalogue = open_described(moved, description(), moved)
+    two = write_shards(catalogue, tmp_path / "two", max_bad=0.0, workers=2)
+    assert [item.sha256 for item in one.shards] == [item.sha256 for item in two.shards]
+    assert one.digest == two.digest
+
+
+@pytest.mark.parametrize(("extension", "driver"), [("png", "PNG"), ("PNG", "PNG")])
+def test_pictures_with_and_without_a_world_file(tmp_path: Path, extension: str, driver: str) -> None:
+    for column in range(2):
+        write_tile(tmp_path / f"tiles/{column}.{extension}", image(column), driver=driver, crs=None, transform=None)
+        if column == 1:  # centre of the upper-left pixel
+            text = f"{PIXEL}\n0\n0\n-{PIXEL}\n{600_000 + PIXEL / 2}\n{4_000_000 - PIXEL / 2}\n"
+            (tmp_path / "tiles/1.pgw").write_text(text)
+    files = "{key}.png"
+    manifest = shard(
+        tmp_path / "tiles", tmp_path / "out", sensor={"files": files}, labels={}, domain="", crs="EPSG:32631"
+    )
+    rows = {row["key"]: row for row in map(manifest.row, range(2))}
+    assert (rows["0"]["left"], rows["0"]["top"]) == (0.0, 0.0)
+    assert (rows["1"]["left"], rows["1"]["top"], rows["1"]["crs"]) == (600_000.0, 4_000_000.0, "EPSG:32631")
+
+
+def test_pixels_of_web_map_tiles_are_measured_on_the_ground(tmp_path: Path) -> None:
+    """A Mercator metre at 60 degrees north is half a metre on the ground."""
+    top = 8_400_000.0
+    transform = Affine(1.0, 0, 1_000_000, 0, -1.0, top)
+    write_tile(tmp_path / "tiles/a.tif", image(), crs="EPSG:3857", transform=transform)
+    sensor = {"files": "{key}.tif", "pixel": 0.5}
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", sensor=sensor, labels={}, domain="")
+    assert manifest.row(0)["side"] == SIZE  # in units of the CRS
+    with pytest.raises(InputError, match=r"a\.tif: pixels of 0\.5\d* m on the ground, but the description has 1 m"):
+        shard(tmp_path / "tiles", tmp_path / "no", sensor={**sensor, "pixel": 1.0}, patch=32, labels={}, domain="")
+
+
+def test_several_coordinate_systems_regions_by_block_and_splits(tiles: Path, tmp_path: Path) -> None:
+    for column in range(4):
+        write_tile(tiles / f"east/image/t{column}.tif", image(column), column, crs="EPSG:32632")
+    splits = {
+        "split_site": {"by": "domain", "train": ["north"], "valid": ["east"], "test": "rest"},
+        "split_block": {"by": "block", "train": 0.5, "test": 0.5, "allow_mixed_regions": False},
+        "split_tile": {"by": "tile", "train": ["t0"], "test": "rest", "allow_mixed_regions": True},
+    }
+    manifest = shard(tiles, tmp_path / "out", blocks=32, splits=splits)
+    rows = [manifest.row(row) for row in range(12)]
+    assert {row["domain"]: row["split_site"] for row in rows} == {"north": "train", "east": "valid", "south": "test"}
+    assert {row["crs"] for row in rows} == {"EPSG:32631", "EPSG:32632"}
+    regions = {row["roi"] for row in rows}
+    assert all(region.count("/") == 1 for region in regions) and len(regions) > 3
+    values = [row["split_block"] for row in rows]
+    assert values.count("train") == 6 and values.count("test") == 6
+    assert all(len({row["split_block"] for row in rows if row["roi"] == region}) == 1 for region in regions)
+    assert sum(row["split_tile"] == "train" for row in rows) == 3
+
+
+def test_a_series_is_a_file_for_each_date(tmp_path: Path) -> None:
+    days = ["20210301", "20210105", "20210620"]
+    for day in days:
+        write_tile(tmp_path / f"tiles/a_{day}.tif", image(int(day) % 97, dtype="uint16", bands=2))
+    sensor = {
+        "role": "series",
+        "files": "{key}_{date}.tif",
+        "bands": {"VV": "backscatter_vv", "VH": "backscatter_vh"},
+        "dtype": "uint16",
+    }
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", sensor=sensor, labels={}, domain="")
+    batch = next(evaluation_batches(manifest, np.arange(1), list(manifest.registry.values()), batch_size=1))
+    expected = np.stack([image(int(day) % 97, dtype="uint16", bands=2) for day in sorted(days)])
+    np.testing.assert_array_equal(batch.values["RGB"][0].numpy(), expected)
+    assert manifest.row(0)["dates.RGB"] == [18632, 18687, 18798]
+
+
+def test_unused_bands_are_left_out_and_nodata_is_kept_apart(tmp_path: Path) -> None:
+    array = image(bands=4)
+    array[:, :4] = 0
+    write_tile(tmp_path / "tiles/a.tif", array, nodata=0)
+    bands = {"R": 650, "G": 550, "alpha": "unused", "NIR": 840}
+    sensor = {"files": "{key}.tif", "bands": bands, "nodata": [0]}
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", sensor=sensor, labels={}, domain="")
+    batch = next(evaluation_batches(manifest, np.arange(1), list(manifest.registry.values()), batch_size=1))
+    np.testing.assert_array_equal(batch.values["RGB"][0].numpy(), array[[0, 1, 3]])
+    mean, _ = manifest.statistics["RGB"]
+    assert mean == pytest.approx(array[[0, 1, 3], 4:].mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("tile", "options", "message"),
+    [
+        (image(size=16), {}, "16 x 16 pixels, but a patch of RGB has 32 x 32"),
+        (image(bands=4), {}, "4 bands, but the description has 3; name bands to leave out as unused"),
+        (image(dtype="uint16"), {}, "dtype uint16, but the description has uint8"),
+        (image(), {"pixel": 0.6}, "pixels of 0.6"),
+        (image(), {"crs": "EPSG:4326"}, "coordinates in degrees"),
+        (image(), {"transform": Affine(0.4, 0.3, 0, 0.3, -0.4, 0)}, "rotated or flipped"),
+        (image(), {"transform": Affine(0.5, 0, 0, 0, 0.5, 0)}, "rotated or flipped"),
+        (image(), {"transform": Affine(0.5, 0, 0, 0, -0.6, 0)}, "not square"),
+        (image(), {"nodata": int(image()[0, 0, 0])}, "as nodata and holds it"),
+    ],
+)
+def test_a_wrong_tile_is_named_and_left_out(
+    tiles: Path, tmp_path: Path, tile: np.ndarray, options: dict[str, Any], message: str
+) -> None:
+    path = write_tile(tiles / "south/image/t3.tif", tile, 3, **options)
+    with pytest.raises(InputError, match=r"t3\.tif") as error:
+        shard(tiles, tmp_path / "none")
+    assert message in str(error.value) and str(path) in str(error.value)
+    manifest = shard(tiles, tmp_path / "rest", max_bad=0.2)
+    assert len(manifest) == 7 and list(manifest.skipped) == ["south_t3"]
+    assert message in manifest.skipped["south_t3"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+    array = image(dtype="float32")
+    array[0, 3, 4] = value
+    write_tile(tmp_path / "tiles/a.tif", array)
+    write_tile(tmp_path / "tiles/b.tif", image(1, dtype="float32"), 1)
+    sensor: dict[str, Any] = {"files": "{key}.tif", "dtype": "float32"}
+    with pytest.raises(InputError, match=r"a\.tif: (NaN|infinite) values"):
+        shard(tmp_path / "tiles", tmp_path / "out", sensor=sensor, labels={}, domain="")
+    if np.isnan(value):
+        sensor["nodata"] = [np.nan]
+        assert len(shard(tmp_path / "tiles", tmp_path / "out2", sensor=sensor, labels={}, domain="")) == 2
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "message"),
+    [
+        (np.full((1, SIZE, SIZE), 9, np.uint8), {}, "values 9 are neither classes nor ignored"),
+        (mask().astype(np.float32), {}, "dtype float32, but classes are integers"),
+        (mask(), {"crs": "EPSG:32632"}, "coordinates in EPSG:32632"),
+        (mask(), {"transform": Affine(0.5, 0, 500_010, 0, -0.5, 5_000_000)}, "upper-left corner at"),
+    ],
+)
+def test_a_label_that_does_not_fit_its_image_is_named(
+    tiles: Path, tmp_path: Path, array: np.ndarray, options: dict[str, Any], message: str
+) -> None:
+    path = write_tile(tiles / "south/label/t0.tif", array, **options)
+    with pytest.raises(InputError, match=message) as error:
+        shard(tiles, tmp_path / "out")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch": 16.3}, "pixels of 0.5 m do not divide a patch of 16.3 m; use a patch of 16 or 16.5 m"),
+        ({"patch": "wide"}, "give the side of a patch in metres, or as pixels, e.g. 512 px"),
+        ({"sensor": {"files": "{site}/picture/{tile}.tif"}}, "no file matches"),
+        ({"sensor": {"files": "{site}/image/{tile.tif"}}, "a brace is not closed"),
+        ({"sensor": {"files": "../{tile}.tif"}}, "give a path below the source folder"),
+        ({"sensor": {"files": "{site}/image/{block}.tif"}}, "the field block is computed"),
+        ({"sensor": {"files": "{site}/image/{date}.tif"}}, "date 't0' is not of the form %Y%m%d"),
+        ({"sensor": {"role": "series"}}, r"a series has a file for each date: add \{date\}"),
+        ({"key": "{tile}"}, "key t0 (occurs twice|stands for two patches)"),
+        ({"key": "{name}"}, "no field 'name'; fields: site, tile"),
+        (
+            {"splits": {"split_a": {"by": "colour", "test": ["red"]}}},
+            "by=colour is no field of north_t0; fields: domain",
+        ),
+        (
+            {"splits": {"split_a": {"by": "domain", "test": ["west"]}}},
+            "domain 'west' is not in the dataset; it has north",
+        ),
+        (
+            {"splits": {"split_a": {"by": "domain", "test": ["north"], "train": ["north"]}}},
+            "north is listed as train and as test",
+        ),
+        (
+            {"splits": {"split_a": {"by": "tile", "test": ["t0"], "train": "rest"}}},
+            "region north is in test and in train",
+        ),
+        ({"splits": {"split_a": {"by": "file", "test": "none.txt"}}}, "none.txt: cannot be read"),
+    ],
+)
+def test_a_wrong_description_is_refused_before_any_work(
+    tiles: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        shard(tiles, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sensor": {"dtype": "int32"}}, "dtype='int32' is none of uint8"),
+        ({"sensor": {"bands": {}}}, "bands: name at least one"),
+        ({"sensor": {"bands": {"R": "red"}}}, "bands.R='red' is neither a wavelength in nm nor one of"),
+        ({"sensor": {"pixel": 0}}, "pixel: give the side of a pixel on the ground, in metres"),
+        ({"sensor": {"size": 12}}, "size"),
+        ({"sensor": {"role": "mask"}}, "mask_of: masks, and only they"),
+        ({"label": {"classes": {}}}, "classes: name at least one"),
+        ({"label": {"ignore": [7]}}, "ignore: 7 is the class 'roof' too"),
+        ({"label": {"colours": {7: "red"}}}, "colours.7='red' is not a colour rrggbb"),
+        ({"labels": {"RGB": LABEL}}, "RGB is a sensor and a label"),
+        ({"splits": {"sites": {"test": "rest"}}}, "names of splits begin with split_"),
+        ({"splits": {"split_a": {"train": 0.7, "test": 0.5}}}, "add up to 1.2"),
+        ({"splits": {"split_a": {"by": "block", "test": 0.5}}}, "by=block needs blocks"),
+        ({"kind": "cubes"}, "kind='cubes' is none of tiles"),
+        ({"name": ""}, "give the dataset a name"),
+    ],
+)
+def test_impossible_values_name_their_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        description(**changes)
+    assert message in str(error.value)
+
+
+def test_labels_without_an_image_and_other_files_are_counted(tiles: Path) -> None:
+    write_tile(tiles / "south/label/t9.tif", mask())
+    (tiles / "notes.txt").write_text("taken in May")
+    catalogue = open_described(tiles, description(), tiles)
+    warnings = "\n".join(catalogue.report().warnings())
+    assert "left out: 1 of ROOF, e.g. south_t9" in warnings and "1 names not understood, e.g. notes.txt" in warnings
+    assert "2 of 8 patches without ROOF" in warnings
+
+
+def test_an_empty_folder_and_damaged_files(tiles: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no file matches .*; the folder is empty"):
+        shard(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(InputError, match="no such folder"):
+        shard(tmp_path / "missing", tmp_path / "out")
+    content = (tiles / "south/image/t1.tif").read_bytes()
+    (tiles / "south/image/t1.tif").write_bytes(content[: len(content) // 2])
+    (tiles / "south/image/t2.tif").write_bytes(b"")
+    manifest = shard(tiles, tmp_path / "out", max_bad=0.3)
+    assert sorted(manifest.skipped) == ["south_t1", "south_t2"]
+    assert all("cannot be read" in reason for reason in manifest.skipped.values())
+
+
+def test_descriptions_are_read_from_yaml_with_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "dataset.yaml"
+    path.write_text(
+        "name: a\npatch: 32 px\nsensors:\n  RGB: {files: '{key}.tif', bands: {R: 650}, dtype: uint8, pixel: 1}\n"
+    )
+    assert load_dataset(str(path), ["patch=16"]).patch_size == 16
+    assert load_dataset(str(path), []).patch_size == 32
+    for text, message in (
+        ("- a\n", "a mapping of keys to values, not a list"),
+        ("name: [\n", "not valid YAML"),
+        ("nam: a\n", "unknown key 'nam'; did you mean 'name'"),
+        ("name: a\n", "sensors: describe at least one image or series"),
+        ("name: a\nsensors: {RGB: {pixle: 1}}\n", "unknown key 'sensors.RGB.pixle'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError) as error:
+            load_dataset(str(path), [])
+        assert message in str(error.value) and "dataset.yaml" in str(error.value)
+    with pytest.raises(InputError, match="no such file"):
+        load_dataset(str(tmp_path / "none.yaml"), [])
+
+
+def test_patterns_match_whole_paths() -> None:
+    pattern = FilePattern("{site}/image/{x}-{y}_{site}.tif")
+    assert pattern.match("a/image/1-2_a.TIF") == {"site": "a", "x": "1", "y": "2"}
+    assert pattern.match("a/image/1-2_b.tif") is None and pattern.match("b/a/image/1-2_a.tif") is None
+    assert FilePattern("**/{key}.tif").match("a/b/c.tif") == {"key": "c"}
+    assert FilePattern("*/{key}.*").match("a/b.png") == {"key": "b"}
+    assert plain_name("Été 2021/a") == "-t-2021-a"
+
+
+def test_files_are_listed_in_a_fixed_order_without_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b/2.tif", "b/1.tif", "a.tif", ".hidden/x.tif", "b/.y"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b/loop").symlink_to(tmp_path)
+    assert list(list_files(tmp_path)) == ["a.tif", "b/1.tif", "b/2.tif"]
+
+
+def test_ground_scale_of_projections() -> None:
+    assert metres_per_unit("EPSG:3857", 9_519_926, 3_202_940) == pytest.approx(0.8842, abs=2e-4)
+    assert metres_per_unit("EPSG:2154", 700_000, 6_600_000) == pytest.approx(1.0, abs=1e-3)
+    assert metres_per_unit("EPSG:2263", 1_000_000, 200_000) == pytest.approx(0.3048, abs=1e-4)
+    assert utm_crs(39.2, -6.1) == "EPSG:32737" and utm_crs(85.5, 27.6) == "EPSG:32645"
+    with pytest.raises(InputError, match="gdalwarp -t_srs EPSG:32631"):
+        metres_per_unit("EPSG:4326", 3.0, 45.0)
+    with pytest.raises(InputError, match="not a coordinate reference system"):
+        metres_per_unit("EPSG:0", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "role", "unit"),
+    [(512, "image", 32), (256, "image", 32), (128, "image", 16), (64, "image", 8), (16, "image", 4), (10, "series", 5)],
+)
+def test_default_mask_units_leave_pairs_of_blocks(size: int, role: str, unit: int) -> None:
+    assert default_unit(size, role) == unit
