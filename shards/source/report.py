@@ -33,6 +33,7 @@ class CatalogueReport:
         unknown_folders: folders and zips named like those of a modality that the registry does not list.
         duplicate_rows: metadata rows about a patch that already had one; the first row counts.
         unreadable_dates: metadata rows whose dates cannot be parsed.
+        notes: other messages, such as that rasters are resampled.
     """
 
     patches: int = 0
@@ -54,6 +55,7 @@ class CatalogueReport:
     unknown_folders: list[str] = field(default_factory=list)
     duplicate_rows: int = 0
     unreadable_dates: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def missing(self) -> dict[str, int]:
@@ -98,7 +100,7 @@ class CatalogueReport:
             messages.append(f"{self.duplicate_rows} repeated metadata rows ignored")
         if self.unreadable_dates:
             messages.append(f"{self.unreadable_dates} metadata rows without readable dates")
-        return messages
+        return [*messages, *self.notes]
 
     def add_unparsable(self, name: str) -> None:
         """Count a name that does not follow the pattern."""

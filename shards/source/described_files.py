@@ -1,0 +1,85 @@
+"""Find the files of a described dataset: sensor or label, fields and date of each."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bocage.shards.errors import InputError
+from bocage.shards.source.description import DatasetDescription
+from bocage.shards.source.file_patterns import FilePattern, list_files, match_patterns
+from bocage.shards.source.report import CatalogueReport
+
+_EPOCH = datetime.date(1970, 1, 1)
+_DATE = "date"
+
+
+@dataclass(frozen=True)
+class DescribedFile:
+    """One file of a sensor or label.
+
+    Attributes:
+        name: name of the sensor or label.
+        path: path relative to the source folder, with ``/`` between folders.
+        fields: fields of the path, without the date.
+        day: days since 1970-01-01; 0 without a date.
+    """
+
+    name: str
+    path: str
+    fields: dict[str, str]
+    day: int
+
+
+def find_files(
+    root: Path, description: DatasetDescription, report: CatalogueReport, reserved: Collection[str]
+) -> Iterator[DescribedFile]:
+    """Find the files below ``root`` that match a pattern of the description, in the order of their paths.
+
+    Args:
+        root: source folder.
+        description: description of the dataset.
+        report: report that counts the files that match no pattern.
+        reserved: names of computed fields, which patterns cannot use.
+
+    Raises:
+        InputError: a pattern is wrong or uses a reserved field, a series has no date, a date cannot be read, or a
+            folder cannot be read.
+    """
+    patterns = {name: FilePattern(sensor.files) for name, sensor in description.sensors.items()}
+    patterns |= {name: FilePattern(label.files) for name, label in description.labels.items()}
+    for name, pattern in patterns.items():
+        if taken := [field for field in pattern.fields if field in reserved]:
+            raise InputError(f"{name}: files: the field {taken[0]} is computed; give it another name")
+    for name, sensor in description.sensors.items():
+        if sensor.role != "image" and _DATE not in patterns[name].fields:
+            raise InputError(
+                f"sensors.{name}: a series has a file for each date: add {{date}} to {patterns[name].text!r}"
+            )
+    for path in list_files(root):
+        matches = match_patterns(patterns, path)
+        for name, fields in matches.items():
+            day = _day(path, fields.pop(_DATE, None), description.date_format)
+            yield DescribedFile(name, path, fields, day)
+        if not matches:
+            report.add_unparsable(path)
+
+
+def explain_empty(root: Path, description: DatasetDescription, report: CatalogueReport) -> str:
+    """Message about a folder in which no file matches a sensor."""
+    patterns = ", ".join(repr(sensor.files) for sensor in description.sensors.values())
+    examples = (
+        f"; files here: {', '.join(report.unparsable_examples)}" if report.unparsable else "; the folder is empty"
+    )
+    return f"{root}: no file matches {patterns}{examples}"
+
+
+def _day(path: str, text: str | None, date_format: str) -> int:
+    if text is None:
+        return 0
+    try:
+        return (datetime.datetime.strptime(text, date_format).date() - _EPOCH).days
+    except ValueError:
+        raise InputError(f"{path}: date {text!r} is not of the form {date_format}; see date_format") from None
