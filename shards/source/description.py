@@ -36,13 +36,15 @@ UNUSED = "unused"
 IGNORED = "ignored"
 """Name of the class that ``ignore`` values get. Neither losses nor scores count it."""
 
+TABLE_FIELDS = ("key", "date", "block")
+"""Fields of a table that need no column."""
+
 DTYPES = ("uint8", "uint16", "int16", "float32")
 _MAX_CLASSES = 255
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _GREY_CLASSES = ("background", "other", "none", "unlabelled", "unlabeled")
 _COLOUR = re.compile(r"[0-9a-fA-F]{6}")
 _SPLIT_VALUES = ("train", "valid", "test")
-_TABLE_FIELDS = ("key", "date", "block")  # of a table, which need no column
 _UNITS_PER_SIDE = 16  # of a default mask unit; the FLAIR-HUB images have as many or half
 _CHANNEL_GROUPS = (700.0, 1000.0)  # nm; bounds between visible, near infrared and short-wave infrared
 
@@ -289,7 +291,7 @@ class TableDescription:
                 raise ValueError(f"table.{name}: name a column")
         if bool(self.longitude) != bool(self.latitude):
             raise ValueError("table.longitude and table.latitude: name both columns or none")
-        if taken := next((name for name in _TABLE_FIELDS if name in self.fields), None):
+        if taken := next((name for name in TABLE_FIELDS if name in self.fields), None):
             raise ValueError(f"table.fields.{taken}: {taken} is computed; give the field another name")
 
 
@@ -354,6 +356,9 @@ class DatasetDescription:
                 raise ValueError(f"{name!r}: names of sensors and labels have letters, digits, - and _ only")
         if both := set(self.sensors) & set(self.labels):
             raise ValueError(f"{min(both)} is a sensor and a label")
+        for name, sensor in self.sensors.items():
+            if sensor.mask_of and getattr(self.sensors.get(sensor.mask_of), "role", None) != "series":
+                raise ValueError(f"sensors.{name}: mask_of={sensor.mask_of!r} is no series among the sensors")
         for name, split in self.splits.items():
             if not (name.startswith("split_") and _NAME.fullmatch(name)):
                 raise ValueError(f"splits.{name}: names of splits begin with split_, e.g. split_site")
