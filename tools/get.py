@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,15 +11,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bocage.shards.errors import InputError
 from bocage.shards.source.download import (
     LocalZips,
-    check_disk,
     download_zips,
     format_size,
     free_bytes,
     inspect_folder,
 )
 from bocage.shards.source.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
+from bocage.shards.source.toy import find_toy, is_unpacked, unpack_toy
 from bocage.tools.cli.arguments import positive_int
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.progress import ProgressBar, ProgressBars
@@ -43,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="modalities to download (default: all)")
     parser.add_argument(
+        "--toy",
+        action="store_true",
+        help="download and unpack IGN's toy subset instead (about 750 MB, all modalities; from IGN's server)",
+    )
+    parser.add_argument(
         "--repo", default=REPOSITORY, metavar="ORG/NAME", help="dataset repository on the hub (default: %(default)s)"
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the newest commit)")
@@ -54,27 +61,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Download the zips; return 130 or 143 when interrupted."""
+    chosen = arguments.domains or arguments.modalities or arguments.revision or arguments.repo != REPOSITORY
+    if arguments.toy and chosen:
+        raise InputError("--toy: is one file; drop --domains, --modalities, --repo and --revision")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our messages name the zip rather than an address
     try:
         with Interrupts() as interrupts:
+            if arguments.toy:
+                _get_toy(interrupts, arguments)
+                return 0
             zips = choose_zips(list_zips(arguments.repo, arguments.revision), arguments.domains, arguments.modalities)
             if arguments.dry_run:
                 _print_plan(zips, inspect_folder(arguments.out, zips, check_hashes=False))
             else:
-                _download(interrupts, arguments, zips)
+                count = _download(interrupts, arguments, zips)
+                print(f"{len(zips)} zips in {arguments.out}, {_size(zips)}; {count} of them downloaded now")
     except InterruptedCommand as stopped:
         print(f"bocage: interrupted by {stopped.name}; run the same command to resume", file=sys.stderr)
         return stopped.exit_code
     return 0
 
 
-def _download(interrupts: Interrupts, arguments: argparse.Namespace, zips: list[RemoteZip]) -> None:
+def _get_toy(interrupts: Interrupts, arguments: argparse.Namespace) -> None:
+    toy = find_toy()
+    if is_unpacked(arguments.out, toy):
+        print(f"the toy subset is in {arguments.out} already")
+    elif arguments.dry_run:
+        _print_plan([toy], inspect_folder(arguments.out, [toy], check_hashes=False))
+    else:
+        _download(interrupts, arguments, [toy])
+        print(f"{len(unpack_toy(arguments.out, toy))} folders and files of the toy subset in {arguments.out}")
+
+
+def _download(interrupts: Interrupts, arguments: argparse.Namespace, zips: list[RemoteZip]) -> int:
+    """Download the zips that are missing; return their number."""
     with ProgressBars() as bars:
         local = inspect_folder(arguments.out, zips, progress=_Bar(bars, "checking", interrupts))
-        check_disk(local)
         for name in local.differing:
             bars.say(f"note: {arguments.out / name} differs from the hub and is downloaded again")
         download_zips(local, workers=arguments.workers, progress=_Bar(bars, "downloading", interrupts))
-    print(f"{len(zips)} zips in {arguments.out}, {_size(zips)}; {len(local.missing)} of them downloaded now")
+    return len(local.missing)
 
 
 class _Bar:
@@ -102,9 +128,11 @@ def _print_plan(zips: list[RemoteZip], local: LocalZips) -> None:
         missing = [item for item in local.missing if item.modality == modality]
         table.add_row(modality, str(len(chosen)), _size(chosen), _size(missing))
     table.add_section()
-    table.add_row("all", str(len(zips)), _size(zips), format_size(local.remaining_bytes))
+    table.add_row("all", str(len(zips)), _size(zips), _size(local.missing))
     console = Console()
     console.print(table)
+    if local.partial_bytes:
+        console.print(f"unfinished zips, to be resumed: {format_size(local.partial_bytes)}", highlight=False)
     console.print(f"free disk space: {format_size(free_bytes(local.folder))}", highlight=False)
 
 

@@ -1,8 +1,8 @@
 """Download zips into one folder: in parallel, with resume, and with a check of every hash.
 
-huggingface_hub's ``hf_hub_download`` deletes an unfinished file when it fails (since version 2), so a cut connection
-costs gigabytes. Its ``http_get`` continues from any byte, and is used here on files of our own. The content of a zip is
-under its final name only after its hash is checked.
+``hf_hub_download`` of huggingface_hub 2.4 deletes an unfinished file when it fails, so an interruption costs gigabytes.
+Its ``http_get`` continues from any byte, and is used here on files of our own. A zip gets its final name only after its
+hash is checked.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write, fsync, sha256
 from bocage.shards.locks import FileLock
+from bocage.shards.source import zips as zip_reader
 from bocage.shards.source.hub import RemoteZip, retried
 
 PARTIAL_SUFFIX = ".partial"
@@ -117,12 +118,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
-def check_disk(local: LocalZips) -> None:
-    """Check that the missing zips fit on the disk.
-
-    Raises:
-        InputError: they do not.
-    """
+def _check_disk(local: LocalZips) -> None:
+    """Check that the missing zips fit on the disk."""
     needed, free = local.remaining_bytes, free_bytes(local.folder)
     if needed > free:
         raise InputError(
@@ -145,7 +142,7 @@ def download_zips(local: LocalZips, *, workers: int = 4, progress: Progress | No
         InputError: the disk is too small or full, the folder cannot be written, another run downloads into it, the
             server refuses a zip or does not answer, or zips are damaged at every attempt.
     """
-    check_disk(local)
+    _check_disk(local)
     with ExitStack() as stack:
         try:
             local.folder.mkdir(parents=True, exist_ok=True)
@@ -162,11 +159,16 @@ class _Downloads:
     """Threads that download the missing zips of a folder."""
 
     def __init__(self, local: LocalZips, progress: Progress | None) -> None:
+        from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
         disable_progress_bars()  # http_get draws one for each file
         self._local, self._progress = local, progress
-        self._headers = build_hf_headers(library_name="bocage")
+        # A compressed response could not be resumed. The token is for the hub only.
+        plain = {"Accept-Encoding": "identity"}
+        self._hub = constants.ENDPOINT
+        self._headers = build_hf_headers(library_name="bocage", headers=plain)
+        self._other_headers = build_hf_headers(library_name="bocage", headers=plain, token=False)
         self._record = _Record(local.folder)
         self._waiting = queue.SimpleQueue[RemoteZip]()
         self._finished = queue.SimpleQueue[RemoteZip | BaseException]()
@@ -247,10 +249,11 @@ class _Downloads:
 
     def _complete(self, item: RemoteZip, partial: Path) -> None:
         """Download the rest of a zip."""
+        headers = self._headers if item.url.startswith(self._hub) else self._other_headers
         with _PartialFile(partial, self._count, self._stop) as file:
             try:
                 retried(
-                    lambda: _transfer(item, file, self._headers),
+                    lambda: _transfer(item, file, headers),
                     item.name,
                     _ATTEMPTS,
                     progress=lambda: file.size,
@@ -370,7 +373,12 @@ class _Record:
 
 
 def _is_intact(path: Path, item: RemoteZip) -> bool:
-    """Whether the file has the hash of the zip on the hub."""
+    """Whether the file is the zip on the server: by its hash, or without a hash by the CRC-32 of its members."""
+    if not item.digest:
+        try:
+            return all(len(zip_reader.read(path, member)) == member.size for member in zip_reader.members(path))
+        except zip_reader.ZipError:
+            return False
     if len(item.digest) == _SHA256_LENGTH:
         return sha256(path) == item.digest
     content = path.read_bytes()  # in git rather than LFS, so it is small
@@ -393,4 +401,4 @@ def _local_error(folder: Path, error: OSError) -> InputError:
     """Error of the disk as a message for users."""
     if error.errno == errno.ENOSPC:
         return InputError(f"{folder}: the disk is full; free space and run the same command again")
-    return InputError(f"{error.filename or folder}: cannot be written: {error.strerror or error}")
+    return InputError(f"{error.filename or folder}: cannot be read or written: {error.strerror or error}")

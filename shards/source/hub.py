@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from bocage.shards.errors import InputError
 from bocage.shards.source import naming
@@ -19,7 +19,9 @@ REPOSITORY = "IGNF/FLAIR-HUB"
 _ZIP = ".zip"
 _LIST_ATTEMPTS = 3
 _MAX_BACKOFF = 30.0
+_NAMES_SHOWN = 12
 
+_logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
@@ -31,7 +33,8 @@ class RemoteZip:
         name: file name, e.g. ``D012-2019_AERIAL_RGBI.zip``.
         url: address at a fixed commit.
         size: size in bytes.
-        digest: SHA-256 in hexadecimal; for a small file outside of git LFS, the SHA-1 of its git blob.
+        digest: SHA-256 in hexadecimal; for a small file outside of git LFS, the SHA-1 of its git blob. Empty if the
+            server has no hash: the CRC-32 of the members is checked instead.
     """
 
     name: str
@@ -47,22 +50,21 @@ class RemoteZip:
     @property
     def department(self) -> str:
         """Department, e.g. ``D012``; empty for metadata."""
-        return "" if self.is_metadata else self._part("department")
+        return self._part("department")
 
     @property
     def domain(self) -> str:
         """Domain, e.g. ``D012-2019``; ``D012-195X`` for historical images, empty for metadata."""
-        return "" if self.is_metadata else f"{self._part('department')}-{self._part('year')}"
+        return f"{self._part('department')}-{self._part('year')}".strip("-")
 
     @property
     def modality(self) -> str:
-        """Name of the modality; ``GLOBAL_ALL_MTD`` for metadata."""
-        return METADATA_FOLDER if self.is_metadata else self._part("modality")
+        """Name of the modality; the name without ``.zip`` for metadata and the toy subset."""
+        return self._part("modality") or self.name.removesuffix(_ZIP)
 
     def _part(self, name: str) -> str:
         match = naming.FOLDER.fullmatch(self.name.removesuffix(_ZIP))
-        assert match is not None
-        return match[name]
+        return match[name] if match else ""
 
 
 def list_zips(repository: str = REPOSITORY, revision: str | None = None) -> list[RemoteZip]:
@@ -165,12 +167,14 @@ def retried(
             if not _is_network_error(error):
                 raise
             # The text of the error may hold a signed address: show only the reason.
-            reason, is_final = _explain(error)
+            reason, advice = _explain(error)
         failures = 1 if progress() > reached else failures + 1
         reached = progress()
-        if is_final or failures >= attempts:
-            raise InputError(f"{name}: {reason}")
-        wait(min(2.0 ** (failures - 1), _MAX_BACKOFF))
+        if advice or failures >= attempts:
+            raise InputError(f"{name}: {reason}; {advice or 'run the same command again later'}")
+        seconds = min(2.0 ** (failures - 1), _MAX_BACKOFF)
+        _logger.info("%s: %s; trying again in %.0f s", name, reason, seconds)
+        wait(seconds)
 
 
 def _is_historical(item: RemoteZip) -> bool:
@@ -183,7 +187,9 @@ def _check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
         if name not in known:
             upper = name.upper()
             near = [other for other in known if upper in other][:3] or difflib.get_close_matches(upper, known)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known ones: {', '.join(known)}"
+            more = f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
+            listed = f"known ones: {', '.join(known[:_NAMES_SHOWN])}{more}"
+            hint = f"did you mean {' or '.join(near)}?" if near else listed
             raise InputError(f"unknown {kind} {name!r}; {hint}")
 
 
@@ -192,32 +198,29 @@ def _is_network_error(error: Exception) -> bool:
     return isinstance(error, OSError) or any(kind.__name__ == "HTTPError" for kind in type(error).__mro__)
 
 
-def _explain(error: Exception) -> tuple[str, bool]:
-    """Reason of a failed request, without addresses, and whether another attempt is futile."""
+def _explain(error: Exception) -> tuple[str, str]:
+    """Reason of a failed request, without addresses, and advice; no advice if another attempt may succeed."""
     kind = type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if kind == "OfflineModeIsEnabled":
-        return "HF_HUB_OFFLINE is set; unset it to download", True
+        return "HF_HUB_OFFLINE is set", "unset it to download"
     if kind == "GatedRepoError":
-        return "access is restricted; accept the terms on its page, and set HF_TOKEN or run `hf auth login`", True
+        return "access is restricted", "accept the terms on its page, and set HF_TOKEN or run `hf auth login`"
     if kind == "RevisionNotFoundError":
-        return "the repository has no such revision", True
+        return "the repository has no such revision", "check --revision"
     if kind == "RepositoryNotFoundError":
-        return "no such dataset on the hub, or a private one; check the name, or set HF_TOKEN", True
-    if status == 404:
-        return "not found", True
+        return "no such dataset on the hub, or a private one", "check its name, or set HF_TOKEN for a private one"
+    if status in (404, 410):
+        return "not found on the server", "check that it still exists"
     if status in (401, 403):
-        return f"access refused (HTTP status {status}); check HF_TOKEN, or log in with `hf auth login`", True
+        return f"access refused (HTTP status {status})", "check HF_TOKEN, or log in with `hf auth login`"
     if status is not None:
-        final = 400 <= status < 500 and status not in (408, 425, 429)
-        return f"HTTP status {status}; try again later", final
+        is_final = 400 <= status < 500 and status not in (408, 425, 429)
+        return f"HTTP status {status}", "report it" if is_final else ""
     if "Timeout" in kind:
-        return "no answer in time; try again later", False
+        return "no answer in time", ""
     if kind.startswith("Connect"):
-        from huggingface_hub import constants
-
-        host = urlsplit(constants.ENDPOINT).hostname
-        return f"{host} cannot be reached; check the network, or set HF_ENDPOINT to a mirror", False
+        return "the server cannot be reached: no network, or a wrong HF_ENDPOINT", ""
     if kind == "OSError":  # http_get compares sizes
-        return "the content has another size than the hub says; try again later", False
-    return f"connection lost ({kind}); run the same command again", False
+        return "the content has another size than the hub says", ""
+    return f"connection lost ({kind})", ""

@@ -233,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _download(self, body: bytes, name: str, path: str) -> None:
         content, file = self.server.datasets[name][path], path.rpartition("/")[2]
+        if self.command == "HEAD":
+            return self._respond(content)
         self.server.tokens.append(self.headers.get("Authorization"))
         first = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0])[0])
         self.server.ranges.append((file, first))
@@ -312,7 +314,7 @@ _ROUTES: dict[str, Callable[..., None]] = {
     rf"GET /api/datasets/{_NAME}/revision/(\S+)": _Handler._dataset_info,
     rf"GET /api/datasets/{_NAME}/tree/(\S+)": _Handler._dataset_tree,
     rf"(?:GET|HEAD) /datasets/{_NAME}/resolve/([^/]+)/(\S+)": _Handler._dataset_file,
-    rf"GET /cdn/{_NAME}/(\S+)": _Handler._download,
+    rf"(?:GET|HEAD) /cdn/{_NAME}/(\S+)": _Handler._download,
     r"POST /api/collections": _Handler._collection,
     rf"POST /api/collections/{_NAME}/items?": _Handler._item,
 }

@@ -18,15 +18,19 @@ from full_tree import zip_folders
 from hub_stand_in import Hub
 from huggingface_hub import constants
 from small_disk import remount, tmpfs
-from small_shards import contents
+from small_shards import KEYS, SMALL, contents
+from small_tree import write_tree
 
 from bocage.shards.errors import InputError
+from bocage.shards.format.manifest import Manifest
 from bocage.shards.source import download
+from bocage.shards.source import toy as toy_module
 from bocage.shards.source.download import PARTIAL_SUFFIX, download_zips, inspect_folder
 from bocage.shards.source.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
 from bocage.tools.main import main
 
 SIZE = 400_000
+TOY = "FLAIR-HUB_TOY_DATASET.zip"
 METADATA = "GLOBAL_ALL_MTD.zip"
 IMAGE, HEIGHT, HISTORICAL = "D012-2019_AERIAL_RGBI.zip", "D012-2019_DEM_ELEV.zip", "D012-195X_AERIAL-RLT_PAN.zip"
 OTHER = ["D004-2021_AERIAL_RGBI.zip", "D004-2021_DEM_ELEV.zip", "D004-195X_AERIAL-RLT_PAN.zip"]
@@ -114,11 +118,8 @@ def test_domains_and_modalities_choose_zips(
         (["--domains", "Paris"], "unknown domain 'Paris'; known ones: D004-2021, D012-2019"),
         (["--modalities", "aerial_rgb"], "unknown modality 'aerial_rgb'; did you mean AERIAL_RGBI?"),
         (["--modalities", "GLOBAL_ALL_MTD"], "unknown modality 'GLOBAL_ALL_MTD'; known ones: "),
+        (["--repo", "IGNF/other"], "IGNF/other: no such dataset on the hub, or a private one; check its name"),
         (["--repo", "a/b/c"], "'a/b/c' is no name of a repository; give org/name, e.g. IGNF/FLAIR-HUB"),
-        (
-            ["--repo", "IGNF/FLAIR-HUBB"],
-            "IGNF/FLAIR-HUBB: no such dataset on the hub, or a private one; check the name",
-        ),
         (["--revision", "v9"], "IGNF/FLAIR-HUB at v9: the repository has no such revision"),
     ],
 )
@@ -181,7 +182,7 @@ def test_a_dry_run_writes_nothing(hub: Hub, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / (HEIGHT + PARTIAL_SUFFIX)).write_bytes(bytes(SIZE // 4))
     before = contents(tmp_path)
     assert get(tmp_path, "--dry-run", "--domains", "D012-2019") == 0
-    assert "0.7 MB" in capsys.readouterr().out
+    assert "unfinished zips, to be resumed: 0.1 MB" in capsys.readouterr().out
     assert contents(tmp_path) == before and not hub.ranges
 
 
@@ -211,7 +212,9 @@ def test_a_server_error_that_lasts_is_named_and_a_rerun_resumes(
     monkeypatch.setattr(download, "_ATTEMPTS", 2)
     hub.faults = {IMAGE: ["reset", "503", "503"]}
     assert get(tmp_path, "--modalities", "AERIAL_RGBI", "--domains", "D012-2019") == 2
-    assert f"{IMAGE}: HTTP status 503; try again later" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert f"bocage: {IMAGE}: connection lost (" in errors and "); trying again in 1 s\n" in errors
+    assert errors.endswith(f"bocage: error: {IMAGE}: HTTP status 503; run the same command again later\n")
     assert zips_in(tmp_path) == [IMAGE + PARTIAL_SUFFIX, METADATA]
     kept = (tmp_path / (IMAGE + PARTIAL_SUFFIX)).stat().st_size
     assert kept > 0
@@ -290,11 +293,11 @@ def test_the_start_of_another_file_is_no_start(hub: Hub, tmp_path: Path) -> None
     ("status", "code", "sentence"),
     [
         (401, "", "access refused (HTTP status 401); check HF_TOKEN, or log in with `hf auth login`"),
-        (401, "RepoNotFound", "no such dataset on the hub, or a private one; check the name, or set HF_TOKEN"),
+        (401, "RepoNotFound", "no such dataset on the hub, or a private one; check its name, or set HF_TOKEN"),
         (403, "", "access refused (HTTP status 403); check HF_TOKEN"),
         (403, "GatedRepo", "access is restricted; accept the terms on its page, and set HF_TOKEN"),
         (404, "RepoNotFound", "no such dataset on the hub"),
-        (404, "", "not found"),
+        (404, "", "not found on the server; check that it still exists"),
     ],
 )
 def test_refused_access_is_one_sentence(
@@ -315,7 +318,7 @@ def test_refused_access_is_one_sentence(
 def test_a_zip_that_is_gone_is_named(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.faults = {IMAGE: ["404"]}
     assert get(tmp_path) == 2
-    assert f"bocage: error: {IMAGE}: not found\n" in capsys.readouterr().err
+    assert f"bocage: error: {IMAGE}: not found on the server; " in capsys.readouterr().err
 
 
 # About 4 s: three attempts.
@@ -326,8 +329,10 @@ def test_no_network_is_one_sentence(
         unused.bind(("127.0.0.1", 0))
         use_endpoint(f"http://127.0.0.1:{unused.getsockname()[1]}", monkeypatch)
         assert get(tmp_path / "out") == 2
-    sentence = f"{REPOSITORY}: 127.0.0.1 cannot be reached; check the network, or set HF_ENDPOINT to a mirror"
-    assert capsys.readouterr().err == f"bocage: error: {sentence}\n"
+    sentence = f"{REPOSITORY}: the server cannot be reached: no network, or a wrong HF_ENDPOINT"
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first == f"bocage: {sentence}; trying again in 1 s" and second == f"bocage: {sentence}; trying again in 2 s"
+    assert last == f"bocage: error: {sentence}; run the same command again later"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert get(tmp_path / "out") == 2
     assert capsys.readouterr().err == f"bocage: error: {REPOSITORY}: HF_HUB_OFFLINE is set; unset it to download\n"
@@ -370,7 +375,7 @@ def test_a_disk_that_fills_up_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert get(tmp_path / "file" / "out") == 2
-    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert "cannot be read or written: Not a directory" in capsys.readouterr().err
 
 
 # About 5 s: two processes, one of them while another downloads.
@@ -419,3 +424,52 @@ def test_from_the_hub_to_shards_without_zips(hub: Hub, tmp_path: Path, capsys: p
     assert main(["shard", str(out), str(tmp_path / "shards"), "--delete-source"]) == 0
     assert contents(tmp_path / "shards") == contents(tmp_path / "expected")
     assert zips_in(out) == [METADATA, "notes.txt"]
+
+
+@pytest.fixture
+def toy(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Serve the toy subset of a small tree; returns the tree."""
+    tree = write_tree(tmp_path / "wrapped" / "FLAIR-HUB_TOY", KEYS[:3], SMALL)
+    (tree / "FLAIR-HUB_TOY_TRAIN.csv").write_text("a list")
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tree.parent)
+    hub.datasets["IGN/toy"] = {TOY: Path(archive).read_bytes()}
+    Path(archive).unlink()
+    monkeypatch.setattr(toy_module, "TOY_URL", f"http://localhost:{hub.server_address[1]}/cdn/IGN/toy/{TOY}")
+    return tree
+
+
+def test_the_toy_subset_is_unpacked(hub: Hub, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    size = f"{len(hub.datasets['IGN/toy'][TOY]) / 1e6:.1f} MB"
+    assert get(out, "--toy", "--dry-run") == 0
+    assert size in capsys.readouterr().out and not out.exists()
+    (out / "D012-2019_SPOT_RGBI" / "AF-S1-27").mkdir(parents=True)  # of an interrupted run
+    hub.faults = {TOY: ["truncate", "flip"]}
+    assert get(out, "--toy") == 0
+    assert capsys.readouterr().out == f"5 folders and files of the toy subset in {out}\n"
+    assert {name: digest for name, digest in contents(out).items() if name[0] != "."} == contents(toy)
+    assert hub.tokens and set(hub.tokens) == {None}
+    assert main(["shard", str(out), str(tmp_path / "shards")]) == 0
+    assert len(Manifest.open(tmp_path / "shards")) == 3
+    capsys.readouterr()
+    requests = len(hub.ranges)
+    assert get(out, "--toy") == 0
+    assert capsys.readouterr().out == f"the toy subset is in {out} already\n"
+    assert len(hub.ranges) == requests == 3
+
+
+def test_a_toy_subset_of_another_layout_is_named(
+    hub: Hub, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "other"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "b.tif").write_bytes(bytes(100))
+    hub.datasets["IGN/toy"][TOY] = Path(shutil.make_archive(str(tmp_path / "new"), "zip", folder)).read_bytes()
+    assert get(tmp_path / "out", "--toy") == 2
+    assert f"{tmp_path / 'out' / TOY}: has no folder like D012-2019_AERIAL_RGBI" in capsys.readouterr().err
+    assert get(tmp_path / "out", "--toy", "--domains", "D012-2019") == 2
+    assert "--toy: is one file; drop --domains" in capsys.readouterr().err
+    del hub.datasets["IGN/toy"]
+    hub.refuse = 404
+    assert get(tmp_path / "out", "--toy") == 2
+    assert f"{TOY}: not found on the server; check that it still exists" in capsys.readouterr().err

@@ -8,6 +8,7 @@ EXAMPLES = {
     "get": """\
 bocage get FLAIR-HUB --dry-run
 bocage get FLAIR-HUB --workers 8
+bocage get data/toy --toy
 bocage get FLAIR-HUB --domains D004-2021 D012-2019 --modalities AERIAL_RGBI AERIAL_LABEL-COSIA""",
     "sample": """\
 bocage sample FLAIR-HUB --patches 200 --seed 0
