@@ -32,6 +32,7 @@ SKIPPED = {
     r"--scheduler tcp://head": "needs that Dask cluster: tests/shards/test_write_dask.py starts one",
     r"--split-csv": "needs the official code's lists: tests/shards/test_catalogue.py",
     r"^export HF_TOKEN": "needs an account: tests/finetune/test_publishing.py",
+    r"^bocage get": "needs the Hugging Face hub: tests/tools/test_get.py",
     r"^bocage replay": "needs a step with a non-finite loss: tests/tools/test_replay.py",
     r"^from (torchgeo|terratorch)": "needs that library: pytest -m slow tests/finetune/test_publishing_round_trip.py",
 }
