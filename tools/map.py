@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="MODALITY=FILE",
-        help="input rasters: GeoTIFFs or VRT mosaics of any pixel size in one metric coordinate system; the bands of a "
-        "series are ordered by date: all bands of the first date, then all bands of the second, ...",
+        help="input rasters: GeoTIFFs or VRT mosaics of any pixel size in one projected coordinate system; the bands "
+        "of a series are ordered by date: all bands of the first date, then all bands of the second, ...",
     )
     parser.add_argument(
         "--dates", nargs="+", default=[], metavar="SERIES=FILE", help="text files with one date (YYYY-MM-DD) per line"
@@ -39,8 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write one band per class, with 0 to 254 for probabilities 0 to 1, instead of the class",
     )
-    parser.add_argument("--overlap", type=float, default=12.8, help="overlap of windows, metres (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="windows per batch (default: %(default)s)")
+    parser.add_argument(
+        "--overlap", type=float, metavar="METRES", help="overlap of windows (default: an eighth of a window)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="windows per batch (default: 4 windows of 512 pixels, more of smaller ones)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             plan,
             arguments.out,
             kind="probabilities" if arguments.probabilities else "classes",
-            batch_size=arguments.batch_size,
+            batch_size=arguments.batch_size or plan.batch_size,
             device=state.device,
             progress=bar.update,
         )

@@ -35,7 +35,7 @@ _PREVIEW_PATCHES = 6  # rows of the picture
 
 
 def write_prediction(
-    path: Path, predicted: np.ndarray, scheme: ClassScheme, *, crs: str, left: float, top: float, gsd: float
+    path: Path, predicted: np.ndarray, scheme: ClassScheme, *, crs: str, left: float, top: float, side: float
 ) -> None:
     """Write a class map as a GeoTIFF with the scheme's colours and its class names as tags ``CLASS_0``, ``CLASS_1``...
 
@@ -46,7 +46,7 @@ def write_prediction(
         crs: EPSG code or WKT; empty when the source has none.
         left: x coordinate of the upper-left corner, in the units of ``crs``.
         top: y coordinate of the upper-left corner, in the units of ``crs``.
-        gsd: pixel size in metres.
+        side: side of the map, in the units of ``crs``.
 
     Raises:
         InputError: ``crs`` cannot be parsed.
@@ -55,6 +55,7 @@ def write_prediction(
         reference = CRS.from_user_input(crs) if crs else None
     except CRSError as error:
         raise InputError(f"{path.name}: coordinate system {crs!r} cannot be read: {error}") from error
+    pixel = side / len(predicted)
     profile: dict[str, Any] = {
         "driver": "GTiff",
         "dtype": "uint8",
@@ -62,7 +63,7 @@ def write_prediction(
         "height": predicted.shape[0],
         "width": predicted.shape[1],
         "crs": reference,
-        "transform": Affine(gsd, 0.0, left, 0.0, -gsd, top),
+        "transform": Affine(pixel, 0.0, left, 0.0, -pixel, top),
         "compress": "lzw",
     }
     colours = {value: (*map(int, colour), 255) for value, colour in enumerate(palette(scheme))}
@@ -229,7 +230,7 @@ def predict_patches(
                 crs=prediction.location.crs,
                 left=prediction.location.left,
                 top=prediction.location.top,
-                gsd=target.label.gsd,
+                side=prediction.location.side,
             )
             if len(panels[name]) < preview:
                 panels[name].append(_panel(prediction, modalities, target))

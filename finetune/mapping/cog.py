@@ -49,7 +49,8 @@ def _mosaic_vrt(tiles: Path, grid: MapGrid, scheme: ClassScheme, kind: str) -> s
     lines = [f'<VRTDataset rasterXSize="{grid.width}" rasterYSize="{grid.height}">']
     if extent.crs is not None:
         lines.append(f"<SRS>{html.escape(extent.crs.to_wkt())}</SRS>")
-    lines.append(f"<GeoTransform>{extent.left!r}, {grid.gsd!r}, 0.0, {extent.top!r}, 0.0, {-grid.gsd!r}</GeoTransform>")
+    corner = f"{extent.left!r}, {grid.pixel!r}, 0.0, {extent.top!r}, 0.0, {-grid.pixel!r}"
+    lines.append(f"<GeoTransform>{corner}</GeoTransform>")
     bands = ["classes"] if kind == "classes" else list(scheme.classes)
     for band, name in enumerate(bands, start=1):
         lines.append(f'<VRTRasterBand dataType="Byte" band="{band}">')

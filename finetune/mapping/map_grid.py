@@ -9,6 +9,11 @@ from bocage.finetune.mapping.map_rasters import MapRaster
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.errors import InputError
 
+_BATCH_SIZE, _BATCH_WINDOW = 4, 512  # windows of a batch, and their side in pixels
+_WINDOWS_PER_TILE = 8
+_MIN_TILE_SIZE = 512  # pixels; tiles of small windows hold more of them, or there would be too many files
+_OVERLAPS_PER_WINDOW = 8  # default overlap: 12.8 m for patches of 102.4 m
+
 
 @dataclass(frozen=True)
 class MapGrid:
@@ -16,7 +21,7 @@ class MapGrid:
 
     Attributes:
         raster: raster that defines the coordinate system, the upper left corner and the extent.
-        gsd: pixel size of the map, in metres.
+        pixel: pixel size of the map, in units of the raster's coordinate system.
         width: width of the map.
         height: height of the map.
         window_size: side of a window.
@@ -26,22 +31,27 @@ class MapGrid:
     """
 
     raster: MapRaster
-    gsd: float
+    pixel: float
     width: int
     height: int
     window_size: int
     stride: int
-    windows_per_tile: int = 8
+    windows_per_tile: int = _WINDOWS_PER_TILE
 
     @property
     def tile_size(self) -> int:
         """Side of a tile."""
         return self.windows_per_tile * self.stride
 
+    @property
+    def batch_size(self) -> int:
+        """Default number of windows per batch: four of 512 px, more of smaller ones, at most a row of a tile."""
+        return max(_BATCH_SIZE, min(_BATCH_SIZE * _BATCH_WINDOW**2 // self.window_size**2, self.windows_per_tile))
+
     def corner(self, row: int, column: int) -> tuple[float, float]:
         """Return the left and top coordinates of a pixel, in the coordinate system of the raster."""
         extent = self.raster.extent
-        return extent.left + column * self.gsd, extent.top - row * self.gsd
+        return extent.left + column * self.pixel, extent.top - row * self.pixel
 
     def tiles(self) -> list[tuple[int, int]]:
         """Return the row and column of every tile."""
@@ -68,19 +78,23 @@ class MapGrid:
         return range(first, end)
 
 
-def plan_grid(task: Segmentation, raster: MapRaster, overlap: float) -> MapGrid:
+def plan_grid(task: Segmentation, raster: MapRaster, overlap: float | None = None) -> MapGrid:
     """Plan the grid of a map that covers the extent of ``raster``.
 
     Args:
         task: model; its labels define the pixel size of the map.
         raster: raster that defines the coordinate system and extent.
-        overlap: overlap of adjacent windows, in metres.
+        overlap: overlap of adjacent windows, in metres; None for an eighth of a window.
 
     Raises:
         InputError: the overlap is negative or more than half a window.
     """
+    overlap = task.patch_size / _OVERLAPS_PER_WINDOW if overlap is None else overlap
     if not 0 <= overlap <= task.patch_size / 2:
         raise InputError(f"--overlap {overlap:g} must be between 0 and {task.patch_size / 2:g} m, half a window")
+    pixel = task.gsd * raster.scale
     extent, window_size = raster.extent, round(task.patch_size / task.gsd)
-    width, height = (max(1, round(length / task.gsd)) for length in (extent.width, extent.height))
-    return MapGrid(raster, task.gsd, width, height, window_size, window_size - round(overlap / task.gsd))
+    width, height = (max(1, round(length / pixel)) for length in (extent.width, extent.height))
+    stride = window_size - min(round(overlap / task.gsd), window_size // 2)
+    windows_per_tile = max(_WINDOWS_PER_TILE, math.ceil(_MIN_TILE_SIZE / stride))
+    return MapGrid(raster, pixel, width, height, window_size, stride, windows_per_tile)

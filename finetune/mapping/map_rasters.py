@@ -1,4 +1,8 @@
-"""Input rasters of any size: open them, check them against each other, and read ground windows."""
+"""Input rasters of any size: open them, check them against each other, and read ground windows.
+
+Sizes are in metres on the ground. Coordinates are in units of a raster's coordinate system, which may differ from
+ground metres: by 1 / cos(latitude) in web maps (EPSG:3857), or because the unit is a foot.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.dataset import days_since_may
+from bocage.shards.source.ground import metres_per_unit
 from bocage.shards.source.rasters import gdal_reason
 
 logger = logging.getLogger(__name__)
@@ -34,13 +40,14 @@ logger = logging.getLogger(__name__)
 _AVERAGE_BELOW = 0.75  # rasters with pixels finer than this fraction of the model's pixel are averaged
 _UNIT_FACTOR = 20.0  # a window's maximum that differs from the training means by this factor suggests other units
 _GRID_TOLERANCE = 1e-3  # offset in pixels below which two grids are the same
+_SAME_SCALE = 0.01  # difference from a metre below which a unit counts as one: sharding accepts it in pixel sizes too
 _GDAL_TYPES = {"uint8": "Byte", "int16": "Int16", "uint16": "UInt16", "float32": "Float32"}
 _CRS_TOLERANCE = 0.5  # largest distance, in pixels, between a raster's corners in two coordinate systems
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Extent of a raster: coordinate system, upper left corner and sides, in metres."""
+    """Extent of a raster: coordinate system, upper left corner and sides, in its units."""
 
     crs: CRS | None
     left: float
@@ -56,34 +63,39 @@ class MapRaster:
         name: name of the modality.
         path: local file that GDAL can open: GeoTIFF, COG or VRT mosaic. If it has one band more than expected, the last
             band may be an alpha band; otherwise no band is taken for one.
-        bands: number of bands per date.
+        bands: number of bands per date; None for a quality mask, whose bands the file decides.
         gsd: pixel size that the model reads, in metres.
         dates: dates of a series, (T,) days since 1970-01-01; None for an image.
+        scale: units of the coordinate system per metre, the same for all rasters of a map; None for that at the centre
+            of this raster.
         is_quality_mask: whether the raster is a quality mask. Its values are never interpolated, and the nodata value
             of the file counts as a value.
         nodata_below, nodata_above: limits beyond which values are nodata, whatever the file declares.
 
+    Attributes:
+        scale: units of the coordinate system per metre on the ground.
+
     Raises:
-        InputError: the file is not a raster, is rotated, is not in metres, has the wrong number of bands, or has 8-bit
-            integers where models are trained on wider ones (or the other way round).
+        InputError: the file is not a raster, is rotated, is not projected, or has the wrong number of bands.
     """
 
     def __init__(
         self,
         name: str,
         path: Path,
-        bands: int,
+        bands: int | None,
         gsd: float,
         dates: np.ndarray | None,
         *,
+        scale: float | None = None,
         is_quality_mask: bool = False,
         nodata_below: float | None = None,
         nodata_above: float | None = None,
     ) -> None:
         self.name, self.path, self.gsd, self.dates = name, path, gsd, dates
         self._nodata_below, self._nodata_above = nodata_below, nodata_above
+        self.is_quality_mask = is_quality_mask
         self._warned = False
-        self._shape = (bands,) if dates is None else (len(dates), bands)
         try:
             self._file = rasterio.open(path)
         except RasterioError as error:
@@ -91,11 +103,10 @@ class MapRaster:
         transform = self._file.transform
         if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
             raise InputError(f"{path} is rotated or has no georeference: write it north up, e.g. with gdalwarp")
-        crs = self._file.crs
-        if crs is not None and not (crs.is_projected and math.isclose(crs.linear_units_factor[1], 1.0)):
-            raise InputError(
-                f"{path} is in {_crs_name(crs)}, not in metres: reproject it, e.g. with gdalwarp -t_srs EPSG:2154"
-            )
+        self.scale = _units_per_metre(path, self._file) if scale is None else scale
+        if bands is None:
+            bands = self._file.count if dates is None else max(1, self._file.count // max(1, len(dates)))
+        self._shape = (bands,) if dates is None else (len(dates), bands)
         expected = math.prod(self._shape)
         alphas = [interpretation == ColorInterp.alpha for interpretation in self._file.colorinterp]
         # A mask inside or next to the file is not a band, and a WarpedVRT on another grid would ignore it.
@@ -107,12 +118,13 @@ class MapRaster:
             self._file = _as_vrt(self._file, mask_as_alpha=masked)
         if self._file.count != expected and not (self._file.count == expected + 1 and alphas[-1]):
             series = "" if dates is None else f" ({len(dates)} dates with {bands} bands each)"
-            raise InputError(f"{path} has {self._file.count} bands; {name} needs {expected}{series}")
-        if not is_quality_mask:
-            self._check_dtype()
+            raise InputError(
+                f"{path} has {self._file.count} bands; {name} needs {expected}{series}: choose bands, e.g. with "
+                "gdal_translate -b 1 -b 2"
+            )
+        self._pixel = gsd * self.scale  # of the model, in units of the coordinate system
         pixel = max(transform.a, -transform.e)
-        self._resampling = Resampling.average if pixel < _AVERAGE_BELOW * gsd else Resampling.bilinear
-        self._is_quality_mask = is_quality_mask
+        self._resampling = Resampling.average if pixel < _AVERAGE_BELOW * self._pixel else Resampling.bilinear
         if is_quality_mask:
             self._resampling = Resampling.nearest
         self._bands = list(range(1, expected + 1))
@@ -120,14 +132,20 @@ class MapRaster:
         self._has_alpha = self._file.count > expected
         self._adds_alpha = self._file.nodata is None and not self._has_alpha
 
-    def _check_dtype(self) -> None:
-        """Raise ``InputError`` for 8-bit integers where models are trained on wider ones, or the other way round.
+    def check_dtype(self, spec: InputSpec) -> None:
+        """Check the dtype against FLAIR-HUB's, if the model reads a modality of FLAIR-HUB.
 
-        Such values are surely in other units. Floats may be in any unit and are accepted.
+        8-bit integers where models are trained on wider ones, or the other way round, are surely in other units. Floats
+        may be in any unit and are accepted. Models of other datasets do not know the dtype of their input;
+        ``warn_about_units`` compares the values.
+
+        Raises:
+            InputError: the integers are of the other kind.
         """
-        if self.name not in FLAIR_HUB:
+        official = next((item for item in FLAIR_HUB.inputs if item.name == self.name), None)
+        if official is None or (spec.gsd, spec.bands) != (official.gsd, tuple(band.name for band in official.bands)):
             return
-        trained, actual = np.dtype(FLAIR_HUB[self.name].dtype), np.dtype(self._file.dtypes[0])
+        trained, actual = np.dtype(official.dtype), np.dtype(self._file.dtypes[0])
         if trained.kind != "f" and actual.kind != "f" and (trained.itemsize == 1) != (actual.itemsize == 1):
             raise InputError(
                 f"{self.path} has {actual} values, and models of {self.name} are trained on {trained}: convert it to "
@@ -176,13 +194,16 @@ class MapRaster:
                 f"{shift:.3g} m here: reproject one, e.g. with gdalwarp -t_srs"
             )
 
-    def read(self, left: float, top: float, side: float) -> np.ndarray:
+    def read(self, left: float, top: float, side: float, count: int = 1) -> np.ndarray:
         """Read a ground window, (C, H, W) or (T, C, H, W) float32, with NaN for nodata and outside the raster.
+
+        Several windows side by side make one wide window, W = ``count`` H.
 
         Args:
             left: left coordinate of the window.
             top: top coordinate of the window.
             side: side of the window, in metres.
+            count: number of windows side by side, of which ``left`` and ``top`` are the first.
 
         Raises:
             InputError: the file cannot be read.
@@ -190,20 +211,21 @@ class MapRaster:
         pixels = round(side / self.gsd)
         settings: dict[str, Any] = {
             "crs": self._file.crs,
-            "transform": Affine(self.gsd, 0.0, left, 0.0, -self.gsd, top),
-            "width": pixels,
+            "transform": Affine(self._pixel, 0.0, left, 0.0, -self._pixel, top),
+            "width": count * pixels,
             "height": pixels,
             "resampling": Resampling.nearest if self._is_aligned(left, top) else self._resampling,
         }
         # PARTIAL: every band has its own nodata pixels, so a gap of one date is not a gap of the others.
         settings |= {"add_alpha": True} if self._adds_alpha else {"UNIFIED_SRC_NODATA": "PARTIAL"}
-        if not self.overlaps(Extent(self._file.crs, left, top, side, side)):
-            return np.full((*self._shape, pixels, pixels), np.nan, np.float32)
+        height = side * self.scale
+        if not self.overlaps(Extent(self._file.crs, left, top, count * height, height)):
+            return np.full((*self._shape, pixels, count * pixels), np.nan, np.float32)
         try:
             with WarpedVRT(self._file, **settings) as view:
                 stored = view.read(self._bands)
-                if self._is_quality_mask:
-                    valid = self._pixels_inside(left, top, pixels)
+                if self.is_quality_mask:
+                    valid = self._pixels_inside(left, top, pixels, count * pixels)
                 elif self._has_alpha or self._adds_alpha:
                     valid = view.read(view.count) > 0
                 else:
@@ -219,7 +241,7 @@ class MapRaster:
             values[values < self._nodata_below] = np.nan
         if self._nodata_above is not None:
             values[values > self._nodata_above] = np.nan
-        return values.reshape(*self._shape, pixels, pixels)
+        return values.reshape(*self._shape, pixels, count * pixels)
 
     def warn_about_units(self, values: np.ndarray, spec: InputSpec) -> None:
         """Log one warning if a window's values, of any shape, are far from those that the model was trained on.
@@ -241,15 +263,16 @@ class MapRaster:
     def _is_aligned(self, left: float, top: float) -> bool:
         """Return whether the raster's pixels coincide with a grid at this corner, so that no resampling is needed."""
         transform = self._file.transform
-        offsets = ((left - transform.c) / self.gsd, (top - transform.f) / self.gsd)
-        same = math.isclose(transform.a, self.gsd, rel_tol=1e-6) and math.isclose(-transform.e, self.gsd, rel_tol=1e-6)
+        offsets = ((left - transform.c) / self._pixel, (top - transform.f) / self._pixel)
+        same = all(math.isclose(pixel, self._pixel, rel_tol=1e-6) for pixel in (transform.a, -transform.e))
         return same and all(abs(offset - round(offset)) < _GRID_TOLERANCE for offset in offsets)
 
-    def _pixels_inside(self, left: float, top: float, pixels: int) -> np.ndarray:
-        """Return the mask (pixels, pixels) of window pixels whose centre lies inside the raster."""
-        extent, centres = self.extent, (np.arange(pixels) + 0.5) * self.gsd
-        columns = (left + centres >= extent.left) & (left + centres < extent.left + extent.width)
-        rows = (top - centres <= extent.top) & (top - centres > extent.top - extent.height)
+    def _pixels_inside(self, left: float, top: float, height: int, width: int) -> np.ndarray:
+        """Return the mask (height, width) of window pixels whose centre lies inside the raster."""
+        extent = self.extent
+        x, y = left + (np.arange(width) + 0.5) * self._pixel, top - (np.arange(height) + 0.5) * self._pixel
+        columns = (x >= extent.left) & (x < extent.left + extent.width)
+        rows = (y <= extent.top) & (y > extent.top - extent.height)
         return np.outer(rows, columns)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -291,7 +314,7 @@ def open_rasters(
         raise InputError(f"--raster {missing[0]}=FILE is missing: an official model needs all its modalities")
     if unused := [name for name in dates if name not in modalities or not task.model.encoder(name).spec.series]:
         raise InputError(f"--dates {unused[0]}: no --raster has a time series of this name")
-    rasters = {}
+    rasters: dict[str, MapRaster] = {}
     for name in modalities:
         spec = task.model.encoder(name).spec
         days = None
@@ -307,16 +330,19 @@ def open_rasters(
             len(spec.bands),
             spec.gsd,
             days,
+            scale=rasters[modalities[0]].scale if rasters else None,
             nodata_below=spec.nodata_below,
             nodata_above=spec.nodata_above,
         )
+        rasters[name].check_dtype(spec)
     for mask, series in masks.items():
         if mask in files:
             if series not in rasters:
                 raise InputError(f"--raster {mask} is the quality mask of {series}: give --raster {series}=FILE too")
-            bands = len(FLAIR_HUB[mask].bands)
             sensor = rasters[series]
-            rasters[mask] = MapRaster(mask, files[mask], bands, sensor.gsd, sensor.dates, is_quality_mask=True)
+            rasters[mask] = MapRaster(
+                mask, files[mask], None, sensor.gsd, sensor.dates, scale=sensor.scale, is_quality_mask=True
+            )
     reference = rasters[modalities[0]]
     if reference.extent.crs is None:
         logger.warning(f"{reference.path} has no coordinate system, so the map will have none")
@@ -351,6 +377,8 @@ def window_batch(
 ) -> tuple[Batch, np.ndarray]:
     """Read ground windows as a batch, with NaN for nodata.
 
+    Windows side by side are read at once: models of series of one pixel have windows of one pixel.
+
     Args:
         rasters: rasters by modality.
         windows: left and top coordinates of each window.
@@ -359,7 +387,7 @@ def window_batch(
     Returns:
         The batch, and (B,) bool: whether a sample has any data.
     """
-    values = {name: np.stack([raster.read(*corner, side) for corner in windows]) for name, raster in rasters.items()}
+    values = {name: _read_windows(raster, windows, side) for name, raster in rasters.items()}
     count = len(windows)
     present = {name: torch.ones(count, dtype=torch.bool) for name in rasters}
     dates, padding = {}, {}
@@ -367,7 +395,7 @@ def window_batch(
         if raster.dates is not None:
             dates[name] = torch.from_numpy(days_since_may(raster.dates)).expand(count, -1)
             padding[name] = torch.zeros(count, len(raster.dates), dtype=torch.bool)
-    inputs = [name for name in rasters if name not in FLAIR_HUB or FLAIR_HUB[name].is_input]
+    inputs = [name for name, raster in rasters.items() if not raster.is_quality_mask]
     has_data = np.any([np.isfinite(values[name]).reshape(count, -1).any(axis=1) for name in inputs], axis=0)
     batch = Batch(
         keys=[f"{left:.2f} {top:.2f}" for left, top in windows],
@@ -381,6 +409,40 @@ def window_batch(
         padding=padding,
     )
     return batch, has_data
+
+
+def _read_windows(raster: MapRaster, windows: Sequence[tuple[float, float]], side: float) -> np.ndarray:
+    """Read ground windows, (B, C, H, W) or (B, T, C, H, W) float32; adjacent ones in a single access."""
+    step = side * raster.scale
+    is_adjacent = [
+        math.isclose(right[0] - left[0], step, rel_tol=1e-6) and right[1] == left[1]
+        for left, right in pairwise(windows)
+    ]
+    starts = [0, *(index for index, adjacent in enumerate(is_adjacent, start=1) if not adjacent)]
+    parts = []
+    for start, end in pairwise([*starts, len(windows)]):
+        strip = raster.read(*windows[start], side, end - start)
+        windows_of_strip = strip.reshape(*strip.shape[:-1], end - start, strip.shape[-2])
+        parts.append(np.moveaxis(windows_of_strip, -2, 0))
+    return np.concatenate(parts)
+
+
+def _units_per_metre(path: Path, file: rasterio.DatasetReader) -> float:
+    """Units of a raster's coordinate system per metre on the ground, at its centre; 1 if they differ by less than 1 %.
+
+    Raises:
+        InputError: the coordinate system is not projected.
+    """
+    crs, bounds = file.crs, file.bounds
+    if crs is None:
+        return 1.0
+    if not (crs.is_projected or crs.is_geographic):
+        raise InputError(f"{path} is in {_crs_name(crs)}, not in metres: reproject it, e.g. with gdalwarp -t_srs")
+    try:
+        metres = metres_per_unit(crs.to_string(), (bounds.left + bounds.right) / 2, (bounds.top + bounds.bottom) / 2)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return 1.0 if abs(1 / metres - 1) < _SAME_SCALE else 1 / metres
 
 
 def valid_pixels(batch: Batch, inputs: Sequence[str], size: int) -> np.ndarray:

@@ -235,7 +235,7 @@ def _write_tile(path: Path, values: np.ndarray, grid: MapGrid, tile: tuple[int, 
     profile: dict[str, Any] = {"driver": "GTiff", "dtype": "uint8", "compress": "deflate", "tiled": True}
     profile |= {"blockxsize": 256, "blockysize": 256, "interleave": "band"}
     left, top = grid.corner(tile[0] * grid.tile_size, tile[1] * grid.tile_size)
-    profile |= {"crs": grid.raster.extent.crs, "transform": Affine(grid.gsd, 0.0, left, 0.0, -grid.gsd, top)}
+    profile |= {"crs": grid.raster.extent.crs, "transform": Affine(grid.pixel, 0.0, left, 0.0, -grid.pixel, top)}
     count, height, width = values.shape
     with (
         atomic_write(path) as temporary,
@@ -278,7 +278,7 @@ def _describe_map(
         "model": digest.hexdigest(),
         "rasters": {name: raster.fingerprint() for name, raster in rasters.items()},
         "grid": {
-            "gsd": grid.gsd,
+            "pixel": grid.pixel,
             "width": grid.width,
             "height": grid.height,
             "size": grid.window_size,

@@ -69,5 +69,5 @@ def test_an_incomplete_source_names_the_key_and_the_forms(manifest: Manifest, so
 
 
 def test_labels_are_named_where_the_shards_have_several(manifest: Manifest) -> None:
-    with pytest.raises(InputError, match="labels is not set: .* has AERIAL_LABEL-COSIA, ALL_LABEL-LPIS; name those"):
+    with pytest.raises(InputError, match=r"labels is not set: .* has AERIAL_LABEL-COSIA, ALL_LABEL-LPIS; name those"):
         weights_of(manifest, "labels=[]")

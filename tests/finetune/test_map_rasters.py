@@ -11,7 +11,7 @@ from small_map import LEFT, NODATA, TOP, ground, model, read, write
 from tiny_segmentation import AERIAL, COSIA, DEM, S2
 
 from bocage.finetune.mapping.map_grid import plan_grid
-from bocage.finetune.mapping.map_rasters import MapRaster, open_rasters
+from bocage.finetune.mapping.map_rasters import MapRaster, open_rasters, window_batch
 from bocage.finetune.mapping.tiled_inference import write_map
 from bocage.shards.errors import InputError
 from bocage.shards.preprocess.inputs import cloudy_dates
@@ -142,3 +142,44 @@ def test_the_same_coordinate_system_under_another_name_is_accepted(tmp_path: Pat
     nothing = MapRaster(AERIAL, write(tmp_path / "none.tif", ground(60, 60), 0.2, crs=None), 4, 0.2, None)
     with pytest.raises(InputError, match=r"none.tif has no coordinate system"):
         nothing.check_crs(first)
+
+
+PARIS = {"EPSG:3857": (261_000.0, 6_250_000.0), "EPSG:32631": (452_000.0, 5_411_000.0), "EPSG:2263": (9e5, 2e5)}
+
+
+@pytest.mark.parametrize("crs", PARIS)
+def test_windows_are_ground_metres_in_any_projection(crs: str, tmp_path: Path) -> None:
+    """Units are 1.5 per metre in web maps at this latitude, 3.3 in feet, and 1 in UTM."""
+    left, top = PARIS[crs]
+    scale = MapRaster("X", write(tmp_path / "near.tif", ground(8, 8), 1.0, left, top, crs), 4, 0.2, None).scale
+    assert scale == pytest.approx({"EPSG:3857": 1.519, "EPSG:32631": 1.0, "EPSG:2263": 3.281}[crs], rel=2e-3)
+    image = ground(700, 700)
+    path = write(tmp_path / "image.tif", image, 0.2 * scale, left, top, crs)
+    chosen = model(AERIAL)
+    rasters, reference = open_rasters(chosen, {AERIAL: path}, {})
+    assert np.array_equal(rasters[AERIAL].read(left, top, 102.4), image[:, :512, :512])
+    found = read(write_map(chosen, rasters, plan_grid(chosen, reference), tmp_path / "map")[COSIA])
+    plain = write(tmp_path / "plain.tif", image, 0.2)
+    rasters, reference = open_rasters(chosen, {AERIAL: plain}, {})
+    assert np.array_equal(
+        found, read(write_map(chosen, rasters, plan_grid(chosen, reference), tmp_path / "same")[COSIA])
+    )
+    with rasterio.open(tmp_path / "map" / f"{COSIA}.tif") as file:
+        assert file.crs == rasterio.crs.CRS.from_string(crs)
+        assert file.bounds == pytest.approx((left, top - 140 * scale, left + 140 * scale, top))
+
+
+def test_adjacent_windows_are_read_at_once_with_the_same_result(tmp_path: Path) -> None:
+    series = np.random.default_rng(0).integers(1, 4000, (6, 9, 12)).astype(np.uint16)
+    series[:, 4, 5] = 0
+    path = write(tmp_path / "series.tif", series, 10.0, nodata=0)
+    raster = MapRaster("X", path, 3, 10.0, np.array([0, 30]))
+    corners = [(LEFT + 10.0 * column, TOP - 40.0) for column in range(2, 13)]  # the last one is outside
+    corners += [(LEFT + 10.0 * column, TOP - 50.0) for column in (1, 2, 7)]
+    batch, has_data = window_batch({"X": raster}, corners, 10.0)
+    expected = np.stack([raster.read(*corner, 10.0) for corner in corners])
+    assert np.array_equal(batch.values["X"].numpy(), expected, equal_nan=True)
+    assert batch.values["X"].shape == (14, 2, 3, 1, 1)
+    assert has_data.tolist() == [
+        corner not in ((LEFT + 50.0, TOP - 40.0), (LEFT + 120.0, TOP - 40.0)) for corner in corners
+    ]

@@ -25,7 +25,7 @@ LOCAL_LAMBERT = (
 def test_geotiffs_are_georeferenced_like_their_patch(tmp_path: Path, crs: str) -> None:
     predicted = np.random.default_rng(0).integers(0, 19, (512, 512), dtype=np.uint8)
     path = tmp_path / "D001-2020_AA_0-1.tif"
-    write_prediction(path, predicted, COSIA, crs=crs, left=653_210.4, top=6_860_112.8, gsd=0.2)
+    write_prediction(path, predicted, COSIA, crs=crs, left=653_210.4, top=6_860_112.8, side=102.4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         file = rasterio.open(path)
@@ -48,7 +48,7 @@ def test_geotiffs_are_georeferenced_like_their_patch(tmp_path: Path, crs: str) -
 
 def test_an_invalid_crs_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.tif: coordinate system 'nowhere' cannot be read"):
-        write_prediction(tmp_path / "a.tif", np.zeros((2, 2), np.uint8), COSIA, crs="nowhere", left=0, top=0, gsd=0.2)
+        write_prediction(tmp_path / "a.tif", np.zeros((2, 2), np.uint8), COSIA, crs="nowhere", left=0, top=0, side=0.4)
     assert not list(tmp_path.iterdir())
 
 
