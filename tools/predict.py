@@ -13,8 +13,10 @@ from bocage.finetune.evaluation.predict import predict_patches, predictable_rows
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import DATASET_FILE
+from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
+from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.source.naming import FOLDER
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
@@ -73,16 +75,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _patches(source: str, task: Segmentation) -> Patches:
-    """Open shards or a FLAIR-HUB tree."""
+    """Open shards, or the rasters of a dataset that is not sharded."""
     folder = Path(source)
     if folder.is_file():
         raise InputError(f"{source} is a file: give the folder of the shards or of the FLAIR-HUB tree")
-    if folder.is_dir() and not (folder / DATASET_FILE).exists() and not any(map(FOLDER.match, os.listdir(folder))):
+    if not folder.is_dir() or (folder / DATASET_FILE).exists():
+        return ShardPatches(open_shards(source))
+    return TreePatches(_open_tree(folder, task))
+
+
+def _open_tree(folder: Path, task: Segmentation) -> Catalogue:
+    """Open the rasters below a folder. No other function tells one kind of dataset from another.
+
+    Raises:
+        InputError: the folder holds no known dataset, or one without the model's modalities.
+    """
+    if not any(map(FOLDER.match, os.listdir(folder))):
         raise InputError(
-            f"{source} has neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders like D012-2019_AERIAL_RGBI): "
+            f"{folder} has neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders like D012-2019_AERIAL_RGBI): "
             "give the folder that contains them"
         )
-    if not (folder.is_dir() and any(FOLDER.match(name) for name in os.listdir(folder))):
-        return ShardPatches(open_shards(source))
-    modalities = [*task.modalities, *task.quality_masks.values(), *task.labels]
-    return TreePatches(FlairHubCatalogue.open(folder, modalities=modalities))
+    if not any(name in FLAIR_HUB for name in task.modalities):
+        raise InputError(
+            f"{folder} is a FLAIR-HUB tree, and the model reads {', '.join(task.modalities)}, which FLAIR-HUB does not "
+            "have"
+        )
+    names = [*task.modalities, *task.quality_masks.values(), *task.labels]
+    return FlairHubCatalogue.open(folder, modalities=[name for name in names if name in FLAIR_HUB])
