@@ -275,10 +275,9 @@ def _transfer(item: RemoteZip, file: _PartialFile, headers: dict[str, str]) -> N
     file.check()
     try:
         http_get(item.url, file, resume_size=file.size, headers=headers, expected_size=item.size)
-    except OSError:
-        if file.size > item.size:  # the response was too long
+    finally:
+        if file.size > item.size:  # the response was too long, or ignored the range
             file.truncate(0)
-        raise
 
 
 class _PartialFile(io.FileIO):
