@@ -8,19 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+from matplotlib.image import imread
 from other_dataset import CROPS, OPTICAL, RADAR, RGB, ROOFS, SPLIT, THERMAL, write_crops, write_roofs
+from small_map import dates_file, ground, write
 from small_recipes import PRETRAIN
 
 from bocage import recipes
 from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.finetune.models.segmentation import load_segmentation
 from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.finetune.official.convert import to_official
 from bocage.finetune.train import build_task, finetune
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.ssl.encoders.export import load_encoder
+from bocage.ssl.encoders.export import load_encoder, save_encoder
 from bocage.ssl.pretrain import pretrain
 from bocage.ssl.pretrain_config import OBJECTIVES, PretrainConfig
+from bocage.tools.main import main
 
 LABELS = {"roofs": ROOFS, "crops": CROPS}
 SENSORS = {"roofs": (RGB, THERMAL), "crops": (OPTICAL, RADAR)}
@@ -119,3 +124,60 @@ def test_official_models_are_for_flair_hub_only(manifests: dict[str, Manifest], 
     task = build_task(config, manifests["roofs"])
     with pytest.raises(InputError, match="official checkpoints are for FLAIR-HUB, which has no ORTHO_RGB"):
         to_official(task)
+
+
+@pytest.fixture(scope="module")
+def models(manifests: dict[str, Manifest], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of untrained models, by dataset: one step each."""
+    folder = tmp_path_factory.mktemp("models")
+    for dataset, manifest in manifests.items():
+        finetune(finetuning(manifest, folder / dataset, "engine.steps=1", "predictions=0", "pictures=0"))
+    return {dataset: folder / dataset for dataset in manifests}
+
+
+@pytest.mark.parametrize("dataset", LABELS)
+def test_predictions_lie_where_their_patches_do(
+    dataset: str, manifests: dict[str, Manifest], models: dict[str, Path], tmp_path: Path
+) -> None:
+    manifest = manifests[dataset]
+    assert main(["predict", str(models[dataset]), str(manifest.path), str(tmp_path), "--split", SPLIT]) == 0
+    label = manifest.registry[LABELS[dataset]]
+    for row in manifest.split(SPLIT, "test"):
+        values = manifest.row(int(row))
+        with rasterio.open(tmp_path / f"{values['key']}.tif") as file:
+            assert (file.width, file.height, file.crs.to_string()) == (label.size, label.size, values["crs"])
+            left, bottom, right, top = file.bounds
+            assert (left, top) == (values["left"], values["top"])
+            assert (right - left, top - bottom) == pytest.approx((values["side"],) * 2)
+            assert file.tags(1)["CLASS_1"] == label.schemes[0].classes[1]
+
+
+def test_maps_of_small_patches_and_of_single_pixels(models: dict[str, Path], tmp_path: Path) -> None:
+    image = write(tmp_path / "image.tif", ground(300, 200)[:3], 0.132)
+    assert main(["map", str(models["roofs"]), str(tmp_path / "roofs"), "--raster", f"{RGB}={image}"]) == 0
+    with rasterio.open(tmp_path / "roofs" / f"{ROOFS}.tif") as file:
+        assert (file.shape, file.res) == ((300, 200), (0.132, 0.132))
+        assert set(np.unique(file.read())) <= {0, 1, 2, 3}
+    series = np.random.default_rng(0).integers(1, 4000, (60, 9, 14)).astype(np.uint16)
+    series[:, 2, 3] = 0
+    pixels = write(tmp_path / "series.tif", series, 10.0, nodata=0)
+    words = ["--raster", f"{OPTICAL}={pixels}", "--dates", f"{OPTICAL}={dates_file(tmp_path, 12)}"]
+    assert main(["map", str(models["crops"]), str(tmp_path / "crops"), *words]) == 0
+    with rasterio.open(tmp_path / "crops" / f"{CROPS}.tif") as file:
+        assert (file.shape, file.res) == ((9, 14), (10.0, 10.0))
+        assert np.argwhere(file.read(1) == 255).tolist() == [[2, 3]]
+
+
+def test_attention_of_a_single_pixel(manifests: dict[str, Manifest], models: dict[str, Path], tmp_path: Path) -> None:
+    model = load_segmentation(models["crops"] / "model")
+    save_encoder(model.model.encoder(OPTICAL), tmp_path / "encoder")
+    shards = str(manifests["crops"].path)
+    assert main(["attention", str(tmp_path / "encoder"), shards, str(tmp_path / "out"), "--count", "2"]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("dataset", LABELS)
+def test_the_contact_sheet_shows_any_sensor(dataset: str, manifests: dict[str, Manifest], tmp_path: Path) -> None:
+    shards = str(manifests[dataset].path)
+    assert main(["inspect", shards, "--rows", "--picture", str(tmp_path / "sheet.png")]) == 0
+    assert imread(tmp_path / "sheet.png")[..., :3].std() > 0.1
