@@ -235,7 +235,7 @@ def _limits(values: np.ndarray, percentiles: tuple[float, float] = _STRETCH) -> 
 
 
 def _is_radar(modality: Modality) -> bool:
-    return modality.representation == "decibel"
+    return modality.representation == "decibel" and modality.bands[0].quantity.startswith("backscatter")
 
 
 def _draw_series(

@@ -452,7 +452,7 @@ def _sensor(name: str, sensor: SensorDescription, description: DatasetDescriptio
             dtype=sensor.dtype,
             gsd=side / size,
             size=size,
-            codec=sensor.codec or _default_codec(sensor, len(bands)),
+            codec=sensor.codec or _default_codec(sensor, len(bands), size),
             representation=_literal(sensor.representation),
             groups=tuple(tuple(group) for group in sensor.groups) or _default_groups(bands, channels),
             unit=sensor.unit or default_unit(size, sensor.role),
@@ -500,9 +500,9 @@ def default_unit(size: int, role: str) -> int:
     return next((size // parts for parts in range(2, size + 1) if size % parts == 0), 1)
 
 
-def _default_codec(sensor: SensorDescription, bands: int) -> CodecName:
-    if sensor.role == "mask":
-        return "plain"
+def _default_codec(sensor: SensorDescription, bands: int, size: int) -> CodecName:
+    if sensor.role == "mask" or size == 1:
+        return "plain"  # a series of one pixel has no neighbours to predict from
     if sensor.dtype == "uint8":
         return "colour" if bands >= 3 else "grey"
     if sensor.dtype == "float32":

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from bocage.shards.source.described import DescribedCatalogue
 from bocage.shards.source.description import DatasetDescription
+from bocage.shards.source.mosaics import RasterCatalogue
+from bocage.shards.source.pixel_series import TableCatalogue
 from bocage.shards.source.tiles import TileCatalogue
 
 
@@ -20,4 +22,8 @@ def open_described(root: Path, description: DatasetDescription, folder: Path) ->
     Raises:
         InputError: the folder and the description do not match.
     """
+    if description.kind == "table":
+        return TableCatalogue.open(root, description, folder)
+    if description.kind == "rasters":
+        return RasterCatalogue.open(root, description, folder)
     return TileCatalogue.open(root, description, folder)
