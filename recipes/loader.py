@@ -32,6 +32,9 @@ from bocage.shards.source.description import DatasetDescription
 
 Config = TypeVar("Config")
 
+DATASET_KEY = "dataset="
+"""Start of the argument that names the description of a dataset."""
+
 _MAX_BASES = 8
 _FILE_EXTENSIONS = (".yaml", ".yml")
 # Folders of recipes and the prefixes of their names. Recipes of official/ are named after the rows of IGN's tables.

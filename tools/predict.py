@@ -1,35 +1,56 @@
-"""``bocage predict RUN SOURCE OUT``: write the label maps of a fine-tuned model as GeoTIFFs."""
+"""``bocage predict RUN SOURCE OUT``: write the label maps of a fine-tuned model as GeoTIFFs.
+
+The source is shards, a dataset that is not sharded, an image, or a folder of images of any size.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bocage.finetune.evaluation.predict import predict_patches, predictable_rows
+from bocage.finetune.mapping.map_grid import plan_grid
+from bocage.finetune.mapping.map_rasters import open_rasters
+from bocage.finetune.mapping.tiled_inference import write_map
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
+from bocage.recipes.loader import DATASET_KEY, load_dataset
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import DATASET_FILE
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.file_patterns import list_files
 from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.source.naming import FOLDER
+from bocage.shards.source.open import open_described
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
+
+_IMAGE_EXTENSIONS = (".tif", ".tiff", ".vrt", ".png", ".jpg", ".jpeg", ".jp2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
     parser.add_argument(
-        "source", metavar="SOURCE", help="folder that `bocage shard` wrote or its address, or a FLAIR-HUB tree"
+        "source",
+        metavar="SOURCE",
+        help="folder that `bocage shard` wrote or its address, a FLAIR-HUB tree, or a folder that dataset=FILE "
+        "describes; for a model of one image sensor, also an image of any size, or a folder of images",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the GeoTIFFs")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dataset=FILE: description of SOURCE, as for `bocage shard`; and values of it to override",
+    )
     parser.add_argument(
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
     )
@@ -48,15 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the maps and print their folder."""
     task = load_segmentation(arguments.run_folder / "model")
-    patches = _patches(arguments.source, task)
+    if arguments.out.resolve() == Path(arguments.source).resolve():
+        raise InputError(f"{arguments.out} is the folder of the patches: give another folder for the maps")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    images = _images(Path(arguments.source)) if not arguments.overrides else []
+    if images:
+        return _map_images(arguments, task, images, device or torch.device("cpu"))
+    patches = _patches(arguments, task)
     rows = np.arange(len(patches))
     value = split_value(arguments.split is not None, arguments.value)
     if arguments.split is not None:
         rows = patches.split(arguments.split, value)
     rows = predictable_rows(task, patches, rows)
-    if arguments.out.resolve() == Path(arguments.source).resolve():
-        raise InputError(f"{arguments.out} is the folder of the patches: give another folder for the maps")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with ProgressBars() as bars:
         bar = bars.add("predicting", "patches", len(rows))
         picture = predict_patches(
@@ -74,13 +98,54 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _patches(source: str, task: Segmentation) -> Patches:
+def _images(source: Path) -> list[Path]:
+    """The image, or the images of a folder that is neither shards nor a FLAIR-HUB tree; empty for other sources."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir() or (source / DATASET_FILE).exists() or any(map(FOLDER.match, os.listdir(source))):
+        return []
+    return [source / name for name in list_files(source) if name.lower().endswith(_IMAGE_EXTENSIONS)]
+
+
+def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[Path], device: torch.device) -> int:
+    """Map each image by tiled inference, into a folder of its name."""
+    if len(task.modalities) != 1 or task.model.encoder(task.modalities[0]).spec.series:
+        raise InputError(
+            f"{arguments.source}: the model reads {', '.join(task.modalities)}, so images alone do not suffice: name "
+            "them with `bocage map RUN OUT --raster SENSOR=FILE ...`, or describe the folder with dataset=FILE"
+        )
+    if arguments.split is not None:
+        raise InputError("--split: images have no splits; leave it out, or describe the folder with dataset=FILE")
+    root = Path(arguments.source)
+    root = root.parent if root.is_file() else root
+    with ProgressBars() as bars:
+        bar = bars.add("predicting", "images", len(images))
+        for done, path in enumerate(images):
+            bar.update(done, len(images))
+            rasters, reference = open_rasters(task, {task.modalities[0]: path}, {})
+            grid = plan_grid(task, reference)
+            folder = arguments.out / path.relative_to(root).with_suffix("")
+            write_map(task, rasters, grid, folder, batch_size=grid.batch_size, device=device)
+        bar.update(len(images), len(images))
+    print(f"maps of {len(images)} images in {arguments.out}")
+    return 0
+
+
+def _patches(arguments: argparse.Namespace, task: Segmentation) -> Patches:
     """Open shards, or the rasters of a dataset that is not sharded."""
-    folder = Path(source)
-    if folder.is_file():
-        raise InputError(f"{source} is a file: give the folder of the shards or of the FLAIR-HUB tree")
+    folder = Path(arguments.source)
+    datasets = [argument for argument in arguments.overrides if argument.startswith(DATASET_KEY)]
+    if arguments.overrides and len(datasets) != 1:
+        raise InputError(f"{' '.join(arguments.overrides)}: describe the folder as dataset=FILE, once")
+    if datasets:
+        file = datasets[0].removeprefix(DATASET_KEY)
+        settings = [argument for argument in arguments.overrides if argument not in datasets]
+        description = load_dataset(file, settings)
+        # Splits name the regions of the training data, which another folder need not have.
+        description = description if arguments.split else replace(description, splits={})
+        return TreePatches(open_described(folder, description, Path(file).parent))
     if not folder.is_dir() or (folder / DATASET_FILE).exists():
-        return ShardPatches(open_shards(source))
+        return ShardPatches(open_shards(arguments.source))
     return TreePatches(_open_tree(folder, task))
 
 
@@ -92,8 +157,8 @@ def _open_tree(folder: Path, task: Segmentation) -> Catalogue:
     """
     if not any(map(FOLDER.match, os.listdir(folder))):
         raise InputError(
-            f"{folder} has neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders like D012-2019_AERIAL_RGBI): "
-            "give the folder that contains them"
+            f"{folder} has neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders like D012-2019_AERIAL_RGBI) "
+            "nor images: give the folder that contains them"
         )
     if not any(name in FLAIR_HUB for name in task.modalities):
         raise InputError(

@@ -14,7 +14,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from bocage.recipes.loader import load_dataset
+from bocage.recipes.loader import DATASET_KEY, load_dataset
 from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
@@ -37,7 +37,6 @@ _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
 _ZIPS_SHOWN = 20
 _REST = "rest"
-_DATASET = "dataset="
 
 SomeCatalogue = TypeVar("SomeCatalogue", bound=Catalogue)
 _EPILOG = """\
@@ -177,7 +176,7 @@ def _read_positionals(arguments: argparse.Namespace) -> None:
     """Set ``source``, ``out``, ``dataset`` and ``settings`` from the positional arguments."""
     paths = [argument for argument in arguments.overrides if "=" not in argument]
     settings = [argument for argument in arguments.overrides if "=" in argument]
-    datasets = [argument for argument in settings if argument.startswith(_DATASET)]
+    datasets = [argument for argument in settings if argument.startswith(DATASET_KEY)]
     if len(paths) != 2:
         raise InputError(f"{len(paths)} paths given; give two, SRC and OUT: the source and the folder of the shards")
     if len(datasets) > 1:
@@ -185,7 +184,7 @@ def _read_positionals(arguments: argparse.Namespace) -> None:
     if settings and not datasets:
         raise InputError(f"{settings[0]}: only a description has keys to override; name it as dataset=FILE")
     arguments.source, arguments.out = map(Path, paths)
-    arguments.dataset = datasets[0].removeprefix(_DATASET) if datasets else None
+    arguments.dataset = datasets[0].removeprefix(DATASET_KEY) if datasets else None
     arguments.settings = [argument for argument in settings if argument not in datasets]
 
 

@@ -38,7 +38,9 @@ bocage evaluate runs/cosia data/shards runs/cosia_scores --split split_1 --value
 bocage evaluate runs/cosia data/shards runs/cosia_missing --split split_1 --value test --missing""",
     "predict": """\
 bocage predict runs/cosia data/shards runs/cosia_maps --split split_1 --value test --preview 8
-bocage predict runs/cosia FLAIR-HUB runs/cosia_maps""",
+bocage predict runs/cosia FLAIR-HUB runs/cosia_maps
+bocage predict runs/roofs drone/new_flight runs/roofs_maps
+bocage predict runs/roofs drone runs/roofs_maps dataset=drone.yaml""",
     "map": """\
 bocage map runs/cosia runs/area --raster AERIAL_RGBI=ortho.vrt
 bocage map runs/cosia runs/area --raster AERIAL_RGBI=ortho.vrt SENTINEL2_TS=s2.tif --dates SENTINEL2_TS=dates.txt""",
