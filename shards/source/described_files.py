@@ -14,6 +14,8 @@ from bocage.shards.source.report import CatalogueReport
 
 _EPOCH = datetime.date(1970, 1, 1)
 _DATE = "date"
+# Files beside a raster that hold its position, mask or overviews; they are read with it.
+_SIDECARS = (".aux.xml", ".ovr", ".msk", ".prj", ".wld", ".tfw", ".tifw", ".pgw", ".pngw", ".jgw", ".jpgw")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ def find_files(
 ) -> Iterator[DescribedFile]:
     """Find the files below ``root`` that match a pattern of the description, in the order of their paths.
 
+    World files, masks and overviews beside the rasters are left out.
+
     Args:
         root: source folder.
         description: description of the dataset.
@@ -59,6 +63,8 @@ def find_files(
                 f"sensors.{name}: a series has a file for each date: add {{date}} to {patterns[name].text!r}"
             )
     for path in list_files(root):
+        if path.lower().endswith(_SIDECARS):
+            continue
         matches = match_patterns(patterns, path)
         for name, fields in matches.items():
             day = _day(path, fields.pop(_DATE, None), description.date_format)

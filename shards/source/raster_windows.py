@@ -1,0 +1,461 @@
+"""Read patches as windows of rasters of any size, on one pixel grid for each sensor and site."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio import Affine
+from rasterio.enums import Interleaving, MaskFlags, Resampling
+from rasterio.errors import RasterioError
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_bounds
+from rasterio.windows import Window
+
+from bocage.shards.modality import Modality
+from bocage.shards.source.described_rasters import (
+    RasterRules,
+    check_file,
+    convert,
+    open_raster,
+    position_of,
+    sidecar_environment,
+)
+from bocage.shards.source.ground import parse_crs
+from bocage.shards.source.rasters import Raster, RasterError, gdal_reason
+
+ALIGNMENT = 0.02
+"""Pixels by which the pixels of a raster may lie off the patch grid without being resampled."""
+
+_MAX_OPEN = 128  # datasets that a thread keeps open; a process may open 1,024 files by default
+_WARP_TOLERANCE = 0.02  # pixels by which GDAL may approximate the position of a resampled pixel
+_PICTURES = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
+_ANY_CRS = "EPSG:32631"  # stands for two equal systems, of which GDAL may not know any
+
+Box = tuple[int, int, int, int]
+"""Row, column, height and width, in pixels."""
+
+
+@dataclass(frozen=True)
+class RasterFile:
+    """A raster of any size: its position, and what marks its missing pixels.
+
+    Attributes:
+        path: path of the file.
+        crs: coordinate system; empty if unknown.
+        has_position: whether the file is georeferenced; otherwise it lies at 0, 0 with the pixels of the description.
+        left, top: upper-left corner, in the CRS.
+        pixel_width, pixel_height: sides of a pixel, in units of the CRS.
+        scale: ground metres per unit of the CRS.
+        width, height: size in pixels.
+        block: height and width of the blocks that are read as a whole.
+        has_mask: whether an alpha band or a mask marks missing pixels.
+        declared: nodata value of the file; None if it has none, or if it is a class of a label.
+        bytes_per_pixel: size of the file divided by its pixels.
+        decoded_bytes: bytes that decoding a pixel of a block gives: those of all bands if they are interleaved.
+        is_picture: whether the format is decoded from its beginning up to the window, as PNG and JPEG are.
+    """
+
+    path: Path
+    crs: str
+    has_position: bool
+    left: float
+    top: float
+    pixel_width: float
+    pixel_height: float
+    scale: float
+    width: int
+    height: int
+    block: tuple[int, int]
+    has_mask: bool
+    declared: float | None
+    bytes_per_pixel: float
+    decoded_bytes: int
+    is_picture: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        return self.height, self.width
+
+    def window_bytes(self, size: int) -> int:
+        """Bytes that are decoded, on average, to read a window of ``size`` pixels."""
+        if self.is_picture:
+            return self.height * self.width * self.decoded_bytes
+        height = min(self.height, size + self.block[0] - 1)
+        width = min(self.width, size + self.block[1] - 1)
+        return height * width * self.decoded_bytes
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """Left, bottom, right and top, in the CRS."""
+        right, bottom = self.left + self.width * self.pixel_width, self.top - self.height * self.pixel_height
+        return self.left, bottom, right, self.top
+
+
+def describe_raster(path: Path, file: rasterio.DatasetReader, rules: RasterRules) -> RasterFile:
+    """Check an open raster and describe it.
+
+    Raises:
+        RasterError: the raster contradicts the description, or has no grid that is parallel to its coordinates.
+    """
+    check_file(path, file, rules)
+    has_position = not file.transform.is_identity
+    if not has_position and file.gcps[0]:
+        raise RasterError(f"{path}: has ground control points but no grid: rewrite it with gdalwarp")
+    position = position_of(path, file, rules)
+    first = rules.bands[0]
+    flags = file.mask_flag_enums[first]
+    decoded = range(file.count) if file.interleaving == Interleaving.pixel else rules.bands
+    return RasterFile(
+        path=path,
+        crs=position.crs,
+        has_position=has_position,
+        left=position.left,
+        top=position.top,
+        pixel_width=file.transform.a if has_position else position.pixel,
+        pixel_height=-file.transform.e if has_position else position.pixel,
+        scale=position.scale,
+        width=file.width,
+        height=file.height,
+        block=file.block_shapes[first],
+        has_mask=MaskFlags.per_dataset in flags or MaskFlags.alpha in flags,
+        declared=_usable_nodata(file.nodatavals[first], np.dtype(file.dtypes[first]), rules),
+        bytes_per_pixel=path.stat().st_size / (file.width * file.height),
+        decoded_bytes=sum(np.dtype(file.dtypes[index]).itemsize for index in decoded),
+        is_picture=file.driver in _PICTURES,
+    )
+
+
+def _usable_nodata(value: float | None, dtype: np.dtype, rules: RasterRules) -> float | None:
+    """A declared nodata value in the dtype of the file; None if no pixel can have it, or if it is a class."""
+    if value is None or (rules.stored_values is not None and value in rules.stored_values):
+        return None
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # a value beyond the dtype becomes infinity
+            return float(dtype.type(value))
+    limits = np.iinfo(dtype)
+    return int(value) if float(value).is_integer() and limits.min <= value <= limits.max else None
+
+
+@dataclass(frozen=True)
+class PixelGrid:
+    """The pixels of one sensor over one site; patch (0, 0) has the upper-left corner of the grid.
+
+    Attributes:
+        crs: coordinate system; empty if unknown.
+        left, top: upper-left corner, in the CRS.
+        side: side of a patch, in units of the CRS.
+        size: side of a patch, in pixels.
+    """
+
+    crs: str
+    left: float
+    top: float
+    side: float
+    size: int
+
+    @property
+    def pixel(self) -> float:
+        """Side of a pixel, in units of the CRS."""
+        return self.side / self.size
+
+    def transform(self, row: int, column: int) -> Affine:
+        """Affine transform from pixels, counted from a row and a column, to coordinates."""
+        return Affine(self.pixel, 0, self.left + column * self.pixel, 0, -self.pixel, self.top - row * self.pixel)
+
+
+@dataclass(frozen=True)
+class PlacedRaster:
+    """A raster on a pixel grid.
+
+    Attributes:
+        file: the raster.
+        is_resampled: whether its pixels do not lie on those of the grid.
+        row, column, height, width: pixels of the grid that it covers; if it is resampled, their bounding box.
+    """
+
+    file: RasterFile
+    is_resampled: bool
+    row: int
+    column: int
+    height: int
+    width: int
+
+    def overlap(self, box: Box) -> Box | None:
+        """Part of a box that the raster may cover; None if they do not overlap."""
+        row, column = max(self.row, box[0]), max(self.column, box[1])
+        height = min(self.row + self.height, box[0] + box[2]) - row
+        width = min(self.column + self.width, box[1] + box[3]) - column
+        return (row, column, height, width) if height > 0 and width > 0 else None
+
+
+def place_raster(file: RasterFile, grid: PixelGrid) -> PlacedRaster:
+    """Find the pixels of a grid that a raster covers."""
+    if not file.has_position:
+        return PlacedRaster(file, False, 0, 0, file.height, file.width)
+    is_same = same_crs(file.crs, grid.crs)
+    if is_same:
+        left, right, top, bottom = grid_bounds(file.bounds, grid)
+        rounded = [round(value) for value in (left, right, top, bottom)]
+        is_aligned = all(abs(a - b) <= ALIGNMENT for a, b in zip((left, right, top, bottom), rounded))
+        if is_aligned and (rounded[1] - rounded[0], rounded[3] - rounded[2]) == (file.width, file.height):
+            return PlacedRaster(file, False, rounded[2], rounded[0], file.height, file.width)
+    bounds = file.bounds if is_same else transform_bounds(file.crs, grid.crs, *file.bounds)
+    left, right, top, bottom = grid_bounds(bounds, grid)
+    row, column = math.floor(top), math.floor(left)
+    return PlacedRaster(file, True, row, column, math.ceil(bottom) - row, math.ceil(right) - column)
+
+
+def grid_bounds(bounds: tuple[float, float, float, float], grid: PixelGrid) -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of bounds (left, bottom, right, top), in pixels of a grid."""
+    left, bottom, right, top = bounds
+    return (
+        (left - grid.left) / grid.pixel,
+        (right - grid.left) / grid.pixel,
+        (grid.top - top) / grid.pixel,
+        (grid.top - bottom) / grid.pixel,
+    )
+
+
+@lru_cache(maxsize=256)
+def same_crs(first: str, second: str) -> bool:
+    """Whether two coordinate systems are the same; the texts may differ."""
+    return first == second or bool(first and second and parse_crs(first) == parse_crs(second))
+
+
+def has_holes(file: RasterFile, rules: RasterRules) -> bool:
+    """Whether pixels inside a raster may be missing."""
+    return file.has_mask or file.declared is not None or bool(rules.nodata) or rules.accepts_nan
+
+
+def read_window(
+    raster: PlacedRaster, grid: PixelGrid, rules: RasterRules, box: Box
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a box inside the bounds of a raster.
+
+    Args:
+        raster: raster on the grid.
+        grid: pixel grid of the sensor.
+        rules: rules of the sensor or label.
+        box: part of the grid; see ``PlacedRaster.overlap``.
+
+    Returns:
+        values: values of the used bands, (C, H, W).
+        valid: mask of the pixels that are not missing, (H, W) bool; None if none is missing.
+
+    Raises:
+        RasterError: the raster cannot be read.
+    """
+    with _open_window(raster, grid, rules, box) as (dataset, window):
+        values = dataset.read([index + 1 for index in rules.bands], window=window)
+        return values, _valid(raster, rules, dataset, window, values)
+
+
+def read_valid(raster: PlacedRaster, grid: PixelGrid, rules: RasterRules, box: Box) -> np.ndarray | None:
+    """Read which pixels of a box inside the bounds of a raster are not missing; see ``read_window``."""
+    if not raster.is_resampled and not has_holes(raster.file, rules):
+        return None
+    with _open_window(raster, grid, rules, box) as (dataset, window):
+        bands = (dataset.read(index + 1, window=window) for index in rules.bands)
+        return _valid(raster, rules, dataset, window, bands)
+
+
+def _valid(
+    raster: PlacedRaster,
+    rules: RasterRules,
+    dataset: rasterio.DatasetReader,
+    window: Window | None,
+    bands: Iterable[np.ndarray],
+) -> np.ndarray | None:
+    """Mask of the pixels that the file does not mask, and of which a band holds a value; None for all."""
+    valid = None
+    if raster.file.has_mask or raster.is_resampled:
+        valid = dataset.read_masks(rules.bands[0] + 1, window=window) > 0
+    if raster.file.declared is not None or rules.nodata or rules.accepts_nan:
+        has_value = np.zeros((), bool)
+        for band in bands:
+            has_value = has_value | ~_is_missing(band, rules, raster.file.declared)
+            if has_value.all():
+                break
+        valid = has_value if valid is None else valid & has_value
+    return None if valid is None or valid.all() else valid
+
+
+def _is_missing(values: np.ndarray, rules: RasterRules, declared: float | None) -> np.ndarray:
+    """Mask of nodata: declared values, and those of the description, see ``SensorDescription.nodata``."""
+    missing = np.zeros(values.shape, bool)
+    if values.dtype.kind == "f" and (rules.accepts_nan or (declared is not None and math.isnan(declared))):
+        missing |= np.isnan(values)
+    if declared is not None and not math.isnan(declared):
+        missing |= values == declared
+    below = [value for value in rules.nodata if value <= 0]
+    above = [value for value in rules.nodata if value > 0]
+    if below:
+        missing |= values <= max(below)
+    if above:
+        missing |= values >= min(above)
+    return missing
+
+
+@contextmanager
+def _open_window(
+    raster: PlacedRaster, grid: PixelGrid, rules: RasterRules, box: Box
+) -> Iterator[tuple[rasterio.DatasetReader, Window | None]]:
+    """Dataset and window of a box; a resampled raster is a dataset of the box alone, and the window is None.
+
+    A dataset for each box takes less time than one for the whole grid, which computes blocks of 512 x 128 pixels.
+    """
+    row, column, height, width = box
+    file = raster.file
+    try:
+        dataset = _datasets.get(file)
+        if not raster.is_resampled:
+            yield dataset, Window(column - raster.column, row - raster.row, width, height)
+            return
+        systems = {"src_crs": file.crs, "crs": grid.crs}
+        if same_crs(file.crs, grid.crs):
+            systems = dict.fromkeys(systems, grid.crs or _ANY_CRS)
+        named = rules.nodata[0] if rules.nodata else math.nan if rules.accepts_nan else None
+        nodata = file.declared if named is None else named
+        with WarpedVRT(
+            dataset,
+            **systems,
+            transform=grid.transform(row, column),
+            width=width,
+            height=height,
+            resampling=Resampling.bilinear if rules.stored_values is None else Resampling.nearest,
+            src_nodata=nodata,
+            nodata=nodata,
+            add_alpha=nodata is None,
+            tolerance=_WARP_TOLERANCE,
+        ) as resampled:
+            yield resampled, None
+    except RasterioError as error:
+        raise RasterError(f"{file.path}: cannot be read: {gdal_reason(error)}") from error
+
+
+class _Datasets(threading.local):
+    """Open datasets of a thread: those used last, and none whose file has changed."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, tuple[tuple[int, int], rasterio.DatasetReader]] = OrderedDict()
+
+    def get(self, file: RasterFile) -> rasterio.DatasetReader:
+        """Open dataset of a raster.
+
+        Raises:
+            RasterError: the file cannot be opened, or has another position or size than when it was described.
+        """
+        path = file.path
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise RasterError(f"{path}: cannot be read: {error.strerror}") from error
+        version = (status.st_mtime_ns, status.st_size)
+        known = self._open.pop(path, None)
+        if known is not None and known[0] != version:
+            known[1].close()
+            known = None
+        dataset = open_raster(path) if known is None else known[1]
+        if known is None:
+            corner = (dataset.transform.c, dataset.transform.f) if file.has_position else (file.left, file.top)
+            if (dataset.width, dataset.height, *corner) != (file.width, file.height, file.left, file.top):
+                raise RasterError(f"{path}: has changed since its position was read; run the same command again")
+        self._open[path] = (version, dataset)
+        if len(self._open) > _MAX_OPEN:
+            self._open.popitem(last=False)[1][1].close()
+        return dataset
+
+
+_datasets = _Datasets()
+
+
+@dataclass(frozen=True)
+class WindowSource:
+    """One raster of a patch that is cut from rasters of any size.
+
+    Attributes:
+        grid: pixel grid of the sensor.
+        rules: rules of the sensor or label.
+        fill: value of missing pixels; None if the description has none.
+        frames: rasters of the image or label; for a series, those of each date. The first valid pixel counts.
+        row, column: position of the patch, in patches.
+    """
+
+    grid: PixelGrid
+    rules: RasterRules
+    fill: float | None
+    frames: tuple[tuple[PlacedRaster, ...], ...]
+    row: int
+    column: int
+
+    def __str__(self) -> str:
+        rasters = [raster for frame in self.frames for raster in frame]
+        more = f" and {len(rasters) - 1} more" if len(rasters) > 1 else ""
+        return f"{rasters[0].file.path}{more} ({self._place})"
+
+    @property
+    def _place(self) -> str:
+        return f"patch {self.row}-{self.column}"
+
+    @property
+    def _box(self) -> Box:
+        size = self.grid.size
+        return self.row * size, self.column * size, size, size
+
+    @property
+    def container(self) -> Path:
+        """Folder of the first raster."""
+        return self.frames[0][0].file.path.parent
+
+    def read_raster(self, modality: Modality) -> Raster:
+        """Read the window, or stack the dates of a series.
+
+        Raises:
+            RasterError: a raster cannot be read, or holds values that the description does not name.
+        """
+        with sidecar_environment():
+            arrays = [self._read_frame(frame, modality) for frame in self.frames]
+        grid = self.grid
+        left, top = grid.left + self.column * grid.side, grid.top - self.row * grid.side
+        array = np.stack(arrays) if modality.has_time_axis else arrays[0]
+        return Raster(array, grid.crs, left, top, grid.side, self._stored_bytes())
+
+    def _stored_bytes(self) -> int:
+        """Bytes of the files, in proportion to the pixels of the window."""
+        parts = [(raster.file, raster.overlap(self._box)) for frame in self.frames for raster in frame]
+        return round(sum(file.bytes_per_pixel * part[2] * part[3] for file, part in parts if part is not None))
+
+    def _read_frame(self, frame: tuple[PlacedRaster, ...], modality: Modality) -> np.ndarray:
+        """Read one date, (C, H, W) in the modality's dtype."""
+        box = self._box
+        shape = modality.shape()[-3:]
+        array = np.full(shape, 0 if self.fill is None else self.fill, modality.dtype)
+        missing = np.ones(shape[1:], bool)
+        for raster in frame:
+            part = raster.overlap(box)
+            if part is None:
+                continue
+            values, valid = read_window(raster, self.grid, self.rules, part)
+            where = f"{raster.file.path} ({self._place})"
+            if valid is None and part == box and missing.all():
+                return np.ascontiguousarray(convert(where, values, self.rules, None))
+            rows = slice(part[0] - box[0], part[0] - box[0] + part[2])
+            columns = slice(part[1] - box[1], part[1] - box[1] + part[3])
+            taken = missing[rows, columns] if valid is None else missing[rows, columns] & valid
+            if taken.any():
+                array[:, rows, columns][:, taken] = convert(where, values[:, taken], self.rules, None)
+                missing[rows, columns] &= ~taken
+        if self.fill is None and missing.any():
+            raise RasterError(f"{self}: {missing.sum()} pixels have no data, though they had when the run began")
+        return array
