@@ -50,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rows:
         console.print(_row_table(manifest, row))
     if arguments.picture is not None:
-        from bocage.shards.inspect.contact_sheet import save_contact_sheet  # imports matplotlib
+        from bocage.shards.inspect.contact_sheet import contact_sheet, save_sheet  # imports matplotlib
 
-        save_contact_sheet(manifest, row, arguments.picture)
+        save_sheet(contact_sheet(manifest, row), arguments.picture)
         print(f"{manifest.index.key(row)}: {arguments.picture}")
     return 0
 

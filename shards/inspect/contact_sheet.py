@@ -1,11 +1,13 @@
-"""Draw a contact sheet of one patch: composites, shaded relief, date strips, radar in decibels, classes.
+"""Draw contact sheets of patches: composites, shaded relief, date strips, radar in decibels, classes.
 
 A dataset may have any sensors. An image without the colours red, green and blue is drawn in grey, band by band.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from bocage.shards.inspect.composites import (
     palette,
     series_composites,
 )
-from bocage.shards.modality import Band, Modality
+from bocage.shards.modality import Band, Modality, Registry
 from bocage.shards.preprocess.normalize import represent
+from bocage.shards.source.catalogue import Catalogue
+from bocage.shards.source.rasters import RasterError, gdal_environment
 
 # Inches.
 _WIDTH, _MARGIN, _TOP = 12.0, 0.25, 0.62
@@ -39,21 +43,41 @@ _SCALE = 0.42  # height of the colour bar below a picture
 _STRETCH = (2.0, 98.0)
 _NEAR_INFRARED = 840.0  # nm
 _GREY_BANDS = 4  # bands of an image without colours that are drawn, each in grey
-_LEGEND_ROW = 0.19
+_LEGEND_GAP, _LEGEND_ROW = 0.12, 0.19  # gap above a legend, and height of a line
+_STRIP_SIDE = (_WIDTH - 2 * _MARGIN - (_DATES - 1) * 0.08) / _DATES  # of the pictures of a series
 
 
-def save_contact_sheet(manifest: Manifest, row: int, path: Path) -> None:
-    """Save the contact sheet of one sample as PNG.
+@dataclass(frozen=True)
+class _Sample:
+    """One patch with its rasters.
 
-    Args:
-        manifest: an open manifest of local or remote shards.
-        row: row of the sample.
-        path: path of the PNG.
+    Attributes:
+        key: key of the patch.
+        roi: region of interest.
+        arrays: rasters of the patch, by modality.
+        dates: days since 1970-01-01 of series, by modality; empty or missing if unknown.
+    """
+
+    key: str
+    roi: str
+    arrays: dict[str, np.ndarray]
+    dates: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of the sheet: its height in inches, and a function that draws it at a distance from the top."""
+
+    height: float
+    draw: Callable[[_Page, float], None]
+
+
+def save_sheet(figure: Figure, path: Path) -> None:
+    """Save a contact sheet as PNG.
 
     Raises:
-        InputError: a member is damaged, or ``path`` cannot be written.
+        InputError: ``path`` cannot be written.
     """
-    figure = contact_sheet(manifest, row)
     try:
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
@@ -62,7 +86,7 @@ def save_contact_sheet(manifest: Manifest, row: int, path: Path) -> None:
 
 
 def contact_sheet(manifest: Manifest, row: int) -> Figure:
-    """Draw one sample: images, then a row of dates for each series, then labels with a legend.
+    """Draw one sample of shards: images, then a row of dates for each series, then labels with a legend.
 
     Args:
         manifest: an open manifest of local or remote shards.
@@ -71,35 +95,108 @@ def contact_sheet(manifest: Manifest, row: int) -> Figure:
     Raises:
         InputError: an array of the sample is damaged, or contradicts its modality.
     """
-    key, arrays = manifest.index.key(row), _read_arrays(manifest, row)
-    images = [tile for item in manifest.registry.by_role("image") for tile in _image_tiles(item, arrays.get(item.name))]
-    series = manifest.registry.by_role("series")
-    labels = [(item, index) for item in manifest.registry.labels for index in range(len(item.bands))]
-    legends = [_class_fractions(item.bands[index], arrays.get(item.name), index) for item, index in labels]
-    label_rows = [slice(start, start + _COLUMNS) for start in range(0, len(labels), _COLUMNS)]
-    label_heights = [_TITLE + _SIDE + 0.12 + max(map(len, legends[part])) * _LEGEND_ROW for part in label_rows]
-    lines = math.ceil(len(images) / _COLUMNS)
-    side = (_WIDTH - 2 * _MARGIN - (_DATES - 1) * 0.08) / _DATES
-    strips = sum(_TITLE + side + (0.62 if _is_radar(item) else 0.28) for item in series)
-    height = _TOP + lines * (_TITLE + _SIDE + _SCALE) + strips + sum(label_heights) + _MARGIN
-    page = _Page(height)
-    page.text(_MARGIN, 0.12, key, fontsize=13, weight="bold")
-    extent = manifest.registry.patch_size
-    ground = f"{manifest.index.roi(row)}, {extent:g} m x {extent:g} m, north up"
-    page.text(_MARGIN, 0.38, ground, fontsize=9, color="#444444")
-    top = _TOP
-    for start in range(0, len(images), _COLUMNS):
-        for column, tile in enumerate(images[start : start + _COLUMNS]):
-            tile.draw(page, _MARGIN + column * (_SIDE + _GAP), top + _TITLE)
-        top += _TITLE + _SIDE + _SCALE
-    for item in series:
-        top = _draw_series(page, manifest, row, item, arrays.get(item.name), top, side)
-    for part, label_height in zip(label_rows, label_heights, strict=True):
-        for column, ((item, index), legend) in enumerate(zip(labels[part], legends[part], strict=True)):
-            left = _MARGIN + column * (_SIDE + _GAP)
-            _draw_label(page, item, index, arrays.get(item.name), legend, left, top + _TITLE)
-        top += label_height
+    index = manifest.index
+    dates = {item.name: index.dates(item.name, row) for item in manifest.registry.by_role("series")}
+    return _draw(manifest.registry, [_Sample(index.key(row), index.roi(row), _read_arrays(manifest, row), dates)])
+
+
+def catalogue_sheet(catalogue: Catalogue, indices: Sequence[int], count: int) -> Figure:
+    """Draw patches that are not in shards yet, each as ``contact_sheet`` does.
+
+    Args:
+        catalogue: source of the patches.
+        indices: indices of patches, the preferred ones first.
+        count: number of patches to draw; those that cannot be read are left out.
+
+    Raises:
+        InputError: none of the patches can be read.
+    """
+    samples: list[_Sample] = []
+    problem: RasterError | None = None
+    with gdal_environment():
+        for index in indices:
+            patch = catalogue.patch(index)
+            try:
+                arrays = {
+                    name: source.read_raster(catalogue.registry[name]).array for name, source in patch.sources.items()
+                }
+            except RasterError as error:
+                problem = error
+                continue
+            samples.append(_Sample(patch.key, patch.roi, arrays, patch.dates))
+            if len(samples) == count:
+                break
+    if not samples:
+        raise InputError(f"none of {len(indices)} patches can be drawn, e.g. {problem}")
+    return _draw(catalogue.registry, samples)
+
+
+def _draw(registry: Registry, samples: Sequence[_Sample]) -> Figure:
+    """Draw samples below each other."""
+    rows = [row for sample in samples for row in _rows(registry, sample)]
+    page = _Page(sum(row.height for row in rows) + _MARGIN)
+    top = 0.0
+    for row in rows:
+        row.draw(page, top)
+        top += row.height
     return page.figure
+
+
+def _rows(registry: Registry, sample: _Sample) -> list[_Row]:
+    """Rows of one sample. Images and labels share a row if they fit and there is no series."""
+    extent = registry.patch_size
+
+    def draw_title(page: _Page, top: float) -> None:
+        page.text(_MARGIN, top + 0.12, sample.key, fontsize=13, weight="bold")
+        ground = f"{sample.roi}, {extent:g} m x {extent:g} m, north up"
+        page.text(_MARGIN, top + 0.38, ground, fontsize=9, color="#444444")
+
+    images = [
+        _Cell(_SCALE, tile.draw)
+        for item in registry.by_role("image")
+        for tile in _image_tiles(item, sample.arrays.get(item.name))
+    ]
+    series = [
+        _Row(_strip_height(item), partial(_draw_series, sample=sample, modality=item))
+        for item in registry.by_role("series")
+    ]
+    labels = [
+        _label_cell(item, index, sample.arrays.get(item.name))
+        for item in registry.labels
+        for index in range(len(item.bands))
+    ]
+    title = _Row(_TOP, draw_title)
+    if not series and len(images) + len(labels) <= _COLUMNS:
+        return [title, *_grid([*images, *labels])]
+    return [title, *_grid(images), *series, *_grid(labels)]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A large picture: the height of what is below it, in inches, and a function that draws it at left and top."""
+
+    below: float
+    draw: Callable[[_Page, float, float], None]
+
+
+def _grid(cells: Sequence[_Cell]) -> list[_Row]:
+    """Rows of large pictures."""
+    rows = []
+    for start in range(0, len(cells), _COLUMNS):
+        part = cells[start : start + _COLUMNS]
+
+        def draw(page: _Page, top: float, part: Sequence[_Cell] = part) -> None:
+            for column, cell in enumerate(part):
+                cell.draw(page, _MARGIN + column * (_SIDE + _GAP), top + _TITLE)
+
+        rows.append(_Row(_TITLE + _SIDE + max(cell.below for cell in part), draw))
+    return rows
+
+
+def _label_cell(modality: Modality, index: int, array: np.ndarray | None) -> _Cell:
+    fractions = _class_fractions(modality.bands[index], array, index)
+    draw = partial(_draw_label, modality=modality, index=index, array=array, fractions=fractions)
+    return _Cell(_LEGEND_GAP + len(fractions) * _LEGEND_ROW, draw)
 
 
 class _Page:
@@ -238,18 +335,20 @@ def _is_radar(modality: Modality) -> bool:
     return modality.representation == "decibel" and modality.bands[0].quantity.startswith("backscatter")
 
 
-def _draw_series(
-    page: _Page, manifest: Manifest, row: int, modality: Modality, array: np.ndarray | None, top: float, side: float
-) -> float:
-    """Draw a strip of dates; returns the top of the next row."""
-    bottom = top + _TITLE + side + (0.62 if _is_radar(modality) else 0.28)
+def _strip_height(modality: Modality) -> float:
+    return _TITLE + _STRIP_SIDE + (0.62 if _is_radar(modality) else 0.28)
+
+
+def _draw_series(page: _Page, top: float, sample: _Sample, modality: Modality) -> None:
+    """Draw a strip of dates."""
+    array, side = sample.arrays.get(modality.name), _STRIP_SIDE
     if array is None or len(array) == 0:
         page.text(_MARGIN, top + 0.05, f"{modality.name}", fontsize=8.5)
         _draw_missing(
             page.axes(_MARGIN, top + _TITLE, _WIDTH - 2 * _MARGIN, side), "missing" if array is None else "no date"
         )
-        return bottom
-    days = manifest.index.dates(modality.name, row)
+        return
+    days = sample.dates.get(modality.name, np.empty(0, np.int32))
     chosen = np.unique(np.linspace(0, len(array) - 1, min(_DATES, len(array))).astype(int))
     title = f"{modality.name}: {len(chosen)} of {len(array)} dates, {modality.gsd:g} m"
     shown = represent(array[chosen], modality.representation, modality.nodata_below, modality.nodata_above)
@@ -272,7 +371,6 @@ def _draw_series(
         axis.set_xlabel(day, fontsize=7.5, labelpad=2)
     if _is_radar(modality):
         _draw_scale(page, image, f"{modality.bands[0].name}, dB", _MARGIN, top + _TITLE + side + 0.24, 3.0)
-    return bottom
 
 
 def _clear_dates(frames: np.ndarray) -> np.ndarray:
@@ -292,12 +390,13 @@ def _class_fractions(band: Band, array: np.ndarray | None, index: int) -> list[t
 
 def _draw_label(
     page: _Page,
+    left: float,
+    top: float,
+    *,
     modality: Modality,
     index: int,
     array: np.ndarray | None,
     fractions: list[tuple[int, float]],
-    left: float,
-    top: float,
 ) -> None:
     scheme = modality.schemes[index]
     axis = page.axes(left, top, _SIDE, _SIDE)

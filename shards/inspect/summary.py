@@ -1,4 +1,4 @@
-"""Summarise a folder of shards in one pass over a few columns of its manifest."""
+"""Summarise a folder of shards in one pass over a few columns of its manifest, or a catalogue before it is shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bocage.shards.format.manifest import Manifest, has_acquisition_dates
+from bocage.shards.source.catalogue import Catalogue
+
+_CANDIDATES = 64  # patches among which a few are chosen for a picture
 
 
 def summarize(manifest: Manifest) -> dict[str, Any]:
@@ -106,3 +109,21 @@ def most_complete_row(manifest: Manifest) -> int:
     for lengths in manifest.index.length.values():
         present += lengths > 0
     return int(present.argmax())
+
+
+def preferred_patches(catalogue: Catalogue) -> list[int]:
+    """Indices of some patches, evenly spaced: first those with most modalities, and each domain once before the next.
+
+    Args:
+        catalogue: a catalogue with at least one patch.
+    """
+    spread = np.unique(np.linspace(0, len(catalogue) - 1, min(_CANDIDATES, len(catalogue))).astype(int)).tolist()
+    patches = {index: catalogue.patch(index) for index in spread}
+    complete = sorted(spread, key=lambda index: -len(patches[index].sources))
+    turns: Counter[str] = Counter()
+    ranks = {}
+    for index in complete:
+        domain = patches[index].domain
+        ranks[index] = (turns[domain], -len(patches[index].sources), index)
+        turns[domain] += 1
+    return sorted(spread, key=lambda index: ranks[index])
