@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,3 +182,42 @@ def test_the_contact_sheet_shows_any_sensor(dataset: str, manifests: dict[str, M
     shards = str(manifests[dataset].path)
     assert main(["inspect", shards, "--rows", "--picture", str(tmp_path / "sheet.png")]) == 0
     assert imread(tmp_path / "sheet.png")[..., :3].std() > 0.1
+
+
+# Some seconds: a pretraining of one step, and its probes.
+@pytest.mark.parametrize("dataset", LABELS)
+def test_cards_name_the_dataset_and_never_flair_hub(
+    dataset: str, manifests: dict[str, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, name = manifests[dataset], SENSORS[dataset][0]
+    words = ["engine.steps=1", "engine.save_every=1", "reconstructions=0", f"modalities=[{name}]"]
+    assert pretrain(pretraining(manifest, tmp_path / "run", *words)).exit_code == 0
+    encoder = str(tmp_path / "run" / "encoders" / name)
+    probe = ["study", "probe", encoder, str(manifest.path), str(tmp_path / "probe"), "--split", SPLIT, "--kinds", "knn"]
+    assert main(probe) == 0
+    publish = ["publish", str(tmp_path / "run"), str(tmp_path / "out"), "--shards", str(manifest.path)]
+    publish += ["--scores", *map(str, (tmp_path / "probe").glob("knn-*")), "--license", "apache-2.0"]
+    if dataset == "crops":  # its shards name no licence
+        assert main(publish) == 2
+        assert "--data-license: the licence of Crops is unknown" in capsys.readouterr().err
+        publish += ["--data-license", "cc0-1.0"]
+    for claim in ("FLAIR-HUB", "IGNF/FLAIR-HUB"):
+        assert main([*publish, "--dataset", claim]) == 2
+        assert f"--dataset {claim}: the shards are of {manifest.dataset.name}" in capsys.readouterr().err
+    assert main(publish) == 0
+    published = tmp_path / "out" / name
+    files = {path.name: path.read_text() for path in published.iterdir() if path.suffix != ".safetensors"}
+    assert not any("flair" in text.lower() or "102.4" in text for text in files.values())
+    card = files["README.md"]
+    if dataset == "roofs":
+        assert "pretrained without labels on\n[Roofs](https://example.org/roofs) with bocage" in card
+        assert "Data (Roofs): CC-BY-4.0.\n" in card and "Attribution of the data: Town hall.\n" in card
+        assert "cropped from patches of 16.896 m (128 x 128 pixels)" in card and "cells of 2.112 m" in card
+    else:
+        assert "Data (Crops): cc0-1.0.\n" in card and "Attribution" not in card
+        assert "cropped from patches of 10 m (1 x 1 pixels)" in card and "cells of 10 m" in card
+    for source in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        source = source.replace("local-dir:.", f"local-dir:{published}").replace(
+            'load_encoder(".")', "load_encoder(HERE)"
+        )
+        exec(compile(source, "card", "exec"), {"HERE": published})

@@ -26,8 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores", nargs="+", type=Path, metavar="FOLDER", help="scores of `bocage study probe` for each encoder"
     )
     scores.add_argument("--without-scores", action="store_true", help="publish without scores; the card says so")
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="pretraining data, e.g. IGNF/FLAIR-HUB")
-    parser.add_argument("--data-license", required=True, metavar="ID", help="licence of the data, e.g. etalab-2.0")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="pretraining data, if the shards name others, e.g. for simulated patches"
+    )
+    parser.add_argument(
+        "--data-license", metavar="ID", help="licence of the data, if the shards do not name it, e.g. cc-by-4.0"
+    )
     parser.add_argument("--license", required=True, metavar="ID", help="licence of the weights, as the hub writes it")
     parser.add_argument(
         "--to", metavar="hf:ORG/NAME", help="repository to upload to; several encoders get -MODALITY appended"
@@ -47,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         has_scores,
         publish_encoder,
         read_probe_scores,
+        released_dataset,
     )
     from bocage.shards.read.open import open_shards
     from bocage.ssl.encoders.hub import parse_hub_address
@@ -56,11 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{option.replace('_', '-')} needs --to hf:org/name")
     if arguments.to and parse_hub_address(arguments.to)[1] is not None:
         raise InputError(f"--to {arguments.to}: give the branch as --revision")
+    manifest = open_shards(arguments.shards)
+    dataset = released_dataset(manifest.dataset, arguments.dataset, arguments.data_license)
     try:
-        terms = ReleaseTerms(dataset=arguments.dataset, license=arguments.license, data_license=arguments.data_license)
+        terms = ReleaseTerms(license=arguments.license, dataset=dataset)
     except ValueError as error:
-        raise InputError(f"--{str(error).replace('data_license', 'data-license')}") from error
-    pretrained = PretrainedRun(arguments.pretraining, open_shards(arguments.shards))
+        raise InputError(f"--{error}") from error
+    pretrained = PretrainedRun(arguments.pretraining, manifest)
     modalities = arguments.modalities or pretrained.modalities
     if not modalities or len(set(modalities)) < len(modalities):
         raise InputError(f"--modalities: name encoders of {arguments.pretraining}, each once")

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.ssl.encoders.export import CONFIG_FILE, WEIGHTS_FILE
 from bocage.ssl.encoders.hub import HUB_PREFIX
 
@@ -19,7 +20,12 @@ FACTS_FILE = "metrics.json"
 PREPROCESSING_FILE = "preprocessing.json"
 RECIPE_FILE = "recipe.yaml"
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+")
+"""Form of the id of a dataset on the hub."""
+
+_HUB_DATASETS = "https://huggingface.co/datasets/"
+_FLAIR_HUB_CITATION = "FLAIR-HUB: Garioud et al., 2025, [arXiv 2506.07080](https://arxiv.org/abs/2506.07080)."
+_MAX_DOMAINS = 60  # names of domains in a card
 _PROBES = {"knn": "20 nearest neighbours", "linear": "logistic regression"}
 
 
@@ -41,7 +47,8 @@ def render_card(folder: Path) -> str:
     environment.filters["number"] = lambda value: f"{value:,}"
     environment.filters["plain"] = lambda value: f"{value:g}"
     description = config["bocage"]
-    address = facts["address"]
+    address, dataset = facts["address"], facts["terms"]["dataset"]
+    domains = facts["data"]["domains"]
     return environment.from_string(template).render(
         header=_header(facts, description).to_yaml(),
         facts=facts,
@@ -60,19 +67,24 @@ def render_card(folder: Path) -> str:
             "recipe": RECIPE_FILE,
         },
         years=_years(facts["data"]),
+        dataset=dataset,
+        dataset_link=_link(dataset),
+        citation=_FLAIR_HUB_CITATION if dataset["name"] == FLAIR_HUB_INFO.name else "",
+        domains=", ".join(domains[:_MAX_DOMAINS]) + (", ..." if len(domains) > _MAX_DOMAINS else ""),
     )
 
 
 def _header(facts: dict[str, Any], description: dict[str, Any]) -> ModelCardData:
     """Build the metadata header that the hub reads."""
     terms, modality = facts["terms"], facts["modality"]
-    is_hub_dataset = bool(_HUB_NAME.fullmatch(terms["dataset"]))
+    dataset = terms["dataset"]
+    is_hub_dataset = bool(HUB_DATASET.fullmatch(dataset["source"]))
     results = [
         EvalResult(
             task_type="image-segmentation",
-            task_name=f"{score['label']} from frozen features of cells of 12.8 m",
-            dataset_type=terms["dataset"],
-            dataset_name=terms["dataset"],
+            task_name=f"{score['label']} from frozen features of cells of {score['cell']:g} m",
+            dataset_type=dataset["source"] if is_hub_dataset else dataset["name"],
+            dataset_name=dataset["name"],
             dataset_split=score["part"],
             metric_type="mean_iou",
             metric_name=f"strict mIoU (percent), {_PROBES[score['probe']]}",
@@ -84,11 +96,19 @@ def _header(facts: dict[str, Any], description: dict[str, Any]) -> ModelCardData
         license=terms["license"],
         library_name="timm" if description["architecture"] == "swin" else "bocage",
         pipeline_tag="image-feature-extraction",
-        datasets=[terms["dataset"]] if is_hub_dataset else None,
+        datasets=[dataset["source"]] if is_hub_dataset else None,
         tags=["earth-observation", "remote-sensing", "self-supervised", modality],
         model_name=f"{description['architecture']} of {modality}" if results else None,
         eval_results=results or None,
     )
+
+
+def _link(dataset: dict[str, str]) -> str:
+    """Name of a dataset, in Markdown, with a link to its source if that is an address or a hub id."""
+    name, source = dataset["name"], dataset["source"]
+    if HUB_DATASET.fullmatch(source):
+        return f"[{name}]({_HUB_DATASETS}{source})"
+    return f"[{name}]({source})" if source.startswith(("https://", "http://")) else name
 
 
 def _interval(score: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Publish a pretrained encoder: a folder with its weights, its facts and a model card.
 
-All facts come from the files of the run, the shards and the probes, or from the publisher (licences, name of the
-dataset). A missing fact is an error. ``metrics.json`` contains all facts, and the model card is generated from the
-other files of the folder (``card.py``), so that they cannot disagree.
+All facts come from the files of the run, the shards and the probes, or from the publisher (licence of the weights). The
+shards say which dataset it was. A missing fact is an error. ``metrics.json`` contains all facts, and the model card is
+generated from the other files of the folder (``card.py``), so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from omegaconf import OmegaConf
 from bocage.finetune.evaluation.evaluate import read_region_matrices
 from bocage.finetune.evaluation.statistics import BootstrapEstimate, mean_iou, region_weights, strict_counts
 from bocage.finetune.models.targets import scheme_from_json
-from bocage.finetune.publishing.card import CARD_FILE, FACTS_FILE, PREPROCESSING_FILE, RECIPE_FILE, render_card
+from bocage.finetune.publishing.card import (
+    CARD_FILE,
+    FACTS_FILE,
+    HUB_DATASET,
+    PREPROCESSING_FILE,
+    RECIPE_FILE,
+    render_card,
+)
+from bocage.shards.dataset_info import FLAIR_HUB_INFO, DatasetInfo
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_folder, sha256
 from bocage.shards.format.manifest import EVERY_SAMPLE, Manifest, has_acquisition_dates
@@ -42,6 +50,7 @@ _REPLICATES = 2000
 _MIN_REGIONS = 5  # with fewer regions, bootstrap replicates lack classes
 _EPOCH = date(1970, 1, 1)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_NO_LICENCES = ("other", "unknown")
 _LOCAL_KEYS = ("recipe", "shards", "output")
 _LOCAL_ENGINE_KEYS = ("tracker", "project", "resume", "resume_allow")
 _PROBE_KEYS = {"probe", "weights", "shards", "split", "train_cells", "modalities", "labels", "patches"}
@@ -63,29 +72,52 @@ _REPRESENTATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseTerms:
-    """Facts that only the publisher knows.
+    """What a card says about licences and about the pretraining data.
 
     Attributes:
-        dataset: name of the pretraining data, e.g. ``IGNF/FLAIR-HUB``; a name ``org/name`` is linked as a hub dataset.
         license: licence of the weights, as the hub writes it, e.g. ``apache-2.0``.
-        data_license: licence of the data, e.g. ``etalab-2.0``.
+        dataset: pretraining data, see ``released_dataset``. Cards name the data only through this object.
 
     Raises:
-        ValueError: the dataset is missing, or a licence is not written as on the hub.
+        ValueError: the licence is not written as on the hub.
     """
 
-    dataset: str
     license: str
-    data_license: str
+    dataset: DatasetInfo
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w][\w ./()-]*[\w)]", self.dataset):
-            raise ValueError(f"dataset={self.dataset!r}: name the pretraining data, e.g. IGNF/FLAIR-HUB")
-        for key in ("license", "data_license"):
-            if not _LICENCE.fullmatch(getattr(self, key)):
-                raise ValueError(f"{key}={getattr(self, key)!r} is not how the hub writes licences, e.g. etalab-2.0")
-            if getattr(self, key) in ("other", "unknown"):
-                raise ValueError(f"{key}={getattr(self, key)} is not a licence: name it, e.g. etalab-2.0")
+        if not _LICENCE.fullmatch(self.license):
+            raise ValueError(f"license={self.license!r} is not how the hub writes licences, e.g. etalab-2.0")
+        if self.license in _NO_LICENCES:
+            raise ValueError(f"license={self.license} is not a licence: name it, e.g. etalab-2.0")
+
+
+def released_dataset(stored: DatasetInfo, name: str | None = None, licence: str | None = None) -> DatasetInfo:
+    """Return the dataset that a card names: that of the shards, unless the publisher gives another name.
+
+    Args:
+        stored: dataset that the shards name.
+        name: name or hub id of the data where the shards name others, e.g. for simulated patches in the format of
+            FLAIR-HUB.
+        licence: licence of the data, where the shards do not name it or the name is another one.
+
+    Raises:
+        InputError: the name claims to be FLAIR-HUB and the shards are not, the licence is missing, or it contradicts
+            the shards.
+    """
+    dataset = stored
+    if name is not None and name not in (stored.name, stored.source):
+        if name in (FLAIR_HUB_INFO.name, FLAIR_HUB_INFO.source):
+            raise InputError(f"--dataset {name}: the shards are of {stored.name}; leave --dataset out")
+        if not re.fullmatch(r"[\w][\w ./()-]*[\w)]", name):
+            raise InputError(f"--dataset {name!r} is not the name of a dataset, e.g. org/name")
+        dataset = DatasetInfo(name=name, source=name if HUB_DATASET.fullmatch(name) else "")
+    if licence is not None and dataset.licence and licence.lower() != dataset.licence.lower():
+        raise InputError(f"--data-license {licence}: the licence of {dataset.name} is {dataset.licence} in the shards")
+    chosen = dataset.licence or licence or ""
+    if not chosen.strip() or chosen.lower() in _NO_LICENCES:
+        raise InputError(f"--data-license: the licence of {dataset.name} is unknown; name it, e.g. cc-by-4.0")
+    return replace(dataset, licence=chosen)
 
 
 class PretrainedRun:
@@ -233,7 +265,7 @@ def _pretraining_facts(run: PretrainedRun, modality: str) -> dict[str, Any]:
         "steps": run.state.step,
         "skipped_steps": run.state.skipped,
         "samples": run.state.position,
-        "window": config["window"],
+        "window": config["window"] or run.manifest.registry.patch_size,
         "run": run.state.run,
         "bocage": run.description["versions"]["bocage"],
         "libraries": {name: version for name, version in run.description["versions"].items() if name != "bocage"},
@@ -314,6 +346,7 @@ def _score_facts(run: PretrainedRun, modality: str, folder: Path) -> list[dict[s
                 "seen_in_pretraining": int(has_modality(label)[overlap].sum()),
                 "train_patches": metrics["patches"]["train"],
                 "train_cells": metrics["train_cells"][label]["used"],
+                "cell": metrics["train_cells"][label]["side"],
                 "miou": value,
                 "interval": interval,
                 "miou_without_background": strict["miou_without_background"],

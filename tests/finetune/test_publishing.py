@@ -107,7 +107,9 @@ def test_the_card_agrees_with_the_facts(world: Path, name: str) -> None:
     # The scores equal those in the files of the probes.
     for score in facts["scores"]:
         (path,) = (world / "probes" / name).glob(f"{score['probe']}-*/metrics.json")
-        assert json.loads(path.read_text())["test"][score["label"]]["strict"]["miou"] == score["miou"]
+        assert json.loads(path.read_text())["test"][score["label"]]["strict"]["miou"] == pytest.approx(
+            score["miou"], rel=1e-12
+        )
     manifest = Manifest.open(world / "shards")
     trained = manifest.split("split_1", "train")
     assert facts["data"]["patches"] == len(trained)
@@ -121,6 +123,8 @@ def test_the_card_agrees_with_the_facts(world: Path, name: str) -> None:
     ):
         assert fact in card
     assert all(domain in card for domain in facts["data"]["domains"])
+    assert "[FLAIR-HUB](https://huggingface.co/datasets/IGNF/FLAIR-HUB)" in card and "Garioud et al., 2025" in card
+    assert "Data (FLAIR-HUB): etalab-2.0." in card
     assert re.search(r"Of the test patches with .*, 0 were used in pretraining", card)
     assert str(world) not in "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
 

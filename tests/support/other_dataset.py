@@ -10,7 +10,8 @@ import numpy as np
 from small_tree import CORNER, raster_path, write_raster, write_table
 
 from bocage.shards.classes import ClassScheme
-from bocage.shards.format.manifest import Manifest
+from bocage.shards.dataset_info import DatasetInfo
+from bocage.shards.format.manifest import DATASET_FILE, Manifest
 from bocage.shards.modality import Band, Modality, Registry
 from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
@@ -18,6 +19,8 @@ from bocage.shards.write.writer import write_shards
 RGB, THERMAL, ROOFS = "ORTHO_RGB", "THERMAL", "ROOFS"
 OPTICAL, RADAR, CROPS = "PIXEL_S2", "PIXEL_S1", "CROPS"
 SPLIT = "split_blocks"
+ROOF_INFO = DatasetInfo(name="Roofs", licence="CC-BY-4.0", attribution="Town hall", source="https://example.org/roofs")
+CROP_INFO = DatasetInfo(name="Crops")
 
 ROOF_SCHEME = ClassScheme(
     name="roof materials",
@@ -124,9 +127,7 @@ def write_roofs(folder: Path, patches: int = 8, modalities: tuple[str, ...] = (R
             corner = (CORNER[0] + modality.patch_size * index, CORNER[1])
             write_raster(raster_path(tree, modality, key), array, modality.gsd, corner)
     _write_splits(tree, patches)
-    return write_shards(
-        FlairHubCatalogue.open(tree, registry), folder / "shards", samples_per_shard=max(1, patches // 2)
-    )
+    return _write(tree, registry, folder / "shards", patches, ROOF_INFO)
 
 
 def write_crops(folder: Path, patches: int = 16, modalities: tuple[str, ...] = (OPTICAL, RADAR, CROPS)) -> Manifest:
@@ -160,9 +161,15 @@ def write_crops(folder: Path, patches: int = 16, modalities: tuple[str, ...] = (
         path = tree / "GLOBAL_ALL_MTD" / f"GLOBAL_{registry[name].dates_table}_MTD_DATES.gpkg"
         write_table(path, {"patch_id": keys, "acquisition_dates": texts})
     _write_splits(tree, patches)
-    return write_shards(
-        FlairHubCatalogue.open(tree, registry), folder / "shards", samples_per_shard=max(1, patches // 2)
-    )
+    return _write(tree, registry, folder / "shards", patches, CROP_INFO)
+
+
+def _write(tree: Path, registry: Registry, out: Path, patches: int, info: DatasetInfo) -> Manifest:
+    """Write the rasters as two shards of another dataset; their files are named like those of FLAIR-HUB."""
+    path = write_shards(FlairHubCatalogue.open(tree, registry), out, samples_per_shard=max(1, patches // 2)).path
+    description = json.loads((path / DATASET_FILE).read_text())
+    (path / DATASET_FILE).write_text(json.dumps({**description, "dataset": info.to_json()}))
+    return Manifest.open(path)
 
 
 def _keys(patches: int) -> list[str]:
