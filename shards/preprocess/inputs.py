@@ -38,13 +38,14 @@ class EncoderInput:
 
 
 def cloudy_dates(probabilities: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """Select the dates of a Sentinel-2 series to ignore, by the rule of the official FLAIR-HUB code.
+    """Select the dates of an optical series to ignore, by the rule of the official FLAIR-HUB code.
 
     A date is kept if at least 95 % of its pixels have cloud and snow probabilities of at most 1 %. A sample without
     such a date keeps its snow-free dates. A sample without snow-free dates keeps all its dates.
 
     Args:
-        probabilities: snow and cloud probability in percent, (B, T, 2, H, W); NaN where unknown.
+        probabilities: snow and cloud probability in percent, (B, T, 2, H, W), or one of them, (B, T, 1, H, W); NaN
+            where unknown.
         padding: padded dates, (B, T) bool.
 
     Returns:

@@ -70,6 +70,14 @@ def test_cloudy_dates_follow_the_official_fallbacks() -> None:
     ]
 
 
+def test_a_mask_may_have_one_probability_only() -> None:
+    clouds = torch.zeros(2, 3, 1, 1, 1)
+    clouds[0, 1] = 40  # one cloudy date
+    clouds[1] = 90  # no clear date: all are kept
+    padding = torch.zeros(2, 3, dtype=torch.bool)
+    assert cloudy_dates(clouds, padding).tolist() == [[False, True, False], [False, False, False]]
+
+
 def test_quality_masks_apply_to_their_series() -> None:
     assert quality_masks(FLAIR_HUB, [S2]) == {S2: S2_MASK}
     names = [modality.name for modality in required_modalities(FLAIR_HUB, ["AERIAL_RGBI", S2], ["AERIAL_LABEL-COSIA"])]
