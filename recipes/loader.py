@@ -225,10 +225,24 @@ def load_dataset(path: str, arguments: list[str]) -> DatasetDescription:
     Raises:
         InputError: the file cannot be read, a key is unknown, or a value is wrong.
     """
-    layer = _parse_mapping(f"dataset={path}", _read_text(f"dataset={path}", Path(path)))
-    config = _merge(OmegaConf.structured(DatasetDescription), layer, f"dataset {path}")
+    return parse_dataset(_read_text(f"dataset={path}", Path(path)), arguments, path)
+
+
+def parse_dataset(text: str, arguments: list[str], source: str) -> DatasetDescription:
+    """Parse the description of a dataset.
+
+    Args:
+        text: YAML text.
+        arguments: command-line arguments that override values, see ``load_dataset``.
+        source: file or draft that the text comes from, for messages.
+
+    Raises:
+        InputError: the text is not YAML, a key is unknown, or a value is wrong.
+    """
+    layer = _parse_mapping(f"dataset={source}", text)
+    config = _merge(OmegaConf.structured(DatasetDescription), layer, f"dataset {source}")
     config = _merge(config, _parse_arguments(arguments), "command line")
-    return cast(DatasetDescription, _to_object(config, f"dataset {path}", has_arguments=bool(arguments)))
+    return cast(DatasetDescription, _to_object(config, f"dataset {source}", has_arguments=bool(arguments)))
 
 
 def _parse_arguments(arguments: list[str]) -> DictConfig:

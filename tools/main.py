@@ -18,7 +18,8 @@ from bocage.tools.cli.logging_setup import configure_logging
 COMMANDS = {
     "get": "download FLAIR-HUB from the Hugging Face hub, all or a part of it",
     "sample": "write simulated patches in the format of FLAIR-HUB",
-    "shard": "write FLAIR-HUB as WebDataset shards with a manifest",
+    "describe": "draft the description of a dataset that is not FLAIR-HUB",
+    "shard": "write FLAIR-HUB, or a described dataset, as WebDataset shards with a manifest",
     "verify": "check shards against their manifest and name broken files",
     "inspect": "summarise shards, and draw a patch in all its modalities",
     "pretrain": "pretrain one encoder per modality on unlabelled shards",

@@ -14,13 +14,14 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from bocage.recipes.loader import DATASET_KEY, load_dataset
+from bocage.recipes.loader import DATASET_KEY, load_dataset, parse_dataset
 from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import with_lossy_dem
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.delete_source import replaced_zips
+from bocage.shards.inspect.summary import preferred_patches
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.source.flair_hub import FlairHubCatalogue
@@ -29,6 +30,13 @@ from bocage.shards.write.estimate import Estimate
 from bocage.shards.write.plan import ORDERS
 from bocage.shards.write.writer import DatasetWriter
 from bocage.tools.cli.arguments import parse_pairs, positive_int, unit_fraction
+from bocage.tools.cli.dry_run import catalogue_tables
+from bocage.tools.cli.image_options import (
+    add_image_options,
+    check_image_options,
+    describe_command,
+    draft_from_options,
+)
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.progress import ProgressBar, ProgressBars, format_duration
 from bocage.tools.verify import show_verification
@@ -36,6 +44,7 @@ from bocage.tools.verify import show_verification
 _MEGABYTE = 1e6
 _SKIPPED_SHOWN = 10
 _ZIPS_SHOWN = 20
+_PATCHES_DRAWN = 4
 _REST = "rest"
 
 SomeCatalogue = TypeVar("SomeCatalogue", bound=Catalogue)
@@ -54,7 +63,10 @@ On SLURM, with SRC and OUT on a shared file system:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.epilog = _EPILOG
-    parser.usage = "bocage shard [options] SRC OUT [dataset=FILE] [key=value ...]"
+    parser.usage = (
+        "bocage shard [options] SRC OUT [dataset=FILE] [key=value ...]\n"
+        "       bocage shard [options] --images DIR [--labels DIR] OUT [key=value ...]"
+    )
     parser.add_argument(
         "overrides",
         nargs="+",
@@ -62,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="SRC: FLAIR-HUB tree, or the folder that dataset=FILE describes; OUT: new folder, or the folder of a run "
         "to resume; key=value: values of the description to override",
     )
+    add_image_options(parser)
 
     content = parser.add_argument_group("content")
     content.add_argument(
@@ -129,6 +142,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     running.add_argument("--report", metavar="FILE", type=Path, help="write the problems found in SRC as JSON")
     running.add_argument(
+        "--picture", metavar="FILE.png", type=Path, help="with --dry-run: draw a few patches in all their modalities"
+    )
+    running.add_argument(
         "--delete-source",
         action="store_true",
         help="verify the written shards as `bocage verify --decode all` does, then delete the zips of SRC whose files "
@@ -136,7 +152,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     stages = running.add_mutually_exclusive_group()
     stages.add_argument(
-        "--dry-run", action="store_true", help="estimate sizes and time from a few patches, and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what was understood, estimate sizes and time from a few patches, and write nothing",
     )
     stages.add_argument(
         "--slice", type=_slice, metavar="I/N", help="write only the I-th (from 1) of N slices of the shards"
@@ -150,12 +168,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the shards; return 130 or 143 when interrupted."""
     if arguments.delete_source and (arguments.dry_run or arguments.slice is not None):
         raise InputError("--delete-source: needs complete shards; give it without --dry-run, or with --merge")
+    if arguments.picture is not None and not arguments.dry_run:
+        raise InputError("--picture: needs --dry-run; `bocage inspect OUT --picture FILE` draws a patch of shards")
     _read_positionals(arguments)
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # FORCE_COLOR would draw a spinner in logs
     try:
         with Interrupts() as interrupts:
             with console.status(f"reading the catalogue of {arguments.source}"):
-                catalogue = _open_catalogue(arguments)
+                catalogue = _open_catalogue(arguments, console)
             _print_report(console, catalogue)
             if arguments.report is not None:
                 _write_report(arguments.report, catalogue)
@@ -174,9 +194,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_positionals(arguments: argparse.Namespace) -> None:
     """Set ``source``, ``out``, ``dataset`` and ``settings`` from the positional arguments."""
+    check_image_options(arguments)
     paths = [argument for argument in arguments.overrides if "=" not in argument]
     settings = [argument for argument in arguments.overrides if "=" in argument]
     datasets = [argument for argument in settings if argument.startswith(DATASET_KEY)]
+    if arguments.images is not None:
+        if datasets:
+            raise InputError(f"{datasets[0]}: --images describes the dataset already; give one of them")
+        if len(paths) != 1:
+            raise InputError(f"{len(paths)} paths given; with --images give one, OUT: the folder of the shards")
+        arguments.source, arguments.out, arguments.dataset = arguments.images, Path(paths[0]), None
+        arguments.settings = settings
+        return
     if len(paths) != 2:
         raise InputError(f"{len(paths)} paths given; give two, SRC and OUT: the source and the folder of the shards")
     if len(datasets) > 1:
@@ -188,18 +217,26 @@ def _read_positionals(arguments: argparse.Namespace) -> None:
     arguments.settings = [argument for argument in settings if argument not in datasets]
 
 
-def _open_catalogue(arguments: argparse.Namespace) -> Catalogue:
+def _open_catalogue(arguments: argparse.Namespace, console: Console) -> Catalogue:
     """Open the catalogue of a described dataset or of FLAIR-HUB."""
-    if arguments.dataset is None:
+    if arguments.dataset is None and arguments.images is None:
         return _flair_hub_catalogue(arguments)
-    for option in ("split_csv", "lossy_dem", "delete_source"):
+    for option in ("modalities", "split_csv", "lossy_dem", "delete_source"):
         if getattr(arguments, option):
             raise InputError(
                 f"--{option.replace('_', '-')} applies to FLAIR-HUB only, not to a described dataset; leave it out"
             )
-    description = load_dataset(arguments.dataset, arguments.settings)
-    catalogue = open_described(arguments.source, description, Path(arguments.dataset).parent)
-    return _with_domain_split(catalogue, arguments)
+    if arguments.dataset is not None:
+        description = load_dataset(arguments.dataset, arguments.settings)
+        folder = Path(arguments.dataset).parent
+    else:
+        draft = draft_from_options(arguments)
+        keep = f"to keep or edit this description: {describe_command(arguments)}"
+        for note in (*draft.notes, keep):
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        description = parse_dataset(draft.to_yaml(), arguments.settings, f"--images {arguments.images}")
+        arguments.source, folder = draft.root, Path()
+    return _with_domain_split(open_described(arguments.source, description, folder), arguments)
 
 
 def _flair_hub_catalogue(arguments: argparse.Namespace) -> FlairHubCatalogue:
@@ -238,7 +275,7 @@ def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Nam
         max_bad=arguments.max_bad,
     )
     if arguments.dry_run:
-        _print_estimate(sharding.estimate(), arguments)
+        _print_dry_run(catalogue, sharding.estimate(), arguments)
     elif arguments.merge:
         _print_summary(sharding.merge())
     else:
@@ -305,6 +342,18 @@ def _write_report(path: Path, catalogue: Catalogue) -> None:
             temporary.write_text(json.dumps(catalogue.report().to_json(), indent=1), encoding="utf-8")
     except OSError as error:
         raise InputError(f"--report {path}: cannot be written: {error.strerror}") from error
+
+
+def _print_dry_run(catalogue: Catalogue, estimate: Estimate, arguments: argparse.Namespace) -> None:
+    """Print what was understood and an estimate, and draw a few patches if asked to."""
+    for table in catalogue_tables(catalogue):
+        Console().print(table)
+    _print_estimate(estimate, arguments)
+    if arguments.picture is not None:
+        from bocage.shards.inspect.contact_sheet import catalogue_sheet, save_sheet  # imports matplotlib
+
+        save_sheet(catalogue_sheet(catalogue, preferred_patches(catalogue), _PATCHES_DRAWN), arguments.picture)
+        print(f"patches: {arguments.picture}")
 
 
 def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:

@@ -13,11 +13,18 @@ bocage get FLAIR-HUB --domains D004-2021 D012-2019 --modalities AERIAL_RGBI AERI
     "sample": """\
 bocage sample FLAIR-HUB --patches 200 --seed 0
 bocage sample data/tree --patches 20 --gaps 0.2 --modalities AERIAL_RGBI SENTINEL2_TS AERIAL_LABEL-COSIA""",
+    "describe": """\
+bocage describe drone
+bocage describe drone -o drone.yaml
+bocage describe --images drone/images --labels drone/masks --bands R,G,B --classes classes.txt -o drone.yaml""",
     "shard": """\
 bocage shard FLAIR-HUB data/shards --workers 32 --dry-run
 bocage shard FLAIR-HUB data/shards --workers 32
 bocage shard FLAIR-HUB data/aerial --modalities AERIAL_RGBI AERIAL_LABEL-COSIA \\
-    --split-domains test=D004-2021 train=rest""",
+    --split-domains test=D004-2021 train=rest
+bocage shard drone data/drone dataset=drone.yaml --dry-run --picture data/drone.png
+bocage shard drone data/drone dataset=drone.yaml
+bocage shard --images drone/images --labels drone/masks --bands R,G,B --classes classes.txt data/drone""",
     "verify": """\
 bocage verify data/shards --workers 8
 bocage verify data/shards --decode all --json data/verify.json""",

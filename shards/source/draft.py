@@ -1,0 +1,126 @@
+"""Draft the description of a dataset from a folder.
+
+The draft comes from all file names, and from headers and values of a sample of the files. What a sample cannot decide
+becomes a comment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from bocage.shards.errors import InputError
+from bocage.shards.source.draft_names import FileGroup, group_files
+from bocage.shards.source.draft_rasters import Choices, draft_rasters
+from bocage.shards.source.draft_survey import read_header
+from bocage.shards.source.draft_table import draft_tables
+from bocage.shards.source.draft_yaml import Draft
+from bocage.shards.source.file_patterns import list_files
+from bocage.shards.source.naming import FOLDER
+from bocage.shards.source.rasters import RasterError
+
+_RASTERS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img", ".bmp")
+_TABLES = (".parquet",)
+_MAX_SHOWN = 5
+
+
+def draft_folder(root: Path) -> Draft:
+    """Draft the description of a folder.
+
+    Args:
+        root: folder of rasters, or of Parquet tables.
+
+    Raises:
+        InputError: the folder holds nothing that can be described, or is FLAIR-HUB.
+    """
+    paths = list(list_files(root))
+    rasters = [path for path in paths if path.lower().endswith(_RASTERS)]
+    tables = [path for path in paths if path.lower().endswith(_TABLES)]
+    if any(FOLDER.fullmatch(folder) for folder in {path.split("/")[0] for path in rasters}):
+        raise InputError(f"{root}: has the layout of FLAIR-HUB, which needs no description: bocage shard {root} OUT")
+    if tables and not rasters:
+        return draft_tables(root, tables)
+    if not rasters:
+        raise InputError(f"{root}: holds no {', '.join(_RASTERS)} or .parquet file{_explain_others(paths)}")
+    draft = draft_rasters(root, group_files(rasters, lambda path: _form(root / path)), Choices())
+    if tables:
+        draft.notes.append(f"{len(tables)} Parquet files are left out; put tables into a folder of their own")
+    return draft
+
+
+def draft_images(images: Path, labels: Path | None, choices: Choices) -> Draft:
+    """Draft the description of a folder of images and a folder of their labels.
+
+    Args:
+        images: folder of images of one kind.
+        labels: folder of label rasters with the names of the images; None for none.
+        choices: what the user has decided.
+
+    Raises:
+        InputError: a folder holds no rasters or several kinds, the folders have no folder in common, no label has the
+            name of an image, or the bands are unknown.
+    """
+    root, prefixes = _common_root(images, labels)
+    groups = [_single_group(root, prefix, option) for option, prefix in prefixes.items()]
+    draft = draft_rasters(root, groups, choices, roles=[option == "--labels" for option in prefixes])
+    if labels is not None and "labels" not in draft.values:
+        raise InputError(f"--labels {labels}: {'; '.join(draft.notes)}")
+    bands = next(iter(draft.values["sensors"].values()))["bands"]
+    if not choices.bands and (unknown := [name for name, value in bands.items() if value == "other"]):
+        raise InputError(
+            f"--images {images}: the files do not say what {', '.join(unknown)} of {len(bands)} bands are; name all in "
+            "order, e.g. --bands R,G,B,NIR"
+        )
+    return draft
+
+
+def _common_root(images: Path, labels: Path | None) -> tuple[Path, dict[str, str]]:
+    """Deepest folder that holds both folders, and the path of each below it, by option."""
+    for option, folder in (("--images", images), ("--labels", labels)):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"{option} {folder}: no such folder")
+    if labels is None:
+        return images, {"--images": ""}
+    first, second = images.resolve(), labels.resolve()
+    root = next(parent for parent in (first, *first.parents) if second.is_relative_to(parent))
+    if root in (first, second):
+        raise InputError(f"--images {images} and --labels {labels}: give two folders, neither inside the other")
+    if root == Path(root.anchor):
+        raise InputError(f"--images {images} and --labels {labels}: have no folder in common; link them into one")
+    prefixes = {"--images": first.relative_to(root).as_posix(), "--labels": second.relative_to(root).as_posix()}
+    return root, prefixes
+
+
+def _single_group(root: Path, prefix: str, option: str) -> FileGroup:
+    """The only kind of rasters below a folder."""
+    folder = root / prefix
+    names = list(list_files(folder))
+    paths = [f"{prefix}/{name}" if prefix else name for name in names if name.lower().endswith(_RASTERS)]
+    if not paths:
+        raise InputError(f"{option} {folder}: holds no {', '.join(_RASTERS)} file{_explain_others(names)}")
+    groups = group_files(paths, lambda path: _form(root / path))
+    if len(groups) > 1:
+        examples = " and ".join(group.example for group in groups[:2])
+        raise InputError(
+            f"{option} {folder}: holds {len(groups)} kinds of files, e.g. {examples}; draft a description with "
+            "bocage describe instead"
+        )
+    return groups[0]
+
+
+def _explain_others(paths: Sequence[str]) -> str:
+    counts = Counter(Path(path).suffix.lower() or "without an extension" for path in paths)
+    found = ", ".join(f"{count} {extension}" for extension, count in counts.most_common(_MAX_SHOWN))
+    return f"; it has {found}" if found else "; it is empty"
+
+
+def _form(path: Path) -> tuple[Hashable, Hashable] | None:
+    """What differs between the rasters of two sensors: bands and dtype, and the pixel to a factor of two."""
+    try:
+        header = read_header(path)
+    except RasterError:
+        return None
+    pixel = None if header.pixel is None else round(math.log2(header.pixel))
+    return (header.bands, header.dtypes[0]), pixel
