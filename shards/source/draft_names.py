@@ -311,7 +311,9 @@ def find_layout(groups: Sequence[FileGroup]) -> NameLayout:
     """
     ways = [list(_strategies(group)) for group in groups]
     best: NameLayout | None = None
-    for reference in ways[0]:
+    # A division in which nothing varies has no advantage over the whole name.
+    references = [pieces for pieces in ways[0] if any(len(slot.distinct) > 1 for slot in _slots(pieces))]
+    for reference in references or ways[0][-1:]:
         layout = _layout(groups, ways, reference)
         if layout is not None and (best is None or _quality(layout) > _quality(best)):
             best = layout
@@ -430,6 +432,10 @@ def _keep_whole(values: tuple[str, ...]) -> _Columns | None:
     return [values]
 
 
+def _slots(pieces: _Pieces) -> list[_Slot]:
+    return [piece for piece in pieces if isinstance(piece, _Slot)]
+
+
 def _layout(groups: Sequence[FileGroup], ways: Sequence[Sequence[_Pieces]], reference: _Pieces) -> NameLayout | None:
     """Layout for one division of the names of the reference; None if its pattern does not give its parts back.
 
@@ -471,7 +477,7 @@ def _name_slots(pieces: _Pieces, count: int) -> dict[_Slot, str]:
     """Name of each slot that varies in ``count`` files. If none does, the file name becomes a field."""
     names: dict[_Slot, str] = {}
     taken: dict[tuple[str, ...], str] = {}
-    slots = [piece for piece in pieces if isinstance(piece, _Slot)]
+    slots = _slots(pieces)
     varying = [slot for slot in slots if len(slot.distinct) > 1]
     if all(slot.date_format for slot in varying):
         free = [slot for slot in slots if slot not in varying]
@@ -508,7 +514,7 @@ def _name_slots(pieces: _Pieces, count: int) -> dict[_Slot, str]:
 
 def _match_slots(pieces: _Pieces, fields: Mapping[str, _Slot], date_format: str) -> dict[_Slot, str]:
     """Field of the reference for each slot that has mostly values of it; dates are always the date."""
-    slots = [piece for piece in pieces if isinstance(piece, _Slot)]
+    slots = _slots(pieces)
     names: dict[_Slot, str] = {}
     for name, wanted in fields.items():
         if name == "date":

@@ -327,7 +327,9 @@ def _sensor_values(draft: Draft, image: _Image, choices: Choices) -> dict[str, A
         for band, remark in image.bands.remarks.items():
             draft.comments[(*keys, "bands", band)] = remark
         if unknown := [band for band, value in image.bands.bands.items() if value == "other"]:
-            draft.notes.append(f"{image.name}: say what the bands {', '.join(unknown)} measure")
+            draft.notes.append(
+                f"{image.name}: the files do not say what {', '.join(unknown)} measure; name these bands"
+            )
         if image.bands.representation != "linear":
             values["representation"] = image.bands.representation
     finite = [value for value in (*image.values.lowest, *image.values.highest) if math.isfinite(value)]

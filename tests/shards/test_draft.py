@@ -145,6 +145,7 @@ def patterns(paths: list[str], look: Any = lambda path: (1, 1)) -> tuple[list[st
         (["p_B02.tif", "q_B02.tif", "p_B03.tif", "q_B03.tif"], ["{tile}_B02.tif", "{tile}_B03.tif"]),
         (["image.tif", "mask.tif"], ["image.tif", "mask.tif"]),
         (["odd{name}.tif"], ["{tile}.tif"]),
+        (["one_2_three.tif"], ["{tile}.tif"]),
     ],
 )
 def test_patterns_of_names(paths: list[str], expected: list[str]) -> None:
