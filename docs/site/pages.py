@@ -41,8 +41,18 @@ SECTIONS = {
 }
 # Pages that come first in their section, in this order; the others follow by name.
 FIRST = {
-    "tutorials": ("quickstart", "notebook", "flair-hub", "use-an-encoder"),
-    "how-to": ("shard", "pretrain", "cluster", "finetune", "map", "label-studies", "publish", "official-models"),
+    "tutorials": ("quickstart", "notebook", "flair-hub", "drone-images", "use-an-encoder"),
+    "how-to": (
+        "shard",
+        "datasets",
+        "pretrain",
+        "cluster",
+        "finetune",
+        "map",
+        "label-studies",
+        "publish",
+        "official-models",
+    ),
     "reference": ("commands", "recipes", "recipe-keys", "recipe-files", "formats", "metrics", "api"),
     "explanation": ("architecture", "objectives", "masking", "determinism", "statistics", "design-choices"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from small_tree import CORNER, write_raster
 from bocage.recipes.loader import load_dataset
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
+from bocage.shards.source.description import build_registry
 from bocage.tools.cli.image_options import read_classes
 from bocage.tools.main import main
 
@@ -191,3 +193,13 @@ def test_a_picture_leaves_out_patches_that_cannot_be_read(tmp_path: Path, capsys
     assert imread(tmp_path / "again.png").shape[0] == height  # two patches each
     assert main([*words, str(tmp_path / "no" / "sheet.png")]) == 2
     assert "cannot be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["how-to/datasets", "tutorials/drone-images"])
+def test_descriptions_in_the_documentation_load(page: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "dataset.yaml").write_text(block, encoding="utf-8")
+        assert build_registry(load_dataset(str(tmp_path / "dataset.yaml"), [])).inputs
