@@ -31,6 +31,11 @@ Grid = tuple[int, int]
 _HEAD_SCALE = 4  # upsampling factor of the official head, before logits are resized to the label size
 
 
+def _finest_cell(encoder: Encoder) -> float:
+    """Side of a cell of the encoder's finest map on the ground, in metres."""
+    return encoder.spec.gsd * min(encoder.strides)
+
+
 def _map_indices(encoder: Encoder, stages: int) -> list[int]:
     """Return the index of the encoder's map (finest first) that each stage (finest first) receives.
 
@@ -119,18 +124,19 @@ class Predictions(NamedTuple):
 class UPerFuse(nn.Module):
     """Encoders of any set of modalities, their fusion, and one decoder per task.
 
-    The stages of the pyramid have the grids and widths of the first image's maps. Without an image, all stages have
-    the grid of the first series, whose maps share one resolution: a coarser grid would lose detail and a finer one
-    would add none. With one modality there is no fusion, and its maps go straight to the decoder.
+    The stages of the pyramid have the grids and widths of the maps of one modality, the one with the finest map. If
+    that is a series, all stages have its grid, because its maps share one resolution: a coarser grid would lose detail
+    and a finer one would add none. With one modality there is no fusion, and its maps go straight to the decoder.
 
     Args:
         encoders: encoders by modality, images before series (the order of ``Registry.inputs``).
         tasks: number of classes of each task, by name.
         decoder: widths and norm of the decoders.
         auxiliary: modalities with an auxiliary decoder per task, for deep supervision during training.
-        official: whether to compute what the official code computes. Every sample must then have every modality.
-            Logits are upsampled fourfold with aligned corners before they are resized. Without an image, the result
-            is the mean of the logits of the series' heads; with several tasks a convolution per task follows.
+        official: whether to compute what the official code computes. Every sample must then have every modality. The
+            pyramid is that of the first modality. Logits are upsampled fourfold with aligned corners before they are
+            resized. Without an image, the result is the mean of the logits of the series' heads; with several tasks a
+            convolution per task follows.
 
     Raises:
         InputError: there is no encoder, a series comes before an image, an auxiliary modality has no encoder, or the
@@ -156,12 +162,13 @@ class UPerFuse(nn.Module):
             raise InputError(f"auxiliary: {', '.join(sorted(unknown))} not among the modalities {', '.join(encoders)}")
         self.official = official
         self.tasks = dict(tasks)
-        stages = len(first.widths)
+        self._reference = first_name if official else min(encoders, key=lambda name: _finest_cell(encoders[name]))
+        stages = len(encoders[self._reference].widths)
         self._map_indices = {name: _map_indices(encoder, stages) for name, encoder in encoders.items()}
         widths = {
             name: [encoders[name].widths[index] for index in indices] for name, indices in self._map_indices.items()
         }
-        outputs = widths[first_name]
+        outputs = widths[self._reference]
         self.encoders = nn.ModuleDict(dict(encoders))
         self.series_only = official and first.spec.series
         fused = len(encoders) > 1 and not self.series_only
@@ -219,9 +226,9 @@ class UPerFuse(nn.Module):
 
     def grids(self, side: float) -> list[Grid]:
         """Return the grid (rows, columns) of each stage, finest first, for a ground window of ``side`` metres."""
-        first = self.encoder(next(iter(self.encoders)))
-        pixels = round(side / first.spec.gsd)
-        strides = [min(first.strides)] * len(first.strides) if first.spec.series else first.strides
+        reference = self.encoder(self._reference)
+        pixels = round(side / reference.spec.gsd)
+        strides = [min(reference.strides)] * len(reference.strides) if reference.spec.series else reference.strides
         return [(cells, cells) for cells in (math.ceil(pixels / stride) for stride in strides)]
 
     def forward(self, inputs: Mapping[str, EncoderInput], side: float, size: int) -> Predictions:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_segmentation import AERIAL, DECODER, DEM, S1, S2, batch, encoders, task
@@ -49,6 +51,17 @@ def test_fusion_equals_one_convolution_over_the_resized_concatenation() -> None:
         torch.testing.assert_close(fused, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_series_finer_than_images_decide_the_grid() -> None:
+    """A coarse image beside a series: the pyramid must not lose the pixels of the series."""
+    built = encoders("SPOT_RGBI", S2)
+    built["SPOT_RGBI"].spec = replace(built["SPOT_RGBI"].spec, gsd=25.6)
+    net = UPerFuse(built, {"land": 4}, DECODER).eval()
+    assert net.grids(SIDE) == [(5, 5)] * 3
+    image, series = inputs_of(net, batch(("SPOT_RGBI", S2), inputs=("SPOT_RGBI", S2))).values()
+    coarse = EncoderInput(image.values[..., :2, :2], image.valid[..., :2, :2], image.present)
+    assert net({"SPOT_RGBI": coarse, S2: series}, SIDE, 16).logits["land"].shape == (1, 4, 16, 16)
+
+
 def test_fusion_weights_have_the_official_layout() -> None:
     fusion = Fusion({"a": (4, 8), "b": (2, 3)}, (4, 8))
     shapes = {name: tuple(tensor.shape) for name, tensor in fusion.state_dict().items()}
@@ -68,6 +81,7 @@ def test_fusion_weights_have_the_official_layout() -> None:
         ((S2,), [5, 5, 5]),
         ((S2, S1), [5, 5, 5]),
         (("SPOT_RGBI", S1), [8, 4, 2, 1]),
+        (("SPOT_RGBI", AERIAL), [64, 32, 16, 8]),  # the finest modality decides, in any order
     ],
 )
 def test_any_subset_gives_logits_at_label_size(names: tuple[str, ...], grids: list[int]) -> None:
