@@ -99,8 +99,8 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         manifest: manifest of the shards.
 
     Raises:
-        InputError: a modality, label or other name is unknown, an encoder reads another modality or other bands than
-            the shards have, or an image of the shards does not divide into the patches of its encoder.
+        InputError: a modality, label or other name is unknown, or an encoder reads another modality or other bands than
+            the shards have.
     """
     modalities = _input_modalities(config, manifest)
     targets = _build_targets(config, manifest)
@@ -118,29 +118,12 @@ def build_task(config: FinetuneConfig, manifest: Manifest) -> Segmentation:
         supervision=config.supervision,
     )
     window = config.window or task.patch_size
-    for modality in modalities:
-        _check_size(modality, task.model.encoder(modality.name), window)
     pixels = round(window / task.gsd)
     if pixels % config.label_stride:
         raise InputError(
             f"label_stride={config.label_stride} does not divide the {pixels} pixels of window={window:g} metres"
         )
     return task
-
-
-def _check_size(modality: Modality, encoder: Encoder, window: float) -> None:
-    """Check that training windows and whole patches of an image divide into the patches of its Swin.
-
-    Raises:
-        InputError: they do not.
-    """
-    stride = min(encoder.strides)
-    for side, advice in ((window, "change the window"), (modality.patch_size, "shard patches of another size")):
-        if (pixels := round(side / modality.gsd)) % stride:
-            raise InputError(
-                f"{modality.name}: {side:g} m are {pixels} px, which do not divide into the {stride}-px patches of its "
-                f"Swin: {advice}"
-            )
 
 
 def _input_modalities(config: FinetuneConfig, manifest: Manifest) -> Sequence[Modality]:

@@ -28,7 +28,7 @@ from bocage.ssl.evaluation.reconstructions import reconstruction_figure, save_fi
 from bocage.ssl.objectives.dense_contrast import DenseContrast
 from bocage.ssl.objectives.latent import LatentPrediction
 from bocage.ssl.objectives.masked import MaskedReconstruction
-from bocage.ssl.objectives.masking import check_window
+from bocage.ssl.objectives.masking import check_window, is_single_unit
 from bocage.ssl.objectives.model import PretrainingModel
 from bocage.ssl.objectives.pooled_contrast import PooledContrast, PooledVICReg
 from bocage.ssl.pretrain_config import PretrainConfig
@@ -105,10 +105,11 @@ def build_pretraining_model(config: PretrainConfig, manifest: Manifest) -> Pretr
         architecture = config.architectures.get(name, config.swin if modality.role == "image" else config.utae)
         mask_token = config.masking.images == "mask_token"
         encoder = build_encoder(manifest.input_spec(name), architecture, mask_token=mask_token)
-        if modality.role == "image" and modality.unit % encoder.strides[0]:
+        is_divided = modality.role == "image" and not is_single_unit(modality)
+        if is_divided and modality.unit % encoder.strides[0]:
             raise InputError(
-                f"{name}: its mask unit of {modality.unit} px is not a multiple of the {encoder.strides[0]}-px patches of "
-                "its Swin: shard it with another unit"
+                f"{name}: its mask unit of {modality.unit} px is not a multiple of the {encoder.strides[0]}-px patches "
+                "of its Swin: shard it with another unit"
             )
         if name in config.encoders:
             encoder = initialize_encoder(encoder, config.encoders[name], keep_architecture=True)

@@ -84,7 +84,7 @@ def test_the_objective_of_the_guide_learns_with_and_without_absent_sensors() -> 
             "DEM_ELEV": Mask(dropped=none.index_fill(0, torch.tensor(absent, dtype=torch.long), True)),
         }
         ids = torch.arange(batch)
-        loss, metrics = objective(EncodedBatch({}, masks, features, {}, {}, ids, ids, 51.2, False))
+        loss, metrics = objective(EncodedBatch({}, masks, features, {}, {}, ids, ids, 51.2))
         loss.backward()
         assert torch.isfinite(loss) and (loss > 0) == learns and (set(metrics) == {"diagonal"}) == learns
         assert all(parameter.grad is not None for parameter in objective.parameters())

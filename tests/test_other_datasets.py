@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 from matplotlib.image import imread
-from other_dataset import CROPS, OPTICAL, RADAR, RGB, ROOFS, SPLIT, THERMAL, write_crops, write_roofs
+from other_dataset import CROPS, OPTICAL, RADAR, RGB, ROOFS, SPLIT, TERRAIN, THERMAL, write_crops, write_roofs
 from small_map import dates_file, ground, write
 from small_recipes import PRETRAIN
 
@@ -23,13 +23,14 @@ from bocage.finetune.official.convert import to_official
 from bocage.finetune.train import build_task, finetune
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
+from bocage.shards.modality import Registry
 from bocage.ssl.encoders.export import load_encoder, save_encoder
-from bocage.ssl.pretrain import pretrain
+from bocage.ssl.pretrain import build_pretraining_model, pretrain
 from bocage.ssl.pretrain_config import OBJECTIVES, PretrainConfig
 from bocage.tools.main import main
 
 LABELS = {"roofs": ROOFS, "crops": CROPS}
-SENSORS = {"roofs": (RGB, THERMAL), "crops": (OPTICAL, RADAR)}
+SENSORS = {"roofs": (RGB, THERMAL), "crops": (OPTICAL, RADAR, TERRAIN)}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,13 @@ def test_every_objective_trains(dataset: str, objective: str, manifests: dict[st
         spec = load_encoder(tmp_path / "encoders" / name).spec
         assert spec.bands == tuple(band.name for band in manifests[dataset].registry[name].bands)
     assert (tmp_path / "reconstructions").exists() == (objective == "masked")
+
+
+def test_mask_units_are_whole_patches_of_a_swin(tmp_path: Path) -> None:
+    manifest = write_roofs(tmp_path, 4, (RGB, ROOFS))
+    manifest.registry = Registry((replace(manifest.registry[RGB], unit=2), manifest.registry[ROOFS]))
+    with pytest.raises(InputError, match="ORTHO_RGB: its mask unit of 2 px is not a multiple of the 4-px patches of"):
+        build_pretraining_model(pretraining(manifest, tmp_path / "run"), manifest)
 
 
 def finetuning(manifest: Manifest, output: Path, *words: str) -> FinetuneConfig:
@@ -102,7 +110,7 @@ def test_a_model_of_the_only_label_trains(
         (["valid=val"], r"no sample has split_blocks = 'val'; values: test, train, valid"),
         ([f"tasks.{ROOFS}.grouping=flair_challenge"], r"groups the classes of FLAIR-HUB's COSIA only: leave it out"),
         ([f"tasks.{ROOFS}.level=2"], r"ROOFS has one level, not 2"),
-        (["window=10.032"], r"THERMAL: 10.032 m are 38 px, which do not divide into the 4-px patches of its Swin"),
+        (["window=10"], r"window=10: not whole pixels in every modality; .* 0.264, 0.528, 0.792, ... 16.896 m wide"),
         (["labels=[COSIA]"], r"labels: COSIA is not a label of .*; its labels are ROOFS"),
     ],
 )
@@ -117,7 +125,7 @@ def test_settings_of_flair_hub_are_refused_in_one_sentence(
 
 def test_official_models_are_for_flair_hub_only(manifests: dict[str, Manifest], tmp_path: Path) -> None:
     words = ["recipe=official/lc_a", "labels=[]", "modalities=[]", f"split={SPLIT}"]
-    for dataset, name in (("roofs", RGB), ("crops", OPTICAL)):
+    for dataset, name in (("roofs", RGB), ("crops", TERRAIN)):
         config = recipes.resolve(FinetuneConfig, [*words, f"shards={manifests[dataset].path}", f"output={tmp_path}"])
         with pytest.raises(InputError, match=f"models of FLAIR-HUB, which read AERIAL_RGBI, .*: {name} of these"):
             finetune(replace(config, encoders={}))

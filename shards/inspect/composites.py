@@ -62,6 +62,8 @@ def series_composites(frames: np.ndarray, modality: Modality, reference: np.ndar
 
 def hillshade(heights: np.ndarray, gsd: float) -> np.ndarray:
     """Shaded relief of heights, (H, W) in metres, lit from the north-west at 45 degrees; returns (H, W) in [0, 1]."""
+    if min(heights.shape) < 2:
+        return np.full(heights.shape, np.sqrt(0.5))  # a single row or column has no slope
     rows, columns = np.gradient(heights, gsd)
     normal = np.stack([-columns, rows, np.ones_like(heights)])  # row numbers increase to the south
     light = np.array([-0.5, 0.5, np.sqrt(0.5)])

@@ -54,7 +54,8 @@ def _check_name_and_options(name: str, options: Mapping[str, Any]) -> None:
 class SwinEncoder(Encoder):
     """timm Swin v1 or v2 with feature maps at strides 4, 8, 16 and 32.
 
-    Height and width may be any multiples of the patch size (4). Windows are padded where they do not fit, so one set of
+    Images may have any size. Sides that are not multiples of the patch size (4) are enlarged bilinearly to the next
+    multiple, so that feature maps cover the image exactly. Windows are padded where they do not fit, so one set of
     weights serves all sizes. Parameters are named as in timm's ``features_only`` model, under ``model.``.
 
     Args:
@@ -120,7 +121,8 @@ class SwinEncoder(Encoder):
         """Compute the feature maps, see ``Encoder.features``: (B, C, H, W) in channels-last memory.
 
         Raises:
-            InputError: a side of the image is not a multiple of the patch size, or not ``fixed_size``.
+            InputError: a side of the image is not ``fixed_size``, or not a multiple of the patch size although there
+                is a mask.
             TypeError: dates or padding are given, or a mask for an encoder without ``mask_token``.
         """
         if dates is not None or padding is not None:
@@ -128,7 +130,10 @@ class SwinEncoder(Encoder):
         patch = self.strides[0]
         size = " x ".join(str(side) for side in values.shape[-2:])
         if any(side % patch for side in values.shape[-2:]):
-            raise InputError(f"an image of {size} px does not divide into Swin's {patch}-px patches; change the window")
+            if mask is not None:
+                raise InputError(f"an image of {size} px does not divide into Swin's {patch}-px patches, as masks need")
+            whole = tuple(-(-side // patch) * patch for side in values.shape[-2:])
+            values = functional.interpolate(values, size=whole, mode="bilinear", align_corners=False)
         if self._fixed_size is not None and any(side != self._fixed_size for side in values.shape[-2:]):
             raise InputError(f"an image of {size} px does not fit an encoder built for {self._fixed_size} px only")
         maps = []

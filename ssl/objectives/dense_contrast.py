@@ -93,8 +93,10 @@ class DenseContrast(nn.Module):
                 f"weights.contrastive compares sensors, and modalities has {', '.join(encoders)} alone: add one, or "
                 "set weights.contrastive=0"
             )
-        finest, name = min((modalities[name].gsd * min(item.strides), name) for name, item in encoders.items())
-        patch_size = modalities[name].patch_size
+        patch_size = next(iter(modalities.values())).patch_size
+        # A map of one cell covers the patch, even if the cell is larger.
+        cells = {name: min(modalities[name].gsd * min(item.strides), patch_size) for name, item in encoders.items()}
+        finest, name = min((side, name) for name, side in cells.items())
         self.cell = config.cell or max(patch_size / _CELLS_PER_PATCH, finest)
         if self.cell < finest:
             raise InputError(

@@ -92,6 +92,7 @@ class Mask:
         dropped: (B,) bool, True where the whole modality is masked or absent; the decoder must ignore its tokens.
         units: images: (B, U, U) bool, True where a mask unit is masked.
         block: units along a side of a masked block.
+        packed: images: whether the encoder reads the visible blocks only, packed into an image of half the side.
         dates: series: (B, T) bool, True where an existing date is masked.
         cubes: series: (B, T, H, W) bool, True where a pixel of another date is masked; None without cubes.
     """
@@ -99,6 +100,7 @@ class Mask:
     dropped: torch.Tensor
     units: torch.Tensor | None = None
     block: int = 1
+    packed: bool = False
     dates: torch.Tensor | None = None
     cubes: torch.Tensor | None = None
 
@@ -116,6 +118,11 @@ class Mask:
         dates = self.dates | (self.dropped[:, None] & ~padding)
         masked = dates[:, :, None, None].expand(-1, -1, pixels, pixels)
         return masked if self.cubes is None else masked | self.cubes
+
+
+def is_single_unit(modality: Modality) -> bool:
+    """Whether an image is a single mask unit, such as one pixel: it is masked as a whole or not at all."""
+    return modality.role == "image" and modality.size == modality.unit
 
 
 def block_sizes(modalities: Mapping[str, Modality], config: MaskingConfig) -> dict[str, int]:
@@ -141,8 +148,9 @@ def block_sizes(modalities: Mapping[str, Modality], config: MaskingConfig) -> di
             f"masking.ratios.{image_ratios[0]}: with masking.joint, masking.ratio applies to all images; remove it"
         )
     sides = {name: config.blocks.get(name, item.unit * item.gsd) for name, item in images.items()}
-    if config.joint and sides:
-        sides = dict.fromkeys(sides, max(sides.values()))
+    divided = [name for name, item in images.items() if not is_single_unit(item)]
+    if config.joint and divided:
+        sides |= dict.fromkeys(divided, max(sides[name] for name in divided))
     blocks = {}
     for name, side in sides.items():
         unit = images[name].unit * images[name].gsd
@@ -194,6 +202,8 @@ def check_window(
         for name, modality in modalities.items():
             pixels = round(window / modality.gsd)
             if modality.role == "image":
+                if is_single_unit(modality) and pixels == modality.size and len(modalities) > 1:  # masked as a whole
+                    continue
                 if reason := _image_mismatch(modality, pixels, blocks[name], config.images):
                     return reason
             elif reconstructed and pixels % modality.unit:
@@ -319,6 +329,9 @@ def draw_masks(
             masks[name] = _draw_series_mask(seeds, modality, item, dropped[:, index], config)
             continue
         block, tag = blocks[name], "units" if config.joint else f"units/{name}"
+        if is_single_unit(modality):
+            masks[name] = Mask(dropped[:, index], units=seeds.new_zeros((len(seeds), 1, 1), dtype=torch.bool))
+            continue
         grid = item.values.shape[-1] // (modality.unit * block)
         masked = (
             _draw_packed_blocks(seeds, tag, grid)
@@ -326,7 +339,7 @@ def draw_masks(
             else _draw_scattered_blocks(seeds, tag, grid, config.ratios.get(name, config.ratio))
         )
         units = masked.repeat_interleave(block, 1).repeat_interleave(block, 2)
-        masks[name] = Mask(dropped[:, index], units=units, block=block)
+        masks[name] = Mask(dropped[:, index], units=units, block=block, packed=config.images == "packed")
     return masks
 
 

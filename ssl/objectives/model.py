@@ -16,7 +16,14 @@ from bocage.shards.preprocess.augment import AugmentConfig
 from bocage.shards.preprocess.inputs import EncoderInput, encoder_inputs
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.engine.logging.metrics import sample_vectors
-from bocage.ssl.objectives.masking import Mask, MaskingConfig, block_sizes, draw_map_weights, draw_masks
+from bocage.ssl.objectives.masking import (
+    Mask,
+    MaskingConfig,
+    block_sizes,
+    draw_map_weights,
+    draw_masks,
+    is_single_unit,
+)
 from bocage.ssl.objectives.visible_blocks import pack_visible_blocks, recentre_relief
 
 
@@ -27,15 +34,14 @@ class EncodedBatch:
     Attributes:
         inputs: standardised encoder inputs before masking, by modality.
         masks: masks, by modality.
-        features: feature maps of the visible parts, finest first, by modality: (B, width, h, w) each. Under ``packed``
-            they cover the packed image, whose visible blocks keep the order of the 2 x 2 blocks they come from. Zeros
-            for samples whose modality is masked as a whole or absent.
+        features: feature maps of the visible parts, finest first, by modality: (B, width, h, w) each. With
+            ``Mask.packed`` they cover the packed image, whose visible blocks keep the order of the 2 x 2 blocks they
+            come from. Zeros for samples whose modality is masked as a whole or absent.
         visible_rows: indices of the samples that were encoded, by modality.
         present_rows: indices of the samples that have the modality, masked or not, by modality.
         seeds: (B,) int64 sample seeds of this epoch.
         sample_ids: (B,) int64 identity of each sample, the same in every epoch (``Batch.sample_ids``).
         side: side of the ground window, in metres.
-        packed: whether images were packed.
         map_weights: weight of each feature map in the tokens of a sample, (B, maps) float, by modality
             (``MaskingConfig.map_ratio``); 1 for modalities that are not listed.
     """
@@ -48,7 +54,6 @@ class EncodedBatch:
     seeds: torch.Tensor
     sample_ids: torch.Tensor
     side: float
-    packed: bool
     map_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def grid_size(self, name: str) -> int:
@@ -116,7 +121,6 @@ class PretrainingModel(nn.Module):
         encoder = self.encoder(name)
         values, dates, padding, masked_tokens = inputs.values, inputs.dates, inputs.padding, None
         side = values.shape[-1]
-        packed = mask.units is not None and self.masking.images == "packed"
         encoded = None
         encoded_rows = rows if len(rows) or not encoder.run_without_samples else rows.new_zeros(1)
         if len(encoded_rows):
@@ -131,14 +135,14 @@ class PretrainingModel(nn.Module):
                     centre = -encoder.spec.mean[channel] / encoder.spec.std[channel]
                     values = recentre_relief(values, channel, centre, inputs.valid, mask)
                 values, units = values[encoded_rows], mask.units[encoded_rows]
-                if packed:
+                if mask.packed:
                     values = pack_visible_blocks(values, units, mask.block)
-                else:
+                elif not is_single_unit(self.modalities[name]):
                     repeats = self.modalities[name].unit // encoder.strides[0]
                     masked_tokens = units.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
             encode = encoder.features if len(rows) else encoder.empty_features
             encoded = encode(values, dates, padding, masked_tokens)
-        if packed:
+        if mask.packed:
             side //= 2
         maps = []
         for index, (width, stride) in enumerate(zip(encoder.widths, encoder.strides, strict=True)):
@@ -188,8 +192,7 @@ class PretrainingModel(nn.Module):
         features = {name: self._encode(name, inputs[name], masks[name], visible_rows[name]) for name in inputs}
         first = next(iter(inputs))
         side = inputs[first].values.shape[-1] * self.modalities[first].gsd
-        packed = self.masking.images == "packed"
-        return EncodedBatch(inputs, masks, features, visible_rows, present_rows, seeds, sample_ids, side, packed)
+        return EncodedBatch(inputs, masks, features, visible_rows, present_rows, seeds, sample_ids, side)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the weighted sum of the losses.

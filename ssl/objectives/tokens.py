@@ -50,7 +50,7 @@ def georeferenced_tokens(encoded: EncodedBatch, name: str, neck: Neck) -> Georef
         return GeoreferencedTokens(tokens, centres, centres.new_ones(centres.shape[:2], dtype=torch.bool))
     units = mask.units.shape[1]
     centres = grid_centres(units, encoded.side, device)
-    if not encoded.packed:
+    if not mask.packed:
         tokens = neck(encoded.features[name], units, weights).flatten(1, 2)
         return GeoreferencedTokens(tokens, centres.flatten(0, 1)[None], ~mask.units.flatten(1))
     tokens = neck(encoded.features[name], units // 2, weights).flatten(1, 2)

@@ -17,7 +17,7 @@ from bocage.shards.source.flair_hub import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 RGB, THERMAL, ROOFS = "ORTHO_RGB", "THERMAL", "ROOFS"
-OPTICAL, RADAR, CROPS = "PIXEL_S2", "PIXEL_S1", "CROPS"
+OPTICAL, RADAR, TERRAIN, CROPS = "PIXEL_S2", "PIXEL_S1", "TERRAIN", "CROPS"
 SPLIT = "split_blocks"
 ROOF_INFO = DatasetInfo(name="Roofs", licence="CC-BY-4.0", attribution="Town hall", source="https://example.org/roofs")
 CROP_INFO = DatasetInfo(name="Crops")
@@ -99,10 +99,20 @@ CROP_REGISTRY = Registry(
             groups=(("VV",), ("VH",)),
             dates_table="PIXEL-S1",
         ),
+        Modality(
+            name=TERRAIN,
+            role="image",
+            bands=(Band(name="slope", quantity="other"), Band(name="height", quantity="terrain_height")),
+            dtype="float32",
+            gsd=10.0,
+            size=1,
+            codec="plain",
+            groups=(("slope",), ("height",)),
+        ),
         _class_raster(CROPS, CROP_SCHEME, 10.0, 1),
     )
 )
-"""Patches of one pixel of 10 m: an optical and a radar series, and the crop of the pixel."""
+"""Patches of one pixel of 10 m: an optical and a radar series, the terrain, and the crop of the pixel."""
 
 
 def write_roofs(folder: Path, patches: int = 8, modalities: tuple[str, ...] = (RGB, THERMAL, ROOFS)) -> Manifest:
@@ -130,7 +140,9 @@ def write_roofs(folder: Path, patches: int = 8, modalities: tuple[str, ...] = (R
     return _write(tree, registry, folder / "shards", patches, ROOF_INFO)
 
 
-def write_crops(folder: Path, patches: int = 16, modalities: tuple[str, ...] = (OPTICAL, RADAR, CROPS)) -> Manifest:
+def write_crops(
+    folder: Path, patches: int = 16, modalities: tuple[str, ...] = (OPTICAL, RADAR, TERRAIN, CROPS)
+) -> Manifest:
     """Write shards of crops whose season of growth decides their series; the fourth patch lacks the radar series."""
     registry, tree = CROP_REGISTRY.subset(list(modalities)), folder / "tree"
     days: dict[str, list[list[int]]] = {item.name: [] for item in registry.by_role("series")}
@@ -139,8 +151,11 @@ def write_crops(folder: Path, patches: int = 16, modalities: tuple[str, ...] = (
         random = np.random.default_rng(index)
         crop = (index + index // 4) % 4
         for modality in registry.values():
+            array: np.ndarray
             if modality.role == "label":
                 array = np.full((1, 1, 1), crop, np.uint8)
+            elif modality.role == "image":
+                array = np.array([random.gamma(2.0, 3.0), random.normal(150, 40)], np.float32).reshape(2, 1, 1)
             else:
                 dates = np.sort(random.choice(np.arange(10, 350), 12 + index % 3, replace=False))
                 days[modality.name].append(dates.tolist())

@@ -208,6 +208,17 @@ def test_wrong_configurations_raise_input_error(modality: str, config: dict[str,
         build_encoder(input_spec(modality), EncoderConfig(**config))
 
 
-def test_image_sides_must_be_multiples_of_the_patch_size() -> None:
-    with pytest.raises(InputError, match="30 x 32 px"):
-        build()(torch.randn(1, 4, 30, 32))
+@pytest.mark.parametrize("size", [(30, 32), (10, 10), (1, 1), (3, 50)])
+def test_images_of_any_size_have_maps_of_their_extent(size: tuple[int, int]) -> None:
+    encoder, larger = build(), [-(-side // 4) * 4 for side in size]
+    constant = torch.randn(1, 4, 1, 1)
+    with torch.no_grad():
+        maps, expected = encoder(constant.expand(1, 4, *size)), encoder(constant.expand(1, 4, *larger))
+    for features, enlarged, stride in zip(maps, expected, encoder.strides, strict=True):
+        assert tuple(features.shape[-2:]) == (-(-size[0] // stride), -(-size[1] // stride))
+        torch.testing.assert_close(features, enlarged)
+
+
+def test_masked_images_divide_into_patches() -> None:
+    with pytest.raises(InputError, match="30 x 32 px does not divide into Swin's 4-px patches, as masks need"):
+        build(mask_token=True)(torch.randn(1, 4, 30, 32), torch.zeros(1, 8, 8, dtype=torch.bool))

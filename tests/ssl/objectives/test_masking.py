@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -287,3 +288,21 @@ def test_wrong_values_name_their_key() -> None:
         MaskingConfig(cube=0.0)
     with pytest.raises(ValueError, match=r"masking\.blocks\.SPOT_RGBI"):
         MaskingConfig(blocks={"SPOT_RGBI": float("inf")})
+
+
+def test_an_image_of_one_unit_is_masked_as_a_whole_only() -> None:
+    point = replace(FLAIR_HUB["SPOT_RGBI"], name="POINT", size=4, gsd=25.6, unit=4)
+    modalities = {"SPOT_RGBI": FLAIR_HUB["SPOT_RGBI"], "POINT": point}
+    for images in ("packed", "mask_token"):
+        config = MaskingConfig(images=images, joint=True, modality_ratio=0.5)  # type: ignore[arg-type]
+        blocks = block_sizes(modalities, config)
+        assert blocks == {"SPOT_RGBI": 1, "POINT": 1}  # blocks of joint masks ignore it
+        check_window(modalities, None, config, reconstructed=True)
+        inputs = {"SPOT_RGBI": image("SPOT_RGBI"), "POINT": image("SPOT_RGBI", pixels=4)}
+        mask = draw_masks(inputs, modalities, blocks, SEEDS, config)["POINT"]
+        assert mask.units is not None and not mask.packed and not mask.units.any()
+        assert 0.2 < mask.dropped.float().mean() < 0.5
+    with pytest.raises(InputError, match=r"POINT is masked in pairs of blocks .*; windows that fit are 102.4 m wide"):
+        check_window(modalities, 51.2, MaskingConfig(), reconstructed=True)
+    with pytest.raises(InputError, match="POINT is masked in pairs of blocks"):
+        check_window({"POINT": point}, None, MaskingConfig(), reconstructed=True)
