@@ -1,27 +1,39 @@
-"""Count the valid pixels of patches, by the extents of rasters and by their content where pixels may be missing."""
+"""Count the valid pixels of patches, by the extents of rasters and by their content where pixels may be missing.
+
+Counts that took a second or more of reading are kept in ``$XDG_CACHE_HOME/bocage/coverage`` (``~/.cache``), so that a
+resumed run, or each slice of a run, need not read the rasters again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from rasterio.warp import transform
 
+from bocage.shards.files import atomic_write
 from bocage.shards.source.described_rasters import RasterRules, sidecar_environment
 from bocage.shards.source.raster_windows import Box, PixelGrid, PlacedRaster, has_holes, read_valid, same_crs
 from bocage.shards.source.rasters import RasterError, gdal_environment
 
-_CHUNK_PIXELS = 8 << 20  # so many that a chunk reads few blocks twice
+_CHUNK_PIXELS = 4 << 20  # so many that a chunk reads few blocks twice
 _MAX_THREADS = 4
 _MARGIN = 2.0  # pixels of a resampled raster that may lack neighbours, or lie where GDAL approximates positions
+_WORTH_KEEPING = 1.0  # seconds of reading
 
 
 def counting_threads() -> ThreadPoolExecutor:
     """Threads for ``count_valid``; GDAL decodes without holding Python's lock."""
-    return ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    return ThreadPoolExecutor(min(_MAX_THREADS, cores or 1))
 
 
 def count_valid(
@@ -55,12 +67,44 @@ def count_valid(
         if not has_holes(raster.file, rules):
             counts[part][_complete_patches(raster, grid, covered)] = size * size
     undecided = touched & (counts < size * size)
+    if not undecided.any():
+        return counts
+    kept = _kept_file(rasters, grid, rules, rows, columns)
+    if (known := _read_counts(kept, counts.shape)) is not None:
+        return known
+    start = time.monotonic()
+    is_readable = True
     chunks = list(_chunks(undecided, rasters, size))
     boxes = [(rows.start + row, column, height, width) for row, column, height, width in chunks]
-    for chunk, counted in zip(chunks, threads.map(lambda box: _count_chunk(rasters, grid, rules, box), boxes)):
+    for chunk, (counted, was_read) in zip(
+        chunks, threads.map(lambda box: _count_chunk(rasters, grid, rules, box), boxes)
+    ):
         part = np.s_[chunk[0] : chunk[0] + chunk[2], chunk[1] : chunk[1] + chunk[3]]
         counts[part] = np.where(undecided[part], counted, counts[part])
+        is_readable &= was_read
+    if is_readable and time.monotonic() - start >= _WORTH_KEEPING:
+        with suppress(OSError):  # the next run reads again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(kept, concurrent=True) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, counts=counts)
     return counts
+
+
+def _kept_file(rasters: Sequence[PlacedRaster], grid: PixelGrid, rules: RasterRules, rows: range, columns: int) -> Path:
+    """File of the counts, named by a hash of all that they depend on."""
+    digest = hashlib.sha256(repr((grid, rules, rows, columns, *rasters)).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "bocage" / "coverage" / f"{digest.hexdigest()[:32]}.npz"
+
+
+def _read_counts(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Counts of a file; None if there is none, or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            counts: np.ndarray = content["counts"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return counts if counts.shape == shape and counts.dtype == np.int64 else None
 
 
 def _covered_patches(
@@ -112,8 +156,10 @@ def _chunks(undecided: np.ndarray, rasters: Sequence[PlacedRaster], size: int) -
                 yield row, column, len(band), min(width, end - column)
 
 
-def _count_chunk(rasters: Sequence[PlacedRaster], grid: PixelGrid, rules: RasterRules, patches: Box) -> np.ndarray:
-    """Valid pixels of the patches of a box, (rows, columns) int64."""
+def _count_chunk(
+    rasters: Sequence[PlacedRaster], grid: PixelGrid, rules: RasterRules, patches: Box
+) -> tuple[np.ndarray, bool]:
+    """Valid pixels of the patches of a box, (rows, columns) int64, and whether all of them could be read."""
     row, column, height, width = patches
     size = grid.size
     box = (row * size, column * size, height * size, width * size)
@@ -124,17 +170,15 @@ def _count_chunk(rasters: Sequence[PlacedRaster], grid: PixelGrid, rules: Raster
                 part = raster.overlap(box)
                 if part is None:
                     continue
-                target = valid[
-                    part[0] - box[0] : part[0] - box[0] + part[2], part[1] - box[1] : part[1] - box[1] + part[3]
-                ]
+                top, left = part[0] - box[0], part[1] - box[1]
+                target = valid[top : top + part[2], left : left + part[3]]
                 if not target.all():
                     found = read_valid(raster, grid, rules, part)
                     target |= True if found is None else found
     except RasterError:
-        if height * width == 1:
-            return np.full((1, 1), size * size)
-        counts = np.empty((height, width), np.int64)
-        for index in np.ndindex(height, width):
-            counts[index] = _count_chunk(rasters, grid, rules, (row + index[0], column + index[1], 1, 1))[0, 0]
-        return counts
-    return np.count_nonzero(valid.reshape(height, size, width, size), axis=(1, 3))
+        counts = np.full((height, width), size * size)
+        if height * width > 1:
+            for index in np.ndindex(height, width):
+                [[counts[index]]], _ = _count_chunk(rasters, grid, rules, (row + index[0], column + index[1], 1, 1))
+        return counts, False
+    return np.count_nonzero(valid.reshape(height, size, width, size), axis=(1, 3)), True

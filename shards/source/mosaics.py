@@ -143,12 +143,12 @@ class RasterCatalogue(DescribedCatalogue):
     def source(self, modality: str, index: int) -> PatchSource:
         """Source of a raster that the patch has."""
         layer, row, column = self._locate(modality, index)
+        by_day: dict[int, list[PlacedRaster]] = {day: [] for day in self._day_indices(modality, index, layer).tolist()}
         hits = layer.hits(row, column)
-        frames = [
-            tuple(layer.rasters[hit] for hit in hits if layer.day_index[hit] == day)
-            for day in self._day_indices(modality, index, layer)
-        ]
-        rules = self._rules[modality]
+        for hit, day in zip(hits.tolist(), layer.day_index[hits].tolist()):
+            if day in by_day:
+                by_day[day].append(layer.rasters[hit])
+        rules, frames = self._rules[modality], tuple(map(tuple, by_day.values()))
         return WindowSource(
             layer.grid, rules, _fill_value(modality, rules, self.description), tuple(frames), row, column
         )
@@ -207,12 +207,19 @@ class _PatchFields(Sequence[Mapping[str, str]]):
         site = self._sites[self._cells.site[index]]
         row, column = int(self._cells.row[index]), int(self._cells.column[index])
         # Rows and columns have four digits, so that keys sort by position and neighbours share blocks of the files.
-        fields = {**site.fields, "row": f"{row:04}", "column": f"{column:04}", "crs": site.crs}
+        fields = {**site.fields, "row": f"{row:04}", "column": f"{column:04}", "crs": _short_name(site.crs)}
         if self._block_side:
             x = (site.left + (column + 0.5) * site.side) * site.scale
             y = (site.top - (row + 0.5) * site.side) * site.scale
-            fields["block"] = f"{math.floor(x / self._block_side)}_{math.floor(y / self._block_side)}"
+            block = f"{math.floor(x / self._block_side)}_{math.floor(y / self._block_side)}"
+            # Blocks of a raster without position are parts of this raster.
+            fields["block"] = block if site.has_position else "_".join([*site.fields.values(), block])
         return fields
+
+
+def _short_name(crs: str) -> str:
+    """Name of a coordinate system for keys: its code, or a hash of its WKT."""
+    return crs if crs.startswith("EPSG:") or not crs else f"crs-{hashlib.sha256(crs.encode()).hexdigest()[:8]}"
 
 
 def _keys(

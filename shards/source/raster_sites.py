@@ -76,6 +76,7 @@ class Site:
     Attributes:
         fields: fields that name the site.
         crs: coordinate system; empty if unknown.
+        has_position: whether the rasters are georeferenced.
         left, top: upper-left corner of patch (0, 0).
         side: side of a patch, in units of the CRS.
         scale: ground metres per unit of the CRS.
@@ -85,6 +86,7 @@ class Site:
 
     fields: dict[str, str]
     crs: str
+    has_position: bool
     left: float
     top: float
     side: float
@@ -199,7 +201,16 @@ def _place_site(draft: _Draft, rasters: Mapping[str, Sequence[FoundRaster]], reg
     last_column, last_row = np.ceil(bounds[:, [1, 3]].max(axis=0) - _ROUNDING).astype(int).tolist()
     left, top = left + first_column * side, top - first_row * side
     site = Site(
-        draft.fields, draft.crs, left, top, side, first.scale, last_row - first_row, last_column - first_column, {}
+        fields=draft.fields,
+        crs=draft.crs,
+        has_position=first.has_position,
+        left=left,
+        top=top,
+        side=side,
+        scale=first.scale,
+        rows=last_row - first_row,
+        columns=last_column - first_column,
+        layers={},
     )
     for name in registry:
         if name in rasters:

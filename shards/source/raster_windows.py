@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio import Affine
-from rasterio.enums import Interleaving, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
@@ -38,7 +39,7 @@ ALIGNMENT = 0.02
 
 _MAX_OPEN = 128  # datasets that a thread keeps open; a process may open 1,024 files by default
 _WARP_TOLERANCE = 0.02  # pixels by which GDAL may approximate the position of a resampled pixel
-_PICTURES = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
+_PICTURES = ("PNG", "JPEG", "GIF", "BMP", "WEBP")  # formats that are decoded from their beginning up to a window
 _ANY_CRS = "EPSG:32631"  # stands for two equal systems, of which GDAL may not know any
 
 Box = tuple[int, int, int, int]
@@ -58,11 +59,13 @@ class RasterFile:
         scale: ground metres per unit of the CRS.
         width, height: size in pixels.
         block: height and width of the blocks that are read as a whole.
-        has_mask: whether an alpha band or a mask marks missing pixels.
+        alpha: number of the alpha band, from 1; 0 without one.
+        has_mask: whether a mask, which is no band, marks missing pixels.
         declared: nodata value of the file; None if it has none, or if it is a class of a label.
         bytes_per_pixel: size of the file divided by its pixels.
         decoded_bytes: bytes that decoding a pixel of a block gives: those of all bands if they are interleaved.
-        is_picture: whether the format is decoded from its beginning up to the window, as PNG and JPEG are.
+        driver: GDAL's name of the format.
+        version: hash of the paths, times and sizes of the file, its sidecars and the sources of a virtual raster.
     """
 
     path: Path
@@ -76,11 +79,13 @@ class RasterFile:
     width: int
     height: int
     block: tuple[int, int]
+    alpha: int
     has_mask: bool
     declared: float | None
     bytes_per_pixel: float
     decoded_bytes: int
-    is_picture: bool
+    driver: str
+    version: str
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,7 +94,7 @@ class RasterFile:
 
     def window_bytes(self, size: int) -> int:
         """Bytes that are decoded, on average, to read a window of ``size`` pixels."""
-        if self.is_picture:
+        if self.driver in _PICTURES:
             return self.height * self.width * self.decoded_bytes
         height = min(self.height, size + self.block[0] - 1)
         width = min(self.width, size + self.block[1] - 1)
@@ -114,7 +119,8 @@ def describe_raster(path: Path, file: rasterio.DatasetReader, rules: RasterRules
         raise RasterError(f"{path}: has ground control points but no grid: rewrite it with gdalwarp")
     position = position_of(path, file, rules)
     first = rules.bands[0]
-    flags = file.mask_flag_enums[first]
+    # GDAL's mask flags know alpha bands of files of two or four bands only.
+    alpha = file.colorinterp.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in file.colorinterp else 0
     decoded = range(file.count) if file.interleaving == Interleaving.pixel else rules.bands
     return RasterFile(
         path=path,
@@ -128,12 +134,23 @@ def describe_raster(path: Path, file: rasterio.DatasetReader, rules: RasterRules
         width=file.width,
         height=file.height,
         block=file.block_shapes[first],
-        has_mask=MaskFlags.per_dataset in flags or MaskFlags.alpha in flags,
+        alpha=alpha,
+        has_mask=not alpha and MaskFlags.per_dataset in file.mask_flag_enums[first],
         declared=_usable_nodata(file.nodatavals[first], np.dtype(file.dtypes[first]), rules),
         bytes_per_pixel=path.stat().st_size / (file.width * file.height),
         decoded_bytes=sum(np.dtype(file.dtypes[index]).itemsize for index in decoded),
-        is_picture=file.driver in _PICTURES,
+        driver=file.driver,
+        version=_version(path, file.files),
     )
+
+
+def _version(path: Path, files: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for name in (os.path.abspath(path), *files):
+        with suppress(OSError):  # a source of a virtual raster may be missing
+            status = os.stat(name)
+            digest.update(f"{name} {status.st_mtime_ns} {status.st_size}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def _usable_nodata(value: float | None, dtype: np.dtype, rules: RasterRules) -> float | None:
@@ -235,7 +252,7 @@ def same_crs(first: str, second: str) -> bool:
 
 def has_holes(file: RasterFile, rules: RasterRules) -> bool:
     """Whether pixels inside a raster may be missing."""
-    return file.has_mask or file.declared is not None or bool(rules.nodata) or rules.accepts_nan
+    return bool(file.alpha) or file.has_mask or file.declared is not None or bool(rules.nodata) or rules.accepts_nan
 
 
 def read_window(
@@ -279,7 +296,9 @@ def _valid(
 ) -> np.ndarray | None:
     """Mask of the pixels that the file does not mask, and of which a band holds a value; None for all."""
     valid = None
-    if raster.file.has_mask or raster.is_resampled:
+    if raster.file.alpha:
+        valid = dataset.read(raster.file.alpha, window=window) > 0
+    elif raster.file.has_mask or raster.is_resampled:
         valid = dataset.read_masks(rules.bands[0] + 1, window=window) > 0
     if raster.file.declared is not None or rules.nodata or rules.accepts_nan:
         has_value = np.zeros((), bool)
@@ -298,8 +317,8 @@ def _is_missing(values: np.ndarray, rules: RasterRules, declared: float | None) 
         missing |= np.isnan(values)
     if declared is not None and not math.isnan(declared):
         missing |= values == declared
-    below = [value for value in rules.nodata if value <= 0]
-    above = [value for value in rules.nodata if value > 0]
+    limits = [int(value) if value.is_integer() else value for value in rules.nodata]  # integers are compared faster
+    below, above = [value for value in limits if value <= 0], [value for value in limits if value > 0]
     if below:
         missing |= values <= max(below)
     if above:
@@ -325,8 +344,7 @@ def _open_window(
         systems = {"src_crs": file.crs, "crs": grid.crs}
         if same_crs(file.crs, grid.crs):
             systems = dict.fromkeys(systems, grid.crs or _ANY_CRS)
-        named = rules.nodata[0] if rules.nodata else math.nan if rules.accepts_nan else None
-        nodata = file.declared if named is None else named
+        nodata = _nodata_of_kernel(file, rules)
         with WarpedVRT(
             dataset,
             **systems,
@@ -336,12 +354,21 @@ def _open_window(
             resampling=Resampling.bilinear if rules.stored_values is None else Resampling.nearest,
             src_nodata=nodata,
             nodata=nodata,
-            add_alpha=nodata is None,
+            add_alpha=nodata is None and not file.alpha,
             tolerance=_WARP_TOLERANCE,
         ) as resampled:
             yield resampled, None
     except RasterioError as error:
         raise RasterError(f"{file.path}: cannot be read: {gdal_reason(error)}") from error
+
+
+def _nodata_of_kernel(file: RasterFile, rules: RasterRules) -> float | None:
+    """Value that resampling leaves out; None if a mask says which pixels those are, for GDAL uses one of them."""
+    if file.alpha or file.has_mask:
+        return None
+    if rules.nodata or rules.accepts_nan:
+        return rules.nodata[0] if rules.nodata else math.nan
+    return file.declared
 
 
 class _Datasets(threading.local):
@@ -406,7 +433,7 @@ class WindowSource:
 
     @property
     def _place(self) -> str:
-        return f"patch {self.row}-{self.column}"
+        return f"row {self.row}, column {self.column} of the patches"
 
     @property
     def _box(self) -> Box:

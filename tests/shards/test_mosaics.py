@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 import tifffile
+from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 from rasterio.windows import Window
 from small_shards import contents
@@ -20,7 +21,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import verify
 from bocage.shards.read.dataset import ShardDataset
-from bocage.shards.source import raster_windows
+from bocage.shards.source import coverage, raster_windows
 from bocage.shards.source.description import DatasetDescription
 from bocage.shards.source.mosaics import RasterCatalogue
 from bocage.shards.source.open import open_described
@@ -75,12 +76,15 @@ def write(
     top: float = TOP,
     crs: str | None = "EPSG:32631",
     mask: np.ndarray | None = None,
+    alpha: bool = False,
     **options: Any,
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     profile = {"count": len(array), "height": array.shape[1], "width": array.shape[2], "dtype": array.dtype.name}
     options = {"driver": "GTiff", "crs": crs, "transform": Affine(pixel, 0, left, 0, -pixel, top), **options}
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile, **options) as file:
+        if alpha:
+            file.colorinterp = [ColorInterp.gray] * (len(array) - 1) + [ColorInterp.alpha]
         file.write(array)
         if mask is not None:
             file.write_mask(mask)
@@ -279,7 +283,7 @@ def test_patches_with_missing_pixels_are_left_out(kind: str, tiled: bool, tmp_pa
         changes = {} if kind == "tag" else {"ORTHO__nodata": [0]}
     elif kind == "alpha":
         array = np.concatenate((array, np.where(missing, 0, 255).astype(np.uint8)[None]))
-        options |= {"alpha": "yes", "photometric": "RGB"}
+        options |= {"alpha": True}
         changes = {"ORTHO__bands": {"R": 650, "G": 550, "B": 460, "A": "unused"}}
     else:
         options |= {"mask": ~missing}
@@ -291,10 +295,81 @@ def test_patches_with_missing_pixels_are_left_out(kind: str, tiled: bool, tmp_pa
     assert np.array_equal(arrays["0001-0001"]["ORTHO"], array[:3, 400:, 400:800])
 
 
+@pytest.mark.parametrize("kind", ["nodata of the description", "tag", "alpha", "mask", "nan"])
+def test_missing_pixels_of_a_resampled_raster_spoil_no_others(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "ortho/a.tif", noise(3, 800, 800), 0.2)
+    values = np.full((2, 32, 32), 1000, np.uint16 if kind != "nan" else np.float32)
+    missing = np.zeros((32, 32), bool)
+    missing[10, 10] = True
+    options: dict[str, Any] = {}
+    changes: dict[str, Any] = {"S2__nodata": [0], "min_coverage": 0.5}
+    if kind in ("nodata of the description", "tag", "nan"):
+        values[:, missing] = np.nan if kind == "nan" else 0
+        options |= {"nodata": 0} if kind == "tag" else {}
+        changes |= {"S2__nodata": [float("nan")], "S2__dtype": "float32"} if kind == "nan" else {}
+    elif kind == "alpha":
+        values[:, missing] = 5
+        values = np.concatenate((values, np.where(missing, 0, 65535).astype(np.uint16)[None]))
+        options |= {"alpha": True}
+        changes |= {"S2__bands": {"R": 650, "N": 830, "A": "unused"}}
+    else:
+        values[:, missing] = 5
+        options |= {"mask": ~missing}
+    # The grids do not fit together; pixel (10, 10) lies in patch (0, 0), between pixels of the patch.
+    write(tmp_path / "s2/a.tif", values, 10.0, LEFT - 78.3, TOP + 78.3, **options)
+    catalogue = open_catalogue(tmp_path, describe("ORTHO", "S2", ORTHO__pixel=0.2, **changes))
+    layer = catalogue._sites[0].layers["S2"]
+    assert layer.rasters[0].is_resampled
+    arrays = read_back(write_shards(catalogue, tmp_path / "out"))
+    found = {key: modalities["S2"] for key, modalities in arrays.items() if "S2" in modalities}
+    marks = [np.isnan(array) if kind == "nan" else array == 0 for array in found.values()]
+    assert sum(mark[0].sum() for mark in marks) >= (1 if kind == "nan" else 0)
+    for array, mark in zip(found.values(), marks):
+        assert (array[~mark] == 1000).all()  # neither the nodata value nor the hidden one
+
+
+def test_a_mask_beside_the_raster_counts(tmp_path: Path) -> None:
+    missing, array = holes(), noise(3, 800, 1200)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
+        path = write(tmp_path / "ortho/a.tif", array, 0.2)
+        with rasterio.open(path, "r+") as file:
+            file.write_mask(~missing)
+    assert path.with_name("a.tif.msk").exists()
+    catalogue = open_catalogue(tmp_path, describe("ORTHO"))
+    assert catalogue.keys() == COMPLETE and catalogue.report().unparsable == 0
+
+
+def test_slow_counts_of_missing_pixels_are_kept_until_the_raster_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    array = noise(3, 800, 1200)
+    array[:, holes()] = 0
+    path = write(tmp_path / "ortho/a.tif", array, 0.2, nodata=0)
+    assert open_catalogue(tmp_path, describe("ORTHO")).keys() == COMPLETE
+    assert not (tmp_path / "cache").exists()  # it took less than a second
+    monkeypatch.setattr(coverage, "_WORTH_KEEPING", 0.0)
+    first = open_catalogue(tmp_path, describe("ORTHO"))
+    [kept] = (tmp_path / "cache/bocage/coverage").iterdir()
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("the raster is read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(coverage, "_count_chunk", fail)
+        again = open_catalogue(tmp_path, describe("ORTHO"))
+        assert (again.keys(), again.fingerprint()) == (COMPLETE, first.fingerprint())
+    kept.write_bytes(b"damaged")
+    assert open_catalogue(tmp_path, describe("ORTHO")).keys() == COMPLETE
+    array[:] = 1
+    write(path, array, 0.2, nodata=0)
+    assert len(open_catalogue(tmp_path, describe("ORTHO"))) == 6
+
+
 def test_a_lower_coverage_keeps_patches_and_fills_them_with_nodata(tmp_path: Path) -> None:
     missing, array = holes(), noise(3, 800, 1200)
     array = np.concatenate((array, np.where(missing, 0, 255).astype(np.uint8)[None]))
-    write(tmp_path / "ortho/a.tif", array, 0.2, alpha="yes", photometric="RGB")
+    write(tmp_path / "ortho/a.tif", array, 0.2, alpha=True)
     bands = {"R": 650, "G": 550, "B": 460, "A": "unused"}
     description = describe("ORTHO", ORTHO__bands=bands, ORTHO__nodata=[255], min_coverage=0.5)
     manifest = shard(tmp_path, description, tmp_path / "out")
@@ -502,6 +577,40 @@ def test_a_world_file_gives_the_position(tmp_path: Path) -> None:
     assert catalogue.report().present == {"ORTHO": 2, "ROOFS": 2}
 
 
+def test_one_file_of_two_sensors(tmp_path: Path) -> None:
+    array = noise(4, 400, 400)
+    write(tmp_path / "ortho/a.tif", array, 0.2)
+    bands = {"R": 650, "G": 550, "B": 460, "N": 830}
+    sensors = {
+        "RGB": {**SENSORS["ORTHO"], "bands": {**bands, "N": "unused"}},
+        "NIR": {**SENSORS["ORTHO"], "bands": {**dict.fromkeys(bands, "unused"), "N": 830}},
+    }
+    arrays = read_back(shard(tmp_path, describe(sensors=sensors), tmp_path / "out"))
+    assert np.array_equal(arrays["0000-0000"]["RGB"], array[:3])
+    assert np.array_equal(arrays["0000-0000"]["NIR"], array[3:])
+
+
+def test_a_large_and_sparse_raster_is_a_small_catalogue(tmp_path: Path) -> None:
+    # 62,500 patches of a sparse file of 10 gigapixels; nothing is read.
+    options = {
+        "driver": "GTiff",
+        "crs": "EPSG:32631",
+        "transform": Affine(0.2, 0, LEFT, 0, -0.2, TOP),
+        "dtype": "uint8",
+    }
+    path = tmp_path / "ortho/a.tif"
+    path.parent.mkdir()
+    size = {"width": 100_000, "height": 100_000, "count": 3, "tiled": True, "blockxsize": 2048, "blockysize": 2048}
+    with rasterio.open(path, "w", sparse_ok=True, bigtiff=True, **options, **size):
+        pass
+    write(tmp_path / "s2/a.tif", noise(2, 80, 80, "uint16"), 10.0)
+    catalogue = open_catalogue(tmp_path, describe("ORTHO", "S2"))
+    assert (len(catalogue), catalogue.report().present["S2"]) == (62_500, 100)
+    cells = catalogue._cells
+    assert sum(column.nbytes for column in (cells.site, cells.row, cells.column, *cells.presence.values())) < 1e6
+    assert catalogue.patch(62_499).sources["ORTHO"].read_raster(catalogue.registry["ORTHO"]).left == LEFT + 249 * 80
+
+
 def test_a_virtual_mosaic_is_a_raster(tmp_path: Path) -> None:
     write(tmp_path / "parts/a.tif", noise(3, 400, 500), 0.2)
     source = (
@@ -584,7 +693,10 @@ def test_values_that_the_description_does_not_name_skip_their_patches(tmp_path: 
     with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
         write_shards(catalogue, tmp_path / "strict")
     manifest = write_shards(catalogue, tmp_path / "out", max_bad=0.9)
-    assert "NaN values" in manifest.skipped["0000-0000"] and "a.tif (patch 0-0)" in manifest.skipped["0000-0000"]
+    assert (
+        "NaN values" in manifest.skipped["0000-0000"]
+        and "a.tif (row 0, column 0 of the patches)" in manifest.skipped["0000-0000"]
+    )
     assert "values 3 are neither classes nor ignored" in manifest.skipped["0000-0002"]
 
 
