@@ -45,7 +45,7 @@ from bocage.shards.source.report import CatalogueReport
 _RESERVED = ("block", "row", "column", "crs")
 _ROUNDING = 1e-6  # pixels
 _BAND_PIXELS = 4096  # least height of the bands of patches that are counted together
-_BAND_PATCHES = 4_000_000  # most patches of a band
+_BAND_PATCHES = 4_000_000  # most patches of a band, times the days of a series
 _NEARLY = 0.9  # fraction of valid pixels from which the report mentions patches that are left out
 _SLOW_BYTES = 8 << 20  # bytes decoded for one window from which the report calls a raster slow
 _SLOW_RATIO = 8  # decoded bytes per byte of the window from which it does
@@ -106,8 +106,8 @@ class RasterCatalogue(DescribedCatalogue):
         rules = {name: sensor_rules(sensor, description) for name, sensor in description.sensors.items()}
         rules |= {name: label_rules(label, description) for name, label in description.labels.items()}
         found = _find_rasters(root, description, rules, report)
-        if not any(found[name] for name in registry if registry[name].is_input):
-            raise InputError(explain_empty(root, description, report))
+        if not any(found[modality.name] for modality in registry.inputs):
+            raise InputError((report.unreadable_examples or [explain_empty(root, description, report)])[0])
         sites = make_sites(found, registry, report)
         nearly: Counter[str] = Counter()
         with counting_threads() as threads:
@@ -230,11 +230,11 @@ def _keys(
     Raises:
         InputError: two patches have the same key.
     """
-    named = [tuple(site.fields.items()) for site in sites]
+    sites_with = Counter(tuple(site.fields.items()) for site in sites)
     templates = []
     for site in sites:
         parts = [f"{{{name}}}" for name in site.fields]
-        parts += ["{crs}"] if named.count(tuple(site.fields.items())) > 1 else []
+        parts += ["{crs}"] if sites_with[tuple(site.fields.items())] > 1 else []
         templates.append(description.key or "_".join([*parts, "{row}-{column}"]))
     keys = [
         fill_template(templates[site], patch_fields, "key").replace("/", "-")
@@ -301,7 +301,8 @@ def _cover(
     for name, layer in site.layers.items():
         blocks = [raster.file.block[0] for raster in layer.rasters if has_holes(raster.file, rules[name])]
         height = max(height, math.ceil(2 * max(blocks, default=0) / layer.grid.size))
-    height = max(1, min(height, _BAND_PATCHES // site.columns))
+    days = max(len(layer.days) for layer in site.layers.values())
+    height = max(1, min(height, _BAND_PATCHES // (site.columns * days)))
     for start in range(0, site.rows, height):
         rows = range(start, min(start + height, site.rows))
         available = {

@@ -212,11 +212,12 @@ def _place_site(draft: _Draft, rasters: Mapping[str, Sequence[FoundRaster]], reg
         columns=last_column - first_column,
         layers={},
     )
-    for name in registry:
+    for modality in (*registry.inputs, *registry.by_role("mask"), *registry.by_role("label")):
+        name = modality.name
         if name in rasters:
-            series = site.layers.get(registry[name].mask_of or "")
-            grid = PixelGrid(draft.crs, left, top, side, registry[name].size)
-            site.layers[name] = _make_layer(rasters[name], grid, draft, registry[name].has_time_axis, series)
+            series = site.layers.get(modality.mask_of or "")
+            grid = PixelGrid(draft.crs, left, top, side, modality.size)
+            site.layers[name] = _make_layer(rasters[name], grid, draft, modality.has_time_axis, series)
     return site
 
 
@@ -289,7 +290,7 @@ def _align_origin(draft: _Draft, size: int, others: Sequence[tuple[int, RasterFi
 def _without_loss(corners: np.ndarray, start: float, end: float, side: float) -> np.ndarray:
     """Corners with which at most a tenth of the complete rows or columns of patches between two coordinates is lost."""
     complete = np.floor((end - corners) / side + _ROUNDING) - np.ceil((start - corners) / side - _ROUNDING)
-    return corners[complete >= (1 - _MAX_LOSS) * complete.max()]
+    return corners[complete >= complete.max() - _MAX_LOSS * abs(complete.max())]
 
 
 def _nearest(corners: np.ndarray, start: float, pixel: float) -> np.ndarray:

@@ -417,7 +417,7 @@ def test_a_series_has_the_dates_that_cover_a_patch(tmp_path: Path) -> None:
         write(tmp_path / f"s2/T31_{day}.tif", array, 10.0)
         if day != days[2]:
             write(tmp_path / f"clouds/T31_{day}.tif", array[:1].clip(0, 100).astype(np.uint8), 10.0)
-    sensors = {"S2": {**SERIES, "pixel": 10.0, "nodata": [0]}, "CLOUDS": {**CLOUDS, "pixel": 10.0, "mask_of": "S2"}}
+    sensors = {"CLOUDS": {**CLOUDS, "pixel": 10.0, "mask_of": "S2"}, "S2": {**SERIES, "pixel": 10.0, "nodata": [0]}}
     catalogue = open_catalogue(tmp_path, describe(sensors=sensors))
     assert any("1 dates of S2 have no file" in note for note in catalogue.report().warnings())
     assert not catalogue.report().present["CLOUDS"]
@@ -660,6 +660,9 @@ def test_an_empty_folder_a_series_without_dates_and_unreadable_files(tmp_path: P
     (tmp_path / "ortho/b.tif").write_bytes(b"no raster")
     report = open_catalogue(tmp_path, describe("ORTHO")).report()
     assert report.unreadable == 1 and "ortho/b.tif: cannot be read" in report.unreadable_examples[0]
+    (tmp_path / "ortho/a.tif").write_bytes(b"")
+    with pytest.raises(InputError, match=r"ortho/a\.tif: cannot be read"):
+        open_catalogue(tmp_path, describe("ORTHO"))
 
 
 def test_rasters_that_no_patch_needs_are_mentioned(tmp_path: Path) -> None:
