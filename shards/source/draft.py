@@ -22,6 +22,7 @@ from bocage.shards.source.naming import FOLDER
 from bocage.shards.source.rasters import RasterError
 
 _RASTERS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img", ".bmp")
+_INDEX = ".vrt"  # usually combines the other rasters
 _TABLES = (".parquet",)
 _MAX_SHOWN = 5
 
@@ -44,7 +45,12 @@ def draft_folder(root: Path) -> Draft:
         return draft_tables(root, tables)
     if not rasters:
         raise InputError(f"{root}: holds no {', '.join(_RASTERS)} or .parquet file{_explain_others(paths)}")
+    indexes = [path for path in rasters if path.lower().endswith(_INDEX)]
+    if len(indexes) < len(rasters):
+        rasters = [path for path in rasters if path not in set(indexes)]
     draft = draft_rasters(root, group_files(rasters, lambda path: _form(root / path)), Choices())
+    if indexes and indexes[0] not in rasters:
+        draft.notes.append(f"{len(indexes)} VRT files such as {indexes[0]} are left out beside other rasters")
     if tables:
         draft.notes.append(f"{len(tables)} Parquet files are left out; put tables into a folder of their own")
     return draft

@@ -27,13 +27,12 @@ _SEPARATORS = re.compile(r"([_\-. ]+)")
 _NUMBER = re.compile(r"[A-Za-z]{0,3}\d+")
 _DATE = re.compile(r"(?<!\d)(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])(T\d{6})?(?!\d)")
 _MAX_SENSORS = 12  # values of a part of the names that may be names of sensors
-_MAX_SITES = 100
 _SHARED = 0.5  # fraction of names that two groups must share to be rasters of the same patches
 _FOLDER_FIELDS = ("site", "area", "group", "set")
 _GRID_FIELDS = (("tile",), ("x", "y"), ("x", "y", "z"))
 
-
 Look = Callable[[str], tuple[Hashable, Hashable] | None]
+"""Function that returns the content of a file, such as its bands, and its resolution; see ``group_files``."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class NameLayout:
         key: template of the key; empty if all fields make the key.
         date_format: format of the field ``date``; empty without dates.
         repeated: whether files of the first group have the same key, so that the key is not unique.
-        has_series: whether the first group has several dates of a key.
+        series: positions of the groups that have several dates of a key.
     """
 
     groups: tuple[NamedGroup, ...]
@@ -116,12 +115,12 @@ def group_files(paths: Sequence[str], look: Look) -> list[FileGroup]:
     """Group files by sensor and label.
 
     Words such as ``image`` and ``mask`` separate groups. So does a part of the names if the files of its values have
-    different content: ``optical/1.tif`` and ``thermal/1.tif``.
+    different content, such as ``optical/1.tif`` and ``thermal/1.tif``.
 
     Args:
         paths: paths relative to the source folder.
         look: function that returns the content of a file, such as its bands and dtype, and its resolution; None if the
-            file cannot be read. Different resolutions only count if the other parts of the names are the same.
+            file cannot be read. Resolutions count only if the other parts of the names are the same.
 
     Returns:
         The groups, those with most files first.
@@ -217,7 +216,7 @@ def _is_role(token: str) -> bool:
 def _sensor_words(group: FileGroup, look: Look) -> frozenset[str]:
     """Values of a part of the names that separate sensors; empty if no part does."""
     count = len(group.paths)
-    for place, values in _candidates(group):
+    for remove, values in _candidates(group):
         distinct = sorted(set(values))
         if not 2 <= len(distinct) <= _MAX_SENSORS:
             continue
@@ -225,14 +224,19 @@ def _sensor_words(group: FileGroup, look: Look) -> frozenset[str]:
             continue
         rests: dict[str, set[str]] = {}
         for path, value in zip(group.paths, values):
-            rests.setdefault(place(path), set()).add(value)
-        is_shared = sum(len(found) for found in rests.values() if len(found) > 1) >= _SHARED * count
+            rests.setdefault(remove(path), set()).add(value)
+        repeated = sum(len(found) for found in rests.values() if len(found) > 1)
+        is_shared = repeated >= _SHARED * count
         lower = frozenset(value.lower() for value in distinct)
         if is_shared and all(value in _BAND_WORDS or _BAND_NAME.fullmatch(value) for value in lower):
             return lower
+        if count < 2 * len(distinct):  # single files are no sensors
+            continue
         first = {value: path for path, value in zip(reversed(group.paths), reversed(values))}
         looks = [found for path in first.values() if (found := look(path)) is not None]
-        if len({content for content, _ in looks}) > 1 or (is_shared and len(set(looks)) > 1):
+        contents = {content for content, _ in looks}
+        # One site may have other bands than the rest: unless the names are shared, every value needs its own content.
+        if len(set(looks)) > 1 if is_shared else len(contents) == len(looks) > 1:
             return lower
     return frozenset()
 
@@ -246,12 +250,12 @@ def _candidates(group: FileGroup) -> Iterator[tuple[Callable[[str], str], tuple[
                 return "/".join(name for place, name in enumerate(path.split("/")) if place != index)
 
             yield without_folder, parts[0].values
-    stems = [path.rpartition("/")[2].removesuffix(group.extension) for path in group.paths]
+    stems = [path.rpartition("/")[2].rpartition(".")[0] for path in group.paths]
     for position in (-1, 0):
 
         def without_token(path: str, position: int = position) -> str:
             folder, _, name = path.rpartition("/")
-            tokens = _SEPARATORS.split(name.removesuffix(group.extension))
+            tokens = _SEPARATORS.split(name.rpartition(".")[0])
             tokens[position] = ""
             return f"{folder}/{''.join(tokens)}"
 

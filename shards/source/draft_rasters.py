@@ -211,7 +211,7 @@ def _read_label(draft: Draft, group: FileGroup, found: Survey, header: RasterHea
         values = read_labels(found)
         if values.pixels:
             return _Label(group, found, header, values=values)
-        problem = "more values than there can be classes"
+        problem = "more values than there can be classes" if values.files else "values that cannot be read"
     draft.notes.append(
         f"{len(group.paths)} files such as {group.example} seem to be labels but have {problem}: convert them to one "
         "band of class numbers"

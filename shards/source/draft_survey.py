@@ -260,10 +260,7 @@ def _read_sample(
             with sidecar_environment(), open_raster(found.root / path) as file:
                 windows = [file.read(bands, window=window) for window in _windows(file.width, file.height)]
                 nodata = file.nodata
-        except RasterError:
-            continue
-        except RasterioError as error:
-            del error
+        except (RasterError, RasterioError):  # sharding names the file
             continue
         values = np.concatenate([window.reshape(len(bands), -1) for window in windows], axis=1)
         is_nodata = np.zeros(values.shape, bool)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import rasterio
+import rasterio.shutil
 import yaml
 from rasterio.enums import ColorInterp
 from small_tree import CORNER, write_raster
@@ -156,6 +156,14 @@ def test_sensors_in_folders_of_any_name_are_told_apart_by_their_content() -> Non
     paths = [f"{folder}/{column}_{row}.tif" for folder in ("opt", "other") for column in range(3) for row in range(2)]
     assert patterns(paths, lambda path: (path.split("/")[0], 1))[0] == ["opt/{x}_{y}.tif", "other/{x}_{y}.tif"]
     assert patterns(paths)[0] == ["{site}/{x}_{y}.tif"]  # the same content: two sites
+
+
+def test_sites_and_single_files_with_other_content_are_no_sensors() -> None:
+    content = {"a.tif": 3, "b.tif": 4, "c.tif": 3}
+    assert patterns(list(content), lambda path: (content[path], 1))[0] == ["{tile}.tif"]
+    paths = [f"{site}/{site}{number}.tif" for site in "abc" for number in range(3)]
+    assert patterns(paths, lambda path: (path[0] == "c", 1))[0] == ["{site}/{tile}.tif"]
+    assert len(patterns(["rgb/1.tif", "rgb/2.tif", "cir/1.tif", "cir/2.tif"])[0]) == 2  # words say so
 
 
 def test_dates_of_a_key_are_a_series_and_extra_fields_leave_the_key() -> None:
@@ -346,6 +354,28 @@ def test_files_that_cannot_be_described_become_notes(tmp_path: Path) -> None:
     ):
         assert words in notes
     assert list(draft.values["sensors"]) == ["RGB"] and list(draft.values["labels"]) == ["MASKS"]
+
+
+def test_pictures_that_are_not_square_and_have_no_position(tmp_path: Path) -> None:
+    for number in range(3):
+        for folder, array in (("images", image(200)), ("masks", mask(200))):
+            path = tmp_path / folder / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            with rasterio.open(path, "w", driver="PNG", width=200, height=100, count=len(array), dtype="uint8") as file:
+                file.write(array[:, :100])
+    draft = draft_folder(tmp_path)
+    assert (draft.values["kind"], draft.values["patch"]) == ("rasters", "96 px")
+    assert draft.values["labels"]["MASKS"]["files"] == "masks/{tile}.png"
+    manifest = shard(draft, tmp_path / "out")
+    assert len(manifest) == 6 and manifest.counts["present"] == {"RGB": 6, "MASKS": 6}
+
+
+def test_a_mosaic_index_is_left_out(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["a", "b"])
+    rasterio.shutil.copy(tmp_path / "images" / "a.tif", tmp_path / "all.vrt", driver="VRT")
+    draft = draft_folder(tmp_path)
+    assert list(draft.values["sensors"]) == ["RGB"]
+    assert draft.notes == ["1 VRT files such as all.vrt are left out beside other rasters"]
 
 
 def test_degrees_are_noted(tmp_path: Path) -> None:
