@@ -269,12 +269,10 @@ class _Writers:
             starts = np.append(0, np.cumsum(np.concatenate(self._counts[name]))).astype(np.int64)
             with self._explain_errors():
                 file.flush()
-            records = (
-                np.memmap(file, self._types[name], "r", shape=(int(starts[-1]),))
-                if starts[-1]
-                else np.empty(0, self._types[name])
-            )
-            rows[name] = _Rows(records, starts)
+            count, kind = int(starts[-1]), self._types[name]
+            records = np.memmap(file, kind, "r", shape=(count,)) if count else np.empty(0, kind)  # mmap needs a byte
+            # Slices of a plain array are cheaper than slices of a memmap.
+            rows[name] = _Rows(records.view(np.ndarray), starts)
         return rows, self._digest
 
     @contextmanager
