@@ -6,6 +6,7 @@ import datetime
 import math
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +175,14 @@ def test_dates_of_a_key_are_a_series_and_extra_fields_leave_the_key() -> None:
     assert layout.key == "{x}" and layout.groups[1].matched == 1
 
 
-def test_a_hundred_thousand_names_are_grouped_in_seconds() -> None:
-    paths = [
-        f"s{site}/{kind}/{x}-{y}-19.tif"
-        for site in range(5)
-        for kind in ("image", "label")
-        for x in range(100)
-        for y in range(100)
-    ]
-    start = datetime.datetime.now()
+def test_many_names_take_seconds() -> None:
+    names = [f"{x}-{y}-19.tif" for x in range(60) for y in range(100)]
+    paths = [f"s{site}/{kind}/{name}" for site in range(5) for kind in ("image", "label") for name in names]
+    start = time.monotonic()
     found, layout = patterns(paths)
     assert found == ["{site}/image/{x}-{y}-19.tif", "{site}/label/{x}-{y}-19.tif"]
-    assert layout.groups[1].matched == 50_000
-    assert datetime.datetime.now() - start < datetime.timedelta(seconds=60)  # 4 s on an idle core
+    assert layout.groups[1].matched == 30_000
+    assert time.monotonic() - start < 40  # 3 s on an idle core
 
 
 # Rasters --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from small_tree import CORNER, write_raster
 
 from bocage.recipes.loader import load_dataset
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.description import build_registry
 from bocage.tools.cli.image_options import read_classes
 from bocage.tools.main import main
@@ -165,9 +164,8 @@ def test_a_dry_run_says_what_it_understood(source: str, tmp_path: Path, capsys: 
         words = [str(DRONE), str(tmp_path / "out"), f"dataset={file}"]
         expected = ["RGB", "R 650", "512 x 0.14 m", "colour", "5: class 0, class", "banepa_unlabelled", "split_site"]
     else:
-        write_tree(tmp_path / "tree", patches=2, seed=0)
-        words = [str(tmp_path / "tree"), str(tmp_path / "out")]
-        expected = ["AERIAL_RGBI", "10 x 10.24 m", "19: building", "split_1"]
+        words = [str(DRONE.parent / "flairhub_real"), str(tmp_path / "out")]
+        expected = ["AERIAL_RGBI", "NIR 840", "512 x 0.2 m", "19: building", "D051-2019"]
     capsys.readouterr()
     assert main(["shard", *words, "--dry-run", "--picture", str(tmp_path / "sheet.png")]) == 0
     printed = capsys.readouterr().out
