@@ -31,6 +31,7 @@ from bocage.shards.source.description import DatasetDescription, build_registry
 from bocage.shards.source.file_patterns import fill_template
 from bocage.shards.source.raster_sites import FoundRaster, Layer, Site, make_sites
 from bocage.shards.source.raster_windows import (
+    Bounds,
     PixelGrid,
     PlacedRaster,
     WindowSource,
@@ -471,22 +472,21 @@ def _explain_resampling(raster: PlacedRaster, grid: PixelGrid) -> str:
 
 
 def _explain_absent(name: str, sites: Sequence[Site], found: Sequence[FoundRaster], cells: _Cells) -> str:
-    """Message about a sensor or label that no patch has."""
+    """Message about a sensor or label that no patch has: where its first raster and the patches lie."""
     file = found[0].file
-    left, bottom, right, top = file.bounds
-    message = (
-        f"no raster of {name} covers a patch: {file.path} spans x {left:.0f} to {right:.0f}, y {bottom:.0f} to "
-        f"{top:.0f}{f' in {file.crs}' if file.crs else ''}"
-    )
-    number = next((number for number, site in enumerate(sites) if name in site.layers), None)
-    if number is None or not (cells.site == number).any():
-        return message
-    site, chosen = sites[number], cells.site == number
-    x = [site.left + value * site.side for value in (cells.column[chosen].min(), cells.column[chosen].max() + 1)]
-    y = [site.top - value * site.side for value in (cells.row[chosen].max() + 1, cells.row[chosen].min())]
+    chosen = cells.site == cells.site[0]
+    site, rows, columns = sites[cells.site[0]], cells.row[chosen], cells.column[chosen]
+    left, right = (site.left + float(value) * site.side for value in (columns.min(), columns.max() + 1))
+    bottom, top = (site.top - float(value) * site.side for value in (rows.max() + 1, rows.min()))
     return (
-        f"{message}; the patches span x {x[0]:.0f} to {x[1]:.0f}, y {y[0]:.0f} to {y[1]:.0f} in {site.crs or 'pixels'}"
+        f"no raster of {name} covers a patch: {file.path} spans {_describe_bounds(file.bounds, file.crs)}; patches "
+        f"span {_describe_bounds((left, bottom, right, top), site.crs)}"
     )
+
+
+def _describe_bounds(bounds: Bounds, crs: str) -> str:
+    left, bottom, right, top = bounds
+    return f"x {left:.0f} to {right:.0f}, y {bottom:.0f} to {top:.0f}{f' in {crs}' if crs else ''}"
 
 
 def _explain_dates(name: str, layer: Layer) -> str | None:

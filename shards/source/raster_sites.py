@@ -8,6 +8,7 @@ are not resampled either. Where this would lose many patches at the edges, the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,11 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import Registry
 from bocage.shards.source.raster_windows import (
     ALIGNMENT,
+    Bounds,
     PixelGrid,
     PlacedRaster,
     RasterFile,
+    bounds_in,
     grid_bounds,
     place_raster,
     same_crs,
@@ -181,24 +184,24 @@ def _place_site(draft: _Draft, rasters: Mapping[str, Sequence[FoundRaster]], reg
         for item in items:
             _check_position(draft, item.file)
         _check_without_position(name, items, draft, registry)
-    left, top = _align_origin(draft, size, [(registry[name].size, items[0].file) for name, items in rasters.items()])
-    own = {
-        name: np.array([_is_own(item, draft) for item in items])
-        for name, items in rasters.items()
+    own = [
+        item.file.bounds
+        for name in rasters
         if registry[name].is_input
+        for item in rasters[name]
+        if _is_own(item, draft)
+    ]
+    lefts, bottoms, rights, tops = zip(*own)
+    extent = (min(lefts), min(bottoms), max(rights), max(tops))
+    rasters = {
+        name: [item for item in items if _overlaps(item.file, draft.crs, extent)] for name, items in rasters.items()
     }
-    unit = PixelGrid(draft.crs, left, top, side, 1)
-    bounds = np.array(
-        [
-            grid_bounds(item.file.bounds, unit)
-            for name, items in rasters.items()
-            if name in own
-            for item, is_own in zip(items, own[name])
-            if is_own
-        ]
+    rasters = {name: items for name, items in rasters.items() if items}
+    left, top = _align_origin(draft, size, [(registry[name].size, items[0].file) for name, items in rasters.items()])
+    first_column, last_column, first_row, last_row = (
+        math.floor(value + _ROUNDING) if is_first else math.ceil(value - _ROUNDING)
+        for value, is_first in zip(grid_bounds(extent, PixelGrid(draft.crs, left, top, side, 1)), (True, False) * 2)
     )
-    first_column, first_row = np.floor(bounds[:, [0, 2]].min(axis=0) + _ROUNDING).astype(int).tolist()
-    last_column, last_row = np.ceil(bounds[:, [1, 3]].max(axis=0) - _ROUNDING).astype(int).tolist()
     left, top = left + first_column * side, top - first_row * side
     site = Site(
         fields=draft.fields,
@@ -219,6 +222,12 @@ def _place_site(draft: _Draft, rasters: Mapping[str, Sequence[FoundRaster]], reg
             grid = PixelGrid(draft.crs, left, top, side, modality.size)
             site.layers[name] = _make_layer(rasters[name], grid, draft, modality.has_time_axis, series)
     return site
+
+
+def _overlaps(file: RasterFile, crs: str, extent: Bounds) -> bool:
+    """Whether a raster overlaps bounds in a coordinate system."""
+    left, bottom, right, top = bounds_in(file, crs)
+    return left < extent[2] and right > extent[0] and bottom < extent[3] and top > extent[1]
 
 
 def _is_own(item: FoundRaster, draft: _Draft) -> bool:

@@ -45,6 +45,9 @@ _ANY_CRS = "EPSG:32631"  # stands for two equal systems, of which GDAL may not k
 Box = tuple[int, int, int, int]
 """Row, column, height and width, in pixels."""
 
+Bounds = tuple[float, float, float, float]
+"""Left, bottom, right and top, in units of a coordinate system."""
+
 
 @dataclass(frozen=True)
 class RasterFile:
@@ -101,8 +104,8 @@ class RasterFile:
         return height * width * self.decoded_bytes
 
     @property
-    def bounds(self) -> tuple[float, float, float, float]:
-        """Left, bottom, right and top, in the CRS."""
+    def bounds(self) -> Bounds:
+        """Bounds in the CRS."""
         right, bottom = self.left + self.width * self.pixel_width, self.top - self.height * self.pixel_height
         return self.left, bottom, right, self.top
 
@@ -227,14 +230,24 @@ def place_raster(file: RasterFile, grid: PixelGrid) -> PlacedRaster:
         is_aligned = all(abs(a - b) <= ALIGNMENT for a, b in zip((left, right, top, bottom), rounded))
         if is_aligned and (rounded[1] - rounded[0], rounded[3] - rounded[2]) == (file.width, file.height):
             return PlacedRaster(file, False, rounded[2], rounded[0], file.height, file.width)
-    bounds = file.bounds if is_same else transform_bounds(file.crs, grid.crs, *file.bounds)
-    left, right, top, bottom = grid_bounds(bounds, grid)
+    left, right, top, bottom = grid_bounds(bounds_in(file, grid.crs), grid)
     row, column = math.floor(top), math.floor(left)
     return PlacedRaster(file, True, row, column, math.ceil(bottom) - row, math.ceil(right) - column)
 
 
-def grid_bounds(bounds: tuple[float, float, float, float], grid: PixelGrid) -> tuple[float, float, float, float]:
-    """Left, right, top and bottom of bounds (left, bottom, right, top), in pixels of a grid."""
+def bounds_in(file: RasterFile, crs: str) -> Bounds:
+    """Bounds of a raster in a coordinate system; infinite outside its area."""
+    return file.bounds if same_crs(file.crs, crs) else _project_bounds(file.crs, crs, file.bounds)
+
+
+@lru_cache(maxsize=4096)
+def _project_bounds(source: str, target: str, bounds: Bounds) -> Bounds:
+    left, bottom, right, top = transform_bounds(source, target, *bounds)
+    return left, bottom, right, top
+
+
+def grid_bounds(bounds: Bounds, grid: PixelGrid) -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of bounds, in pixels of a grid."""
     left, bottom, right, top = bounds
     return (
         (left - grid.left) / grid.pixel,

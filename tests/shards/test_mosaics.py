@@ -238,6 +238,8 @@ def test_a_raster_of_all_sites_makes_no_patches_of_its_own(tmp_path: Path) -> No
     for number, site in enumerate(("a", "b")):
         write(tmp_path / f"ortho/{site}.tif", noise(3, 400, 800), 0.2, LEFT + 320 * number, TOP)
     write(tmp_path / "s2/all.tif", noise(2, 16, 64, "uint16"), 10.0, LEFT - 80, TOP + 80)
+    write(tmp_path / "s2/far.tif", noise(2, 16, 16, "uint16"), 10.0, LEFT + 50_000, TOP)
+    write(tmp_path / "s2/farther.tif", noise(2, 16, 16, "uint16"), 10.0, 500_000, 5_000_000, "EPSG:32755")
     manifest = shard(tmp_path, describe("ORTHO", "S2", ORTHO__files="ortho/{site}.tif"), tmp_path / "out")
     arrays, corners = read_back(manifest), positions(manifest)
     assert sorted(arrays) == ["a_0000-0000", "a_0000-0001", "b_0000-0000", "b_0000-0001"]
@@ -670,7 +672,7 @@ def test_rasters_that_no_patch_needs_are_mentioned(tmp_path: Path) -> None:
     write(tmp_path / "label/a.tif", roofs(400, 400), 0.2, LEFT + 10_000, TOP)
     report = open_catalogue(tmp_path, describe("ORTHO", label=True)).report()
     assert any("label/a.tif spans x 510000 to 510080" in note for note in report.notes)
-    assert any("the patches span x 500000 to 500080, y 4999920 to 5000000 in EPSG:32631" in n for n in report.notes)
+    assert any("patches span x 500000 to 500080, y 4999920 to 5000000 in EPSG:32631" in n for n in report.notes)
     options: dict[str, Any] = {"ORTHO__files": "ortho/{site}.tif", "ROOFS__files": "label/{site}.tif"}
     (tmp_path / "label/a.tif").rename(tmp_path / "label/c.tif")
     report = open_catalogue(tmp_path, describe("ORTHO", label=True, **options)).report()
