@@ -28,7 +28,7 @@ from bocage.recipes.recipe_errors import (
     full_key,
 )
 from bocage.shards.errors import InputError
-from bocage.shards.source.description import DatasetDescription
+from bocage.shards.source.described.description import DatasetDescription
 
 Config = TypeVar("Config")
 

@@ -27,7 +27,7 @@ ALLOWED = {
 }
 # Subpackages in the order of imports: each imports those before it. The empty one is the package itself.
 SUBPACKAGES = {
-    "shards": ("", "preprocess", "format", "source", "write", "read", "inspect", "simulate"),
+    "shards": ("", "preprocess", "format", "source", "draft", "write", "read", "inspect", "simulate"),
     "recipes": ("",),
     "ssl": ("engine", "encoders", "objectives", "evaluation", ""),
     "finetune": ("models", "subsets", "official", "evaluation", "mapping", "", "probes", "study", "publishing"),
@@ -206,7 +206,7 @@ def test_the_public_names_load_lazily_from_any_folder(where: str, tmp_path: Path
 # A sharding worker is to stay under 400 MB, of which torch alone would take most.
 @pytest.mark.parametrize(
     "module",
-    ["format.codec", "format.manifest", "preprocess.normalize", "source.catalogue", "source.rasters", "write.writer"],
+    ["format.codec", "format.manifest", "preprocess.normalize", "source.described.tiles", "source.flair_hub.tree", "write.writer"],
 )
 def test_sharding_imports_no_torch(module: str) -> None:
     code = f"import bocage.shards.{module}, sys; print('torch' in sys.modules)"

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from bocage.recipes.loader import parse_dataset
+from bocage.shards.draft.folder import draft_folder
+from bocage.shards.draft.yaml import Draft
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
-from bocage.shards.source.description import build_registry
-from bocage.shards.source.draft import draft_folder
-from bocage.shards.source.draft_yaml import Draft
+from bocage.shards.source.described.description import build_registry
 from bocage.tools.cli.image_options import add_image_options, check_image_options, draft_from_options
 
 _EPILOG = """\

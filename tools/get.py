@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.errors import InputError
-from bocage.shards.source.download import (
+from bocage.shards.source.flair_hub.download import (
     LocalZips,
     download_zips,
     format_size,
     free_bytes,
     inspect_folder,
 )
-from bocage.shards.source.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
-from bocage.shards.source.toy import find_toy, is_unpacked, unpack_toy
+from bocage.shards.source.flair_hub.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
+from bocage.shards.source.flair_hub.toy import find_toy, is_unpacked, unpack_toy
 from bocage.tools.cli.arguments import positive_int
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.progress import ProgressBar, ProgressBars

@@ -25,10 +25,10 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.file_patterns import list_files
-from bocage.shards.source.flair_hub import FlairHubCatalogue
-from bocage.shards.source.naming import FOLDER
-from bocage.shards.source.open import open_described
+from bocage.shards.source.described.file_patterns import list_files
+from bocage.shards.source.described.open import open_described
+from bocage.shards.source.flair_hub.naming import FOLDER
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
 

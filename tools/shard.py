@@ -24,8 +24,8 @@ from bocage.shards.inspect.delete_source import replaced_zips
 from bocage.shards.inspect.summary import preferred_patches
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.flair_hub import FlairHubCatalogue
-from bocage.shards.source.open import open_described
+from bocage.shards.source.described.open import open_described
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.estimate import Estimate
 from bocage.shards.write.plan import ORDERS
 from bocage.shards.write.writer import DatasetWriter

@@ -32,8 +32,8 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.dataset import days_since_may
-from bocage.shards.source.ground import metres_per_unit
-from bocage.shards.source.rasters import gdal_reason
+from bocage.shards.source.described.ground import metres_per_unit
+from bocage.shards.source.raster import gdal_reason
 
 logger = logging.getLogger(__name__)
 

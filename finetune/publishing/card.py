@@ -25,6 +25,7 @@ HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 
 _HUB_DATASETS = "https://huggingface.co/datasets/"
 _FLAIR_HUB_CITATION = "FLAIR-HUB: Garioud et al., 2025, [arXiv 2506.07080](https://arxiv.org/abs/2506.07080)."
+_SWIN_PATCH = 4  # pixels; timm's Swins read sides that are multiples of this
 _MAX_DOMAINS = 60  # names of domains in a card
 _PROBES = {"knn": "20 nearest neighbours", "linear": "logistic regression"}
 
@@ -48,7 +49,7 @@ def render_card(folder: Path) -> str:
     environment.filters["plain"] = lambda value: f"{value:g}"
     description = config["bocage"]
     address, dataset = facts["address"], facts["terms"]["dataset"]
-    domains = facts["data"]["domains"]
+    domains, side = facts["data"]["domains"], round(facts["data"]["patch"] / description["input"]["gsd"])
     return environment.from_string(template).render(
         header=_header(facts, description).to_yaml(),
         facts=facts,
@@ -58,7 +59,8 @@ def render_card(folder: Path) -> str:
         swin=description["architecture"] == "swin",
         timm_source=f"hf-hub:{address.removeprefix(HUB_PREFIX)}" if address else "local-dir:.",
         source=address or ".",
-        side=round(facts["data"]["patch"] / description["input"]["gsd"]),
+        side=side,
+        example_side=side if description["input"]["series"] else -(-side // _SWIN_PATCH) * _SWIN_PATCH,
         probes=_PROBES,
         files={
             "weights": WEIGHTS_FILE,

@@ -1,6 +1,7 @@
 """Draw contact sheets of patches: composites, shaded relief, date strips, radar in decibels, classes.
 
-A dataset may have any sensors. An image without the colours red, green and blue is drawn in grey, band by band.
+A dataset may have any sensors. An image without the colours red, green and blue is drawn in grey, band by band. Patches
+of one pixel are drawn as curves over time.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.dates import AutoDateLocator
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import AutoLocator
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
@@ -32,7 +36,7 @@ from bocage.shards.inspect.composites import (
 from bocage.shards.modality import Band, Modality, Registry
 from bocage.shards.preprocess.normalize import represent
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.rasters import RasterError, gdal_environment
+from bocage.shards.source.raster import RasterError, gdal_environment
 
 # Inches.
 _WIDTH, _MARGIN, _TOP = 12.0, 0.25, 0.62
@@ -44,6 +48,8 @@ _STRETCH = (2.0, 98.0)
 _NEAR_INFRARED = 840.0  # nm
 _GREY_BANDS = 4  # bands of an image without colours that are drawn, each in grey
 _LEGEND_GAP, _LEGEND_ROW = 0.12, 0.19  # gap above a legend, and height of a line
+_CURVE_HEIGHT, _CURVE_AXIS = 1.5, 0.35  # of the curves of a series of one pixel, and of the dates below them
+_LEGEND_WIDTH = 1.1  # of the names of bands beside the curves
 _STRIP_SIDE = (_WIDTH - 2 * _MARGIN - (_DATES - 1) * 0.08) / _DATES  # of the pictures of a series
 
 
@@ -151,6 +157,9 @@ def _rows(registry: Registry, sample: _Sample) -> list[_Row]:
         ground = f"{sample.roi}, {extent:g} m x {extent:g} m, north up"
         page.text(_MARGIN, top + 0.38, ground, fontsize=9, color="#444444")
 
+    title = _Row(_TOP, draw_title)
+    if all(item.size == 1 for item in registry.values()):
+        return [title, *_pixel_rows(registry, sample)]
     images = [
         _Cell(_SCALE, tile.draw)
         for item in registry.by_role("image")
@@ -165,10 +174,56 @@ def _rows(registry: Registry, sample: _Sample) -> list[_Row]:
         for item in registry.labels
         for index in range(len(item.bands))
     ]
-    title = _Row(_TOP, draw_title)
     if not series and len(images) + len(labels) <= _COLUMNS:
         return [title, *_grid([*images, *labels])]
     return [title, *_grid(images), *series, *_grid(labels)]
+
+
+def _pixel_rows(registry: Registry, sample: _Sample) -> list[_Row]:
+    """Rows of a patch of one pixel: a line with its single values and classes, then the curves of each series."""
+    texts = []
+    for item in (*registry.by_role("image"), *registry.labels):
+        array = sample.arrays.get(item.name)
+        for index, band in enumerate(item.bands):
+            value = "missing" if array is None else f"{array[index, 0, 0]:g}"
+            if array is not None and band.scheme is not None:
+                value = band.scheme.classes[min(int(array[index, 0, 0]), len(band.scheme) - 1)]
+            texts.append(f"{item.name} {band.name}: {value}" if band.name != item.name else f"{item.name}: {value}")
+
+    def draw_texts(page: _Page, top: float) -> None:
+        page.text(_MARGIN, top + 0.02, ", ".join(texts), fontsize=9)
+
+    curves = [
+        _Row(_TITLE + _CURVE_HEIGHT + _CURVE_AXIS, partial(_draw_curves, sample=sample, modality=item))
+        for item in registry.by_role("series")
+    ]
+    return [_Row(_TITLE + 0.1, draw_texts), *curves]
+
+
+def _draw_curves(page: _Page, top: float, sample: _Sample, modality: Modality) -> None:
+    """Draw the channels of a series of one pixel over its dates."""
+    array = sample.arrays.get(modality.name)
+    axis = page.axes(_MARGIN + 0.4, top + _TITLE, _WIDTH - 2 * _MARGIN - 0.4 - _LEGEND_WIDTH, _CURVE_HEIGHT)
+    if array is None or len(array) == 0:
+        page.text(_MARGIN, top + 0.05, modality.name, fontsize=8.5)
+        _draw_missing(axis, "missing" if array is None else "no date")
+        return
+    values = represent(array, modality.representation, modality.nodata_below, modality.nodata_above)[:, :, 0, 0]
+    title = f"{modality.name}: {len(array)} dates{', dB' if _is_radar(modality) else ''}"
+    if any(band.quantity == "other" for band in modality.bands):  # of different units
+        limits = [_limits(channel, (0.0, 100.0)) for channel in values.T]
+        values = np.stack([(channel - low) / (high - low) for channel, (low, high) in zip(values.T, limits)], axis=1)
+        title += ", each band scaled to its range"
+    page.text(_MARGIN, top + 0.05, title, fontsize=8.5)
+    days = sample.dates.get(modality.name, np.empty(0, np.int32))
+    times = days.astype("datetime64[D]") if len(days) == len(array) else np.arange(1, len(array) + 1)
+    for number, (name, channel) in enumerate(zip(modality.channels, values.T)):
+        colour = colormaps["turbo"](0.1 + 0.8 * number / max(1, len(modality.channels) - 1))
+        axis.plot(times, channel, marker=".", markersize=4, linewidth=1, color=colour, label=name)
+    axis.xaxis.set_major_locator(AutoDateLocator() if len(days) == len(array) else AutoLocator())
+    axis.yaxis.set_major_locator(AutoLocator())
+    axis.tick_params(labelsize=7, length=2)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), fontsize=7, frameon=False, labelspacing=0.3)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.codec import CODECS
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import Progress, verify
-from bocage.shards.source import naming, zips
-from bocage.shards.source.flair_hub import FlairHubCatalogue
-from bocage.shards.source.metadata import METADATA_FOLDER
+from bocage.shards.source.flair_hub import naming, zips
+from bocage.shards.source.flair_hub.metadata import METADATA_FOLDER
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 
 _ZIP = ".zip"
 

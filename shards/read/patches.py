@@ -19,7 +19,7 @@ from bocage.shards.read.dataset import days_since_may, evaluation_batches
 from bocage.shards.read.windows import whole_patch
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.rasters import gdal_environment
+from bocage.shards.source.raster import gdal_environment
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from bocage.shards.simulate.sensors import (
     render_series,
     sun_position,
 )
-from bocage.shards.source.metadata import METADATA_FOLDER, SPLIT_FILE
+from bocage.shards.source.flair_hub.metadata import METADATA_FOLDER, SPLIT_FILE
 
 PARAMETERS_FILE = "sample.json"
 """File in the root of the tree, written first, with the parameters that determine the tree."""

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from bocage.shards.dataset_info import DatasetInfo
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.source.rasters import Raster
+from bocage.shards.source.raster import Raster
 from bocage.shards.source.report import CatalogueReport
 
 

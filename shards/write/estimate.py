@@ -9,7 +9,7 @@ import numpy as np
 
 from bocage.shards.errors import InputError
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.rasters import RasterError, gdal_environment
+from bocage.shards.source.raster import RasterError, gdal_environment
 from bocage.shards.write.packing import encode_patch
 from bocage.shards.write.tasks import check_source
 

@@ -29,7 +29,7 @@ from bocage.shards.format.tar import TarWriter
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.pool import ProgressCallback
 from bocage.shards.source.catalogue import Patch, PatchSource
-from bocage.shards.source.rasters import Raster, RasterError, may_be_same_crs
+from bocage.shards.source.raster import Raster, RasterError, may_be_same_crs
 
 _METADATA_KEY = b"bocage"
 _EPOCH = datetime.date(1970, 1, 1)

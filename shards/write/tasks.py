@@ -19,7 +19,7 @@ from bocage.shards.files import TEMPORARY_SUFFIX
 from bocage.shards.format.shard_files import PARTS_FOLDER, part_path, shard_path
 from bocage.shards.pool import ProgressCallback, WorkerKilledError, run_in_pool
 from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
-from bocage.shards.source.rasters import RasterError, gdal_environment
+from bocage.shards.source.raster import RasterError, gdal_environment
 from bocage.shards.write.packing import ManifestPart, ShardTask, encode_patch, read_part, write_shard
 from bocage.shards.write.plan import ShardPlan
 

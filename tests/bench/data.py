@@ -48,7 +48,7 @@ from bocage.shards.read.dataset import TrainingStream, days_since_may
 from bocage.shards.read.windows import draw_windows, pixel_slices
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 BATCH, WINDOW, SEED = 16, 51.2, 0

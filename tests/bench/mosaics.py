@@ -30,10 +30,10 @@ from rasterio import Affine
 from rasterio.windows import Window
 
 from bocage.recipes.loader import config_from_dict
-from bocage.shards.source.description import DatasetDescription
-from bocage.shards.source.mosaics import RasterCatalogue
-from bocage.shards.source.raster_windows import WindowSource
-from bocage.shards.source.rasters import gdal_environment
+from bocage.shards.source.described.description import DatasetDescription
+from bocage.shards.source.described.mosaics import RasterCatalogue
+from bocage.shards.source.described.raster_windows import WindowSource
+from bocage.shards.source.raster import gdal_environment
 from bocage.shards.write.writer import write_shards
 
 _SIDE = 80.0  # of a patch, in metres

@@ -19,7 +19,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # tests import full_tree, too
 

@@ -31,7 +31,7 @@ from bocage.shards.format.manifest import Manifest, manifest_schema
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.dataset import TrainingStream
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.manifest_builder import build_manifest
 from bocage.shards.write.writer import write_shards
 

@@ -37,10 +37,11 @@ from rasterio.io import MemoryFile
 from bocage.shards.format.codec import EncodedArray, decode, encode, with_lossy_dem
 from bocage.shards.format.shard_files import PARTS_FOLDER
 from bocage.shards.modality import Modality, Registry
-from bocage.shards.source import rasters
 from bocage.shards.source.catalogue import Patch
-from bocage.shards.source.flair_hub import FlairHubCatalogue
-from bocage.shards.source.rasters import Raster, RasterSource
+from bocage.shards.source.flair_hub import rasters
+from bocage.shards.source.flair_hub.rasters import RasterSource
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
+from bocage.shards.source.raster import Raster
 from bocage.shards.write.packing import ShardTask, write_shard
 
 _GDAL = {"GDAL_CACHEMAX": 64, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": 1}

@@ -13,7 +13,7 @@ from small_recipes import PRETRAIN
 
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 pytestmark = pytest.mark.slow  # a minute: six launches that import torch

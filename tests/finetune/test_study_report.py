@@ -21,7 +21,7 @@ from bocage.finetune.study.study_config import LabelFraction, study_runs
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
 from bocage.tools.main import main

@@ -24,7 +24,7 @@ from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.batch import Batch
 from bocage.shards.errors import InputError
 from bocage.shards.read.patches import ShardPatches
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 

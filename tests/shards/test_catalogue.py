@@ -8,7 +8,7 @@ from small_tree import raster_path, series_date, write_table, write_tree
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.source.flair_hub import FlairHubCatalogue, read_csv_split
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue, read_csv_split
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]

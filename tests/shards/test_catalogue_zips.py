@@ -15,8 +15,8 @@ from small_tree import raster_path, write_tree
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
-from bocage.shards.source.flair_hub import FlairHubCatalogue
-from bocage.shards.source.rasters import RasterError
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
+from bocage.shards.source.raster import RasterError
 from bocage.shards.write.writer import write_shards
 
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC", "AERIAL-RLT_PAN"]
@@ -140,7 +140,7 @@ def test_folder_without_read_permission_is_counted(tree: Path) -> None:
         "from pathlib import Path\n"
         "from bocage.shards.modality import FLAIR_HUB\n"
         "from bocage.shards.source.report import CatalogueReport\n"
-        "from bocage.shards.source.scan import Scan\n"
+        "from bocage.shards.source.flair_hub.scan import Scan\n"
         "os.chdir(sys.argv[1])\n"
         "if os.geteuid() == 0:\n"
         "    os.setuid(65534)\n"

@@ -19,7 +19,7 @@ from bocage.shards.format.codec import decode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.dataset import TrainingStream, days_since_may, evaluation_batches
 from bocage.shards.read.sampler import DistributedBatchSampler, GlobalShuffle
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"

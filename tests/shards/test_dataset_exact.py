@@ -16,7 +16,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.codec import encode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.dataset import TrainingStream, evaluation_batches
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 SERIES = "SENTINEL1-ASC_TS"

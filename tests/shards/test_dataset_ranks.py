@@ -11,7 +11,7 @@ import numpy as np
 from small_tree import write_tree
 
 from bocage.shards.read.sampler import GlobalShuffle
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 SCRIPT = Path(__file__).parents[1] / "support" / "rank_run.py"

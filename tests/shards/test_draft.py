@@ -20,15 +20,15 @@ from rasterio.enums import ColorInterp
 from small_tree import CORNER, write_raster
 
 from bocage.recipes.loader import parse_dataset
+from bocage.shards.draft.folder import draft_folder, draft_images
+from bocage.shards.draft.names import FileGroup, find_layout, group_files
+from bocage.shards.draft.rasters import Choices
+from bocage.shards.draft.splits import FRACTIONS
+from bocage.shards.draft.yaml import Draft, to_yaml
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.source.description import DatasetDescription
-from bocage.shards.source.draft import draft_folder, draft_images
-from bocage.shards.source.draft_names import FileGroup, find_layout, group_files
-from bocage.shards.source.draft_rasters import Choices
-from bocage.shards.source.draft_splits import FRACTIONS
-from bocage.shards.source.draft_yaml import Draft, to_yaml
-from bocage.shards.source.open import open_described
+from bocage.shards.source.described.description import DatasetDescription
+from bocage.shards.source.described.open import open_described
 from bocage.shards.write.writer import write_shards
 
 DATA = Path(__file__).parents[1] / "data"

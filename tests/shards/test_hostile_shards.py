@@ -28,7 +28,7 @@ from bocage.shards.format.codec import encode
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import verify
 from bocage.shards.read.dataset import evaluation_batches
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 KEYS = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]

@@ -20,7 +20,7 @@ from bocage.shards.inspect.verify import verify
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.dataset import evaluation_batches
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 DATA = Path(__file__).parents[1] / "data"

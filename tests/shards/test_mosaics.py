@@ -21,10 +21,10 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import verify
 from bocage.shards.read.dataset import ShardDataset
-from bocage.shards.source import coverage, raster_windows
-from bocage.shards.source.description import DatasetDescription
-from bocage.shards.source.mosaics import RasterCatalogue
-from bocage.shards.source.open import open_described
+from bocage.shards.source.described import coverage, raster_windows
+from bocage.shards.source.described.description import DatasetDescription
+from bocage.shards.source.described.mosaics import RasterCatalogue
+from bocage.shards.source.described.open import open_described
 from bocage.shards.write.writer import write_shards
 
 LEFT, TOP = 500_000.0, 5_000_000.0

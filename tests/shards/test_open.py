@@ -24,7 +24,7 @@ from bocage.shards.read.cache import CacheConfig
 from bocage.shards.read.dataset import TrainingStream, evaluation_batches
 from bocage.shards.read.object_store import ObjectStore, RetryPolicy, is_remote
 from bocage.shards.read.open import open_shards
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:cache.size")  # these caches are small on purpose

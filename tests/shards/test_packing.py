@@ -12,8 +12,8 @@ from bocage.shards.format.codec import decode, with_lossy_dem
 from bocage.shards.format.shard_files import member_name
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.source.catalogue import Patch
-from bocage.shards.source.flair_hub import FlairHubCatalogue
-from bocage.shards.source.rasters import RasterError
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
+from bocage.shards.source.raster import RasterError
 from bocage.shards.write.packing import encode_patch
 
 KEY = "D001-2021_AA-S1-1_0-0"
@@ -94,7 +94,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     write_tree(tmp_path, [KEY], ["AERIAL_RGBI", "DEM_ELEV", "SENTINEL1-ASC_TS"])
     code = (
         "import hashlib, json, sys\n"
-        "from bocage.shards.source.flair_hub import FlairHubCatalogue\n"
+        "from bocage.shards.source.flair_hub.tree import FlairHubCatalogue\n"
         "from bocage.shards.write.packing import encode_patch\n"
         "catalogue = FlairHubCatalogue.open(sys.argv[1])\n"
         "encoded = encode_patch(catalogue.patch(0), catalogue.registry)\n"

@@ -22,10 +22,11 @@ from small_disk import tmpfs
 from bocage.recipes.loader import config_from_dict, load_dataset
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
+from bocage.shards.inspect.contact_sheet import contact_sheet
 from bocage.shards.inspect.verify import verify
 from bocage.shards.read.dataset import evaluation_batches
-from bocage.shards.source.description import DatasetDescription
-from bocage.shards.source.open import open_described
+from bocage.shards.source.described.description import DatasetDescription
+from bocage.shards.source.described.open import open_described
 from bocage.shards.write.writer import write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -524,3 +525,15 @@ def test_an_impossible_description_names_its_key(
     with pytest.raises(InputError) as error:
         shard(source, tmp_path / "out", **changes)
     assert message in str(error.value)
+
+
+def test_a_series_of_one_pixel_is_drawn_as_curves(source: Path, tmp_path: Path) -> None:
+    table = columns(1)
+    table["N"] = pa.array([2000, 65535, 2500], pa.uint16())
+    manifest = shard(write(source / "a.parquet", table).parent, tmp_path / "out")
+    figure = contact_sheet(manifest, 0)
+    (axis,) = figure.axes
+    curves = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axis.lines}
+    assert curves["R"] == [100, 101, 102] and np.isnan(curves["N"][1]) and curves["N"][::2] == [2000, 2500]
+    assert np.asarray(axis.lines[0].get_xdata())[0] == np.datetime64("2021-03-15")
+    assert "TERRAIN height: 0, CROP: maize" in [text.get_text() for text in figure.texts]

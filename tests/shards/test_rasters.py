@@ -10,8 +10,9 @@ from rasterio import Affine
 from small_tree import write_raster
 
 from bocage.shards.modality import FLAIR_HUB, Modality
-from bocage.shards.source import rasters
-from bocage.shards.source.rasters import RasterError, RasterSource
+from bocage.shards.source.flair_hub import rasters
+from bocage.shards.source.flair_hub.rasters import RasterSource
+from bocage.shards.source.raster import RasterError
 
 
 def layouts() -> list[tuple[str, dict[str, object]]]:

@@ -14,10 +14,10 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import verify
 from bocage.shards.read.dataset import evaluation_batches
-from bocage.shards.source.description import DatasetDescription, default_unit
-from bocage.shards.source.file_patterns import FilePattern, list_files, plain_name
-from bocage.shards.source.ground import metres_per_unit, utm_crs
-from bocage.shards.source.open import open_described
+from bocage.shards.source.described.description import DatasetDescription, default_unit
+from bocage.shards.source.described.file_patterns import FilePattern, list_files, plain_name
+from bocage.shards.source.described.ground import metres_per_unit, utm_crs
+from bocage.shards.source.described.open import open_described
 from bocage.shards.write.writer import write_shards
 
 SIZE, PIXEL = 32, 0.5

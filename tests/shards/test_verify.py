@@ -18,7 +18,7 @@ from small_tree import write_tree
 from bocage.shards.errors import InputError
 from bocage.shards.format.codec import encode
 from bocage.shards.inspect.verify import Verification, verify
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 

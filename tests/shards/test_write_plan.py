@@ -14,7 +14,7 @@ from small_tree import write_tree
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.locks import FileLock
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.plan import order_rows, shard_bounds
 from bocage.shards.write.writer import DatasetWriter, write_shards
 

@@ -19,8 +19,8 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import required_modalities
 from bocage.shards.preprocess.normalize import represent
 from bocage.shards.read.dataset import evaluation_batches
-from bocage.shards.source import rasters
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub import rasters
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 REAL = Path(__file__).parents[1] / "data" / "flairhub_real"

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bocage.shards.source import zips
-from bocage.shards.source.rasters import RasterError, RasterSource
+from bocage.shards.source.flair_hub import zips
+from bocage.shards.source.flair_hub.rasters import RasterSource
+from bocage.shards.source.raster import RasterError
 
 CONTENT = {"a/one.tif": b"first " * 300, "a/two.tif": bytes(range(256)) * 9, "a/none.tif": b""}
 

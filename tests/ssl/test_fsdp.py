@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from bocage import recipes
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.checkpoint.reader import load_tensors
 from bocage.ssl.engine.engine_config import EngineConfig

@@ -14,7 +14,7 @@ from torch import nn
 from bocage import recipes
 from bocage.shards.batch import Batch
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.logging.metrics import (
     MAX_VECTORS,

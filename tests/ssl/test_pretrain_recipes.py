@@ -12,7 +12,7 @@ from bocage import recipes
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.evaluation.probe import Probe, ProbeConfig
 from bocage.ssl.pretrain import build_pretraining_model, pretrain

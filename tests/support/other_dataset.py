@@ -13,7 +13,7 @@ from bocage.shards.classes import ClassScheme
 from bocage.shards.dataset_info import DatasetInfo
 from bocage.shards.format.manifest import DATASET_FILE, Manifest
 from bocage.shards.modality import Band, Modality, Registry
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 
 RGB, THERMAL, ROOFS = "ORTHO_RGB", "THERMAL", "ROOFS"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from small_tree import write_tree
 
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 
 KEYS = [f"D012-2019_AF-S1-27_{row}-{column}" for row in range(2) for column in range(3)]
 SMALL = ["SPOT_RGBI", "SENTINEL2_TS", "SENTINEL2_MSK-SC"]

@@ -14,7 +14,7 @@ from small_tree import CORNER, write_raster
 
 from bocage.recipes.loader import load_dataset
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.source.description import build_registry
+from bocage.shards.source.described.description import build_registry
 from bocage.tools.cli.image_options import read_classes
 from bocage.tools.main import main
 

@@ -17,7 +17,7 @@ from bocage.finetune.train import build_task
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.read.patches import ShardPatches
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 

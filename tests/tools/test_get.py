@@ -23,10 +23,10 @@ from small_tree import write_tree
 
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.source import download
-from bocage.shards.source import toy as toy_module
-from bocage.shards.source.download import PARTIAL_SUFFIX, download_zips, inspect_folder
-from bocage.shards.source.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
+from bocage.shards.source.flair_hub import download
+from bocage.shards.source.flair_hub import toy as toy_module
+from bocage.shards.source.flair_hub.download import PARTIAL_SUFFIX, download_zips, inspect_folder
+from bocage.shards.source.flair_hub.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
 from bocage.tools.main import main
 
 SIZE = 400_000

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.summary import most_complete_row, summarize
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 

@@ -7,11 +7,11 @@ import re
 import shlex
 from pathlib import Path
 
+from bocage.shards.draft.bands import parse_bands
+from bocage.shards.draft.folder import draft_images
+from bocage.shards.draft.rasters import Choices
+from bocage.shards.draft.yaml import Draft
 from bocage.shards.errors import InputError
-from bocage.shards.source.draft import draft_images
-from bocage.shards.source.draft_bands import parse_bands
-from bocage.shards.source.draft_rasters import Choices
-from bocage.shards.source.draft_yaml import Draft
 
 _OPTIONS = ("labels", "bands", "classes", "ignore")
 _NUMBERED = re.compile(r"(\d+)[\s,;:]+(\S.*)")

@@ -16,7 +16,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.inspect.composites import hillshade, series_composites
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.logging.trackers import link_afterwards
 from bocage.ssl.evaluation.reconstructions import reconstruction_figure, save_figure

@@ -17,7 +17,7 @@ from bocage import recipes
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import quality_masks
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.objectives.decoder import DecoderConfig
 from bocage.ssl.objectives.latent import LatentConfig, LatentPrediction

@@ -294,7 +294,7 @@ def test_an_image_of_one_unit_is_masked_as_a_whole_only() -> None:
     point = replace(FLAIR_HUB["SPOT_RGBI"], name="POINT", size=4, gsd=25.6, unit=4)
     modalities = {"SPOT_RGBI": FLAIR_HUB["SPOT_RGBI"], "POINT": point}
     for images in ("packed", "mask_token"):
-        config = MaskingConfig(images=images, joint=True, modality_ratio=0.5)  # type: ignore[arg-type]
+        config = MaskingConfig(images=images, joint=True, modality_ratio=0.5)
         blocks = block_sizes(modalities, config)
         assert blocks == {"SPOT_RGBI": 1, "POINT": 1}  # blocks of joint masks ignore it
         check_window(modalities, None, config, reconstructed=True)

@@ -21,7 +21,7 @@ from bocage.shards.batch import Batch
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks
 from bocage.shards.simulate.tree import write_tree
-from bocage.shards.source.flair_hub import FlairHubCatalogue
+from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.ssl.objectives.decoder import DecoderConfig
 from bocage.ssl.objectives.dense_contrast import ContrastiveConfig, DenseContrast

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from bocage.shards.source.draft_names import split_value
-from bocage.shards.source.draft_yaml import Draft
-from bocage.shards.source.file_patterns import plain_name
+from bocage.shards.draft.names import split_value
+from bocage.shards.draft.yaml import Draft
+from bocage.shards.source.described.file_patterns import plain_name
 
 FRACTIONS = {"train": 0.7, "valid": 0.15, "test": 0.15}
 _MAX_DOMAINS = 100

@@ -16,7 +16,7 @@ import numpy as np
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, Modality, Registry
-from bocage.shards.source import naming, zips
+from bocage.shards.source.flair_hub import naming, zips
 from bocage.shards.source.report import CatalogueReport
 
 # Entry of a raster in a zip: index of the zip, whether member names begin with the folder, and fields of ``ZipMember``.

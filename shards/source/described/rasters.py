@@ -14,9 +14,9 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOEr
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
-from bocage.shards.source.description import DatasetDescription, LabelDescription, SensorDescription
-from bocage.shards.source.ground import metres_per_unit
-from bocage.shards.source.rasters import Raster, RasterError, gdal_reason
+from bocage.shards.source.described.description import DatasetDescription, LabelDescription, SensorDescription
+from bocage.shards.source.described.ground import metres_per_unit
+from bocage.shards.source.raster import Raster, RasterError, gdal_reason
 
 _MAX_SHOWN = 5  # values in a message
 

@@ -22,7 +22,7 @@ import pyogrio
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
-from bocage.shards.source import zips
+from bocage.shards.source.flair_hub import zips
 
 METADATA_FOLDER = "GLOBAL_ALL_MTD"
 SPLIT_FILE = "GLOBAL_ALL_MTD_SPLIT.gpkg"

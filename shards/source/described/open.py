@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bocage.shards.source.described import DescribedCatalogue
-from bocage.shards.source.description import DatasetDescription
-from bocage.shards.source.mosaics import RasterCatalogue
-from bocage.shards.source.pixel_series import TableCatalogue
-from bocage.shards.source.tiles import TileCatalogue
+from bocage.shards.source.described.catalogue import DescribedCatalogue
+from bocage.shards.source.described.description import DatasetDescription
+from bocage.shards.source.described.mosaics import RasterCatalogue
+from bocage.shards.source.described.pixel_series import TableCatalogue
+from bocage.shards.source.described.tiles import TileCatalogue
 
 
 def open_described(root: Path, description: DatasetDescription, folder: Path) -> DescribedCatalogue:

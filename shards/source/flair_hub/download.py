@@ -25,8 +25,8 @@ from typing import Any
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write, fsync, sha256
 from bocage.shards.locks import FileLock
-from bocage.shards.source import zips as zip_reader
-from bocage.shards.source.hub import RemoteZip, retried
+from bocage.shards.source.flair_hub import zips as zip_reader
+from bocage.shards.source.flair_hub.hub import RemoteZip, retried
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of an unfinished zip, which the next run continues. The catalogue reports such a file as unfinished."""

@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+from bocage.shards.draft.names import FileGroup, group_files
+from bocage.shards.draft.rasters import Choices, draft_rasters
+from bocage.shards.draft.survey import read_header
+from bocage.shards.draft.table import draft_tables
+from bocage.shards.draft.yaml import Draft
 from bocage.shards.errors import InputError
-from bocage.shards.source.draft_names import FileGroup, group_files
-from bocage.shards.source.draft_rasters import Choices, draft_rasters
-from bocage.shards.source.draft_survey import read_header
-from bocage.shards.source.draft_table import draft_tables
-from bocage.shards.source.draft_yaml import Draft
-from bocage.shards.source.file_patterns import list_files
-from bocage.shards.source.naming import FOLDER
-from bocage.shards.source.rasters import RasterError
+from bocage.shards.source.described.file_patterns import list_files
+from bocage.shards.source.flair_hub.naming import FOLDER
+from bocage.shards.source.raster import RasterError
 
 _RASTERS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img", ".bmp")
 _INDEX = ".vrt"  # usually combines the other rasters

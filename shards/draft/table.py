@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bocage.shards.draft.bands import KNOWN, name_bands
+from bocage.shards.draft.splits import FRACTIONS, propose_splits
+from bocage.shards.draft.yaml import Draft, Keys
 from bocage.shards.errors import InputError
-from bocage.shards.source.draft_bands import KNOWN, name_bands
-from bocage.shards.source.draft_splits import FRACTIONS, propose_splits
-from bocage.shards.source.draft_yaml import Draft, Keys
-from bocage.shards.source.file_patterns import plain_name
+from bocage.shards.source.described.file_patterns import plain_name
 
 _FILES, _ROWS = 20, 200_000  # tables of which rows are read, and rows of all of them
 _MAX_CLASSES, _MAX_SITES = 254, 100

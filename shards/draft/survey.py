@@ -15,9 +15,9 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from bocage.shards.errors import InputError
-from bocage.shards.source.described_rasters import open_raster, sidecar_environment
-from bocage.shards.source.ground import metres_per_unit, parse_crs
-from bocage.shards.source.rasters import RasterError
+from bocage.shards.source.described.ground import metres_per_unit, parse_crs
+from bocage.shards.source.described.rasters import open_raster, sidecar_environment
+from bocage.shards.source.raster import RasterError
 
 HEADERS = 200
 """Files of a sensor or label whose headers are read, about."""

@@ -23,7 +23,8 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from bocage.shards.modality import Modality
-from bocage.shards.source.described_rasters import (
+from bocage.shards.source.described.ground import parse_crs
+from bocage.shards.source.described.rasters import (
     RasterRules,
     check_file,
     convert,
@@ -31,8 +32,7 @@ from bocage.shards.source.described_rasters import (
     position_of,
     sidecar_environment,
 )
-from bocage.shards.source.ground import parse_crs
-from bocage.shards.source.rasters import Raster, RasterError, gdal_reason
+from bocage.shards.source.raster import Raster, RasterError, gdal_reason
 
 ALIGNMENT = 0.02
 """Pixels by which the pixels of a raster may lie off the patch grid without being resampled."""

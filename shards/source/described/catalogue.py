@@ -16,8 +16,8 @@ from bocage.shards.dataset_info import DatasetInfo
 from bocage.shards.errors import InputError
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
-from bocage.shards.source.description import DatasetDescription, SplitDescription
-from bocage.shards.source.file_patterns import fill_template, plain_name
+from bocage.shards.source.described.description import DatasetDescription, SplitDescription
+from bocage.shards.source.described.file_patterns import fill_template, plain_name
 from bocage.shards.source.report import CatalogueReport
 
 _MAX_SHOWN = 5  # names in a message

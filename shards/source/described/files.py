@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bocage.shards.errors import InputError
-from bocage.shards.source.description import DatasetDescription
-from bocage.shards.source.file_patterns import FilePattern, list_files, match_patterns
+from bocage.shards.source.described.description import DatasetDescription
+from bocage.shards.source.described.file_patterns import FilePattern, list_files, match_patterns
 from bocage.shards.source.report import CatalogueReport
 
 _EPOCH = datetime.date(1970, 1, 1)

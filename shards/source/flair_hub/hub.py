@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bocage.shards.errors import InputError
-from bocage.shards.source import naming
-from bocage.shards.source.metadata import METADATA_FOLDER
+from bocage.shards.source.flair_hub import naming
+from bocage.shards.source.flair_hub.metadata import METADATA_FOLDER
 
 REPOSITORY = "IGNF/FLAIR-HUB"
 """Dataset repository of FLAIR-HUB on the hub."""

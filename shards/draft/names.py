@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from bocage.shards.source.file_patterns import FilePattern
+from bocage.shards.source.described.file_patterns import FilePattern
 
 LABEL_WORDS = frozenset(
     "annot annotation annotations classes ground_truth groundtruth gt label labels lbl mask masks msk reference seg "

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from bocage.shards.errors import InputError
 from bocage.shards.format.index import MAX_SERIES_LENGTH
-from bocage.shards.source.described_rasters import RasterRules, convert, label_rules, sensor_rules
-from bocage.shards.source.description import DatasetDescription, SensorDescription
+from bocage.shards.source.described.description import DatasetDescription, SensorDescription
+from bocage.shards.source.described.rasters import RasterRules, convert, label_rules, sensor_rules
 
 _BATCH_ROWS = 1 << 17  # rows that are read at a time
 _EPOCH = datetime.date(1970, 1, 1)

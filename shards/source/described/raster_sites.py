@@ -16,7 +16,7 @@ import numpy as np
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Registry
-from bocage.shards.source.raster_windows import (
+from bocage.shards.source.described.raster_windows import (
     ALIGNMENT,
     Bounds,
     PixelGrid,

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bocage.shards.draft.names import IMAGE_WORDS
+from bocage.shards.draft.survey import ImageValues, RasterHeader
 from bocage.shards.errors import InputError
-from bocage.shards.source.description import UNUSED
-from bocage.shards.source.draft_names import IMAGE_WORDS
-from bocage.shards.source.draft_survey import ImageValues, RasterHeader
+from bocage.shards.source.described.description import UNUSED
 
 _COLOURS: dict[str, Any] = {"R": 650, "G": 550, "B": 460, "NIR": 840}
 # Centre wavelengths of Sentinel-2A in nm, rounded (ESA, Sentinel-2 spectral response functions 3.0).

@@ -20,9 +20,9 @@ import numpy as np
 from rasterio.warp import transform
 
 from bocage.shards.files import atomic_write
-from bocage.shards.source.described_rasters import RasterRules, sidecar_environment
-from bocage.shards.source.raster_windows import Box, PixelGrid, PlacedRaster, has_holes, read_valid, same_crs
-from bocage.shards.source.rasters import RasterError, gdal_environment
+from bocage.shards.source.described.raster_windows import Box, PixelGrid, PlacedRaster, has_holes, read_valid, same_crs
+from bocage.shards.source.described.rasters import RasterRules, sidecar_environment
+from bocage.shards.source.raster import RasterError, gdal_environment
 
 _CHUNK_PIXELS = 4 << 20  # so many that a chunk reads few blocks twice
 _MAX_THREADS = 4

@@ -17,20 +17,13 @@ import numpy as np
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Registry
 from bocage.shards.source.catalogue import PatchSource
-from bocage.shards.source.coverage import count_valid, counting_threads
-from bocage.shards.source.described import DescribedCatalogue, assign_splits, name_patches
-from bocage.shards.source.described_files import explain_empty, find_files
-from bocage.shards.source.described_rasters import (
-    RasterRules,
-    label_rules,
-    open_raster,
-    sensor_rules,
-    sidecar_environment,
-)
-from bocage.shards.source.description import DatasetDescription, build_registry
-from bocage.shards.source.file_patterns import fill_template
-from bocage.shards.source.raster_sites import FoundRaster, Layer, Site, make_sites
-from bocage.shards.source.raster_windows import (
+from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
+from bocage.shards.source.described.coverage import count_valid, counting_threads
+from bocage.shards.source.described.description import DatasetDescription, build_registry
+from bocage.shards.source.described.file_patterns import fill_template
+from bocage.shards.source.described.files import explain_empty, find_files
+from bocage.shards.source.described.raster_sites import FoundRaster, Layer, Site, make_sites
+from bocage.shards.source.described.raster_windows import (
     Bounds,
     PixelGrid,
     PlacedRaster,
@@ -40,7 +33,14 @@ from bocage.shards.source.raster_windows import (
     has_holes,
     same_crs,
 )
-from bocage.shards.source.rasters import RasterError
+from bocage.shards.source.described.rasters import (
+    RasterRules,
+    label_rules,
+    open_raster,
+    sensor_rules,
+    sidecar_environment,
+)
+from bocage.shards.source.raster import RasterError
 from bocage.shards.source.report import CatalogueReport
 
 _RESERVED = ("block", "row", "column", "crs")

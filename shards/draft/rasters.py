@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from bocage.shards.errors import InputError
-from bocage.shards.source.description import DTYPES
-from bocage.shards.source.draft_bands import DraftBands, guess_bands
-from bocage.shards.source.draft_grid import (
+from bocage.shards.draft.bands import DraftBands, guess_bands
+from bocage.shards.draft.grid import (
     DraftGrid,
     DraftItem,
     are_tiles,
@@ -21,9 +19,9 @@ from bocage.shards.source.draft_grid import (
     describe_pixel,
     describe_position,
 )
-from bocage.shards.source.draft_names import FileGroup, NamedGroup, NameLayout, find_layout
-from bocage.shards.source.draft_splits import propose_splits, round_blocks
-from bocage.shards.source.draft_survey import (
+from bocage.shards.draft.names import FileGroup, NamedGroup, NameLayout, find_layout
+from bocage.shards.draft.splits import propose_splits, round_blocks
+from bocage.shards.draft.survey import (
     ImageValues,
     LabelValues,
     RasterHeader,
@@ -32,8 +30,10 @@ from bocage.shards.source.draft_survey import (
     read_labels,
     survey,
 )
-from bocage.shards.source.draft_yaml import Draft, Keys
-from bocage.shards.source.file_patterns import plain_name
+from bocage.shards.draft.yaml import Draft, Keys
+from bocage.shards.errors import InputError
+from bocage.shards.source.described.description import DTYPES
+from bocage.shards.source.described.file_patterns import plain_name
 
 _MAX_LABEL_VALUES = 32  # distinct values of classes, if no word of the names says that these are labels
 _BLOCK_PATCHES = (10, 7, 5, 3, 2)  # side of a ground block in patches, the best first

@@ -24,13 +24,13 @@ from rasterio.warp import transform
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.source.catalogue import PatchSource
-from bocage.shards.source.described import DescribedCatalogue, assign_splits, name_patches
-from bocage.shards.source.description import TABLE_FIELDS, DatasetDescription, build_registry
-from bocage.shards.source.file_patterns import FilePattern, fill_template, list_files
-from bocage.shards.source.ground import metres_per_unit, parse_crs, utm_crs
-from bocage.shards.source.rasters import Raster
+from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
+from bocage.shards.source.described.description import TABLE_FIELDS, DatasetDescription, build_registry
+from bocage.shards.source.described.file_patterns import FilePattern, fill_template, list_files
+from bocage.shards.source.described.ground import metres_per_unit, parse_crs, utm_crs
+from bocage.shards.source.described.series_table import SeriesTable, read_table
+from bocage.shards.source.raster import Raster
 from bocage.shards.source.report import CatalogueReport
-from bocage.shards.source.series_table import SeriesTable, read_table
 
 _BLOCK_ROWS = 1 << 17  # rows that are written at a time
 _DEGREES = ("longitude", "latitude")

@@ -14,9 +14,11 @@ import pyarrow as pa
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Registry
 from bocage.shards.source.catalogue import PatchSource
-from bocage.shards.source.described import DescribedCatalogue, assign_splits, name_patches
-from bocage.shards.source.described_files import explain_empty, find_files
-from bocage.shards.source.described_rasters import (
+from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
+from bocage.shards.source.described.description import DatasetDescription, build_registry
+from bocage.shards.source.described.file_patterns import fill_template
+from bocage.shards.source.described.files import explain_empty, find_files
+from bocage.shards.source.described.rasters import (
     RasterRules,
     TileSource,
     label_rules,
@@ -25,8 +27,6 @@ from bocage.shards.source.described_rasters import (
     sensor_rules,
     sidecar_environment,
 )
-from bocage.shards.source.description import DatasetDescription, build_registry
-from bocage.shards.source.file_patterns import fill_template
 from bocage.shards.source.report import CatalogueReport
 
 _RESERVED = ("block",)

@@ -11,28 +11,21 @@ import math
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import rasterio
 import tifffile
 from rasterio.io import MemoryFile
 
-from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
-from bocage.shards.source import zips
+from bocage.shards.source.flair_hub import zips
+from bocage.shards.source.raster import LAMBERT_93, Raster, RasterError, gdal_reason
 
 _SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF, in either byte order
 _GSD_TOLERANCE = 0.01  # relative
 _SMALL = 400_000  # bytes of an array below which opening a file takes longer than decoding it
 _PROJECTED_CRS, _USER_DEFINED = 3072, 32767  # GeoTIFF key and value (OGC 19-008r4)
 _RASTER_TYPE, _PIXEL_IS_POINT = 1025, 2
-# Lambert-93 on three realisations of RGF93, which differ by centimetres.
-_LAMBERT_93 = ("EPSG:2154", "EPSG:9793", "EPSG:9794")
-
-
-class RasterError(InputError):
-    """A raster that is unreadable or contradicts the registry; the message names the file and the value."""
 
 
 @dataclass(frozen=True)
@@ -75,34 +68,6 @@ class RasterSource:
             raise RasterError(str(error)) from error
         except OSError as error:
             raise RasterError(f"{self}: cannot be read: {error.strerror}") from error
-
-
-def gdal_reason(error: Exception) -> str:
-    """Why a raster cannot be read, in one line; the cause of a rasterio error holds GDAL's own message."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return " ".join(str(cause).split()) or type(error).__name__
-
-
-class Raster(NamedTuple):
-    """One raster of a patch.
-
-    Attributes:
-        array: (C, H, W) for images and labels, (T, C, H, W) for series and masks, in the modality's dtype. Pixels with
-            the declared nodata value are NaN in float rasters, and unchanged in integer rasters.
-        crs: ``EPSG:2154`` if the file has this code, else WKT; empty if the file has no CRS. Some FLAIR-HUB rasters
-            have a local Lambert-93 without a code: compare coordinates, never these strings.
-        left: x coordinate of the outer corner of the upper-left pixel, in the CRS.
-        top: y coordinate of this corner.
-        side: side of the raster, in units of the CRS.
-        stored_bytes: bytes of the files that were read.
-    """
-
-    array: np.ndarray
-    crs: str
-    left: float
-    top: float
-    side: float
-    stored_bytes: int
 
 
 def read_raster(source: RasterSource, modality: Modality) -> Raster:
@@ -207,17 +172,11 @@ def _read_tifffile(content: bytes) -> _Read:
     return bands, (width, height), f"EPSG:{code}", left, top, nodata
 
 
-def may_be_same_crs(first: str, second: str) -> bool:
-    """Whether two ``Raster.crs`` do not contradict each other: only EPSG codes can, and Lambert-93 has several."""
-    codes = {first, second}
-    return len(codes) == 1 or codes <= set(_LAMBERT_93) or not all(code.startswith("EPSG:") for code in codes)
-
-
 def _check_crs(source: RasterSource, crs: str) -> None:
     """Refuse other systems than Lambert-93; accept local systems and files without a code, which may be Lambert-93."""
-    if crs.startswith("GEOG") or (crs.startswith("EPSG:") and crs not in _LAMBERT_93):
+    if crs.startswith("GEOG") or (crs.startswith("EPSG:") and crs not in LAMBERT_93):
         description = "geographic coordinates" if crs.startswith("GEOG") else f"coordinates in {crs}"
-        raise RasterError(f"{source}: {description}, but patches are in Lambert-93 ({_LAMBERT_93[0]})")
+        raise RasterError(f"{source}: {description}, but patches are in Lambert-93 ({LAMBERT_93[0]})")
 
 
 def _check_bands(source: RasterSource, modality: Modality, bands: np.ndarray, pixel: tuple[float, float]) -> None:
@@ -242,8 +201,3 @@ def _check_bands(source: RasterSource, modality: Modality, bands: np.ndarray, pi
                 f"{source}: value {values.max()} in band {band.name}, but {band.scheme.name} has classes 0 to "
                 f"{len(band.scheme) - 1}"
             )
-
-
-def gdal_environment() -> rasterio.Env:
-    """GDAL settings for reading patches: small cache, one thread, no listing of folders."""
-    return rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS=1)

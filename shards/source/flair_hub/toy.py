@@ -9,9 +9,9 @@ from pathlib import Path
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write, fsync
-from bocage.shards.source import naming, zips
-from bocage.shards.source.hub import RemoteZip, retried
-from bocage.shards.source.metadata import METADATA_FOLDER
+from bocage.shards.source.flair_hub import naming, zips
+from bocage.shards.source.flair_hub.hub import RemoteZip, retried
+from bocage.shards.source.flair_hub.metadata import METADATA_FOLDER
 
 TOY_URL = (
     "https://storage.gra.cloud.ovh.net/v1/AUTH_366279ce616242ebb14161b7991a8461/defi-ia/flair_hub/"

@@ -19,15 +19,15 @@ import pyarrow as pa
 from bocage.shards.dataset_info import FLAIR_HUB_INFO, DatasetInfo
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB, Registry
-from bocage.shards.source import metadata, naming
 from bocage.shards.source.catalogue import Catalogue, Patch
-from bocage.shards.source.metadata import Dates
-from bocage.shards.source.naming import DOMAIN_SHIFT as _DOMAIN_SHIFT
-from bocage.shards.source.naming import ROI_SHIFT as _ROI_SHIFT
-from bocage.shards.source.rasters import RasterSource
+from bocage.shards.source.flair_hub import metadata, naming
+from bocage.shards.source.flair_hub.metadata import Dates
+from bocage.shards.source.flair_hub.naming import DOMAIN_SHIFT as _DOMAIN_SHIFT
+from bocage.shards.source.flair_hub.naming import ROI_SHIFT as _ROI_SHIFT
+from bocage.shards.source.flair_hub.rasters import RasterSource
+from bocage.shards.source.flair_hub.scan import PatchTable, Scan, join_rasters
+from bocage.shards.source.flair_hub.zips import ZipMember
 from bocage.shards.source.report import CatalogueReport
-from bocage.shards.source.scan import PatchTable, Scan, join_rasters
-from bocage.shards.source.zips import ZipMember
 
 _MAX_EXAMPLES = 5
 _HASH_CHUNK = 1 << 16  # patches

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bocage.shards.source.draft_names import FileGroup
-from bocage.shards.source.draft_survey import RasterHeader, Survey
-from bocage.shards.source.draft_yaml import Draft, Keys
+from bocage.shards.draft.names import FileGroup
+from bocage.shards.draft.survey import RasterHeader, Survey
+from bocage.shards.draft.yaml import Draft, Keys
 
 _MAX_TILE = 1024  # pixels; larger files are cut into patches
 _PATCH, _SMALLEST_PATCH = 512, 64  # pixels of a patch that is cut from rasters

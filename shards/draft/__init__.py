@@ -1,0 +1,1 @@
+"""Draft the description of a folder."""

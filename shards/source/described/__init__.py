@@ -1,0 +1,1 @@
+"""Datasets that a description defines: tiles, large rasters, tables of pixel series."""

@@ -1,0 +1,1 @@
+"""FLAIR-HUB: download its zips, read its tree."""
