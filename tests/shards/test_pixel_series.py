@@ -211,8 +211,8 @@ def test_the_order_of_the_rows_and_the_layout_of_the_file_do_not_matter(source: 
 def test_columns_are_read_and_written_in_blocks(
     source: Path, tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bocage.shards.source.series_table._BATCH_ROWS", rows)
-    monkeypatch.setattr("bocage.shards.source.pixel_series._BLOCK_ROWS", rows)
+    monkeypatch.setattr("bocage.shards.source.described.series_table._BATCH_ROWS", rows)
+    monkeypatch.setattr("bocage.shards.source.described.pixel_series._BLOCK_ROWS", rows)
     found = arrays(shard(source, tmp_path / "out"))
     assert [found[key]["S2"][-1, 1, 0, 0] for key in sorted(found)] == [2008, 2009, 2010, 2011]
 
