@@ -228,6 +228,16 @@ def test_values_with_one_name_are_one_class_and_null_is_no_label(source: Path, t
     assert "CROP" not in found["p4"]
 
 
+def test_a_table_beside_a_labelled_one_may_lack_the_label(source: Path, tmp_path: Path) -> None:
+    table = columns(2)
+    del table["crop"]
+    write(source / "b.parquet", {**table, "id": pa.array(["u0", "u1"] * 3)})
+    catalogue = open_described(source, description(), source)
+    assert "1 of 2 tables have no column for CROP" in catalogue.report().warnings()
+    found = arrays(write_shards(catalogue, tmp_path / "out"))
+    assert {key for key, patch in found.items() if "CROP" not in patch} == {"u0", "u1"}
+
+
 def test_colours_and_unscored_classes_name_one_value_of_a_class() -> None:
     label = {"classes": {1: "maize", 2: "wheat", 3: "wheat"}, "colours": {3: "00ff00"}, "unscored": [2]}
     scheme = description(labels={"CROP": label}).labels["CROP"].scheme("CROP")

@@ -106,6 +106,11 @@ class TableCatalogue(DescribedCatalogue):
             SeriesTable(root / path, fields, description)
             for path, fields in _find_files(root, description, report).items()
         ]
+        for name in description.labels:
+            if lacking := [table for table in tables if not table.has_label(name)]:
+                if len(lacking) == len(tables):
+                    lacking[0].check_label(name)  # raises
+                report.notes.append(f"{len(lacking)} of {len(tables)} tables have no column for {name}")
         with closing(_Writers(registry)) as writers:
             read = [read_table(table, writers.append) for table in tables]
             rows, digest = writers.finish()

@@ -85,8 +85,21 @@ class SeriesTable:
                     self._check(f"sensors.{name}.{band}", column, _is_number, "numbers")
                 else:
                     self._check(f"sensors.{name}.{band}", column, _is_integer, f"integers ({sensor.dtype})")
-        for name, label in description.labels.items():
-            self._check(f"labels.{name}", label.column or name, _is_integer, "integers")
+        for name in description.labels:
+            if self.has_label(name):
+                self.check_label(name)
+
+    def has_label(self, name: str) -> bool:
+        """Whether the table has the column of a label."""
+        return (self.description.labels[name].column or name) in self._schema.names
+
+    def check_label(self, name: str) -> None:
+        """Check the column of a label.
+
+        Raises:
+            InputError: the table lacks the column, or its type is no integer.
+        """
+        self._check(f"labels.{name}", self.description.labels[name].column or name, _is_integer, "integers")
 
     def _check(self, key: str, column: str, is_fitting: Callable[[pa.DataType], bool], expected: str) -> None:
         """Check that a column exists once, with a fitting type."""
@@ -206,7 +219,10 @@ def read_table(table: SeriesTable, append: AppendRows) -> SeriesInfo:
                 raise InputError(f"{table.path}: {name} has no value on a date of {sensor.mask_of} of series {key}")
         append(name, rows.counts(chosen), chosen, days, values)
     for name, label in description.labels.items():
-        values, has_value = _read_label(table, label.column or name, label_rules(label, description))
+        if table.has_label(name):
+            values, has_value = _read_label(table, label.column or name, label_rules(label, description))
+        else:
+            values, has_value = np.zeros((table.rows, 1), np.uint8), np.zeros(table.rows, bool)
         chosen = rows.constant(name, values, has_value, may_miss=False)
         append(name, rows.counts(chosen), chosen, days, values)
     return SeriesInfo([str(key) for key in keys], fields, longitude, latitude, empty_dates)
