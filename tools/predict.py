@@ -1,6 +1,7 @@
 """``bocage predict RUN SOURCE OUT``: write the label maps of a fine-tuned model as GeoTIFFs.
 
-The source is shards, a dataset that is not sharded, an image, or a folder of images of any size.
+The source is shards, a dataset that is not sharded, an image, or a folder of images of any size. Classes of pixel
+series are written as a table.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bocage.finetune.evaluation.predict import predict_patches, predictable_rows
+from bocage.finetune.evaluation.predict import TABLE_FILE, predict_patches, predictable_rows, writes_table
 from bocage.finetune.mapping.map_grid import plan_grid
 from bocage.finetune.mapping.map_rasters import open_rasters
 from bocage.finetune.mapping.tiled_inference import write_map
@@ -44,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that `bocage shard` wrote or its address, a FLAIR-HUB tree, or a folder that dataset=FILE "
         "describes; for a model of one image sensor, also an image of any size, or a folder of images",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the GeoTIFFs")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder for the GeoTIFFs, or for predictions.csv of pixel series"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -94,7 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
             preview=arguments.preview,
             progress=bar.update,
         )
-    print(f"{len(rows)} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
+    if writes_table(patches):
+        print(f"classes of {len(rows)} series: {arguments.out / TABLE_FILE}")
+    else:
+        print(f"{len(rows)} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
     return 0
 
 
@@ -143,6 +149,8 @@ def _patches(arguments: argparse.Namespace, task: Segmentation) -> Patches:
         description = load_dataset(file, settings)
         # Splits name the regions of the training data, which another folder need not have.
         description = description if arguments.split else replace(description, splits={})
+        if description.kind == "table":  # its labels are columns, which a table to predict need not have
+            description = replace(description, labels={})
         return TreePatches(open_described(folder, description, Path(file).parent))
     if not folder.is_dir() or (folder / DATASET_FILE).exists():
         return ShardPatches(open_shards(arguments.source))

@@ -1,9 +1,11 @@
-"""Predict label maps: one GeoTIFF per patch, and a picture of the first patches."""
+"""Predict label maps: one GeoTIFF per patch and a picture of the first patches, or a table for patches of one pixel."""
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ from bocage.shards.read.patches import Patches, PatchLocation
 from bocage.ssl.engine.parallel.distributed import is_main
 
 logger = logging.getLogger(__name__)
+
+TABLE_FILE = "predictions.csv"
+"""Name of the table of predictions."""
 
 _PREVIEW_PATCHES = 6  # rows of the picture
 
@@ -72,6 +77,33 @@ def write_prediction(
         file.write_colormap(1, colours)
         file.set_band_description(1, scheme.name)
         file.update_tags(1, **{f"CLASS_{value}": name for value, name in enumerate(scheme.classes)})
+
+
+def writes_table(patches: Patches) -> bool:
+    """Whether predictions are a table: all patches are one pixel."""
+    return all(modality.size == 1 for modality in patches.registry.values())
+
+
+@contextmanager
+def _prediction_table(
+    path: Path, targets: dict[str, Target]
+) -> Iterator[Callable[[PatchLocation, dict[str, np.ndarray]], None]]:
+    """Write a CSV with a line per patch: key, position of the pixel, and class name and value of each label.
+
+    Yields:
+        Function that writes the line of a patch from its location and maps.
+    """
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(["key", "crs", "x", "y", *(title for name in targets for title in (name, f"{name}_value"))])
+
+        def write(location: PatchLocation, maps: dict[str, np.ndarray]) -> None:
+            half = location.side / 2 if location.crs else 0.0
+            values = {name: int(maps[name][0, 0]) for name in targets}
+            classes = [item for name, value in values.items() for item in (targets[name].scheme.classes[value], value)]
+            lines.writerow([location.key, location.crs, location.left + half, location.top - half, *classes])
+
+        yield write
 
 
 def modalities_to_read(
@@ -187,7 +219,8 @@ def predict_patches(
     """Write one map per patch, and a picture of the first patches.
 
     The files are ``OUT/KEY.tif`` and ``OUT/panels.png``. A model with several labels writes ``OUT/LABEL/KEY.tif`` and
-    ``OUT/LABEL/panels.png``.
+    ``OUT/LABEL/panels.png``. If patches are one pixel, the only file is ``OUT/predictions.csv``, with the position of
+    each pixel, and its class by name and value for each label.
 
     Args:
         task: model; this function switches it to evaluation mode.
@@ -202,26 +235,35 @@ def predict_patches(
         progress: callback that receives the number of finished patches.
 
     Returns:
-        Path of the first label's picture; None without a picture.
+        Path of the first label's picture; None without a picture, or for a table.
 
     Raises:
         InputError: ``rows`` is empty, the patches have none of the model's modalities, or ``out`` cannot be created.
     """
     if len(rows) == 0:
         raise InputError(f"{patches.path}: no patch to predict")
-    labels = [name for name in task.labels if name in patches.registry]
+    is_table = writes_table(patches)
+    labels = [name for name in task.labels if name in patches.registry and not is_table]
     modalities = modalities_to_read(task, patches, labels=labels)
     if missing := [name for name in task.modalities if name not in patches.registry]:
         logger.warning("%s has no %s: predicting without", patches.path, ", ".join(missing))
-    folders = {name: out / name if len(task.targets) > 1 else out for name in task.targets}
+    folders = {name: out / name if len(task.targets) > 1 and not is_table else out for name in task.targets}
     for folder in folders.values():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder}: cannot create the folder for the maps: {error.strerror}") from error
     task = task.to(device).eval()
+    predictions = _predict(task, patches, rows, modalities, batch_size, workers)
+    if is_table:
+        with _prediction_table(out / TABLE_FILE, task.targets) as write_line:
+            for done, prediction in enumerate(predictions, start=1):
+                write_line(prediction.location, prediction.maps)
+                if progress is not None:
+                    progress(done)
+        return None
     panels: dict[str, list[Panel]] = {name: [] for name in task.targets}
-    for done, prediction in enumerate(_predict(task, patches, rows, modalities, batch_size, workers), start=1):
+    for done, prediction in enumerate(predictions, start=1):
         for name, target in task.targets.items():
             write_prediction(
                 folders[name] / f"{prediction.location.key}.tif",
