@@ -73,7 +73,7 @@ def _tables(numbers: dict[str, Any]) -> list[Table]:
     overview.add_row("skipped as unreadable", str(numbers["skipped"]))
     overview.add_row("shards", str(numbers["shards"]))
     overview.add_row("size", f"{numbers['bytes'] / _MEGABYTE:.1f} MB")
-    overview.add_row("size relative to the GeoTIFFs", f"{numbers['bytes'] / max(numbers['source_bytes'], 1):.3f}")
+    overview.add_row("size relative to the source", f"{numbers['bytes'] / max(numbers['source_bytes'], 1):.3f}")
     overview.add_row("domains, regions of interest", f"{len(numbers['domains'])}, {numbers['rois']}")
     tables = [overview, _modality_table(numbers["modalities"], patches), _channel_table(numbers["modalities"])]
     tables.append(_counts("patches by domain", ("domain",), [((name,), n) for name, n in numbers["domains"].items()]))

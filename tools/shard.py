@@ -384,7 +384,7 @@ def _print_summary(manifest: Manifest) -> None:
     table.add_row("size", _size(written))
     if counts["samples"]:
         table.add_row("per patch", f"{written / counts['samples'] / _MEGABYTE:.2f} MB")
-        table.add_row("size relative to the GeoTIFFs", f"{written / max(counts['source_bytes'], 1):.2f}")
+        table.add_row("size relative to the source", f"{written / max(counts['source_bytes'], 1):.2f}")
     for name, present in counts["present"].items():
         if present < counts["samples"]:
             table.add_row(f"patches without {name}", str(counts["samples"] - present))
