@@ -206,7 +206,14 @@ def test_the_public_names_load_lazily_from_any_folder(where: str, tmp_path: Path
 # A sharding worker is to stay under 400 MB, of which torch alone would take most.
 @pytest.mark.parametrize(
     "module",
-    ["format.codec", "format.manifest", "preprocess.normalize", "source.described.tiles", "source.flair_hub.tree", "write.writer"],
+    [
+        "format.codec",
+        "format.manifest",
+        "preprocess.normalize",
+        "source.described.tiles",
+        "source.flair_hub.tree",
+        "write.writer",
+    ],
 )
 def test_sharding_imports_no_torch(module: str) -> None:
     code = f"import bocage.shards.{module}, sys; print('torch' in sys.modules)"
