@@ -356,7 +356,7 @@ def test_descriptions_are_read_from_yaml_with_overrides(tmp_path: Path) -> None:
     for text, message in (
         ("- a\n", "a mapping of keys to values, not a list"),
         ("name: [\n", "not valid YAML"),
-        ("pathc: 1\n", "unknown key 'pathc'; did you mean 'patch'"),
+        ("ptch: 1\n", "unknown key 'ptch'; did you mean 'patch'"),
         ("name: a\n", "sensors: describe at least one image or series"),
         ("name: a\nsensors: {RGB: {pixle: 1}}\n", "unknown key 'sensors.RGB.pixle'"),
     ):
