@@ -126,7 +126,7 @@ def test_wrong_sources_of_patches_raise(shards: Path, tmp_path: Path, capsys: py
     (tmp_path / "empty").mkdir()
     for source, out, sentence in (
         (tmp_path / "empty", "out", "has neither shards (dataset.json) nor a FLAIR-HUB tree"),
-        (next(shards.glob("*.tar")), "out", "is a file: give the folder of the shards"),
+        (next(shards.glob("*.tar")), "out", "shard-000000.tar: cannot be opened as a raster"),
         (shards, shards, "is the folder of the patches: give another folder for the maps"),
     ):
         assert main(["predict", str(tmp_path), str(source), str(tmp_path / out)]) == 2
@@ -293,7 +293,7 @@ def test_training_starts_from_a_pretrained_encoder(shards: Path, tmp_path: Path)
         ({"labels": [LPIS]}, r"labels: ALL_LABEL-LPIS is not a label of .*; its labels are AERIAL_LABEL-COSIA"),
         ({"labels": [AERIAL]}, r"labels: AERIAL_RGBI is not a label of .*; its labels are AERIAL_LABEL-COSIA"),
         ({"labels": [COSIA, COSIA]}, r"give each label once"),
-        ({"tasks": {COSIA: TaskConfig(level=2)}}, r"has levels 1 to 1, not 2"),
+        ({"tasks": {COSIA: TaskConfig(level=2)}}, r"AERIAL_LABEL-COSIA has one level, not 2"),
         ({"tasks": {LPIS: TaskConfig()}}, r"tasks: ALL_LABEL-LPIS not among the labels AERIAL_LABEL-COSIA"),
         ({"tasks": {COSIA: TaskConfig(grouping="flair")}}, r"grouping=flair is not one of flair_challenge"),
         ({"modality_dropout": {"SPOT_RGBI": 0.5}}, r"modality_dropout: SPOT_RGBI not among"),
