@@ -21,7 +21,7 @@ from small_recipes import PRETRAIN
 
 from bocage import recipes
 from bocage.finetune.finetune_config import FinetuneConfig
-from bocage.finetune.models.segmentation import load_segmentation
+from bocage.finetune.models.segmentation import load_segmentation, save_segmentation
 from bocage.finetune.models.upernet import UPerNetConfig
 from bocage.finetune.official.convert import to_official
 from bocage.finetune.train import build_task, finetune
@@ -265,3 +265,23 @@ def test_cards_name_the_dataset_and_never_flair_hub(
             'load_encoder(".")', "load_encoder(HERE)"
         )
         exec(compile(source, "card", "exec"), {"HERE": published})
+
+
+# Some seconds: three tiles of 512 px.
+def test_predictions_of_web_map_tiles_have_the_pixels_of_their_images(tmp_path: Path) -> None:
+    """Tiles in EPSG:3857 at 27.6 degrees: 0.132 m on the ground are 0.149 units."""
+    tiles = Path(__file__).parent / "data" / "drone_buildings" / "banepa"
+    folders = ["--images", str(tiles / "image"), "--labels", str(tiles / "label")]
+    assert main(["shard", *folders, str(tmp_path / "shards")]) == 0
+    manifest = Manifest.open(tmp_path / "shards")
+    task = build_task(finetuning(manifest, tmp_path / "run"), manifest)
+    save_segmentation(task, tmp_path / "run" / "model")
+    assert main(["predict", str(tmp_path / "run"), str(manifest.path), str(tmp_path / "maps")]) == 0
+    sources = {path.stem: path for path in (tiles / "image").glob("*.tif")}
+    maps = sorted((tmp_path / "maps").glob("*.tif"))
+    assert len(maps) == 3
+    for path in maps:
+        (source,) = (image for stem, image in sources.items() if path.stem in stem)
+        with rasterio.open(source) as image, rasterio.open(path) as prediction:
+            assert prediction.crs == image.crs and prediction.shape == image.shape
+            assert prediction.bounds == pytest.approx(image.bounds)
