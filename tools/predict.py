@@ -107,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _images(source: Path) -> list[Path]:
     """The image, or the images of a folder that is neither shards nor a FLAIR-HUB tree; empty for other sources."""
     if source.is_file():
+        if not source.name.lower().endswith(_IMAGE_EXTENSIONS):
+            raise InputError(f"{source} is a file: give an image, or the folder of the shards or of the images")
         return [source]
     if not source.is_dir() or (source / DATASET_FILE).exists() or any(map(FOLDER.match, os.listdir(source))):
         return []

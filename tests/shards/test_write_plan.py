@@ -137,7 +137,7 @@ def test_a_folder_of_other_libraries_formats_or_settings_is_rejected(tmp_path: P
     recorded = json.loads(path.read_text())
     for change, message in (
         ({"libraries": recorded["plan"]["libraries"] | {"pcodec": "0.0.1"}}, r"started with pcodec 0\.0\.1 \(here "),
-        ({"format": 1}, "started in shard format 1, but this bocage writes format 2"),
+        ({"format": 1}, "started in shard format 1, but this bocage writes format 3"),
         ({"codecs": {"SPOT_RGBI": "plain"}}, r"another plan \(different: the encoding of SPOT_RGBI\)"),
         ({"seed": 3, "catalogue": ""}, r"another plan \(different: seed, the patches or modalities\)"),
     ):

@@ -309,6 +309,10 @@ def test_wandb_marks_a_failed_run_and_an_unknown_mode_is_refused(
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(DivergenceError):
         run(tmp_path / "run", TinySource(4, broken=frozenset(range(400))), tracker="wandb", max_bad_steps=2)
+    # On a busy machine the process of W&B writes the last record some time after finish() has returned.
+    deadline = time.monotonic() + 30
+    while not read_offline_runs(tmp_path / "run")["exits"] and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert read_offline_runs(tmp_path / "run")["exits"] == [1]
     monkeypatch.setenv("WANDB_MODE", "quiet")
     with pytest.raises(InputError, match=r"^WANDB_MODE=quiet is not one of online, offline, disabled, shared$"):
