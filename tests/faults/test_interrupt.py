@@ -87,6 +87,7 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
 
 
 # About 8 s: an interpreter imports torch, and five runs are killed, three of them inside a save.
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits(tmp_path: Path, uninterrupted: Path) -> None:
     arguments = ("--steps", "30", "--save-every", "3", "--slow-export", "--pause", "0.005")
     kills = ("--kill", "step", "save", "save", "step", "save")

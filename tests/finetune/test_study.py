@@ -152,6 +152,7 @@ def test_processes_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 # Some seconds: a process that is stopped on its way, as a cluster does, which signals it alone or all of its job.
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [os.kill, pytest.param(os.killpg, marks=pytest.mark.slow)])
 def test_a_stopped_study_saves_its_runs_and_resumes(tmp_path: Path, stop: Callable[[int, int], None]) -> None:
     settings = study(tmp_path / "out", modes=["full"], fractions=[LabelFraction(fraction=0.1, draws=1, seeds=3)])
@@ -195,6 +196,7 @@ def test_a_stopped_study_saves_its_runs_and_resumes(tmp_path: Path, stop: Callab
 
 
 # Takes seconds: the runs outlive the fork server.
+@pytest.mark.slow
 def test_the_fork_server_may_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = study(tmp_path / "out", modes=["full"], fractions=[LabelFraction(fraction=0.1, draws=1, seeds=3)])
     monkeypatch.setenv("STUDY_SECONDS", "2")

@@ -85,6 +85,7 @@ def blended_in_memory(chosen: Segmentation, image: np.ndarray, stride: int) -> n
     return (total[:19] / np.maximum(total[19], 1e-30))[:, :height, :width]
 
 
+@pytest.mark.slow
 def test_maps_have_no_seams_for_any_tile_size(tmp_path: Path) -> None:
     # Some ten seconds: 3 x 3 windows for each of four maps.
     chosen = model(AERIAL)

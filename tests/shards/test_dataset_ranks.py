@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from small_tree import write_tree
 
 from bocage.shards.read.sampler import GlobalShuffle
@@ -19,6 +20,7 @@ COUNT = 42
 
 
 # 10 to 20 s: torchrun starts two interpreters that import torch.
+@pytest.mark.slow
 def test_ranks_of_the_training_loop_split_the_samples(tmp_path: Path) -> None:
     keys = [f"D001-2020_AA-S1-1_0-{column}" for column in range(COUNT)]
     write_tree(tmp_path / "tree", keys, ["SENTINEL1-ASC_TS"])

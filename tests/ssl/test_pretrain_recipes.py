@@ -57,8 +57,15 @@ def test_a_recipe_and_its_quickstart_have_the_same_objectives(name: str) -> None
     assert small.swin.options["embed_dim"] == 32 and full.swin.name.startswith(("swin_base", "swin_tiny"))
 
 
-# Some 8 s each: seven sensors take two steps.
-@pytest.mark.parametrize("name", OBJECTIVES)
+# Some 8 s each: up to seven sensors take two steps. The slow ones have the objectives of the first or a subset of them.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mae_multimodal",
+        "jepa_multimodal",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES if not name.endswith("_multimodal")),
+    ],
+)
 def test_quickstart_recipes_train(name: str, manifest: Manifest, tmp_path: Path) -> None:
     recipe = "quickstart" if name == "mae_multimodal" else f"{name}_quickstart"
     overrides = [

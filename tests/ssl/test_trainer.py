@@ -273,6 +273,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 # About 6 s: two interpreters import torch.
+@pytest.mark.slow
 def test_wandb_writes_an_offline_run_without_any_secret(tmp_path: Path) -> None:
     secret = "f4ke" * 10
     output = tmp_path / "run"

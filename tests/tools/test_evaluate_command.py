@@ -90,6 +90,7 @@ def test_invalid_options_raise(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 # About 20 s: three processes import torch.
+@pytest.mark.slow
 def test_two_ranks_give_the_scores_of_one(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = ["-m", "bocage", "evaluate", str(folder / "run"), str(folder / "shards")]

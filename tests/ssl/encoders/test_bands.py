@@ -100,6 +100,7 @@ def test_example_trains_on_geotiffs(tmp_path: Path) -> None:
 
 
 # Takes 10 s: images smaller than a window, with nodata; then missing arguments.
+@pytest.mark.slow
 def test_example_accepts_small_images_with_nodata_and_prints_usage(tmp_path: Path) -> None:
     save_encoder(encoder(AERIAL), tmp_path / "encoder")
     for folder, count, dtype in (("images", 3, "float32"), ("labels", 1, "uint8")):

@@ -144,6 +144,7 @@ def test_run_continues_if_pictures_cannot_be_drawn(tmp_path: Path, capsys: pytes
 
 
 # Some 10 s: two processes import everything.
+@pytest.mark.slow
 def test_run_continues_if_a_picture_fails_on_one_of_two_ranks(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(Path(__file__).parents[2] / "support" / "tiny_run.py"), str(tmp_path / "run"), "--draw-fails"]

@@ -141,6 +141,7 @@ def test_the_trainer_calls_after_step_only_after_updates(tmp_path: Path) -> None
 
 
 # Some 8 s: patches are simulated and sharded, and two runs pretrain on them.
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_teachers(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
     shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
