@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from rasterio.merge import merge
 from real_series import treesat_tree
 from small_recipes import PRETRAIN
 
@@ -22,6 +23,7 @@ from bocage.shards.write.writer import write_shards
 from bocage.ssl.encoders.export import load_encoder
 from bocage.ssl.pretrain import pretrain
 from bocage.ssl.pretrain_config import PretrainConfig
+from bocage.tools.main import main
 
 DATA = Path(__file__).parent / "data"
 COSIA, LPIS = "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
@@ -190,3 +192,27 @@ def test_print_config_shows_the_resolved_recipe(capsys: pytest.CaptureFixture[st
     config = capsys.readouterr().out
     assert "steps: 70" in config
     assert "window: 51.2" in config
+
+
+@pytest.mark.slow  # Some 40 s: two trainings of a few steps on tiles of 512 px.
+def test_drone_tiles_from_a_folder_to_a_map(tmp_path: Path) -> None:
+    """The drone tutorial: describe, shard, pretrain, fine-tune, map a mosaic of neighbouring tiles."""
+    drone, shards, file = DATA / "drone_buildings", tmp_path / "shards", tmp_path / "drone.yaml"
+    assert main(["describe", str(drone), "-o", str(file)]) == 0
+    assert main(["shard", str(drone), str(shards), f"dataset={file}"]) == 0
+    steps = ["window=35.84", "workers=0", "engine.steps=4", "engine.optimizer.warmup_steps=1"]
+    pretraining = ["recipe=own_imagery_quickstart", f"shards={shards}", f"output={tmp_path / 'pre'}", "batch_size=2"]
+    assert main(["pretrain", *pretraining, *steps, "reconstructions=0"]) == 0
+    training = ["recipe=finetune_own_imagery_quickstart", f"shards={shards}", f"output={tmp_path / 'run'}"]
+    encoder = f"encoders.RGB={tmp_path / 'pre' / 'encoders' / 'RGB'}"
+    assert main(["finetune", *training, *steps, "split=split_site", "valid=test", "predictions=0", encoder]) == 0
+    tiles = sorted((drone / "zanzibar" / "image").glob("*.tif"))
+    merge(tiles, dst_path=tmp_path / "mosaic.tif")
+    assert (
+        main(["map", str(tmp_path / "run"), str(tmp_path / "map"), "--raster", f"RGB={tmp_path / 'mosaic.tif'}"]) == 0
+    )
+    with rasterio.open(tmp_path / "mosaic.tif") as mosaic, rasterio.open(tmp_path / "map" / "LABEL.tif") as result:
+        assert result.crs == mosaic.crs
+        assert result.bounds == pytest.approx(mosaic.bounds, abs=0.2)
+        assert result.width / result.height == pytest.approx(2.0, abs=0.01)
+        assert set(np.unique(result.read(1))) <= set(range(5))
