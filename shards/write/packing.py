@@ -138,9 +138,11 @@ def encode_patch(patch: Patch[PatchSource], registry: Registry) -> EncodedPatch:
             stats[name] = compute_stats(array, modality)
             for statistic in ("minimum", "maximum", "mean"):
                 row[f"{statistic}.{name}"] = getattr(stats[name], statistic)
+    # Most projections have metres: a side that says nothing new would only change the bytes of existing shards.
+    stored_ground = {key: value for key, value in ground.items() if (key, value) != ("side", registry.patch_size)}
     description = {
         **{key: row[key] for key in ("key", "roi", "domain")},
-        **ground,
+        **stored_ground,
         "dates": {name: _to_iso(days) for name, days in patch.dates.items() if name in loaded},
         "members": member_info,
     }
