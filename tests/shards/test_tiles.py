@@ -186,6 +186,17 @@ def test_a_series_is_a_file_for_each_date(tmp_path: Path) -> None:
     assert manifest.row(0)["dates.RGB"] == [18632, 18687, 18798]
 
 
+def test_images_of_several_dates_are_patches_if_the_key_names_the_date(tmp_path: Path) -> None:
+    for day in ("20210105", "20210301"):
+        write_tile(tmp_path / f"tiles/a_{day}.tif", image(int(day) % 97))
+    sensor = {"files": "{tile}_{date}.tif"}
+    with pytest.raises(InputError, match="key a occurs twice for RGB"):
+        shard(tmp_path / "tiles", tmp_path / "no", sensor=sensor, labels={}, domain="")
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", sensor=sensor, labels={}, domain="", key="{tile}_{date}")
+    rows = [manifest.row(row) for row in range(2)]
+    assert {row["key"]: row["dates.RGB"] for row in rows} == {"a_20210105": [18632], "a_20210301": [18687]}
+
+
 def test_unused_bands_are_left_out_and_nodata_is_kept_apart(tmp_path: Path) -> None:
     array = image(bands=4)
     array[:, :4] = 0

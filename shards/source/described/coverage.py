@@ -24,7 +24,7 @@ from bocage.shards.source.described.raster_windows import Box, PixelGrid, Placed
 from bocage.shards.source.described.rasters import RasterRules, sidecar_environment
 from bocage.shards.source.raster import RasterError, gdal_environment
 
-_CHUNK_PIXELS = 4 << 20  # so many that a chunk reads few blocks twice
+_CHUNK_PIXELS = 4 << 20  # large chunks share few blocks of a file, which would be decoded twice
 _MAX_THREADS = 4
 _MARGIN = 2.0  # pixels of a resampled raster that may lack neighbours, or lie where GDAL approximates positions
 _WORTH_KEEPING = 1.0  # seconds of reading

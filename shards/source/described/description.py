@@ -511,7 +511,7 @@ def _default_codec(sensor: SensorDescription, bands: int, size: int) -> CodecNam
 
 
 def _default_groups(bands: Sequence[Band], channels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """Channels grouped by wavelength; every channel without a wavelength is a group of its own."""
+    """Channels grouped by wavelength; each channel without a wavelength forms a group alone."""
     if channels != tuple(band.name for band in bands):
         return tuple((channel,) for channel in channels)
     groups: dict[Any, list[str]] = {}

@@ -26,12 +26,14 @@ class DescribedFile:
         name: name of the sensor or label.
         path: path relative to the source folder, with ``/`` between folders.
         fields: fields of the path, without the date.
-        day: days since 1970-01-01; 0 without a date.
+        date: text of the date in the path; None without a date.
+        day: the date, in days since 1970-01-01; 0 without a date.
     """
 
     name: str
     path: str
     fields: dict[str, str]
+    date: str | None
     day: int
 
 
@@ -67,8 +69,8 @@ def find_files(
             continue
         matches = match_patterns(patterns, path)
         for name, fields in matches.items():
-            day = _day(path, fields.pop(_DATE, None), description.date_format)
-            yield DescribedFile(name, path, fields, day)
+            date = fields.pop(_DATE, None)
+            yield DescribedFile(name, path, fields, date, _day(path, date, description.date_format))
         if not matches:
             report.add_unparsable(path)
 

@@ -69,6 +69,17 @@ def _scale(crs: str, x: float, y: float) -> float:
     return math.sqrt(distance(1) * distance(2)) / step
 
 
+def ground_block(x: float, y: float, scale: float, side: float) -> str:
+    """Name of the ground block of a point: column and row, counted from the origin of the CRS.
+
+    Args:
+        x, y: coordinates of the point, in the CRS.
+        scale: ground metres per unit of the CRS.
+        side: side of a block, in metres.
+    """
+    return f"{math.floor(x * scale / side)}_{math.floor(y * scale / side)}"
+
+
 def utm_crs(longitude: float, latitude: float) -> str:
     """EPSG code of the UTM zone of a point, given in degrees."""
     zone = min(60, max(1, math.floor((longitude + 180.0) / 6.0) + 1))

@@ -22,6 +22,7 @@ from bocage.shards.source.described.coverage import count_valid, counting_thread
 from bocage.shards.source.described.description import DatasetDescription, build_registry
 from bocage.shards.source.described.file_patterns import fill_template
 from bocage.shards.source.described.files import explain_empty, find_files
+from bocage.shards.source.described.ground import ground_block
 from bocage.shards.source.described.raster_sites import FoundRaster, Layer, Site, make_sites
 from bocage.shards.source.described.raster_windows import (
     Bounds,
@@ -33,13 +34,7 @@ from bocage.shards.source.described.raster_windows import (
     has_holes,
     same_crs,
 )
-from bocage.shards.source.described.rasters import (
-    RasterRules,
-    label_rules,
-    open_raster,
-    sensor_rules,
-    sidecar_environment,
-)
+from bocage.shards.source.described.rasters import RasterRules, open_raster, raster_rules, sidecar_environment
 from bocage.shards.source.raster import RasterError
 from bocage.shards.source.report import CatalogueReport
 
@@ -104,8 +99,7 @@ class RasterCatalogue(DescribedCatalogue):
         """
         registry = build_registry(description)
         report = CatalogueReport()
-        rules = {name: sensor_rules(sensor, description) for name, sensor in description.sensors.items()}
-        rules |= {name: label_rules(label, description) for name, label in description.labels.items()}
+        rules = raster_rules(description)
         found = _find_rasters(root, description, rules, report)
         if not any(found[modality.name] for modality in registry.inputs):
             raise InputError((report.unreadable_examples or [explain_empty(root, description, report)])[0])
@@ -210,9 +204,8 @@ class _PatchFields(Sequence[Mapping[str, str]]):
         # Rows and columns have four digits, so that keys sort by position and neighbours share blocks of the files.
         fields = {**site.fields, "row": f"{row:04}", "column": f"{column:04}", "crs": _short_name(site.crs)}
         if self._block_side:
-            x = (site.left + (column + 0.5) * site.side) * site.scale
-            y = (site.top - (row + 0.5) * site.side) * site.scale
-            block = f"{math.floor(x / self._block_side)}_{math.floor(y / self._block_side)}"
+            x, y = site.left + (column + 0.5) * site.side, site.top - (row + 0.5) * site.side
+            block = ground_block(x, y, site.scale, self._block_side)
             # Blocks of a raster without position are parts of this raster.
             fields["block"] = block if site.has_position else "_".join([*site.fields.values(), block])
         return fields

@@ -9,7 +9,6 @@ open neither these files nor the tables.
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -27,7 +26,7 @@ from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
 from bocage.shards.source.described.description import TABLE_FIELDS, DatasetDescription, build_registry
 from bocage.shards.source.described.file_patterns import FilePattern, fill_template, list_files
-from bocage.shards.source.described.ground import metres_per_unit, parse_crs, utm_crs
+from bocage.shards.source.described.ground import ground_block, metres_per_unit, parse_crs, utm_crs
 from bocage.shards.source.described.series_table import SeriesTable, read_table
 from bocage.shards.source.raster import Raster
 from bocage.shards.source.report import CatalogueReport
@@ -210,7 +209,7 @@ class _Positions:
         if not zone:
             raise InputError(f"blocks={side:g}: blocks need positions; name table.longitude and table.latitude")
         scale = metres_per_unit(zone, x, y)
-        return f"{zone.removeprefix('EPSG:')}_{math.floor(x * scale / side)}_{math.floor(y * scale / side)}"
+        return f"{zone.removeprefix('EPSG:')}_{ground_block(x, y, scale, side)}"
 
 
 def _find_files(root: Path, description: DatasetDescription, report: CatalogueReport) -> dict[str, dict[str, str]]:

@@ -75,6 +75,12 @@ def label_rules(label: LabelDescription, description: DatasetDescription) -> Ras
     )
 
 
+def raster_rules(description: DatasetDescription) -> dict[str, RasterRules]:
+    """Rules for the files of each sensor and label."""
+    rules = {name: sensor_rules(sensor, description) for name, sensor in description.sensors.items()}
+    return rules | {name: label_rules(label, description) for name, label in description.labels.items()}
+
+
 @dataclass(frozen=True)
 class GeoPosition:
     """Position of a raster: CRS, upper-left corner and pixel size in units of the CRS, and ground metres per unit."""

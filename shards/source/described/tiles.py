@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_
 from bocage.shards.source.described.description import DatasetDescription, build_registry
 from bocage.shards.source.described.file_patterns import fill_template
 from bocage.shards.source.described.files import explain_empty, find_files
+from bocage.shards.source.described.ground import ground_block
 from bocage.shards.source.described.rasters import (
     RasterRules,
     TileSource,
-    label_rules,
     open_raster,
     position_of,
-    sensor_rules,
+    raster_rules,
     sidecar_environment,
 )
 from bocage.shards.source.report import CatalogueReport
@@ -65,8 +64,7 @@ class TileCatalogue(DescribedCatalogue):
                 lonely = sorted(set(tiles.files[name]) - set(keys))
                 if lonely:
                     report.add_without_input(name, lonely)
-        rules = {name: sensor_rules(sensor, description) for name, sensor in description.sensors.items()}
-        rules |= {name: label_rules(label, description) for name, label in description.labels.items()}
+        rules = raster_rules(description)
         if description.blocks:
             for key in keys:
                 first = next(name for name in inputs if key in tiles.files[name])
@@ -133,7 +131,7 @@ def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) 
     originals: dict[str, dict[str, str]] = {}
     for file in find_files(root, description, report, _RESERVED):
         name, path, fields, day = file.name, file.path, file.fields, file.day
-        key = _key(description, fields)
+        key = _key(description, fields, file.date)
         known = originals.setdefault(key, fields)
         tiles.fields.setdefault(key, fields)
         files = tiles.files[name].setdefault(key, [])
@@ -149,9 +147,11 @@ def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) 
     return tiles
 
 
-def _key(description: DatasetDescription, fields: Mapping[str, str]) -> str:
+def _key(description: DatasetDescription, fields: Mapping[str, str], date: str | None) -> str:
+    """Key of the patch of a file; a template may also name the date, for patches with images of several dates."""
     if description.key:
-        return fill_template(description.key, fields, "key").replace("/", "-")
+        dated = fields if date is None else {**fields, "date": date}
+        return fill_template(description.key, dated, "key").replace("/", "-")
     if "key" in fields:
         return fill_template("{key}", fields, "key")
     return fill_template("_".join(f"{{{name}}}" for name in fields), fields, "key")
@@ -165,4 +165,4 @@ def _block(path: Path, rules: RasterRules, side: float) -> str:
         position = position_of(path, file, rules)
         x = position.left + position.pixel * file.width / 2
         y = position.top - position.pixel * file.height / 2
-    return f"{math.floor(x * position.scale / side)}_{math.floor(y * position.scale / side)}"
+    return ground_block(x, y, position.scale, side)
