@@ -228,6 +228,25 @@ def load_dataset(path: str, arguments: list[str]) -> DatasetDescription:
     return parse_dataset(_read_text(f"dataset={path}", Path(path)), arguments, path)
 
 
+def parse_dataset_argument(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Part ``dataset=FILE`` from the ``key=value`` arguments that override values of this file.
+
+    Returns:
+        file: path of the description; None without arguments.
+        settings: the other arguments.
+
+    Raises:
+        InputError: ``dataset=`` is given twice, or missing although there are other arguments.
+    """
+    files = [argument for argument in arguments if argument.startswith(DATASET_KEY)]
+    if len(files) > 1:
+        raise InputError(f"{' '.join(files)}: give one description")
+    if arguments and not files:
+        raise InputError(f"{arguments[0]}: only a description has keys to override; name it as dataset=FILE")
+    settings = [argument for argument in arguments if argument not in files]
+    return (files[0].removeprefix(DATASET_KEY) if files else None), settings
+
+
 def parse_dataset(text: str, arguments: list[str], source: str) -> DatasetDescription:
     """Parse the description of a dataset.
 

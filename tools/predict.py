@@ -19,7 +19,7 @@ from bocage.finetune.mapping.map_grid import plan_grid
 from bocage.finetune.mapping.map_rasters import open_rasters
 from bocage.finetune.mapping.tiled_inference import write_map
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
-from bocage.recipes.loader import DATASET_KEY, load_dataset
+from bocage.recipes.loader import load_dataset, parse_dataset_argument
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import DATASET_FILE
 from bocage.shards.modality import FLAIR_HUB
@@ -142,12 +142,8 @@ def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[
 def _patches(arguments: argparse.Namespace, task: Segmentation) -> Patches:
     """Open shards, or the rasters of a dataset that is not sharded."""
     folder = Path(arguments.source)
-    datasets = [argument for argument in arguments.overrides if argument.startswith(DATASET_KEY)]
-    if arguments.overrides and len(datasets) != 1:
-        raise InputError(f"{' '.join(arguments.overrides)}: describe the folder as dataset=FILE, once")
-    if datasets:
-        file = datasets[0].removeprefix(DATASET_KEY)
-        settings = [argument for argument in arguments.overrides if argument not in datasets]
+    file, settings = parse_dataset_argument(arguments.overrides)
+    if file is not None:
         description = load_dataset(file, settings)
         # Splits name the regions of the training data, which another folder need not have.
         description = description if arguments.split else replace(description, splits={})
@@ -160,10 +156,10 @@ def _patches(arguments: argparse.Namespace, task: Segmentation) -> Patches:
 
 
 def _open_tree(folder: Path, task: Segmentation) -> Catalogue:
-    """Open the rasters below a folder. No other function tells one kind of dataset from another.
+    """Open a FLAIR-HUB tree.
 
     Raises:
-        InputError: the folder holds no known dataset, or one without the model's modalities.
+        InputError: the folder is no FLAIR-HUB tree, or FLAIR-HUB lacks the model's modalities.
     """
     if not any(map(FOLDER.match, os.listdir(folder))):
         raise InputError(

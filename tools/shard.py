@@ -14,7 +14,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from bocage.recipes.loader import DATASET_KEY, load_dataset, parse_dataset
+from bocage.recipes.loader import DATASET_KEY, load_dataset, parse_dataset, parse_dataset_argument
 from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
@@ -197,10 +197,9 @@ def _read_positionals(arguments: argparse.Namespace) -> None:
     check_image_options(arguments)
     paths = [argument for argument in arguments.overrides if "=" not in argument]
     settings = [argument for argument in arguments.overrides if "=" in argument]
-    datasets = [argument for argument in settings if argument.startswith(DATASET_KEY)]
     if arguments.images is not None:
-        if datasets:
-            raise InputError(f"{datasets[0]}: --images describes the dataset already; give one of them")
+        if any(argument.startswith(DATASET_KEY) for argument in settings):
+            raise InputError(f"{' '.join(settings)}: --images describes the dataset already; leave {DATASET_KEY} out")
         if len(paths) != 1:
             raise InputError(f"{len(paths)} paths given; with --images give one, OUT: the folder of the shards")
         arguments.source, arguments.out, arguments.dataset = arguments.images, Path(paths[0]), None
@@ -208,13 +207,8 @@ def _read_positionals(arguments: argparse.Namespace) -> None:
         return
     if len(paths) != 2:
         raise InputError(f"{len(paths)} paths given; give two, SRC and OUT: the source and the folder of the shards")
-    if len(datasets) > 1:
-        raise InputError(f"{' '.join(datasets)}: give one description")
-    if settings and not datasets:
-        raise InputError(f"{settings[0]}: only a description has keys to override; name it as dataset=FILE")
     arguments.source, arguments.out = map(Path, paths)
-    arguments.dataset = datasets[0].removeprefix(DATASET_KEY) if datasets else None
-    arguments.settings = [argument for argument in settings if argument not in datasets]
+    arguments.dataset, arguments.settings = parse_dataset_argument(settings)
 
 
 def _open_catalogue(arguments: argparse.Namespace, console: Console) -> Catalogue:

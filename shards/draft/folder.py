@@ -52,7 +52,7 @@ def draft_folder(root: Path) -> Draft:
     if indexes and indexes[0] not in rasters:
         draft.notes.append(f"{len(indexes)} VRT files such as {indexes[0]} are left out beside other rasters")
     if tables:
-        draft.notes.append(f"{len(tables)} Parquet files are left out; put tables into a folder of their own")
+        draft.notes.append(f"{len(tables)} Parquet files are left out; move them to a folder without rasters")
     return draft
 
 

@@ -348,7 +348,7 @@ def test_a_small_disk_is_refused_before_any_download(
         assert f"{out}: 2.4 MB are missing, but only 2.1 MB are free: choose another" in capsys.readouterr().err
         assert not out.exists() and not hub.ranges
         remount(disk, "size=2600k")
-        # What is there already needs no space.
+        # Complete zips in the folder need no space.
         out.mkdir()
         for name in NAMES[:3]:
             (out / name).write_bytes(hub.datasets[REPOSITORY][f"data/{name}"])

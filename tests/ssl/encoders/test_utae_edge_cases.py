@@ -101,7 +101,7 @@ def test_empty_batch_keeps_running_statistics_finite(options: dict[str, Any], le
 
 @pytest.mark.parametrize("options", [{}, {"encoder_norm": "batch"}, {"agg_mode": "mean"}])
 def test_a_single_pixel_of_a_single_series_trains(options: dict[str, Any]) -> None:
-    """Its batch statistics do not exist, so the running ones are used, and stay as they are."""
+    """A single value has no batch statistics: the running ones are used and do not change."""
     model = small_model(**options)
     values, dates = series(1, 1, (1, 1))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

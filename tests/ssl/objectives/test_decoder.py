@@ -10,7 +10,7 @@ CONFIG = DecoderConfig(width=32, fusion_depth=1, heads=4)
 
 
 def decoded(patch_size: float) -> torch.Tensor:
-    """Decode a 5 x 5 grid from 3 x 3 tokens of a patch; tokens and weights are the same for every side."""
+    """Decode a 5 x 5 grid from 3 x 3 tokens of a patch; tokens and weights do not depend on the side."""
     torch.manual_seed(0)
     decoder = FusionDecoder(["A"], CONFIG, patch_size)
     tokens = torch.randn(2, 9, 32)
