@@ -35,8 +35,9 @@ lint: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+# A process more than cores, because many tests wait for other processes.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -46,7 +47,7 @@ docs: $(STAMP)
 
 # PART=K/N runs every N-th slow test, starting with the K-th.
 slow: $(STAMP)
-	$(BIN)/pytest -m slow -n 2 --dist worksteal $(if $(PART),--part $(PART))
+	$(BIN)/pytest -m slow -n 3 --dist worksteal $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf runs/demo runs/study build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

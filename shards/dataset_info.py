@@ -18,12 +18,14 @@ class DatasetInfo:
         licence: licence of the data, such as an SPDX identifier; empty if unknown.
         attribution: credit that the licence demands; empty if unknown.
         source: address or hub id of the dataset; empty if it has none.
+        citation: publication to cite; empty if there is none.
     """
 
     name: str
     licence: str = ""
     attribution: str = ""
     source: str = ""
+    citation: str = ""
 
     def to_json(self) -> dict[str, str]:
         """JSON-serialisable form, which ``from_json`` reads back."""
@@ -46,6 +48,10 @@ class DatasetInfo:
 
 
 FLAIR_HUB_INFO = DatasetInfo(
-    name="FLAIR-HUB", licence="etalab-2.0", attribution="IGN, FLAIR-HUB", source="IGNF/FLAIR-HUB"
+    name="FLAIR-HUB",
+    licence="etalab-2.0",
+    attribution="IGN, FLAIR-HUB",
+    source="IGNF/FLAIR-HUB",
+    citation="FLAIR-HUB: Garioud et al., 2025, [arXiv 2506.07080](https://arxiv.org/abs/2506.07080).",
 )
 """The dataset FLAIR-HUB of IGN."""

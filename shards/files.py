@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, hashes, and checks of output folders."""
+"""Atomic writes of files and folders, hashes, sizes, and checks of output folders."""
 
 from __future__ import annotations
 
@@ -111,3 +111,8 @@ def check_new_folder(folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def format_size(count: int) -> str:
+    """Format a number of bytes as MB or GB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def finetuning(manifest: Manifest, output: Path, *words: str) -> FinetuneConfig:
 
 
 # Some seconds each: four steps of a small model, evaluation and prediction of a few patches.
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["group", pytest.param("batch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dataset", LABELS)
 def test_a_model_of_the_only_label_trains(
     dataset: str, norm: str, manifests: dict[str, Manifest], tmp_path: Path
@@ -268,7 +269,9 @@ def test_cards_name_the_dataset_and_never_flair_hub(
 
 
 # Some seconds: three tiles of 512 px.
-def test_predictions_of_web_map_tiles_have_the_pixels_of_their_images(tmp_path: Path) -> None:
+def test_predictions_of_web_map_tiles_have_the_pixels_of_their_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Tiles in EPSG:3857 at 27.6 degrees: 0.132 m on the ground are 0.149 units."""
     tiles = Path(__file__).parent / "data" / "drone_buildings" / "banepa"
     folders = ["--images", str(tiles / "image"), "--labels", str(tiles / "label")]
@@ -285,3 +288,16 @@ def test_predictions_of_web_map_tiles_have_the_pixels_of_their_images(tmp_path: 
         with rasterio.open(source) as image, rasterio.open(path) as prediction:
             assert prediction.crs == image.crs and prediction.shape == image.shape
             assert prediction.bounds == pytest.approx(image.bounds)
+    # The same images without a description.
+    images = tmp_path / "images"
+    shutil.copytree(tiles / "image", images)
+    command = ["predict", str(tmp_path / "run"), str(images), str(tmp_path / "out")]
+    assert main([*command, "--preview", "2"]) == 2
+    assert "--preview: is not for images" in capsys.readouterr().err
+    twin = next(images.glob("*.tif")).with_suffix(".png")
+    twin.touch()
+    assert main(command) == 2
+    assert "their maps would share the folder" in capsys.readouterr().err
+    twin.unlink()
+    assert main([*command, "--batch-size", "1"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(sources)

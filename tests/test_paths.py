@@ -72,6 +72,7 @@ def take_real_patches_to_maps(folder: Path, *words: str) -> float:
 
 
 # About 20 s: two trainings of some dozen steps.
+@pytest.mark.slow
 def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
     assert take_real_patches_to_maps(tmp_path, "engine.steps=30") > 5
 
@@ -105,6 +106,7 @@ def test_simulated_scenes_are_fitted(tmp_path: Path, labels: list[str], steps: i
 
 
 # About 15 s: U-TAE on 146, 115 and 235 real dates.
+@pytest.mark.slow
 def test_real_series_drive_the_temporal_encoders(tmp_path: Path) -> None:
     treesat_tree(tmp_path / "tree")
     manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
@@ -125,6 +127,7 @@ def test_real_series_drive_the_temporal_encoders(tmp_path: Path) -> None:
         assert len(encoder.spec.mean) == len(FLAIR_HUB[name].channels)
 
 
+@pytest.mark.slow
 def test_an_eighth_sensor_needs_a_registry_entry_and_nothing_else(tmp_path: Path) -> None:
     sensor = Modality(
         name="PLANET_RE",

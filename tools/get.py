@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.errors import InputError
+from bocage.shards.files import format_size
 from bocage.shards.source.flair_hub.download import (
     LocalZips,
     download_zips,
-    format_size,
     free_bytes,
     inspect_folder,
 )

@@ -33,6 +33,7 @@ from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
 
+_BATCH_SIZE, _PREVIEW = 4, 6
 _IMAGE_EXTENSIONS = (".tif", ".tiff", ".vrt", ".png", ".jpg", ".jpeg", ".jp2")
 
 
@@ -58,15 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", metavar="COLUMN", help="predict only patches of a split, e.g. split_1 (default: all)"
     )
     parser.add_argument("--value", help="with --split: its value (default: test)")
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="patches per batch (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        help=f"patches per batch (default: {_BATCH_SIZE}), or windows of images (default: by their size)",
+    )
     parser.add_argument(
         "--preview",
         type=non_negative_int,
-        default=6,
         metavar="N",
-        help="patches in panels.png, with input, label, prediction and errors; 0: no picture (default: %(default)s)",
+        help="patches in panels.png, with input, label, prediction and errors; 0: no picture; not for images "
+        f"(default: {_PREVIEW})",
     )
-    parser.add_argument("--workers", type=non_negative_int, default=0, help="DataLoader workers (default: %(default)s)")
+    parser.add_argument("--workers", type=non_negative_int, help="DataLoader workers; not for images (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,10 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
             patches,
             rows,
             arguments.out,
-            batch_size=arguments.batch_size,
-            workers=arguments.workers,
+            batch_size=arguments.batch_size or _BATCH_SIZE,
+            workers=arguments.workers or 0,
             device=device or "cpu",
-            preview=arguments.preview,
+            preview=_PREVIEW if arguments.preview is None else arguments.preview,
             progress=bar.update,
         )
     if writes_table(patches):
@@ -122,18 +127,24 @@ def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[
             f"{arguments.source}: the model reads {', '.join(task.modalities)}, so images alone do not suffice: name "
             "them with `bocage map RUN OUT --raster SENSOR=FILE ...`, or describe the folder with dataset=FILE"
         )
-    if arguments.split is not None:
-        raise InputError("--split: images have no splits; leave it out, or describe the folder with dataset=FILE")
+    for option in ("split", "preview", "workers"):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option}: is not for images; leave it out, or describe the folder with dataset=FILE")
     root = Path(arguments.source)
     root = root.parent if root.is_file() else root
+    folders = [arguments.out / path.relative_to(root).with_suffix("") for path in images]
+    first: dict[Path, Path] = {}
+    for path, folder in zip(images, folders):
+        if first.setdefault(folder, path) != path:
+            raise InputError(f"{first[folder]} and {path}: their maps would share the folder {folder}; rename one")
     with ProgressBars() as bars:
         bar = bars.add("predicting", "images", len(images))
-        for done, path in enumerate(images):
+        for done, (path, folder) in enumerate(zip(images, folders)):
             bar.update(done, len(images))
             rasters, reference = open_rasters(task, {task.modalities[0]: path}, {})
             grid = plan_grid(task, reference)
-            folder = arguments.out / path.relative_to(root).with_suffix("")
-            write_map(task, rasters, grid, folder, batch_size=grid.batch_size, device=device)
+            batch_size = arguments.batch_size or grid.batch_size
+            write_map(task, rasters, grid, folder, batch_size=batch_size, device=device)
         bar.update(len(images), len(images))
     print(f"maps of {len(images)} images in {arguments.out}")
     return 0

@@ -17,7 +17,7 @@ from rich.table import Table
 from bocage.recipes.loader import DATASET_KEY, load_dataset, parse_dataset, parse_dataset_argument
 from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.shards.errors import InputError
-from bocage.shards.files import atomic_write
+from bocage.shards.files import atomic_write, format_size
 from bocage.shards.format.codec import with_lossy_dem
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.delete_source import replaced_zips
@@ -294,7 +294,7 @@ def _delete_source(interrupts: Interrupts, catalogue: FlairHubCatalogue, argumen
         found = replaced_zips(catalogue, arguments.out, workers=arguments.workers, progress=show)
     with interrupts.deferred():  # with half of the zips, the same command would find another dataset
         found.delete()
-        size = _size(sum(found.deletable.values()))
+        size = format_size(sum(found.deletable.values()))
         print(f"deleted {len(found.deletable)} zips of {arguments.source}, {size}{_names(found.deletable)}")
         for reason in dict.fromkeys(found.kept.values()):
             kept = [path for path, why in found.kept.items() if why == reason]
@@ -355,8 +355,8 @@ def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:
     table = _table("dry run: nothing is written")
     table.add_row("patches", str(estimate.patches))
     table.add_row("shards", str(estimate.shards))
-    table.add_row("estimated size", _size(estimate.bytes))
-    table.add_row("free disk space", _size(free.free))
+    table.add_row("estimated size", format_size(estimate.bytes))
+    table.add_row("free disk space", format_size(free.free))
     if estimate.remaining < estimate.patches:
         table.add_row("patches still to write", str(estimate.remaining))
     if arguments.scheduler is None:
@@ -375,7 +375,7 @@ def _print_summary(manifest: Manifest) -> None:
     table.add_row("patches", str(counts["samples"]))
     table.add_row("skipped as unreadable", str(counts["skipped"]))
     table.add_row("shards", str(manifest.shard_count))
-    table.add_row("size", _size(written))
+    table.add_row("size", format_size(written))
     if counts["samples"]:
         table.add_row("per patch", f"{written / counts['samples'] / _MEGABYTE:.2f} MB")
         table.add_row("size relative to the source", f"{written / max(counts['source_bytes'], 1):.2f}")
@@ -396,11 +396,6 @@ def _table(title: str) -> Table:
     table.add_column("what")
     table.add_column("value", justify="right")
     return table
-
-
-def _size(count: int) -> str:
-    megabytes = count / _MEGABYTE
-    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.1f} MB"
 
 
 def _slice(text: str) -> tuple[int, int]:

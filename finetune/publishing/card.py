@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from bocage.shards.dataset_info import FLAIR_HUB_INFO
 from bocage.ssl.encoders.export import CONFIG_FILE, WEIGHTS_FILE
 from bocage.ssl.encoders.hub import HUB_PREFIX
 
@@ -24,7 +23,6 @@ HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+")
 """Form of the id of a dataset on the hub."""
 
 _HUB_DATASETS = "https://huggingface.co/datasets/"
-_FLAIR_HUB_CITATION = "FLAIR-HUB: Garioud et al., 2025, [arXiv 2506.07080](https://arxiv.org/abs/2506.07080)."
 _SWIN_PATCH = 4  # pixels; timm's Swins read sides that are multiples of this
 _MAX_DOMAINS = 60  # names of domains in a card
 _PROBES = {"knn": "20 nearest neighbours", "linear": "logistic regression"}
@@ -71,7 +69,7 @@ def render_card(folder: Path) -> str:
         years=_years(facts["data"]),
         dataset=dataset,
         dataset_link=_link(dataset),
-        citation=_FLAIR_HUB_CITATION if dataset["name"] == FLAIR_HUB_INFO.name else "",
+        citation=dataset["citation"],
         domains=", ".join(domains[:_MAX_DOMAINS]) + (", ..." if len(domains) > _MAX_DOMAINS else ""),
     )
 

@@ -79,12 +79,13 @@ class _Row:
 
 
 def save_sheet(figure: Figure, path: Path) -> None:
-    """Save a contact sheet as PNG.
+    """Save a contact sheet as PNG, and create its folder.
 
     Raises:
         InputError: ``path`` cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
     except OSError as error:

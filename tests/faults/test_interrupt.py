@@ -51,7 +51,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # About 7 s: two interpreters import torch.
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_after_a_save_and_it_resumes(
     number: int, code: int, tmp_path: Path, uninterrupted: Path
 ) -> None:
@@ -72,6 +74,7 @@ def test_a_signal_ends_the_run_after_a_save_and_it_resumes(
 
 
 # About 5 s: an interpreter imports torch.
+@pytest.mark.slow
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
     process = subprocess.Popen(command(tmp_path, "--pause", "30"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "metrics.jsonl").exists():

@@ -79,6 +79,7 @@ def test_ctrl_c_then_the_same_command_gives_the_same_bits(shards: Path, tmp_path
 
 
 # About 10 s: a training process imports torch.
+@pytest.mark.slow
 def test_sigterm_to_every_process_saves(shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "pretrain.py", *PRETRAIN, f"shards={shards}", f"output={tmp_path}", "split=all"]
     command += ["workers=2", "engine.steps=1000", "engine.save_every=0"]

@@ -33,6 +33,7 @@ def steps(output: Path) -> list[int]:
 
 
 # About 15 s: two ranks import torch, twice.
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_same_command_resumes(tmp_path: Path) -> None:
     processes = start(tmp_path, "--steps", "400", "--pause", "0.05", "--save-every", "0")
     deadline = time.monotonic() + 60

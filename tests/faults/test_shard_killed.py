@@ -100,7 +100,9 @@ def test_sigkill_at_random_points_then_resume(
 
 
 # Two runs of three processes.
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_group_ends_the_run_with_one_message(
     number: signal.Signals, code: int, tree: Path, uninterrupted: dict[str, str], tmp_path: Path
 ) -> None:

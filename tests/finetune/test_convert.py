@@ -89,6 +89,7 @@ def test_a_checkpoint_in_half_precision_is_cast_and_reported(tmp_path: Path) -> 
         assert torch.equal(tensor, half[name].to(tensor.dtype))
 
 
+@pytest.mark.slow
 def test_auxiliary_decoders_can_be_dropped(tmp_path: Path) -> None:
     model = official(SPOT, S2, auxiliary=(SPOT,))
     save_official(model, tmp_path / "a.safetensors")

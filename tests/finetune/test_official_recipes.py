@@ -76,6 +76,7 @@ def test_decay_all_decays_every_parameter() -> None:
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.01, 4)]
 
 
+@pytest.mark.slow
 def test_an_official_model_trains_from_shards_to_maps(manifest: Manifest, tmp_path: Path) -> None:
     # Some ten seconds: Swin-T on SPOT, which is small, and the official U-TAE.
     torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def test_scores_with_enough_regions_have_intervals(world: Path, tmp_path: Path) 
     assert f" {low:.1f} to {high:.1f} |" in (tmp_path / "out" / SPOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", [SPOT, DEM, S2])
+@pytest.mark.parametrize("name", [SPOT, pytest.param(DEM, marks=pytest.mark.slow), S2])
 def test_the_code_of_the_card_runs(world: Path, name: str) -> None:
     folder = world / "out" / name
     blocks = code((folder / "README.md").read_text())

@@ -24,6 +24,7 @@ LABELS = (COSIA, LPIS)
 MIXED = (BOTH, (AERIAL,), (S2,), BOTH)
 
 
+@pytest.mark.slow
 def test_learns_a_batch_whose_samples_lack_different_sensors() -> None:
     # About ten seconds: a real training run.
     data = batch(BOTH, (AERIAL,), (S2,), inputs=BOTH)
@@ -36,6 +37,7 @@ def test_learns_with_one_image() -> None:
     assert trained(task(AERIAL), data, steps=25) > 0.85
 
 
+@pytest.mark.slow
 def test_learns_with_series_alone() -> None:
     # Some seconds: a real training run. Maps of 10 m cells cannot draw the sharp borders of 0.2 m labels.
     data = batch((S2,), (S2,), (S2,), (S2,), inputs=(S2,))
@@ -84,6 +86,7 @@ def test_label_stride_trains_on_block_centres_and_predicts_all_pixels() -> None:
     assert trained(task(S2, decoder=replace(DECODER, norm="batch"), label_stride=16), data, steps=100) > 0.65
 
 
+@pytest.mark.slow
 def test_learns_two_labels_at_once() -> None:
     # Some ten seconds: a real training run.
     data = batch(BOTH, (AERIAL,), (S2,), inputs=BOTH, labels=LABELS)

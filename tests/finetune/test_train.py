@@ -193,6 +193,7 @@ def test_crops_from_series_with_gaps(simulated: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "predictions").glob("*.tif"))) == 1
 
 
+@pytest.mark.slow
 def test_two_labels_from_shards_to_maps_and_tables(simulated: Path, tmp_path: Path) -> None:
     # Some seconds: a real run with two labels, modality dropout, and all outputs.
     torch.set_num_threads(1)

@@ -317,6 +317,7 @@ def test_a_wrong_description_is_refused_before_any_work(
         ({"sensor": {"pixel": 0}}, "pixel: give the side of a pixel on the ground, in metres"),
         ({"sensor": {"size": 12}}, "size"),
         ({"sensor": {"role": "mask"}}, "mask_of: masks, and only they"),
+        ({"sensor": {"role": "mask", "mask_of": "S2"}}, "bands of a mask are snow_probability and cloud_probability"),
         ({"label": {"classes": {}}}, "classes: name at least one"),
         ({"label": {"ignore": [7]}}, "ignore: 7 is the class 'roof' too"),
         ({"label": {"colours": {7: "red"}}}, "colours.7='red' is not a colour rrggbb"),

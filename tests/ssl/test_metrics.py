@@ -95,6 +95,7 @@ def test_collapse_is_reported_once_after_three_low_records() -> None:
 
 
 # Some 10 s: patches are simulated and sharded, and three runs pretrain on them.
+@pytest.mark.slow
 def test_a_run_records_feature_metrics_also_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "tree", patches=6, seed=3, dates=(3, 4))
     shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path

@@ -344,6 +344,7 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
 
 
 # About 8 s, as above. One rank has a NaN, and both skip the step.
+@pytest.mark.slow
 def test_both_ranks_skip_a_step_that_is_bad_on_one(tmp_path: Path) -> None:
     args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path)]
     args += ["--plain", "--batch-size", "2", "--steps", "6", "--broken", "21"]

@@ -169,6 +169,7 @@ def test_queues_and_losses_of_batches_do_not_blame_others(
 
 
 # Some 5 s: patches are simulated, sharded and fine-tuned on.
+@pytest.mark.slow
 def test_statistics_of_batches_are_no_obstacle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fine-tuning with batch normalisation, at a rate that ends it."""
     write_tree(tmp_path / "tree", patches=4, seed=5, dates=(3, 4))

@@ -68,10 +68,9 @@ bocage study probe hf:org/name data/shards runs/probes/aerial --label ALL_LABEL-
     "publish": """\
 bocage study probe runs/mae/encoders/AERIAL_RGBI data/shards runs/probes/aerial
 bocage publish runs/mae runs/published --shards data/shards --modalities AERIAL_RGBI \\
-    --scores runs/probes/aerial/knn-* runs/probes/aerial/linear-* --dataset IGNF/FLAIR-HUB --data-license etalab-2.0 \\
-    --license etalab-2.0
-bocage publish runs/mae runs/published --shards data/shards --without-scores --dataset IGNF/FLAIR-HUB \\
-    --data-license etalab-2.0 --license etalab-2.0 --to hf:org/name --dry-run""",
+    --scores runs/probes/aerial/knn-* runs/probes/aerial/linear-* --license etalab-2.0
+bocage publish runs/mae runs/published --shards data/shards --without-scores --license etalab-2.0 --to hf:org/name \\
+    --dry-run""",
     "attention": """\
 bocage attention runs/mae/encoders/SENTINEL2_TS data/shards runs/attention --split split_1 --value test --count 8
 bocage attention runs/mae/encoders/SENTINEL1-ASC_TS data/shards runs/attention_s1 --count 2""",

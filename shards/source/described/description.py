@@ -28,6 +28,7 @@ from bocage.shards.modality import (
     Role,
     representation_channels,
 )
+from bocage.shards.source.described.nodata import Nodata
 
 Kind = Literal["tiles", "rasters", "table"]
 UNUSED = "unused"
@@ -44,6 +45,7 @@ _MAX_CLASSES = 255
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _GREY_CLASSES = ("background", "other", "none", "unlabelled", "unlabeled")
 _COLOUR = re.compile(r"[0-9a-fA-F]{6}")
+_MASK_QUANTITIES = ("snow_probability", "cloud_probability")
 _SPLIT_VALUES = ("train", "valid", "test")
 _UNITS_PER_SIDE = 16  # of a default mask unit; the FLAIR-HUB images have as many or half
 _CHANNEL_GROUPS = (700.0, 1000.0)  # nm; bounds between visible, near infrared and short-wave infrared
@@ -109,6 +111,8 @@ class SensorDescription:
             raise ValueError("mask_of: masks, and only they, name the series that they belong to")
         for name, value in self.bands.items():
             _band(name, value)
+        if self.role == "mask" and (wrong := [b.name for b in self.used_bands if b.quantity not in _MASK_QUANTITIES]):
+            raise ValueError(f"bands.{wrong[0]}: bands of a mask are {' and '.join(_MASK_QUANTITIES)}, in percent")
 
     @property
     def used_bands(self) -> tuple[Band, ...]:
@@ -121,18 +125,14 @@ class SensorDescription:
         return tuple(index for index, value in enumerate(self.bands.values()) if value != UNUSED)
 
     @property
-    def accepts_nan(self) -> bool:
-        """Whether NaN marks missing pixels."""
-        return any(math.isnan(value) for value in self.nodata)
+    def missing(self) -> Nodata:
+        """Which values are missing, and what the shards store for them."""
+        return Nodata.of_sensor(self.dtype, self.nodata)
 
     @property
-    def nodata_limits(self) -> tuple[float | None, float | None]:
-        """Lowest and highest valid value; None if ``nodata`` sets no such limit."""
-        values = [value for value in self.nodata if not math.isnan(value)]
-        below, above = (
-            max((v for v in values if v <= 0), default=None),
-            min((v for v in values if v > 0), default=None),
-        )
+    def valid_limits(self) -> tuple[float | None, float | None]:
+        """Lowest and highest valid value of the dtype; None if ``nodata`` sets no such limit."""
+        below, above = self.missing.below, self.missing.above
         if self.dtype == "float32":
             lowest = None if below is None else float(np.nextafter(np.float32(below), np.float32(np.inf)))
             highest = None if above is None else float(np.nextafter(np.float32(above), np.float32(-np.inf)))
@@ -304,6 +304,7 @@ class DatasetDescription:
         licence: licence of the data.
         attribution: credit that the licence demands.
         source: address of the dataset.
+        citation: publication that users should cite.
         kind: ``tiles`` (one file a patch and sensor), ``rasters`` (rasters of any size, cut into patches) or ``table``
             (pixel series in Parquet).
         patch: side of a patch on the ground, in metres; or ``512 px`` of the first sensor. Patches of a table are one
@@ -330,6 +331,7 @@ class DatasetDescription:
     licence: str = ""
     attribution: str = ""
     source: str = ""
+    citation: str = ""
     kind: str = "tiles"
     patch: Any = None
     crs: str = ""
@@ -377,7 +379,13 @@ class DatasetDescription:
     @property
     def info(self) -> DatasetInfo:
         """Name, licence and origin."""
-        return DatasetInfo(name=self.name, licence=self.licence, attribution=self.attribution, source=self.source)
+        return DatasetInfo(
+            name=self.name,
+            licence=self.licence,
+            attribution=self.attribution,
+            source=self.source,
+            citation=self.citation,
+        )
 
     @property
     def patch_size(self) -> float:
@@ -443,7 +451,7 @@ def _sensor(name: str, sensor: SensorDescription, description: DatasetDescriptio
     size = _size(name, side, sensor.pixel or side)
     bands = sensor.used_bands
     channels = representation_channels(_literal(sensor.representation), tuple(band.name for band in bands))
-    lowest, highest = sensor.nodata_limits
+    lowest, highest = sensor.valid_limits
     try:
         return Modality(
             name=name,

@@ -70,7 +70,8 @@ def find_files(
         matches = match_patterns(patterns, path)
         for name, fields in matches.items():
             date = fields.pop(_DATE, None)
-            yield DescribedFile(name, path, fields, date, _day(path, date, description.date_format))
+            day = 0 if date is None else parse_day(path, date, description.date_format)
+            yield DescribedFile(name, path, fields, date, day)
         if not matches:
             report.add_unparsable(path)
 
@@ -84,10 +85,13 @@ def explain_empty(root: Path, description: DatasetDescription, report: Catalogue
     return f"{root}: no file matches {patterns}{examples}"
 
 
-def _day(path: str, text: str | None, date_format: str) -> int:
-    if text is None:
-        return 0
+def parse_day(where: str, text: str, date_format: str) -> int:
+    """Days since 1970-01-01 of a date in the form of the description.
+
+    Raises:
+        InputError: the text has another form; ``where`` begins the message.
+    """
     try:
         return (datetime.datetime.strptime(text, date_format).date() - _EPOCH).days
     except ValueError:
-        raise InputError(f"{path}: date {text!r} is not of the form {date_format}; see date_format") from None
+        raise InputError(f"{where}: date {text!r} is not of the form {date_format}; see date_format") from None

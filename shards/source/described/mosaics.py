@@ -143,10 +143,8 @@ class RasterCatalogue(DescribedCatalogue):
         for hit, day in zip(hits.tolist(), layer.day_index[hits].tolist()):
             if day in by_day:
                 by_day[day].append(layer.rasters[hit])
-        rules, frames = self._rules[modality], tuple(map(tuple, by_day.values()))
-        return WindowSource(
-            layer.grid, rules, _fill_value(modality, rules, self.description), tuple(frames), row, column
-        )
+        frames = tuple(map(tuple, by_day.values()))
+        return WindowSource(layer.grid, self._rules[modality], frames, row, column)
 
     def dates(self, modality: str, index: int) -> np.ndarray | None:
         """Dates of a raster, int32 days since 1970-01-01; None if the patch lacks it or it has no dates."""
@@ -248,16 +246,6 @@ def _describe_fields(fields: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items() if value)
 
 
-def _fill_value(name: str, rules: RasterRules, description: DatasetDescription) -> float | None:
-    """Value that missing pixels get in the shards; None if the description has none."""
-    if name in description.labels:
-        label = description.labels[name]
-        return label.stored_values[label.ignore[0]] if label.ignore else None
-    if rules.accepts_nan and rules.dtype == "float32":
-        return math.nan
-    return rules.nodata[0] if rules.nodata else None
-
-
 def _find_rasters(
     root: Path, description: DatasetDescription, rules: Mapping[str, RasterRules], report: CatalogueReport
 ) -> dict[str, list[FoundRaster]]:
@@ -331,7 +319,7 @@ def _available(
     """Mask of the days of a layer that patches can have, (days, rows, columns) bool."""
     size = layer.grid.size
     in_rows = (layer.boxes[:, 0] < rows.stop * size) & (layer.boxes[:, 2] > rows.start * size)
-    has_fill = _fill_value(name, rules, description) is not None
+    has_fill = rules.nodata.fill is not None
     if name in description.labels:
         least = 1 if has_fill else size * size
     else:
@@ -438,7 +426,7 @@ def _notes(
             )
         if nearly.get(name):
             how = "lower min_coverage" if name in description.sensors else "add values to ignore"
-            if name in description.sensors and _fill_value(name, rules[name], description) is None:
+            if name in description.sensors and rules[name].nodata.fill is None:
                 how = "name a nodata value and lower min_coverage"
             notes.append(
                 f"{nearly[name]} windows of {name} are left out because up to {1 - _NEARLY:.0%} of their pixels are "

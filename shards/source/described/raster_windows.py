@@ -265,7 +265,7 @@ def same_crs(first: str, second: str) -> bool:
 
 def has_holes(file: RasterFile, rules: RasterRules) -> bool:
     """Whether pixels inside a raster may be missing."""
-    return bool(file.alpha) or file.has_mask or file.declared is not None or bool(rules.nodata) or rules.accepts_nan
+    return bool(file.alpha) or file.has_mask or file.declared is not None or bool(rules.nodata)
 
 
 def read_window(
@@ -313,30 +313,14 @@ def _valid(
         valid = dataset.read(raster.file.alpha, window=window) > 0
     elif raster.file.has_mask or raster.is_resampled:
         valid = dataset.read_masks(rules.bands[0] + 1, window=window) > 0
-    if raster.file.declared is not None or rules.nodata or rules.accepts_nan:
+    if raster.file.declared is not None or rules.nodata:
         has_value = np.zeros((), bool)
         for band in bands:
-            has_value = has_value | ~_is_missing(band, rules, raster.file.declared)
+            has_value = has_value | ~rules.nodata.is_missing(band, raster.file.declared)
             if has_value.all():
                 break
         valid = has_value if valid is None else valid & has_value
     return None if valid is None or valid.all() else valid
-
-
-def _is_missing(values: np.ndarray, rules: RasterRules, declared: float | None) -> np.ndarray:
-    """Mask of nodata: declared values, and those of the description, see ``SensorDescription.nodata``."""
-    missing = np.zeros(values.shape, bool)
-    if values.dtype.kind == "f" and (rules.accepts_nan or (declared is not None and math.isnan(declared))):
-        missing |= np.isnan(values)
-    if declared is not None and not math.isnan(declared):
-        missing |= values == declared
-    limits = [int(value) if value.is_integer() else value for value in rules.nodata]  # integers are compared faster
-    below, above = [value for value in limits if value <= 0], [value for value in limits if value > 0]
-    if below:
-        missing |= values <= max(below)
-    if above:
-        missing |= values >= min(above)
-    return missing
 
 
 @contextmanager
@@ -379,8 +363,8 @@ def _nodata_of_kernel(file: RasterFile, rules: RasterRules) -> float | None:
     """Value that resampling leaves out; None if a mask says which pixels those are, for GDAL uses one of them."""
     if file.alpha or file.has_mask:
         return None
-    if rules.nodata or rules.accepts_nan:
-        return rules.nodata[0] if rules.nodata else math.nan
+    if rules.nodata:
+        return next(iter(rules.nodata.values), math.nan)
     return file.declared
 
 
@@ -427,14 +411,12 @@ class WindowSource:
     Attributes:
         grid: pixel grid of the sensor.
         rules: rules of the sensor or label.
-        fill: value of missing pixels; None if the description has none.
         frames: rasters of the image or label; for a series, those of each date. The first valid pixel counts.
         row, column: position of the patch, in patches.
     """
 
     grid: PixelGrid
     rules: RasterRules
-    fill: float | None
     frames: tuple[tuple[PlacedRaster, ...], ...]
     row: int
     column: int
@@ -480,7 +462,8 @@ class WindowSource:
         """Read one date, (C, H, W) in the modality's dtype."""
         box = self._box
         shape = modality.shape()[-3:]
-        array = np.full(shape, 0 if self.fill is None else self.fill, modality.dtype)
+        fill = self.rules.nodata.fill
+        array = np.full(shape, 0 if fill is None else fill, modality.dtype)
         missing = np.ones(shape[1:], bool)
         for raster in frame:
             part = raster.overlap(box)
@@ -496,6 +479,6 @@ class WindowSource:
             if taken.any():
                 array[:, rows, columns][:, taken] = convert(where, values[:, taken], self.rules, None)
                 missing[rows, columns] &= ~taken
-        if self.fill is None and missing.any():
+        if fill is None and missing.any():
             raise RasterError(f"{self}: {missing.sum()} pixels have no data, though they had when the run began")
         return array

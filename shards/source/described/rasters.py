@@ -16,6 +16,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
 from bocage.shards.source.described.description import DatasetDescription, LabelDescription, SensorDescription
 from bocage.shards.source.described.ground import metres_per_unit
+from bocage.shards.source.described.nodata import Nodata
 from bocage.shards.source.raster import Raster, RasterError, gdal_reason
 
 _MAX_SHOWN = 5  # values in a message
@@ -32,8 +33,7 @@ class RasterRules:
         pixel: side of a pixel on the ground, in metres.
         pixel_tolerance: relative difference from ``pixel`` that is accepted.
         crs: coordinate system of files without one; may be empty.
-        accepts_nan: whether NaN marks missing pixels.
-        nodata: values that the description names as nodata.
+        nodata: which values are missing, and the value stored for them.
         stored_values: class number in the shards of each value, for labels.
     """
 
@@ -43,8 +43,7 @@ class RasterRules:
     pixel: float
     pixel_tolerance: float
     crs: str
-    accepts_nan: bool = False
-    nodata: tuple[float, ...] = ()
+    nodata: Nodata
     stored_values: Mapping[int, int] | None = None
 
 
@@ -57,8 +56,7 @@ def sensor_rules(sensor: SensorDescription, description: DatasetDescription) -> 
         pixel=sensor.pixel,
         pixel_tolerance=sensor.pixel_tolerance,
         crs=description.crs,
-        accepts_nan=sensor.accepts_nan,
-        nodata=tuple(value for value in sensor.nodata if not math.isnan(value)),
+        nodata=sensor.missing,
     )
 
 
@@ -71,6 +69,7 @@ def label_rules(label: LabelDescription, description: DatasetDescription) -> Ras
         pixel=label.pixel,
         pixel_tolerance=label.pixel_tolerance,
         crs=description.crs,
+        nodata=Nodata(fill=label.stored_values[label.ignore[0]] if label.ignore else None),
         stored_values=label.stored_values,
     )
 
@@ -178,9 +177,9 @@ def convert(where: object, values: np.ndarray, rules: RasterRules, declared: flo
     if values.dtype.kind == "f":
         if np.isinf(values).any():
             raise RasterError(f"{where}: infinite values; replace them by NaN or a nodata value")
-        if not rules.accepts_nan and np.isnan(values).any():
+        if not rules.nodata.accepts_nan and np.isnan(values).any():
             raise RasterError(f"{where}: NaN values; if they mark missing pixels, add .nan to nodata")
-    is_named = declared is None or math.isnan(declared) or declared in rules.nodata
+    is_named = declared is None or math.isnan(declared) or declared in rules.nodata.values
     if not is_named and (values == declared).any():
         raise RasterError(
             f"{where}: declares {declared:g} as nodata and holds it; if it marks missing pixels, add it to nodata"

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from bocage.shards.errors import InputError
 from bocage.shards.format.index import MAX_SERIES_LENGTH
 from bocage.shards.source.described.description import DatasetDescription, SensorDescription
+from bocage.shards.source.described.files import parse_day
 from bocage.shards.source.described.rasters import RasterRules, convert, label_rules, sensor_rules
 
 _BATCH_ROWS = 1 << 17  # rows that are read at a time
@@ -151,7 +152,8 @@ class SeriesTable:
         kind = self._type(column)
         if not pa.types.is_temporal(kind):
             codes, texts = self.codes(column)
-            days = np.array([self._parse_day(column, str(text)) for text in texts] + [0])[codes]
+            where, date_format = f"{self.path}: column {column!r}", self.description.date_format
+            days = np.array([parse_day(where, str(text), date_format) for text in texts] + [0])[codes]
             is_null = codes < 0
         else:
             days, is_null = np.empty(self.rows, np.int64), np.empty(self.rows, bool)
@@ -165,15 +167,6 @@ class SeriesTable:
         if (wrong := (days < _FIRST_DAY) | (days > _LAST_DAY)).any():
             raise InputError(f"{self.path}: column {column!r}: a date {days[wrong][0]} days after 1970 is out of range")
         return days.astype(np.int32)
-
-    def _parse_day(self, column: str, text: str) -> int:
-        try:
-            return (datetime.datetime.strptime(text, self.description.date_format).date() - _EPOCH).days
-        except ValueError:
-            raise InputError(
-                f"{self.path}: column {column!r}: date {text!r} is not of the form {self.description.date_format}; "
-                "see date_format"
-            ) from None
 
     def numbers(self, column: str, array: pa.Array, dtype: str, fill: float) -> np.ndarray:
         """Values of a batch in another dtype, with ``fill`` for nulls.
@@ -360,31 +353,19 @@ def _read_sensor(table: SeriesTable, sensor: SensorDescription) -> tuple[np.ndar
     """
     columns, rules = list(_columns(sensor).values()), sensor_rules(sensor, table.description)
     values, has_value = np.empty((table.rows, len(columns)), sensor.dtype), np.empty(table.rows, bool)
-    lowest, highest = sensor.nodata_limits
-    fill = _fill_value(sensor)
+    fill = rules.nodata.fill
     for rows, arrays in table.batches(columns):
         for band, (column, array) in enumerate(zip(columns, arrays)):
             numbers = table.numbers(column, array, sensor.dtype, 0 if fill is None else fill)
             values[rows, band] = convert(f"{table.path}: column {column!r}", numbers, rules, None)
         block, is_null = values[rows], np.stack([array.is_null() for array in arrays], axis=1)
-        is_valid = np.isfinite(block) & ~is_null
-        is_valid &= block >= (-math.inf if lowest is None else lowest)
-        is_valid &= block <= (math.inf if highest is None else highest)
-        has_value[rows] = is_valid.any(axis=1)
+        has_value[rows] = (~is_null & ~rules.nodata.is_missing(block)).any(axis=1)
         if fill is None and (partial := is_null & has_value[rows, None]).any():
             column = columns[partial.any(axis=0).argmax()]
             raise InputError(
                 f"{table.path}: column {column!r} is null where other bands have values; name a nodata value to store"
             )
     return values, has_value
-
-
-def _fill_value(sensor: SensorDescription) -> float | None:
-    """Value that stands for null in the shards; None if the description names no nodata value."""
-    if sensor.dtype == "float32":
-        return math.nan if sensor.accepts_nan else next(iter(sensor.nodata), None)
-    limits = np.iinfo(sensor.dtype)
-    return next((int(value) for value in sensor.nodata if limits.min <= value <= limits.max), None)
 
 
 def _read_label(table: SeriesTable, column: str, rules: RasterRules) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bocage.shards.errors import InputError
-from bocage.shards.files import atomic_write, fsync, sha256
+from bocage.shards.files import atomic_write, format_size, fsync, sha256
 from bocage.shards.locks import FileLock
 from bocage.shards.source.flair_hub import zips as zip_reader
 from bocage.shards.source.flair_hub.hub import RemoteZip, retried
@@ -106,11 +106,6 @@ def inspect_folder(
         differing=[item.name for item in missing if _size(folder / item.name) is not None],
         partial_bytes=sum(size for size, full_size in partial_sizes if size <= full_size),
     )
-
-
-def format_size(count: int) -> str:
-    """Format a number of bytes as MB or GB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def free_bytes(folder: Path) -> int:

@@ -82,6 +82,7 @@ def test_adapted_encoders_load_in_timm_and_smp(tmp_path: Path) -> None:
 
 
 # Takes 10 s: the example with fewer and smaller windows.
+@pytest.mark.slow
 def test_example_trains_on_geotiffs(tmp_path: Path) -> None:
     save_encoder(encoder(AERIAL), tmp_path / "encoder")
     for folder, count in (("images", 3), ("labels", 1)):

@@ -190,20 +190,16 @@ def test_attention_is_a_distribution_over_the_valid_dates(mode: str) -> None:
 OFFICIAL_MEAN: dict[str, Any] = {**STRIDED, "masked_norm": False, "agg_mode": "mean"}
 
 
-# Tracing takes 4 to 10 s.
+# Slow: tracing takes 4 to 10 s.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "masked", "strict"),
     [
         ({}, True, True),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (OFFICIAL_MEAN, True, False),
-                ({}, False, True),
-                ({}, False, False),
-                (OFFICIAL_MEAN, False, True),
-            )
-        ),
+        (OFFICIAL_MEAN, True, False),
+        ({}, False, True),
+        ({}, False, False),
+        (OFFICIAL_MEAN, False, True),
     ],
 )
 def test_exported_program_accepts_other_batch_sizes_and_lengths(
