@@ -58,7 +58,8 @@ def uninterrupted(tree: Path) -> dict[str, str]:
 
 
 # Slow: each run starts three processes with their imports. 8 s for three runs, 30 s for eleven.
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 10])
 def test_sigkill_at_random_points_then_resume(
     kills: int, tree: Path, uninterrupted: dict[str, str], tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_files_written_carry_the_prefix_and_every_key(tmp_path: Path) -> None:
         save_official(model, tmp_path / "a.ckpt")
 
 
+@pytest.mark.slow
 def test_tables_are_resized_when_the_image_size_differs(tmp_path: Path) -> None:
     save_official(official(SPOT, S2), tmp_path / "a.safetensors")
     loaded, report = load_official(tmp_path / "a.safetensors", image_sizes={SPOT: 256})
@@ -136,6 +137,7 @@ def test_an_extracted_encoder_computes_the_official_features(tmp_path: Path) -> 
         extract_encoder(model, SPOT)
 
 
+@pytest.mark.slow
 def test_each_task_becomes_a_model_with_the_official_logits(tmp_path: Path) -> None:
     model = official(AERIAL, S2, labels=(COSIA, LPIS))
     written = from_official(model, tmp_path / "out")
@@ -417,6 +419,7 @@ def test_a_damaged_checkpoint_gives_a_one_line_error(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_the_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = official(SPOT, S2, labels=(COSIA,))
     save_official(first, tmp_path / "official.safetensors")
@@ -473,6 +476,7 @@ def test_converting_back_does_not_overwrite_a_file(tmp_path: Path, capsys: pytes
     assert "does not describe a segmentation model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_predicting_leaves_out_patches_that_lack_a_sensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = write_series(tmp_path, missing=1)
     from_official(official(S2, S1), tmp_path / "both")

@@ -35,6 +35,7 @@ from bocage.tools.main import main
 
 SPOT, DEM, S2, COSIA, LPIS = "SPOT_RGBI", "DEM_ELEV", "SENTINEL2_TS", "AERIAL_LABEL-COSIA", "ALL_LABEL-LPIS"
 RUN = [*PRETRAIN, "engine.steps=3", "engine.log_every=1", "engine.tracker=wandb", "reconstructions=0"]
+pytestmark = pytest.mark.slow  # about a minute; test_other_datasets publishes in the fast suite
 TERMS = ["--dataset", "IGNF/FLAIR-HUB", "--data-license", "etalab-2.0", "--license", "apache-2.0"]
 
 
@@ -161,7 +162,7 @@ def test_scores_with_enough_regions_have_intervals(world: Path, tmp_path: Path) 
     assert f" {low:.1f} to {high:.1f} |" in (tmp_path / "out" / SPOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", [SPOT, pytest.param(DEM, marks=pytest.mark.slow), S2])
+@pytest.mark.parametrize("name", [SPOT, DEM, S2])
 def test_the_code_of_the_card_runs(world: Path, name: str) -> None:
     folder = world / "out" / name
     blocks = code((folder / "README.md").read_text())

@@ -124,6 +124,7 @@ def executions(settings: StudyConfig) -> dict[str, int]:
     return {run.name: len((folders.path(run) / "executions.txt").read_text()) for run in study_runs(settings)}
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_does_not_stop_the_others(tmp_path: Path) -> None:
     settings = study(tmp_path / "out", modes=["full"], fractions=[LabelFraction(fraction=0.1, draws=3)])
     done: list[StudyRun] = []

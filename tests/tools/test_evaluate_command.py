@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sensor_ablations_are_scored_on_the_same_patches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
     words = ["evaluate", str(folder / "run"), str(folder / "shards")]

@@ -97,7 +97,8 @@ def test_titles_mark_absent_modalities() -> None:
 
 
 # Some 15 s: patches are simulated, and two runs train.
-@pytest.mark.parametrize("tracker", ["wandb", pytest.param("tensorboard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_pictures_are_saved_and_tracked_at_each_evaluation(
     tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
