@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+import torch
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from other_dataset import CROPS, OPTICAL, RADAR, RGB, ROOFS, SPLIT, TERRAIN, THERMAL, write_crops, write_roofs
@@ -29,6 +30,7 @@ from bocage.finetune.train import build_task, finetune
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import Registry
+from bocage.shards.source.described.description import TAKEN_NAMES
 from bocage.ssl.encoders.export import load_encoder, save_encoder
 from bocage.ssl.pretrain import build_pretraining_model, pretrain
 from bocage.ssl.pretrain_config import OBJECTIVES, PretrainConfig
@@ -266,6 +268,11 @@ def test_cards_name_the_dataset_and_never_flair_hub(
             'load_encoder(".")', "load_encoder(HERE)"
         )
         exec(compile(source, "card", "exec"), {"HERE": published})
+
+
+def test_no_sensor_has_the_name_of_an_attribute_of_torch() -> None:
+    attributes = {name for name in dir(torch.nn.ModuleDict()) if name.isalnum()}
+    assert attributes <= TAKEN_NAMES
 
 
 # Some seconds: three tiles of 512 px.

@@ -1,8 +1,5 @@
-"""Rasters of any size are cut into patches by a description; values equal those that rasterio reads."""
+"""Rasters of any size cut into patches: grids, coordinate systems, series, keys and bytes."""
 
-import copy
-import io
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,119 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-import tifffile
-from rasterio.enums import ColorInterp
+from mosaic_rasters import (
+    LEFT,
+    SENSORS,
+    TOP,
+    describe,
+    direct,
+    noise,
+    open_catalogue,
+    positions,
+    read_back,
+    roofs,
+    shard,
+    write,
+    write_three,
+)
 from rasterio.transform import Affine
-from rasterio.windows import Window
 from small_shards import contents
 
-from bocage.recipes.loader import config_from_dict
 from bocage.shards.errors import InputError
-from bocage.shards.format.manifest import Manifest
-from bocage.shards.inspect.verify import verify
-from bocage.shards.read.dataset import ShardDataset
-from bocage.shards.source.described import coverage, raster_windows
-from bocage.shards.source.described.description import DatasetDescription
-from bocage.shards.source.described.mosaics import RasterCatalogue
-from bocage.shards.source.described.open import open_described
 from bocage.shards.write.writer import write_shards
-
-LEFT, TOP = 500_000.0, 5_000_000.0
-SENSORS: dict[str, dict[str, Any]] = {
-    "ORTHO": {"files": "ortho/*.tif", "bands": {"R": 650, "G": 550, "B": 460}, "dtype": "uint8", "pixel": 0.2},
-    "SPOT": {"files": "spot/*.tif", "bands": {"R": 650, "N": 830}, "dtype": "uint16", "pixel": 1.6},
-    "S2": {"files": "s2/*.tif", "bands": {"R": 650, "N": 830}, "dtype": "uint16", "pixel": 10.0},
-}
-LABEL: dict[str, Any] = {"files": "label/*.tif", "pixel": 0.2, "classes": {0: "ground", 7: "roof"}}
-
-
-def describe(*sensors: str, label: bool = False, **changes: Any) -> DatasetDescription:
-    """Description of the sensors; ``ORTHO__nodata`` sets a key of a sensor or of the label."""
-    chosen: dict[str, Any] = {
-        "name": "mosaic",
-        "kind": "rasters",
-        "patch": 80.0,
-        "sensors": copy.deepcopy({name: SENSORS[name] for name in sensors}),
-        "labels": {"ROOFS": copy.deepcopy(LABEL)} if label else {},
-    }
-    for key, value in changes.items():
-        name, _, part = key.partition("__")
-        if part:
-            chosen["labels" if name == "ROOFS" else "sensors"][name][part] = value
-        else:
-            chosen[key] = value
-    return config_from_dict(DatasetDescription, chosen, "the description")
-
-
-def open_catalogue(root: Path, description: DatasetDescription) -> RasterCatalogue:
-    catalogue = open_described(root, description, root)
-    assert isinstance(catalogue, RasterCatalogue)
-    return catalogue
-
-
-def noise(bands: int, height: int, width: int, dtype: str = "uint8", seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, 250, (bands, height, width)).astype(dtype)
-
-
-def roofs(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).choice(np.array([0, 7], np.uint8), (1, height, width))
-
-
-def write(
-    path: Path,
-    array: np.ndarray,
-    pixel: float,
-    left: float = LEFT,
-    top: float = TOP,
-    crs: str | None = "EPSG:32631",
-    mask: np.ndarray | None = None,
-    alpha: bool = False,
-    **options: Any,
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile = {"count": len(array), "height": array.shape[1], "width": array.shape[2], "dtype": array.dtype.name}
-    options = {"driver": "GTiff", "crs": crs, "transform": Affine(pixel, 0, left, 0, -pixel, top), **options}
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile, **options) as file:
-        if alpha:
-            file.colorinterp = [ColorInterp.gray] * (len(array) - 1) + [ColorInterp.alpha]
-        file.write(array)
-        if mask is not None:
-            file.write_mask(mask)
-    return path
-
-
-def write_three(root: Path, left: float = LEFT, top: float = TOP) -> None:
-    """The orthophoto covers 4 x 3 patches and some pixels more, SPOT 3 x 4, Sentinel-2 all of them and a margin."""
-    write(root / "ortho/a.tif", noise(3, 1250, 1650), 0.2, left, top, tiled=True, blockxsize=256, blockysize=256)
-    write(root / "spot/a.tif", noise(2, 200, 160, "uint16"), 1.6)
-    write(root / "s2/a.tif", noise(2, 48, 48, "uint16"), 10.0, LEFT - 80, TOP + 80)
-
-
-def read_back(manifest: Manifest) -> dict[str, dict[str, np.ndarray]]:
-    """Arrays of all patches by key and modality, as training reads them."""
-    dataset = ShardDataset(manifest, list(manifest.registry.values()), None, 0)
-    samples = [dataset[0, row] for row in range(len(dataset))]
-    return {sample.key: sample.arrays for sample in samples}
-
-
-def shard(root: Path, description: DatasetDescription, out: Path, **options: Any) -> Manifest:
-    manifest = write_shards(open_catalogue(root, description), out, **options)
-    assert not verify(out, decode=None).problems
-    return manifest
-
-
-def direct(path: Path, left: float, top: float, size: int) -> np.ndarray:
-    """A window of a raster whose pixels lie on the grid of the patches."""
-    with rasterio.open(path) as file:
-        column, row = (left - file.transform.c) / file.transform.a, (top - file.transform.f) / file.transform.e
-        assert abs(column - round(column)) < 0.01 and abs(row - round(row)) < 0.01
-        values: np.ndarray = file.read(window=Window(round(column), round(row), size, size))
-        return values
-
-
-def positions(manifest: Manifest) -> dict[str, tuple[float, float]]:
-    columns = (manifest.column(name).to_pylist() for name in ("key", "left", "top"))
-    return {key: (left, top) for key, left, top in zip(*columns)}
 
 
 def test_sensors_of_different_pixels_and_extents(tmp_path: Path) -> None:
@@ -259,152 +163,6 @@ def test_web_maps_have_patches_of_ground_metres(tmp_path: Path) -> None:
         for name, size in (("ORTHO", 400), ("S2", 8)):
             path = tmp_path / SENSORS[name]["files"].replace("*", "a")
             assert np.array_equal(modalities[name], direct(path, *corners[key], size))
-
-
-def holes(height: int = 800, width: int = 1200) -> np.ndarray:
-    """Mask of missing pixels: none in the first column of patches, 4 in one of the second, all in the third."""
-    missing = np.zeros((height, width), bool)
-    missing[10:12, 500:502] = True
-    missing[:, 800:] = True
-    return missing
-
-
-COMPLETE = ["0000-0000", "0001-0000", "0001-0001"]
-
-
-@pytest.mark.parametrize("kind", ["nodata of the description", "tag", "alpha", "mask"])
-@pytest.mark.parametrize("tiled", [True, False])
-def test_patches_with_missing_pixels_are_left_out(kind: str, tiled: bool, tmp_path: Path) -> None:
-    missing, array = holes(), noise(3, 800, 1200)
-    options: dict[str, Any] = {"tiled": tiled, **({"blockxsize": 256, "blockysize": 256} if tiled else {})}
-    changes: dict[str, Any] = {}
-    if kind in ("nodata of the description", "tag"):
-        array[:, missing] = 0
-        array[0, 600:610, 500] = 0  # a dark value in one band is not missing
-        options |= {"nodata": 0} if kind == "tag" else {}
-        changes = {} if kind == "tag" else {"ORTHO__nodata": [0]}
-    elif kind == "alpha":
-        array = np.concatenate((array, np.where(missing, 0, 255).astype(np.uint8)[None]))
-        options |= {"alpha": True}
-        changes = {"ORTHO__bands": {"R": 650, "G": 550, "B": 460, "A": "unused"}}
-    else:
-        options |= {"mask": ~missing}
-    write(tmp_path / "ortho/a.tif", array, 0.2, **options)
-    catalogue = open_catalogue(tmp_path, describe("ORTHO", **changes))
-    assert catalogue.keys() == COMPLETE
-    assert any("1 windows of ORTHO are left out because up to 10%" in note for note in catalogue.report().warnings())
-    arrays = read_back(write_shards(catalogue, tmp_path / "out"))
-    assert np.array_equal(arrays["0001-0001"]["ORTHO"], array[:3, 400:, 400:800])
-
-
-@pytest.mark.parametrize("kind", ["nodata of the description", "tag", "alpha", "mask", "nan"])
-def test_missing_pixels_of_a_resampled_raster_spoil_no_others(kind: str, tmp_path: Path) -> None:
-    write(tmp_path / "ortho/a.tif", noise(3, 800, 800), 0.2)
-    values = np.full((2, 32, 32), 1000, np.uint16 if kind != "nan" else np.float32)
-    missing = np.zeros((32, 32), bool)
-    missing[10, 10] = True
-    options: dict[str, Any] = {}
-    changes: dict[str, Any] = {"S2__nodata": [0], "min_coverage": 0.5}
-    if kind in ("nodata of the description", "tag", "nan"):
-        values[:, missing] = np.nan if kind == "nan" else 0
-        options |= {"nodata": 0} if kind == "tag" else {}
-        changes |= {"S2__nodata": [float("nan")], "S2__dtype": "float32"} if kind == "nan" else {}
-    elif kind == "alpha":
-        values[:, missing] = 5
-        values = np.concatenate((values, np.where(missing, 0, 65535).astype(np.uint16)[None]))
-        options |= {"alpha": True}
-        changes |= {"S2__bands": {"R": 650, "N": 830, "A": "unused"}}
-    else:
-        values[:, missing] = 5
-        options |= {"mask": ~missing}
-    # The grids do not fit together; pixel (10, 10) lies in patch (0, 0), between pixels of the patch.
-    write(tmp_path / "s2/a.tif", values, 10.0, LEFT - 78.3, TOP + 78.3, **options)
-    catalogue = open_catalogue(tmp_path, describe("ORTHO", "S2", ORTHO__pixel=0.2, **changes))
-    layer = catalogue._sites[0].layers["S2"]
-    assert layer.rasters[0].is_resampled
-    arrays = read_back(write_shards(catalogue, tmp_path / "out"))
-    found = {key: modalities["S2"] for key, modalities in arrays.items() if "S2" in modalities}
-    marks = [np.isnan(array) if kind == "nan" else array == 0 for array in found.values()]
-    assert sum(mark[0].sum() for mark in marks) >= (1 if kind == "nan" else 0)
-    for array, mark in zip(found.values(), marks):
-        assert (array[~mark] == 1000).all()  # neither the nodata value nor the hidden one
-
-
-def test_a_mask_beside_the_raster_counts(tmp_path: Path) -> None:
-    missing, array = holes(), noise(3, 800, 1200)
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
-        path = write(tmp_path / "ortho/a.tif", array, 0.2)
-        with rasterio.open(path, "r+") as file:
-            file.write_mask(~missing)
-    assert path.with_name("a.tif.msk").exists()
-    catalogue = open_catalogue(tmp_path, describe("ORTHO"))
-    assert catalogue.keys() == COMPLETE and catalogue.report().unparsable == 0
-
-
-def test_slow_counts_of_missing_pixels_are_kept_until_the_raster_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    array = noise(3, 800, 1200)
-    array[:, holes()] = 0
-    path = write(tmp_path / "ortho/a.tif", array, 0.2, nodata=0)
-    assert open_catalogue(tmp_path, describe("ORTHO")).keys() == COMPLETE
-    assert not (tmp_path / "cache").exists()  # it took less than a second
-    monkeypatch.setattr(coverage, "_WORTH_KEEPING", 0.0)
-    first = open_catalogue(tmp_path, describe("ORTHO"))
-    [kept] = (tmp_path / "cache/bocage/coverage").iterdir()
-
-    def fail(*arguments: Any) -> None:
-        raise AssertionError("the raster is read again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(coverage, "_count_chunk", fail)
-        again = open_catalogue(tmp_path, describe("ORTHO"))
-        assert (again.keys(), again.fingerprint()) == (COMPLETE, first.fingerprint())
-    kept.write_bytes(b"damaged")
-    assert open_catalogue(tmp_path, describe("ORTHO")).keys() == COMPLETE
-    array[:] = 1
-    write(path, array, 0.2, nodata=0)
-    assert len(open_catalogue(tmp_path, describe("ORTHO"))) == 6
-
-
-def test_a_lower_coverage_keeps_patches_and_fills_them_with_nodata(tmp_path: Path) -> None:
-    missing, array = holes(), noise(3, 800, 1200)
-    array = np.concatenate((array, np.where(missing, 0, 255).astype(np.uint8)[None]))
-    write(tmp_path / "ortho/a.tif", array, 0.2, alpha=True)
-    bands = {"R": 650, "G": 550, "B": 460, "A": "unused"}
-    description = describe("ORTHO", ORTHO__bands=bands, ORTHO__nodata=[255], min_coverage=0.5)
-    manifest = shard(tmp_path, description, tmp_path / "out")
-    arrays = read_back(manifest)
-    assert sorted(arrays) == sorted([*COMPLETE, "0000-0001"])
-    expected = np.where(missing, 255, array[:3])[:, :400, 400:800]
-    assert np.array_equal(arrays["0000-0001"]["ORTHO"], expected)
-    # Without a nodata value, missing pixels could not be marked.
-    description = describe("ORTHO", ORTHO__bands=bands, min_coverage=0.5)
-    assert open_catalogue(tmp_path, description).keys() == COMPLETE
-
-
-def test_patches_across_the_edge_of_a_raster_follow_the_coverage(tmp_path: Path) -> None:
-    array = noise(3, 400, 1000).astype(np.float32)
-    array[:, :, 990:] = np.nan
-    write(tmp_path / "ortho/a.tif", array, 0.2)
-    options: dict[str, Any] = {"ORTHO__dtype": "float32", "ORTHO__nodata": [float("nan"), -9999.0]}
-    assert len(open_catalogue(tmp_path, describe("ORTHO", **options))) == 2
-    arrays = read_back(shard(tmp_path, describe("ORTHO", **options, min_coverage=0.4), tmp_path / "out"))
-    expected = np.full((3, 400, 400), np.nan, np.float32)
-    expected[:, :, :200] = array[:, :, 800:]
-    assert np.array_equal(arrays["0000-0002"]["ORTHO"], expected, equal_nan=True)
-
-
-def test_a_hole_in_a_sheet_is_filled_from_the_next(tmp_path: Path) -> None:
-    first, second = noise(3, 400, 400, seed=1), noise(3, 400, 400, seed=2)
-    first[:, 100:200, 100:200] = 0
-    write(tmp_path / "ortho/a.tif", first, 0.2)
-    write(tmp_path / "ortho/b.tif", second, 0.2)
-    arrays = read_back(shard(tmp_path, describe("ORTHO", ORTHO__nodata=[0]), tmp_path / "out"))
-    expected = first.copy()
-    expected[:, 100:200, 100:200] = second[:, 100:200, 100:200]
-    assert np.array_equal(arrays["0000-0000"]["ORTHO"], expected)
 
 
 SERIES = {"role": "series", "files": "s2/*_{date}.tif", "bands": {"R": 650, "N": 830}, "dtype": "uint16"}
@@ -631,135 +389,3 @@ def test_a_virtual_mosaic_is_a_raster(tmp_path: Path) -> None:
     assert sorted(arrays) == ["0000-0000"]
     description = describe("ORTHO", ORTHO__files="ortho/*.vrt", ORTHO__nodata=[0], min_coverage=0.5)
     assert open_catalogue(tmp_path, description).keys() == ["0000-0000", "0000-0001", "0000-0002"]
-
-
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"array": noise(4, 400, 400)}, r"ortho/a\.tif: 4 bands, but the description has 3"),
-    ({"array": noise(3, 400, 400, "uint16")}, r"ortho/a\.tif: dtype uint16, but the description has uint8"),
-    ({"pixel": 0.25}, r"ortho/a\.tif: pixels of 0\.2[0-9]+ m on the ground, but the description has 0\.2 m"),
-    ({"crs": "EPSG:4326", "left": 3.0, "top": 45.0, "pixel": 2e-6}, r"ortho/a\.tif: coordinates in degrees"),
-    ({"transform": Affine(0.2, 0.01, LEFT, 0.01, -0.2, TOP)}, r"ortho/a\.tif: its grid is rotated or flipped"),
-    ({"array": noise(3, 300, 399)}, r"1 rasters cover no patch of 80 m; .*a\.tif has 79\.8 x 60\.0 m: give a smaller"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD)
-def test_rasters_that_contradict_the_description_are_named(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    options = {"array": noise(3, 400, 400), "pixel": 0.2, **changes}
-    write(tmp_path / "ortho/a.tif", **options)
-    with pytest.raises(InputError, match=message):
-        open_catalogue(tmp_path, describe("ORTHO"))
-
-
-def test_an_empty_folder_a_series_without_dates_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no file matches 'ortho/\*\.tif'; the folder is empty"):
-        open_catalogue(tmp_path, describe("ORTHO"))
-    with pytest.raises(InputError, match=r"sensors\.S2: a series has a file for each date"):
-        open_catalogue(tmp_path, describe("S2", S2__role="series"))
-    write(tmp_path / "ortho/a.tif", noise(3, 400, 400), 0.2)
-    (tmp_path / "ortho/b.tif").write_bytes(b"no raster")
-    report = open_catalogue(tmp_path, describe("ORTHO")).report()
-    assert report.unreadable == 1 and "ortho/b.tif: cannot be read" in report.unreadable_examples[0]
-    (tmp_path / "ortho/a.tif").write_bytes(b"")
-    with pytest.raises(InputError, match=r"ortho/a\.tif: cannot be read"):
-        open_catalogue(tmp_path, describe("ORTHO"))
-
-
-def test_rasters_that_no_patch_needs_are_mentioned(tmp_path: Path) -> None:
-    write(tmp_path / "ortho/a.tif", noise(3, 400, 400), 0.2)
-    write(tmp_path / "label/a.tif", roofs(400, 400), 0.2, LEFT + 10_000, TOP)
-    report = open_catalogue(tmp_path, describe("ORTHO", label=True)).report()
-    assert any("label/a.tif spans x 510000 to 510080" in note for note in report.notes)
-    assert any("patches span x 500000 to 500080, y 4999920 to 5000000 in EPSG:32631" in n for n in report.notes)
-    options: dict[str, Any] = {"ORTHO__files": "ortho/{site}.tif", "ROOFS__files": "label/{site}.tif"}
-    (tmp_path / "label/a.tif").rename(tmp_path / "label/c.tif")
-    report = open_catalogue(tmp_path, describe("ORTHO", label=True, **options)).report()
-    assert report.without_input == {"ROOFS": 1}
-
-
-@pytest.mark.parametrize(
-    ("options", "is_slow"),
-    [({"blockysize": 1}, True), ({"tiled": True}, False), ({"driver": "PNG", "crs": None, "transform": None}, True)],
-)
-def test_rasters_that_are_slow_to_cut_are_mentioned(options: dict[str, Any], is_slow: bool, tmp_path: Path) -> None:
-    write(tmp_path / "ortho/a.tif", np.ones((3, 500, 8000), np.uint8), 0.2, **options)
-    notes = open_catalogue(tmp_path, describe("ORTHO")).report().notes
-    assert bool([note for note in notes if "gdal_translate -co TILED=YES" in note]) == is_slow
-
-
-def test_values_that_the_description_does_not_name_skip_their_patches(tmp_path: Path) -> None:
-    image, label = noise(3, 400, 1200).astype(np.float32), roofs(400, 1200)
-    image[0, 5, 5], label[0, 5, 805] = np.nan, 3
-    write(tmp_path / "ortho/a.tif", image, 0.2)
-    write(tmp_path / "label/a.tif", label, 0.2)
-    catalogue = open_catalogue(tmp_path, describe("ORTHO", label=True, ORTHO__dtype="float32"))
-    with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
-        write_shards(catalogue, tmp_path / "strict")
-    manifest = write_shards(catalogue, tmp_path / "out", max_bad=0.9)
-    assert (
-        "NaN values" in manifest.skipped["0000-0000"]
-        and "a.tif (row 0, column 0 of the patches)" in manifest.skipped["0000-0000"]
-    )
-    assert "values 3 are neither classes nor ignored" in manifest.skipped["0000-0002"]
-
-
-@pytest.mark.parametrize("nodata", [None, 0])
-def test_damaged_blocks_skip_their_patches_until_they_are_repaired(nodata: int | None, tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "tiled": True,
-        "blockxsize": 400,
-        "blockysize": 400,
-        "compress": "deflate",
-        "nodata": nodata,
-    }
-    path = write(tmp_path / "ortho/a.tif", noise(3, 800, 2000), 0.2, **options)
-    data = path.read_bytes()
-    with tifffile.TiffFile(path) as file:
-        start = file.pages.first.dataoffsets[6]
-    path.write_bytes(data[:start] + bytes(100) + data[start + 100 :])
-    catalogue = open_catalogue(tmp_path, describe("ORTHO"))
-    assert len(catalogue) == 10
-    manifest = write_shards(catalogue, tmp_path / "out", samples_per_shard=5, max_bad=0.3)
-    assert list(manifest.skipped) == ["0001-0001"]
-    path.write_bytes(data)
-    whole = open_catalogue(tmp_path, describe("ORTHO"))
-    assert whole.fingerprint() == catalogue.fingerprint()
-    assert len(write_shards(whole, tmp_path / "whole", samples_per_shard=5)) == 10
-
-
-def test_a_raster_that_changes_during_a_run_is_noticed(tmp_path: Path) -> None:
-    path = write(tmp_path / "ortho/a.tif", noise(3, 400, 400), 0.2)
-    catalogue = open_catalogue(tmp_path, describe("ORTHO"))
-    modality = catalogue.registry["ORTHO"]
-    source = catalogue.patch(0).sources["ORTHO"]
-    before = source.read_raster(modality).array
-    write(path, 255 - before, 0.2)
-    assert np.array_equal(source.read_raster(modality).array, 255 - before)  # the open dataset is not reused
-    write(path, before, 0.2, LEFT + 80)
-    with pytest.raises(InputError, match=r"a\.tif: has changed since its position was read"):
-        source.read_raster(modality)
-    path.unlink()
-    with pytest.raises(InputError, match=r"a\.tif: cannot be read: No such file"):
-        source.read_raster(modality)
-
-
-def test_sources_are_small_and_few_datasets_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(6):
-        write(tmp_path / f"ortho/{number}.tif", noise(3, 400, 400), 0.2, LEFT + 80 * number, TOP)
-    catalogue = open_catalogue(tmp_path, describe("ORTHO"))
-    monkeypatch.setattr(raster_windows, "_MAX_OPEN", 2)
-    monkeypatch.setattr(raster_windows, "_datasets", raster_windows._Datasets())
-    patches = [catalogue.patch(row) for row in range(6)]
-    for patch in patches:
-        assert patch.sources["ORTHO"].read_raster(catalogue.registry["ORTHO"]).array.shape == (3, 400, 400)
-    assert len(raster_windows._datasets._open) == 2
-    buffer = io.BytesIO()
-    pickle.dump(patches, buffer)
-    assert buffer.tell() < 6 * 1000
-    again = pickle.loads(buffer.getvalue())[0].sources["ORTHO"]
-    assert np.array_equal(
-        again.read_raster(catalogue.registry["ORTHO"]).array,
-        patches[0].sources["ORTHO"].read_raster(catalogue.registry["ORTHO"]).array,
-    )

@@ -322,6 +322,7 @@ def test_a_wrong_description_is_refused_before_any_work(
         ({"label": {"ignore": [7]}}, "ignore: 7 is the class 'roof' too"),
         ({"label": {"colours": {7: "red"}}}, "colours.7='red' is not a colour rrggbb"),
         ({"labels": {"RGB": LABEL}}, "RGB is a sensor and a label"),
+        ({"labels": {"type": LABEL}}, "'type': torch has an attribute of this name"),
         ({"splits": {"sites": {"test": "rest"}}}, "names of splits begin with split_"),
         ({"splits": {"split_a": {"train": 0.7, "test": 0.5}}}, "add up to 1.2"),
         ({"splits": {"split_a": {"by": "block", "test": 0.5}}}, "by=block needs blocks"),

@@ -45,6 +45,12 @@ _MAX_CLASSES = 255
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _GREY_CLASSES = ("background", "other", "none", "unlabelled", "unlabeled")
 _COLOUR = re.compile(r"[0-9a-fA-F]{6}")
+TAKEN_NAMES = frozenset(
+    "apply bfloat16 buffers children clear compile copy cpu cuda double eval float forward fromkeys get half ipu items "
+    "keys modules mtia parameters pop popitem setdefault to train training type update values xpu".split()
+)
+"""Attributes of torch's ModuleDict, which holds encoders by the names of their sensors."""
+
 _MASK_QUANTITIES = ("snow_probability", "cloud_probability")
 _SPLIT_VALUES = ("train", "valid", "test")
 _UNITS_PER_SIDE = 16  # of a default mask unit; the FLAIR-HUB images have as many or half
@@ -356,6 +362,8 @@ class DatasetDescription:
         for name in (*self.sensors, *self.labels):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r}: names of sensors and labels have letters, digits, - and _ only")
+            if name in TAKEN_NAMES:
+                raise ValueError(f"{name!r}: torch has an attribute of this name; give the sensor or label another")
         if both := set(self.sensors) & set(self.labels):
             raise ValueError(f"{min(both)} is a sensor and a label")
         for name, sensor in self.sensors.items():
