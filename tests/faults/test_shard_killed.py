@@ -160,3 +160,25 @@ def test_a_killed_worker_ends_the_run_with_one_message(
     wait_until_gone(process.pid)
     assert main(["shard", str(tree), str(out), *OPTIONS[:2]]) == 0
     assert contents(out) == uninterrupted
+
+
+# Slow: five runs of three processes.
+@pytest.mark.slow
+def test_sigkill_while_tables_are_sharded_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    data = Path(__file__).parents[1] / "data" / "worldcereal_fr"
+    description = Path(__file__).parents[2] / "examples" / "datasets" / "worldcereal.yaml"
+    words = [str(data), str(tmp_path / "out"), f"dataset={description}", "--workers", "2"]
+    assert main(["shard", str(data), str(tmp_path / "whole"), *words[2:-2]]) == 0
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    for point in ("shard-000000.tar:1:before", "shard-000000.parquet:1:after", "index.arrow:1:before"):
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *words],
+            env=os.environ | {"KILL_AT": point, "TMPDIR": str(temporary)},
+            start_new_session=True,
+        )
+        assert process.wait(timeout=120) == -signal.SIGKILL
+        wait_until_gone(process.pid)
+        assert not [path for path in temporary.iterdir() if path.name.startswith("bocage-")]
+    assert main(["shard", *words]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

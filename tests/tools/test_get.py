@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_made_is_named(hub: Hub, tmp_path: Path, capsys:
 
 
 # About 5 s: two processes, one of them while another downloads.
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_process_resumes(hub: Hub, tmp_path: Path, number: int, code: int) -> None:
     hub.datasets[REPOSITORY] = {f"data/{name}": np.random.default_rng(1).bytes(30_000_000) for name in NAMES[:2]}
     hub.pause = 0.005
@@ -395,7 +395,10 @@ def test_an_interrupted_process_resumes(hub: Hub, tmp_path: Path, number: int, c
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
-    assert errors == f"bocage: interrupted by {signal.Signals(number).name}; run the same command to resume\n"
+    name = signal.Signals(number).name
+    assert errors == (
+        "" if number == signal.SIGKILL else f"bocage: interrupted by {name}; run the same command to resume\n"
+    )
     kept = {path.name.removesuffix(PARTIAL_SUFFIX): path.stat().st_size for path in partials}
     assert all(0 < size < 30_000_000 for size in kept.values())
     hub.pause = 0
