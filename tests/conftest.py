@@ -16,6 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have deselected tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest come first: no process is left alone with one at the end, and every part gets its share of them.
+    items.sort(key=lambda item: sum(mark.kwargs.get("minutes", 0) for mark in item.iter_markers("slow")), reverse=True)
     part = config.getoption("--part")
     if part is None:
         return

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 # A minute: it simulates patches, pretrains encoders and fine-tunes.
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")

@@ -77,31 +77,30 @@ def test_real_patches_from_geotiff_to_map(tmp_path: Path) -> None:
     assert take_real_patches_to_maps(tmp_path, "engine.steps=30") > 5
 
 
-@pytest.mark.slow  # About six minutes: it trains until three patches of 512 px are fitted.
+@pytest.mark.slow(minutes=6)  # It trains until three patches of 512 px are fitted.
 def test_real_patches_are_fitted(tmp_path: Path) -> None:
     words = ("window=102.4", "batch_size=3", "decoder.norm=batch", "engine.steps=280")
     assert take_real_patches_to_maps(tmp_path, *words, "engine.optimizer.learning_rate=3e-3") > 80
 
 
-@pytest.mark.slow  # Three to four minutes each: it trains until four simulated patches are fitted.
-@pytest.mark.parametrize(("labels", "steps"), [([COSIA], 450), ([LPIS], 600), ([COSIA, LPIS], 600)])
-def test_simulated_scenes_are_fitted(tmp_path: Path, labels: list[str], steps: int) -> None:
+@pytest.mark.slow(minutes=6)  # It trains until four simulated patches are fitted.
+def test_simulated_scenes_are_fitted(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", patches=4, seed=5)
     manifest = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards")
     settings = [
         "recipe=finetune_quickstart",
         f"shards={manifest.path}",
         f"output={tmp_path / 'run'}",
-        f"labels=[{','.join(labels)}]",
+        f"labels=[{COSIA},{LPIS}]",
         "modalities=[AERIAL_RGBI,SENTINEL2_TS]",
         "split=all",
         "workers=0",
         "predictions=0",
-        f"engine.steps={steps}",
+        "engine.steps=600",
         "engine.optimizer.learning_rate=5e-3",
     ]
     result = finetune(recipes.resolve(FinetuneConfig, settings))
-    for label in labels:
+    for label in (COSIA, LPIS):
         assert result["valid"][label]["strict"]["miou"] > 75, label
 
 

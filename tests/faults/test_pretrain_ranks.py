@@ -23,7 +23,7 @@ from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
 from bocage.tools.main import main
 
-pytestmark = pytest.mark.slow  # every launch takes some 10 s
+pytestmark = pytest.mark.slow(minutes=1)  # Every launch takes some 10 s
 
 ROOT = Path(__file__).parents[2]
 # These models have no dropout, which depends on the number of ranks, and no batch statistics.

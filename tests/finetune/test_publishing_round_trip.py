@@ -20,7 +20,7 @@ from bocage.ssl.pretrain import pretrain
 from bocage.ssl.pretrain_config import PretrainConfig
 from bocage.tools.main import main
 
-pytestmark = pytest.mark.slow  # minutes: a pretraining, and virtual environments with torch
+pytestmark = pytest.mark.slow(minutes=4)  # A pretraining, and virtual environments with torch
 
 ROOT = Path(__file__).parents[2]
 TERMS = ["--dataset", "IGNF/FLAIR-HUB", "--data-license", "etalab-2.0", "--license", "etalab-2.0"]

@@ -120,7 +120,7 @@ def test_an_unfinished_study_can_be_reported(tmp_path: Path) -> None:
 
 
 # About two minutes: 24 small patches, and runs of every mode, each in its own process.
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_a_complete_study_from_shards_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry = FLAIR_HUB.subset(["SPOT_RGBI", S2, "SENTINEL2_MSK-SC", "AERIAL_LABEL-COSIA", LPIS])
     write_tree(tmp_path / "tree", patches=24, seed=1, dates=(4, 5), registry=registry)

@@ -239,7 +239,7 @@ def test_exported_program_accepts_other_batch_sizes_and_lengths(
 
 
 # Graph capture takes 3 s ("eager"), compilation a minute ("inductor").
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow(minutes=2))])
 def test_compiled_model_equals_eager(backend: str) -> None:
     torch.compiler.reset()
     model = small_model(encoder_widths=(16, 32), decoder_widths=(16, 32)).eval()
