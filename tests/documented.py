@@ -43,6 +43,7 @@ SIZES = {
     r"--nproc_per_node 8": "--nproc_per_node 2",
     r"gpus_1x8.yaml": "gpus_1x8.yaml --num_processes 2",
     r"engine\.steps=20\b": "engine.steps=3",
+    r"warmup_steps=5\b": "warmup_steps=1",
     r"--fraction 0\.01": "--fraction 0.5",
     r"train_fraction=0\.05": "train_fraction=0.5",
     r"test=D004-2021,D031-2019 train=rest": "test=DOMAIN train=rest",
@@ -107,9 +108,9 @@ Path("dates.txt").write_text("".join(f"2021-{1 + day // 28:02d}-{1 + day % 28:02
 
 
 class Step(NamedTuple):
-    """A command or a Python block of a page."""
+    """A ``command``, a ``python`` block or the content of a YAML ``file`` of a page."""
 
-    is_python: bool
+    kind: str
     text: str
 
 
@@ -131,15 +132,18 @@ def pages() -> list[str]:
 
 
 def steps(text: str) -> list[Step]:
-    """The commands of a page in their order, then its Python blocks."""
+    """The commands and the YAML files of a page in their order, then its Python blocks."""
     commands, blocks = [], []
-    for language, code in re.findall(r"^ *```(bash|python)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+    for language, code in re.findall(r"^ *```(bash|python|yaml)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
         if language == "python":
-            blocks.append(Step(True, code))
+            blocks.append(Step("python", code))
+            continue
+        if language == "yaml":
+            commands += [Step("file", code)] if re.match(r"# \w+\.yaml\n", code) else []
             continue
         joined = re.sub(r"\\\n\s*", "", code)
         lines = [re.sub(r"\s+# .*$", "", line).strip() for line in joined.splitlines()]
-        commands += [Step(False, line) for line in lines if line and not line.startswith("#")]
+        commands += [Step("command", line) for line in lines if line and not line.startswith("#")]
     return commands + blocks
 
 
@@ -195,20 +199,21 @@ class Workspace:
                 raise SystemExit(f"preparation failed: see {self.log.name}")
 
     def run_page(self, page: str) -> None:
-        """Write the YAML files of a page and run its steps."""
+        """Run the steps of a page, and write its YAML files, whose first line names them."""
         text = (self.folder / page).read_text(encoding="utf-8")
-        for file, content in re.findall(r"```yaml\n# (\w+\.yaml)(.*?)```", text, re.DOTALL):
-            (self.folder / file).write_text(f"#{content}")
         domain = min(self.folder.glob("FLAIR-HUB/*_AERIAL_RGBI")).name.removesuffix("_AERIAL_RGBI")
         python = VARIABLES  # with the blocks so far, on which the next one builds
         for step in steps(text):
+            if step.kind == "file":
+                (self.folder / step.text.split()[1]).write_text(step.text)
+                continue
             shown = f"{page}: {step.text.splitlines()[0][:110]}"
             reason = next((reason for pattern, reason in SKIPPED.items() if re.search(pattern, step.text)), "")
             if reason:
                 self.results.append(Result("skipped", shown, reason))
                 continue
             start = time.monotonic()
-            if step.is_python:
+            if step.kind == "python":
                 python += "".join(code for part, code in BLOCK_VARIABLES.items() if part in step.text) + step.text
                 status, outcome = self.run(["python", "-c", python]), "as documented"
             else:
