@@ -57,6 +57,8 @@ class FinetuneConfig:
         workers: DataLoader workers per rank.
         encoder_lr_scale: learning rate of the encoders, as a multiple of ``engine.optimizer.learning_rate``, which is
             the rate of the decoders.
+        head_steps: first steps in which the encoders do not learn, so that the decoders fit their features before they
+            change (linear probing, then fine-tuning: LP-FT, arXiv 2202.10054).
         fusion_lr_scale: learning rate of the fusion and of the tokens of absent modalities, as such a multiple.
         predictions: number of validation patches to write as GeoTIFFs at the end.
         pictures: number of validation patches to draw at each evaluation: input, label, prediction and errors.
@@ -95,6 +97,7 @@ class FinetuneConfig:
     batch_size: int = 4
     workers: int = 0
     encoder_lr_scale: float = 1.0
+    head_steps: int = 0
     fusion_lr_scale: float = 1.0
     predictions: int = 8
     pictures: int = 4
@@ -114,8 +117,8 @@ class FinetuneConfig:
                 raise ValueError(f"{key}={value} must be at least 1")
         if self.batch_size == 1 and self.decoder.norm == "batch":
             raise ValueError("batch_size=1 cannot train decoder.norm=batch; use decoder.norm=group")
-        if min(self.workers, self.predictions, self.pictures) < 0:
-            raise ValueError("workers, predictions and pictures must not be negative")
+        if min(self.workers, self.predictions, self.pictures, self.head_steps) < 0:
+            raise ValueError("workers, predictions, pictures and head_steps must not be negative")
         if min(self.encoder_lr_scale, self.fusion_lr_scale, self.auxiliary_weight) < 0:
             raise ValueError("encoder_lr_scale, fusion_lr_scale and auxiliary_weight must not be negative")
         if self.official:

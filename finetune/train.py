@@ -299,22 +299,24 @@ def _export(module: nn.Module, folder: Path) -> None:
 
 
 def scaled_parameter_groups(config: FinetuneConfig) -> Callable[[nn.Module], list[dict[str, Any]]]:
-    """Return a function that splits the default parameter groups by the learning rate scales of encoders and fusion."""
-    scales = (1.0, config.fusion_lr_scale, config.encoder_lr_scale)
+    """Return a function that splits the default parameter groups by the learning rates of encoders and fusion."""
+    decoders, fusion, encoders = (1.0, 0), (config.fusion_lr_scale, 0), (config.encoder_lr_scale, config.head_steps)
 
     def groups(module: nn.Module) -> list[dict[str, Any]]:
         assert isinstance(module, Segmentation)
-        scale_of: dict[int, float] = {}
+        rate_of: dict[int, tuple[float, int]] = {}
         for part in module.fusion_modules:
-            scale_of |= {id(parameter): config.fusion_lr_scale for parameter in part.parameters()}
-        scale_of |= {id(parameter): config.encoder_lr_scale for parameter in module.model.encoders.parameters()}
+            rate_of |= {id(parameter): fusion for parameter in part.parameters()}
+        rate_of |= {id(parameter): encoders for parameter in module.model.encoders.parameters()}
         split = []
         for group in decay_groups(module, config.engine.optimizer):
             # The decoders come first: the rate of the first group is the one that the trainer records.
-            for scale in dict.fromkeys(scales):
-                parameters = [parameter for parameter in group["params"] if scale_of.get(id(parameter), 1.0) == scale]
+            for rate in dict.fromkeys((decoders, fusion, encoders)):
+                parameters = [item for item in group["params"] if rate_of.get(id(item), decoders) == rate]
                 if parameters:
-                    split.append({**group, "params": parameters, "lr_scale": group["lr_scale"] * scale})
+                    scale, first_step = rate
+                    scaled = {"lr_scale": group["lr_scale"] * scale, "first_step": first_step}
+                    split.append({**group, "params": parameters, **scaled})
         return split
 
     return groups

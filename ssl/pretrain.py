@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +96,15 @@ def build_pretraining_model(config: PretrainConfig, manifest: Manifest) -> Pretr
     """
     registry = manifest.registry
     names = config.modalities or [modality.name for modality in registry.inputs]
-    for key in ("architectures", "encoders"):
-        if unknown := sorted(set(getattr(config, key)) - set(names)):
+    by_modality: dict[str, Mapping[str, object]] = {
+        "architectures": config.architectures,
+        "encoders": config.encoders,
+        "masking.units": config.masking.units,
+    }
+    for key, values in by_modality.items():
+        if unknown := sorted(set(values) - set(names)):
             raise InputError(f"{key}.{unknown[0]}: not one of the modalities of this run ({', '.join(names)})")
-    modalities = {name: _input_modality(registry[name]) for name in names}
+    modalities = {name: _input_modality(registry[name], config.masking.units.get(name)) for name in names}
     encoders: dict[str, Encoder] = {}
     for name, modality in modalities.items():
         architecture = config.architectures.get(name, config.swin if modality.role == "image" else config.utae)
@@ -137,10 +142,15 @@ def export_encoders(model: nn.Module, folder: Path) -> None:
         save_encoder(model.encoder(name), folder / name)
 
 
-def _input_modality(modality: Modality) -> Modality:
+def _input_modality(modality: Modality, unit: int | None) -> Modality:
+    """Check the role of a modality, and replace its mask unit if ``unit`` is not None."""
     if not modality.is_input:
         raise InputError(f"modalities: {modality.name} is a {modality.role}, not an input of an encoder")
-    return modality
+    if unit is None:
+        return modality
+    if unit < 1 or modality.size % unit:
+        raise InputError(f"masking.units.{modality.name}={unit}: does not divide its {modality.size} px")
+    return replace(modality, unit=unit)
 
 
 def _check_negatives(config: PretrainConfig) -> None:

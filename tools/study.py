@@ -327,6 +327,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     from bocage.shards.read.open import open_shards
     from bocage.ssl.encoders.export import load_encoder
     from bocage.ssl.encoders.initialization import weights_digest
+    from bocage.ssl.evaluation.probe import CONTROLS
 
     modality = load_encoder(arguments.encoder).spec.modality
     manifest = open_shards(arguments.shards)
@@ -360,11 +361,13 @@ def _probe(arguments: argparse.Namespace) -> int:
             )
         for part in [name for name in ("valid", "test") if name in metrics]:
             strict = metrics[part][label]["strict"]
-            scores = (strict["miou"], strict["miou_without_background"], strict["oa"])
+            controls = (metrics["controls"][control][part][label] for control in CONTROLS)
+            scores = (strict["miou"], *controls, strict["miou_without_background"], strict["oa"])
             patches = f"{metrics['patches'][part]:,}"
             rows.append([kind, part, patches, *("" if score is None else f"{score:.2f}" for score in scores)])
     table = Table(title=f"{label} from frozen features of {modality}, strict scores")
-    for name in ("probe", "part", "patches", "mIoU", "without background", "OA"):
+    control_columns = ("mIoU of random weights", "mIoU of raw inputs")
+    for name in ("probe", "part", "patches", "mIoU", *control_columns, "without background", "OA"):
         table.add_column(name, justify="left" if name in ("probe", "part") else "right")
     for row in rows:
         table.add_row(*row)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,11 @@ from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.modality import Modality
 from bocage.shards.preprocess.inputs import encoder_inputs, quality_masks, required_modalities
+from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
-from bocage.ssl.evaluation.probe import majority_class, present_features
+from bocage.ssl.evaluation.probe import FeatureExtractor, majority_class, present_features
+from bocage.ssl.evaluation.raw_features import raw_cell_features
 
 _PATCHES_PER_FILE = 256
 
@@ -127,21 +130,55 @@ class DenseFeatureCache:
             workers: DataLoader workers.
             progress: callback that receives the number of finished patches.
         """
-        name = encoder.spec.modality
-        registry = self.manifest.registry
+        device = next(encoder.parameters()).device
+        folder = f"{encoder.spec.modality}-{encoder_digest(encoder)[:16]}"
+        extract = partial(present_features, encoder)
+        return self._features(encoder.spec, folder, extract, rows, device, batch_size, workers, progress)
+
+    def raw_features(
+        self,
+        spec: InputSpec,
+        rows: np.ndarray,
+        *,
+        batch_size: int,
+        workers: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> PatchTensorStore:
+        """Return the raw inputs of patches (``raw_cell_features``) in the form of ``features``.
+
+        Args:
+            spec: input of the encoder that they are compared with.
+            rows: (N,) int64 rows of the manifest.
+            batch_size: patches per batch.
+            workers: DataLoader workers.
+            progress: callback that receives the number of finished patches.
+        """
+        digest = hashlib.sha256(json.dumps(spec.to_json()).encode()).hexdigest()[:16]
+        folder, device = f"{spec.modality}-raw-{digest}", torch.device("cpu")
+        return self._features(spec, folder, raw_cell_features, rows, device, batch_size, workers, progress)
+
+    def _features(
+        self,
+        spec: InputSpec,
+        folder: str,
+        extract: FeatureExtractor,
+        rows: np.ndarray,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        progress: Callable[[int], None] | None,
+    ) -> PatchTensorStore:
+        name, registry = spec.modality, self.manifest.registry
         masks = quality_masks(registry, [name])
-        width = sum(encoder.widths)
 
         @torch.no_grad()
         def compute_features(batch: Batch) -> torch.Tensor:
-            inputs = encoder_inputs(batch, {name: encoder.spec}, masks, random_orientation=False)[name]
-            features = torch.zeros(len(batch), width, self.cells, self.cells, dtype=torch.float16)
-            present, values = present_features(encoder, inputs, self.cells)
+            inputs = encoder_inputs(batch, {name: spec}, masks, random_orientation=False)[name]
+            present, values = extract(inputs, self.cells)
+            features = torch.zeros(len(batch), *values.shape[1:], dtype=torch.float16)
             features[present.cpu()] = values.to("cpu", torch.float16)
             return features
 
-        device = next(encoder.parameters()).device
-        folder = f"{name}-{encoder_digest(encoder)[:16]}"
         modalities = required_modalities(registry, [name], [])
         return self._complete(folder, rows, modalities, compute_features, device, batch_size, workers, progress)
 

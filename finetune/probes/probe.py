@@ -22,7 +22,14 @@ from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import ShardPatches
 from bocage.ssl.encoders.initialization import weights_digest
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
-from bocage.ssl.evaluation.probe import LabelledCells, default_cell, knn_probe, linear_probe
+from bocage.ssl.evaluation.probe import (
+    CONTROLS,
+    LabelledCells,
+    default_cell,
+    knn_probe,
+    linear_probe,
+    random_encoder,
+)
 
 ProbeKind = Literal["knn", "linear"]
 PROBE_KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
@@ -52,9 +59,13 @@ def run_probe(
         cache: folder of the feature cache (``DenseFeatureCache``).
         progress: callback that receives the encoder's name, its number of patches, and the number of finished patches.
 
+    Two controls are scored in the same way: encoders of the same architectures with random weights (seed 0), and raw
+    inputs (``raw_features``).
+
     Returns:
-        Contents of ``metrics.json``. ``train_cells`` has the number of training cells (``used``, at most 131,072) and
-        of labelled cells in the training patches (``labelled``), and their side in metres (``side``).
+        Contents of ``metrics.json``. ``controls`` has the strict mIoU of both controls, ``random`` and ``raw``, by part
+        and label. ``train_cells`` has the number of training cells (``used``, at most 131,072), that of labelled cells
+        in the training patches (``labelled``), and their side in metres (``side``).
 
     Raises:
         InputError: no training cell has a label, or an error of ``train.build_task`` or ``train.split_rows``.
@@ -71,30 +82,46 @@ def run_probe(
     loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
     cell = default_cell(next(iter(task.targets.values())).label)  # all labels of a model have one pixel size
     cells = DenseFeatureCache(cache, manifest, cell)
-    features: list[PatchTensorStore] = []
-    for name in task.modalities:
-        report = None if progress is None else partial(progress, name, len(all_rows))
-        features.append(cells.features(task.model.encoder(name), all_rows, progress=report, **loading))
     keys = {part: manifest.column("key").take(indices).to_pylist() for part, indices in rows.items()}
+    regions = {part: manifest.column("roi").take(indices).to_pylist() for part, indices in rows.items()}
+    labels = {name: cells.labels(target, all_rows, **loading) for name, target in task.targets.items()}
     parts: dict[str, Confusions] = {name: {} for name in rows if name != "train"}
+    controls: dict[str, dict[str, dict[str, float]]] = {}
     train_cells = {}
-    for label, target in task.targets.items():
-        labels = cells.labels(target, all_rows, **loading)
-        train, labelled = _labelled_cells(features, labels, keys["train"])
-        train_cells[label] = {"used": len(train.labels), "labelled": labelled, "side": cell}
-        predict = _fit(kind, train, len(target.scheme), device)
-        for part, confusions in parts.items():
-            regions = manifest.column("roi").take(rows[part]).to_pylist()
-            confusions[label] = ConfusionMatrix(target.scheme)
-            for start in range(0, len(regions), _CHUNK_PATCHES):
-                chunk = slice(start, start + _CHUNK_PATCHES)
-                _count(confusions[label], keys[part][chunk], regions[chunk], labels, features, predict)
+    for source in ("", *CONTROLS):
+        features: list[PatchTensorStore] = []
+        for name in task.modalities:
+            report = None if progress is None else partial(progress, f"{name} {source}".rstrip(), len(all_rows))
+            encoder = task.model.encoder(name)
+            features.append(
+                cells.raw_features(encoder.spec, all_rows, progress=report, **loading)
+                if source == "raw"
+                else cells.features(
+                    random_encoder(encoder) if source else encoder, all_rows, progress=report, **loading
+                )
+            )
+        for label, target in task.targets.items():
+            train, labelled = _labelled_cells(features, labels[label], keys["train"])
+            predict = _fit(kind, train, len(target.scheme), device)
+            if not source:
+                train_cells[label] = {"used": len(train.labels), "labelled": labelled, "side": cell}
+            for part, confusions in parts.items():
+                matrix = ConfusionMatrix(target.scheme)
+                for start in range(0, len(keys[part]), _CHUNK_PATCHES):
+                    chunk = slice(start, start + _CHUNK_PATCHES)
+                    _count(matrix, keys[part][chunk], regions[part][chunk], labels[label], features, predict)
+                if source:
+                    miou = classification_report(matrix)["strict"]["miou"]
+                    controls.setdefault(source, {}).setdefault(part, {})[label] = miou
+                else:
+                    confusions[label] = matrix
     metrics: dict[str, Any] = {
         "recipe": config.recipe,
         "probe": kind,
         "shards": manifest.digest,
         "split": config.split,
         "train_cells": train_cells,
+        "controls": controls,
         "labels": {name: target.scheme_to_json() for name, target in task.targets.items()},
         "modalities": task.modalities,
         "pretrained": config.encoders,
@@ -134,14 +161,14 @@ def _labelled_cells(
         first, end = start * patch_cells, (start + _CHUNK_PATCHES) * patch_cells
         index = labelled[(labelled >= first) & (labelled < end)] - first
         chunks.append(_feature_vectors(features, keys[start : start + _CHUNK_PATCHES])[index])
-    return LabelledCells(torch.cat(chunks), truth.flatten()[labelled].long()), count
+    return LabelledCells(torch.cat(chunks), truth.flatten()[labelled].long(), labelled // patch_cells), count
 
 
 def _fit(
     kind: ProbeKind, train: LabelledCells, classes: int, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fit a probe on a device, and return its prediction function: features (N, C) to classes (N,) on the CPU."""
-    train = LabelledCells(train.features.to(device), train.labels.to(device))
+    train = train.to(device)
     if kind == "linear":
         classify = linear_probe(train, classes, _PENALTY)
         return lambda queries: classify(queries.to(device)).cpu()

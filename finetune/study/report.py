@@ -230,6 +230,10 @@ def _method(study: StudyConfig, analyses: Mapping[str, Analysis]) -> list[str]:
             f"Learning rates {rates} are tried with every initialization. The best on the validation patches is "
             "selected by initialization, mode and fraction."
         )
+    if study.variants:
+        lines.append(
+            f"Variants {', '.join(study.variants)} are tried with every initialization, and selected in the same way."
+        )
     probes = [item for analysis in analyses.values() for item in analysis.results if item.facts["train_cells"]]
     if probes:
         lines.append(

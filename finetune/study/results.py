@@ -27,7 +27,7 @@ from bocage.finetune.evaluation.statistics import (
 from bocage.finetune.models.targets import scheme_from_json
 from bocage.finetune.probes.probe import PROBE_KINDS
 from bocage.finetune.study.run_folders import RunFolders
-from bocage.finetune.study.study_config import StudyConfig, StudyRun, study_runs
+from bocage.finetune.study.study_config import Setting, StudyConfig, StudyRun, study_runs
 from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
@@ -84,8 +84,8 @@ class Analysis:
 
     Attributes:
         results: results of all finished runs.
-        learning_rates: learning rate selected on the validation patches, by initialization, mode and fraction.
-        selected: results of the runs with the selected learning rates.
+        settings: learning rate and variant selected on the validation patches, by initialization, mode and fraction.
+        selected: results of the runs with the selected settings.
     """
 
     def __init__(
@@ -93,10 +93,8 @@ class Analysis:
     ) -> None:
         self.study, self.scheme, self.regions, self.part = study, scheme, list(regions), part
         self.results = list(results)
-        self.learning_rates = self._select_learning_rates()
-        self.selected = [
-            result for result in results if result.run.learning_rate == self.learning_rates[self._key(result.run)]
-        ]
+        self.settings = self._select_settings()
+        self.selected = [result for result in results if result.run.setting == self.settings[self._key(result.run)]]
         self._weights = region_weights(
             [ConfusionMatrix.domain(region) for region in self.regions], study.replicates, np.random.default_rng(0)
         )
@@ -115,23 +113,23 @@ class Analysis:
         """Compute the mIoU of (..., 3, C) counts, with or without background as the study asks."""
         return mean_iou(counts, self.scheme, background=self.study.background)
 
-    def _select_learning_rates(self) -> dict[PointKey, float | None]:
-        """Select the learning rate with the best validation mIoU over the runs that all learning rates have.
+    def _select_settings(self) -> dict[PointKey, Setting]:
+        """Select the setting with the best validation mIoU over the runs that all settings have.
 
-        Without a common run, which happens in an unfinished study, select the learning rate with the most runs.
+        Without a common run, which happens in an unfinished study, select the setting with the most runs.
         """
-        valid: dict[PointKey, dict[float | None, dict[tuple[int, int], float]]] = {}
+        valid: dict[PointKey, dict[Setting, dict[tuple[int, int], float]]] = {}
         for result in self.results:
-            runs = valid.setdefault(self._key(result.run), {}).setdefault(result.run.learning_rate, {})
+            runs = valid.setdefault(self._key(result.run), {}).setdefault(result.run.setting, {})
             runs[result.run.draw, result.run.seed] = result.valid_miou
         selected = {}
-        for key, by_rate in valid.items():
-            common = set.intersection(*(set(runs) for runs in by_rate.values()))
+        for key, by_setting in valid.items():
+            common = set.intersection(*(set(runs) for runs in by_setting.values()))
             merit = {
-                rate: float(np.mean([runs[run] for run in common])) if common else float(len(runs))
-                for rate, runs in by_rate.items()
+                setting: float(np.mean([runs[run] for run in common])) if common else float(len(runs))
+                for setting, runs in by_setting.items()
             }
-            selected[key] = max(merit, key=lambda rate: merit[rate])
+            selected[key] = max(merit, key=lambda setting: merit[setting])
         return selected
 
     @property

@@ -1,9 +1,9 @@
 """Configuration of a label-efficiency study, and its grid of runs.
 
-A run is one combination of initialization, mode, label fraction, draw, seed and learning rate. The protocol follows
-GEO-Bench (arXiv 2306.03831) and rliable (arXiv 2108.13264) where they agree: a fixed number of optimizer steps, the
-same learning rates for every initialization, selection on the validation patches, and several draws of labels and
-training seeds, shared by all initializations.
+A run is one combination of initialization, mode, label fraction, draw, seed, learning rate and variant. The protocol
+follows GEO-Bench (arXiv 2306.03831) and rliable (arXiv 2108.13264) where they agree: a fixed number of optimizer steps,
+the same learning rates and variants for every initialization, selection on the validation patches, and several draws of
+labels and training seeds, shared by all initializations.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import product
 from typing import Any, Literal, get_args
 
 from bocage import recipes
@@ -28,6 +29,9 @@ from bocage.ssl.engine.logging.provenance import CHANGEABLE_KEYS, flat, matches
 
 Mode = Literal["knn", "linear", "frozen", "full"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Setting = tuple[float | None, str]
+"""Learning rate and variant of a run."""
+
 _RESERVED_KEYS = (
     "recipe",
     "shards",
@@ -89,6 +93,9 @@ class StudyConfig:
         sampling_unit: unit of the subsets, single patches (``patch``) or whole regions (``roi``).
         learning_rates: learning rates of the trained modes, all tried with every initialization. The best on the
             validation patches is selected by initialization, mode and fraction. Empty: the recipe's learning rate.
+        variants: further overrides of the trained modes, by name of the variant, e.g. ``{plain: [], slow:
+            [encoder_lr_scale=0.2]}``. Each is tried with every learning rate and initialization and selected like them.
+            Pretrained encoders need other settings than encoders from scratch, so one setting for both is not fair.
         background: whether the mIoU includes the background class of a label. In FLAIR-HUB, that of crops (LPIS) covers
             most of the ground.
         interquartile: whether to report the interquartile mean over runs instead of the mean.
@@ -113,6 +120,7 @@ class StudyConfig:
     fractions: list[LabelFraction] = field(default_factory=list)
     sampling_unit: SamplingUnit = "patch"
     learning_rates: list[float] = field(default_factory=list)
+    variants: dict[str, list[str]] = field(default_factory=dict)
     background: bool = True
     interquartile: bool = False
     replicates: int = 2000
@@ -150,9 +158,15 @@ class StudyConfig:
             raise ValueError(f"watts={self.watts} must not be negative")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError("learning_rates must be positive")
-        for override in self.overrides:
-            if reserved := [key for key in _RESERVED_KEYS if override.startswith((f"{key}=", f"{key}."))]:
-                raise ValueError(f"overrides: {override}: the study itself sets {reserved[0]}")
+        if wrong := [name for name in self.variants if not _NAME.fullmatch(name)]:
+            raise ValueError(f"variants: {wrong[0]!r} cannot be part of a folder name")
+        for source, overrides in (
+            ("overrides", self.overrides),
+            *((f"variants.{name}", overrides) for name, overrides in self.variants.items()),
+        ):
+            for override in overrides:
+                if reserved := [key for key in _RESERVED_KEYS if override.startswith((f"{key}=", f"{key}."))]:
+                    raise ValueError(f"{source}: {override}: the study itself sets {reserved[0]}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +180,7 @@ class StudyRun:
         draw: index of the subset of that size.
         seed: index of the training seed.
         learning_rate: learning rate; None for the recipe's, and for probes.
+        variant: name of the variant; empty without variants, and for probes.
     """
 
     initialization: str
@@ -174,12 +189,19 @@ class StudyRun:
     draw: int
     seed: int
     learning_rate: float | None
+    variant: str = ""
+
+    @property
+    def setting(self) -> Setting:
+        """What is selected on the validation patches: learning rate and variant."""
+        return self.learning_rate, self.variant
 
     @property
     def name(self) -> str:
         """Unique name of the run and of its folder."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
-        return f"{self.initialization}-{self.mode}-{self.fraction:g}-draw{self.draw}-seed{self.seed}{rate}"
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.initialization}-{self.mode}-{self.fraction:g}-draw{self.draw}-seed{self.seed}{rate}{variant}"
 
 
 def study_runs(study: StudyConfig) -> list[StudyRun]:
@@ -192,15 +214,14 @@ def study_runs(study: StudyConfig) -> list[StudyRun]:
     def expand() -> Iterator[StudyRun]:
         for item in sorted(study.fractions, key=lambda item: item.fraction):
             for mode in study.modes:
-                rates: list[float | None] = [None]
-                if study.learning_rates and mode not in PROBE_KINDS:
-                    rates = [*study.learning_rates]
+                is_trained = mode not in PROBE_KINDS
+                rates: list[float | None] = [*study.learning_rates] if study.learning_rates and is_trained else [None]
+                variants = [*study.variants] if study.variants and is_trained else [""]
                 seeds = 1 if mode in PROBE_KINDS else item.seeds  # probes are deterministic
                 for draw in range(item.draws):
                     for seed in range(seeds):
-                        for rate in rates:
-                            for initialization in study.initializations:
-                                yield StudyRun(initialization, mode, item.fraction, draw, seed, rate)  # type: ignore[arg-type]
+                        for rate, variant, initialization in product(rates, variants, study.initializations):
+                            yield StudyRun(initialization, mode, item.fraction, draw, seed, rate, variant)  # type: ignore[arg-type]
 
     runs = list(expand())
     counts = Counter(run.name for run in runs)
@@ -217,7 +238,7 @@ def run_config(study: StudyConfig, run: StudyRun, output: str) -> FinetuneConfig
     Raises:
         InputError: the recipe or an override is invalid, or the run would validate on its training patches.
     """
-    config = _resolve_recipe(study.finetune, tuple(study.overrides))
+    config = _resolve_recipe(study.finetune, (*study.overrides, *study.variants.get(run.variant, ())))
     if config.split == EVERY_SAMPLE:
         raise InputError(f"overrides: split={EVERY_SAMPLE} validates on the training patches; a study needs a split")
     if run.mode == "frozen" and not config.modalities:

@@ -51,6 +51,7 @@ def run_rows(analyses: Mapping[str, Analysis]) -> list[dict[str, Any]]:
             "draw": result.run.draw,
             "seed": result.run.seed,
             "learning_rate": "" if result.run.learning_rate is None else result.run.learning_rate,
+            "variant": result.run.variant,
             "selected": int(result in analysis.selected),
             "valid_miou": f"{result.valid_miou:.4f}",
             "part": analysis.part,

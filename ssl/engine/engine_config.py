@@ -52,6 +52,8 @@ class EngineConfig:
         min_feature_std, min_rankme: smallest healthy spread (``metrics.feature_std``, 1 when spread evenly) and
             effective rank (``metrics.rankme``) of an encoder's features. Lower values in three consecutive records over
             at least 100 steps print a warning; 0: no warning.
+        min_explained: smallest healthy value of ``explained``, 1 - loss / loss of the best constant. Lower values in
+            all records of 500 steps print a warning; 0: no warning.
         profile_steps: steps of rank 0 that torch's profiler records in ``output/profile``, from the fourth step of the
             process on; 0: none.
         rank_timeout: seconds after which ranks stop waiting for a dead or hanging rank, and name it. It must exceed
@@ -87,6 +89,7 @@ class EngineConfig:
     dump_bad_steps: int = 3
     min_feature_std: float = 0.05
     min_rankme: float = 2.0
+    min_explained: float = 0.05
     profile_steps: int = 0
     rank_timeout: float = 1800.0
     tracker: TrackerName = "none"
@@ -106,6 +109,7 @@ class EngineConfig:
             "dump_bad_steps",
             "min_feature_std",
             "min_rankme",
+            "min_explained",
             "profile_steps",
         ):
             if not getattr(self, key) >= 0:

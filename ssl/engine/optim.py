@@ -106,10 +106,10 @@ def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group to ``factor`` times its peak rate; return the first group's rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, step: int) -> float:
+    """Set every group to ``factor`` times its peak rate, or to 0 before its first step; return the first group's."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group["initial_lr"] * factor if step >= group["first_step"] else 0.0
     return float(optimizer.param_groups[0]["lr"])
 
 
@@ -199,7 +199,8 @@ def build_optimizer(
         config: optimiser and schedule.
         global_batch: samples per step over all ranks and micro-batches, for ``base_batch_size``.
         device: device of the task. AdamW uses one fused kernel on devices that have it.
-        parameter_groups: function that replaces ``decay_groups``; each group may set ``weight_decay`` and ``lr_scale``.
+        parameter_groups: function that replaces ``decay_groups``; each group may set ``weight_decay``, ``lr_scale`` and
+            ``first_step``, the first update of its parameters.
 
     Raises:
         ValueError: ``task`` has no parameter to train.
@@ -212,6 +213,7 @@ def build_optimizer(
     for group in groups:
         group.pop("lr_scale", None)
         group["initial_lr"] = group["lr"]
+        group.setdefault("first_step", 0)
     if config.name == "lars":
         from timm.optim import Lars
 

@@ -34,6 +34,7 @@ from bocage.ssl.engine.health.rank_heartbeat import RankHeartbeat
 from bocage.ssl.engine.logging.metrics import (
     CollapseMonitor,
     DataStarvationMonitor,
+    ExplainedMonitor,
     FlopCounter,
     MetricWindow,
     ZeroLossMonitor,
@@ -215,6 +216,7 @@ class Trainer:
         self.window = MetricWindow()
         self.flop_counter = FlopCounter(self.accelerator.device, config.precision, compiled=config.compile != "none")
         self.collapse_monitor = CollapseMonitor(config.min_feature_std, config.min_rankme)
+        self.explained_monitor = ExplainedMonitor(config.min_explained)
         self.zero_loss_monitor = ZeroLossMonitor()
         self.starvation_monitor = DataStarvationMonitor()
 
@@ -366,7 +368,8 @@ class Trainer:
         """
         config, state, accelerator = self.config, self.state, self.accelerator
         start, waited = time.perf_counter(), 0.0
-        set_learning_rate(self.optimizer, learning_rate_factor(state.step, config.steps, config.optimizer))
+        factor = learning_rate_factor(state.step, config.steps, config.optimizer)
+        set_learning_rate(self.optimizer, factor, state.step)
         self.heartbeat.step = state.step + 1
         self.buffers.capture()
         losses, logs, dumped_batches, keys = [], [], list[Batch](), list[str]()
@@ -501,6 +504,7 @@ class Trainer:
         for warning in (
             *self.starvation_monitor.warnings(values),
             *self.collapse_monitor.warnings(values, step),
+            *self.explained_monitor.warnings(values, step),
             *self.zero_loss_monitor.warnings(terms, step),
         ):
             self.run_logger.message(warning)

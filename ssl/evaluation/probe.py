@@ -1,10 +1,14 @@
-"""Evaluate frozen encoders during pretraining: kNN and linear probes of labels on ground cells."""
+"""Evaluate frozen encoders during pretraining: kNN and linear probes of labels on ground cells.
+
+Scores stand beside those of two controls: an encoder with random weights, and raw inputs (``raw_features``). Features
+that do not beat both have learned nothing that the probed classes need.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,10 +22,22 @@ from bocage.shards.modality import Modality
 from bocage.shards.preprocess.inputs import EncoderInput, encoder_inputs, required_modalities
 from bocage.shards.read.dataset import evaluation_batches
 from bocage.ssl.encoders.base import Encoder
+from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.engine.parallel.distributed import all_gather_object, rank_and_world
 from bocage.ssl.evaluation.confusion import ConfusionMatrix, strict_scores
+from bocage.ssl.evaluation.raw_features import raw_cell_features
 from bocage.ssl.objectives.model import PretrainingModel
 
+FeatureExtractor = Callable[[EncoderInput, int], tuple[torch.Tensor, torch.Tensor]]
+"""Function from the input of an encoder and a number of cells to the rows that have it and their features."""
+
+CONTROLS = ("random", "raw")
+"""Features that those of an encoder are compared with: random weights, and raw inputs."""
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""L2 penalties that linear probes try."""
+
+_HELD_OUT = 4  # one training patch in so many chooses the penalty of a linear probe
 _TEMPERATURE = 0.07  # of the kNN votes, as in DINO (arXiv 2104.14294)
 _LBFGS_ITERATIONS = 100
 _CELLS_PER_PATCH = 8  # default number of cells along a side of a patch: cells of 12.8 m in FLAIR-HUB
@@ -41,7 +57,7 @@ class ProbeConfig:
         cell: side of a ground cell, in metres, rounded so that cells divide a patch; null for ``default_cell``. The
             label of a cell is its most frequent scored class.
         neighbours: number of neighbours in kNN.
-        penalty: L2 penalty on the weights of the linear probe.
+        penalties: L2 penalties on the weights of the linear probe; the best on held-out training patches is used.
 
     Raises:
         ValueError: a value is out of range.
@@ -54,7 +70,7 @@ class ProbeConfig:
     patches: int = 64
     cell: float | None = None
     neighbours: int = 20
-    penalty: float = 1e-3
+    penalties: list[float] = field(default_factory=lambda: list(PENALTIES))
 
     def __post_init__(self) -> None:
         for key in ("level", "patches", "neighbours"):
@@ -62,8 +78,8 @@ class ProbeConfig:
                 raise ValueError(f"probe.{key}={getattr(self, key)} must be at least 1")
         if self.cell is not None and not 0 < self.cell < math.inf:
             raise ValueError(f"probe.cell={self.cell} must be a positive number of metres")
-        if not self.penalty >= 0:
-            raise ValueError(f"probe.penalty={self.penalty} must not be negative")
+        if not self.penalties or not min(self.penalties) >= 0:
+            raise ValueError(f"probe.penalties={self.penalties}: give at least one, none of them negative")
 
 
 def default_cell(label: Modality) -> float:
@@ -78,10 +94,24 @@ class LabelledCells:
     Attributes:
         features: features of the cells, (N, C) float32.
         labels: class values, (N,) int64.
+        patches: number of the patch of each cell, (N,) int64.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
+    patches: torch.Tensor
+
+    def select(self, chosen: torch.Tensor) -> LabelledCells:
+        """Cells at indices, or where a mask is True."""
+        return LabelledCells(self.features[chosen], self.labels[chosen], self.patches[chosen])
+
+    def to(self, device: torch.device) -> LabelledCells:
+        """The same cells on a device."""
+        return LabelledCells(*(values.to(device) for values in (self.features, self.labels, self.patches)))
+
+    def columns(self, start: int, stop: int) -> LabelledCells:
+        """The same cells with a part of their features."""
+        return LabelledCells(self.features[:, start:stop], self.labels, self.patches)
 
 
 class Probe:
@@ -137,6 +167,7 @@ class Probe:
                 )
             spaced = np.linspace(0, len(rows) - 1, min(config.patches, len(rows))).round().astype(np.int64)
             self.rows.append(rows[spaced])
+        self._control_scores: dict[str, float] | None = None
 
     @property
     def scheme(self) -> ClassScheme:
@@ -152,31 +183,64 @@ class Probe:
             workers: DataLoader workers.
 
         Returns:
-            Scores in percent: strict mIoU of both probes, ``knn_miou/MODALITY`` and ``linear_miou/MODALITY``, and IoU
-            of each class for the linear probe, ``linear_iou/MODALITY/CLASS``. Encoders whose sensor is absent from all
-            train or all test patches are left out.
+            Scores in percent, by encoder: strict mIoU of both probes, ``knn_miou/NAME`` and ``linear_miou/NAME``; of
+            the controls, ``knn_miou/NAME/random`` and ``/raw``, and the same of the linear probe; of the linear probe
+            on each feature map alone, ``linear_miou/NAME/level1`` (finest) and following; and its IoU of each class,
+            ``linear_iou/NAME/CLASS``. Encoders whose sensor is absent from all train or all test patches are left out.
         """
-        train, test = (self._labelled_cells(model, rows, batch_size, workers) for rows in self.rows)
+        loading = {"batch_size": batch_size, "workers": workers}
+        if self._control_scores is None:
+            self._control_scores = {}
+            for control in CONTROLS:
+                extractors: dict[str, FeatureExtractor] = dict.fromkeys(model.encoders, raw_cell_features)
+                if control == "random":
+                    extractors = {n: _encoder_extractor(random_encoder(model.encoder(n))) for n in model.encoders}
+                train, test = (self._labelled_cells(model, extractors, rows, **loading) for rows in self.rows)
+                for name in train.keys() & test.keys():
+                    knn, linear, _ = self._probe_scores(train[name], test[name])
+                    self._control_scores[f"knn_miou/{name}/{control}"] = knn
+                    self._control_scores[f"linear_miou/{name}/{control}"] = linear
+        extractors = {name: _encoder_extractor(model.encoder(name)) for name in model.encoders}
+        train, test = (self._labelled_cells(model, extractors, rows, **loading) for rows in self.rows)
         scores: dict[str, float] = {}
         for name in model.encoders:
             if name not in train or name not in test:
                 continue
-            with torch.autocast("cpu", enabled=False):  # features have the precision of the run, probes float32
-                nearest = knn_probe(train[name], test[name].features, len(self.scheme), self.config.neighbours)
-                linear = linear_probe(train[name], len(self.scheme), self.config.penalty)(test[name].features)
-            scores[f"knn_miou/{name}"] = self._score(test[name].labels, nearest)[0]
-            scores[f"linear_miou/{name}"], by_class = self._score(test[name].labels, linear)
-            scores.update({f"linear_iou/{name}/{cls}": value for cls, value in by_class.items()})
-        return scores
+            knn, linear, by_class = self._probe_scores(train[name], test[name])
+            scores |= {f"knn_miou/{name}": knn, f"linear_miou/{name}": linear}
+            start = 0
+            for level, width in enumerate(model.encoder(name).widths, 1):
+                part = slice(start, start + width)
+                scores[f"linear_miou/{name}/level{level}"] = self._linear_score(
+                    train[name].columns(part.start, part.stop), test[name].columns(part.start, part.stop)
+                )[0]
+                start += width
+            scores |= {f"linear_iou/{name}/{cls}": value for cls, value in by_class.items()}
+        return scores | self._control_scores
+
+    def _probe_scores(self, train: LabelledCells, test: LabelledCells) -> tuple[float, float, dict[str, float]]:
+        """Strict mIoU of the kNN and of the linear probe, and IoU by class of the latter."""
+        with torch.autocast("cpu", enabled=False):  # features have the precision of the run, probes float32
+            nearest = knn_probe(train, test.features, len(self.scheme), self.config.neighbours)
+        return (self._score(test.labels, nearest)[0], *self._linear_score(train, test))
+
+    def _linear_score(self, train: LabelledCells, test: LabelledCells) -> tuple[float, dict[str, float]]:
+        with torch.autocast("cpu", enabled=False):
+            predict, _ = tuned_linear_probe(train, None, self.scheme, self.config.penalties)
+            return self._score(test.labels, predict(test.features))
 
     def _score(self, truth: torch.Tensor, predicted: torch.Tensor) -> tuple[float, dict[str, float]]:
-        matrix = ConfusionMatrix(self.scheme)
-        matrix.update(truth.view(1, 1, -1), predicted.view(1, 1, -1), ["all"])
-        scores = strict_scores(matrix.total, self.scheme)
+        scores = strict_scores(_confusion(truth, predicted, self.scheme).total, self.scheme)
         return scores.miou, scores.iou
 
     def _labelled_cells(
-        self, model: PretrainingModel, rows: np.ndarray, batch_size: int, workers: int
+        self,
+        model: PretrainingModel,
+        extractors: Mapping[str, FeatureExtractor],
+        rows: np.ndarray,
+        *,
+        batch_size: int,
+        workers: int,
     ) -> dict[str, LabelledCells]:
         """Collect the cells of all ranks' patches by encoder, in the order of ``rows``; equal on all ranks."""
         rank, world = rank_and_world()
@@ -186,7 +250,7 @@ class Probe:
         for batch in evaluation_batches(
             self.manifest, rows, modalities, batch_size=batch_size, workers=workers, rank=rank, world=world
         ):
-            for name, key, features, labels in self._batch_cells(model, batch.to(device)):
+            for name, key, features, labels in self._batch_cells(model, extractors, batch.to(device)):
                 local[name][key] = (features, labels)
         gathered: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {name: {} for name in model.encoders}
         for rank_patches in all_gather_object(local):
@@ -195,16 +259,19 @@ class Probe:
         keys = self.manifest.column("key").take(rows).to_pylist()
         cells = {}
         for name, patches in gathered.items():
-            parts = [patches[key] for key in keys if key in patches]
-            if sum(len(labels) for _, labels in parts):
+            parts = [(number, *patches[key]) for number, key in enumerate(keys) if key in patches]
+            if sum(len(labels) for _, _, labels in parts):
                 cells[name] = LabelledCells(
-                    torch.from_numpy(np.concatenate([features for features, _ in parts])),
-                    torch.from_numpy(np.concatenate([labels for _, labels in parts])),
+                    torch.from_numpy(np.concatenate([features for _, features, _ in parts])),
+                    torch.from_numpy(np.concatenate([labels for _, _, labels in parts])),
+                    torch.from_numpy(np.concatenate([np.full(len(labels), number) for number, _, labels in parts])),
                 )
         return cells
 
     @torch.no_grad()
-    def _batch_cells(self, model: PretrainingModel, batch: Batch) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+    def _batch_cells(
+        self, model: PretrainingModel, extractors: Mapping[str, FeatureExtractor], batch: Batch
+    ) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
         """Return encoder, patch key, features and labels of the labelled cells, for each encoder and patch."""
         specs = {name: model.encoder(name).spec for name in model.encoders}
         inputs = encoder_inputs(batch, specs, model.quality_masks, random_orientation=False)
@@ -213,12 +280,23 @@ class Probe:
         labels[~batch.present[self.label.name]] = -1
         results = []
         for name, encoder_input in inputs.items():
-            rows, features = present_features(model.encoder(name), encoder_input, cells)
+            rows, features = extractors[name](encoder_input, cells)
             for index, row in enumerate(rows.tolist()):
                 known = labels[row].flatten() >= 0
                 vectors = features[index].flatten(1).T[known].float().cpu().numpy()
                 results.append((name, batch.keys[row], vectors, labels[row].flatten()[known].cpu().numpy()))
         return results
+
+
+def _encoder_extractor(encoder: Encoder) -> FeatureExtractor:
+    return lambda inputs, cells: present_features(encoder, inputs, cells)
+
+
+def random_encoder(encoder: Encoder) -> Encoder:
+    """Build an encoder of the same architecture with random weights of seed 0, on the same device."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_encoder(encoder.spec, encoder.config).to(next(encoder.parameters()).device).eval()
 
 
 def _cells_per_side(side: float, cell: float) -> int:
@@ -326,3 +404,39 @@ def linear_probe(train: LabelledCells, classes: int, penalty: float) -> Callable
         optimizer.step(loss)
     weight_t, intercept = weight.detach().T, bias.detach()
     return lambda features: ((features - mean) / std @ weight_t + intercept).argmax(dim=1)
+
+
+def tuned_linear_probe(
+    train: LabelledCells, validation: LabelledCells | None, scheme: ClassScheme, penalties: Sequence[float]
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], float]:
+    """Fit a linear probe with the penalty that scores best on validation cells (strict mIoU).
+
+    Args:
+        train: labelled cells.
+        validation: cells to choose the penalty on; None holds out every fourth training patch for the choice.
+        scheme: classes.
+        penalties: L2 penalties to try.
+
+    Returns:
+        Function from features (N, C) to class values (N,), fitted on all of ``train``; and the chosen penalty.
+    """
+    fitted = train
+    if validation is None:
+        held_out = train.patches % _HELD_OUT == _HELD_OUT - 1
+        if held_out.any() and not held_out.all():
+            fitted, validation = train.select(~held_out), train.select(held_out)
+    if validation is None or len(penalties) == 1:
+        penalty = sorted(penalties)[len(penalties) // 2]
+        return linear_probe(train, len(scheme), penalty), penalty
+    scores = {}
+    for penalty in penalties:
+        predicted = linear_probe(fitted, len(scheme), penalty)(validation.features)
+        scores[penalty] = strict_scores(_confusion(validation.labels, predicted, scheme).total, scheme).miou
+    best = max(scores, key=lambda penalty: scores[penalty])
+    return linear_probe(train, len(scheme), best), best
+
+
+def _confusion(truth: torch.Tensor, predicted: torch.Tensor, scheme: ClassScheme) -> ConfusionMatrix:
+    matrix = ConfusionMatrix(scheme)
+    matrix.update(truth.view(1, 1, -1), predicted.view(1, 1, -1), ["all"])
+    return matrix

@@ -16,8 +16,18 @@ from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.objectives.decoder import DecoderConfig, FusionDecoder, date_encoding
 from bocage.ssl.objectives.masking import Mask
 from bocage.ssl.objectives.model import EncodedBatch
-from bocage.ssl.objectives.pixel_targets import group_statistics, to_units
+from bocage.ssl.objectives.targets import (
+    CHANNELS,
+    TARGETS,
+    cell_gradients,
+    cell_statistics,
+    cells_per_unit,
+    group_statistics,
+    to_units,
+)
 from bocage.ssl.objectives.tokens import build_neck, decode_hidden
+
+_MAX_MEDIAN_VALUES = 4096  # values of a channel from which the best constant is computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +36,29 @@ class MaskedConfig:
 
     Attributes:
         decoder: size of the fusion decoder.
-        normalize_targets: whether targets are normalised in each unit by groups of bands (MAESTRO, arXiv 2508.10894);
+        targets: weight of each target of images (``targets``): ``pixels``, ``statistics``, ``gradients``. Targets that
+            are not listed are left out. The target of series is ``pixels``.
+        normalize_pixels: whether pixels are normalised in each unit by groups of bands (MAESTRO, arXiv 2508.10894);
             otherwise they are the standardised values.
         dates_per_sample: masked dates of a series that are reconstructed per sample and step.
         weights: weight of a modality's loss, by name; 1 for modalities that are not listed.
 
     Raises:
-        ValueError: ``dates_per_sample`` is below 1, or a weight is negative.
+        ValueError: a target is unknown or none has a positive weight, ``dates_per_sample`` is below 1, or a weight is
+            negative.
     """
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    normalize_targets: bool = True
+    targets: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0})
+    normalize_pixels: bool = True
     dates_per_sample: int = 8
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if unknown := sorted(set(self.targets) - set(TARGETS)):
+            raise ValueError(f"masked.targets.{unknown[0]}: not a target; targets: {', '.join(TARGETS)}")
+        if not any(self.targets.values()) or min(self.targets.values()) < 0:
+            raise ValueError("masked.targets: weights must not be negative, and one must be above 0")
         if self.dates_per_sample < 1:
             raise ValueError(f"masked.dates_per_sample={self.dates_per_sample} must be at least 1")
         for name, weight in self.weights.items():
@@ -50,10 +68,10 @@ class MaskedConfig:
 
 @dataclass
 class Reconstruction:
-    """Predictions and targets of one modality, in mask units.
+    """Prediction of one target of one modality, by mask unit, in G channels of k x k values.
 
     Attributes:
-        prediction: (B, U, U, C, u, u) for an image, (B, K, U, U, C, u, u) for K dates of a series.
+        prediction: (B, U, U, G, k, k) for an image, (B, K, U, U, G, k, k) for K dates of a series.
         target: target, same shape.
         loss_mask: bool, same shape: True where the loss counts a value.
         mean, std: normalisation of the target: standardised value = target * std + mean.
@@ -67,9 +85,37 @@ class Reconstruction:
     std: torch.Tensor
     date_indices: torch.Tensor | None = None
 
+    def visible_mean_and_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Average the normalisation of the units outside the loss mask, by sample: same shapes as ``mean`` and ``std``.
+
+        Samples without such units get the average over the whole batch.
+        """
+        visible = ~self.loss_mask.flatten(-2).any(dim=-1)[..., None, None]
+        lead = tuple(range(1, visible.ndim - 3))
+        averages = []
+        for values in (self.mean, self.std):
+            count = visible.sum(dim=lead, keepdim=True)
+            overall = (values * visible).sum(dim=(0, *lead), keepdim=True) / count.sum(dim=0, keepdim=True).clamp_min(1)
+            own = (values * visible).sum(dim=lead, keepdim=True) / count.clamp_min(1)
+            averages.append(torch.where(count > 0, own, overall))
+        return averages[0], averages[1]
+
     def losses(self) -> torch.Tensor:
         """Mean absolute error of each sample over its loss mask, (B,); 0 where the mask is empty."""
-        error = ((self.prediction.float() - self.target).abs() * self.loss_mask).flatten(1).sum(dim=1)
+        return self._mean_error(self.prediction.float())
+
+    @torch.no_grad()
+    def constant_losses(self) -> torch.Tensor:
+        """Losses of the best constant prediction, (B,): the median of each channel over the batch."""
+        target = torch.where(self.loss_mask, self.target, torch.nan).movedim(-3, 0).flatten(1)
+        if not target.shape[1]:  # series without any date
+            return target.new_zeros(len(self.target))
+        stride = max(1, target.shape[1] // _MAX_MEDIAN_VALUES)
+        median = target[:, ::stride].nanmedian(dim=1).values.nan_to_num(0.0)
+        return self._mean_error(median[:, None, None])
+
+    def _mean_error(self, prediction: torch.Tensor) -> torch.Tensor:
+        error = ((prediction - self.target).abs() * self.loss_mask).flatten(1).sum(dim=1)
         return error / self.loss_mask.flatten(1).sum(dim=1).clamp_min(1)
 
 
@@ -117,6 +163,7 @@ class MaskedReconstruction(nn.Module):
         if not any(self._weight(name) for name in encoders):
             raise InputError("masked.weights: at least one modality must have a weight above 0")
         width = config.decoder.width
+        self.targets = {target: weight for target, weight in config.targets.items() if weight > 0}
         self.necks, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name, encoder in encoders.items():
             modality = self.modalities[name]
@@ -126,7 +173,13 @@ class MaskedReconstruction(nn.Module):
             if modality.role == "series":
                 self.heads[name] = _DateHead(width, channels)
             else:
-                self.heads[name] = nn.Linear(width, channels * modality.unit**2)
+                shapes = {"pixels": modality.unit} | dict.fromkeys(TARGETS[1:], cells_per_unit(modality.unit))
+                self.heads[name] = nn.ModuleDict(
+                    {
+                        target: nn.Linear(width, CHANNELS[target] * channels * shapes[target] ** 2)
+                        for target in self.targets
+                    }
+                )
         patch_size = next(iter(self.modalities.values())).patch_size
         self.decoder = FusionDecoder(list(encoders), config.decoder, patch_size)
 
@@ -137,24 +190,37 @@ class MaskedReconstruction(nn.Module):
         self, units: torch.Tensor, valid: torch.Tensor, name: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return target units with their mean and standard deviation."""
-        if not self.config.normalize_targets:
+        if not self.config.normalize_pixels:
             zero = units.new_zeros(()).expand(*units.shape[:-2], 1, 1)
             return units, zero, torch.ones_like(zero)
         mean, std = group_statistics(units, valid, self.modalities[name])
         return (units - mean) / std, mean, std
 
-    def _reconstruct_image(self, name: str, outputs: torch.Tensor, image: EncoderInput, mask: Mask) -> Reconstruction:
+    def _reconstruct_image(
+        self, name: str, outputs: torch.Tensor, image: EncoderInput, mask: Mask
+    ) -> dict[str, Reconstruction]:
         assert mask.units is not None
         unit = self.modalities[name].unit
         units, valid = to_units(image.values, unit), to_units(image.valid, unit)
-        target, mean, std = self._normalize(units, valid, name)
-        prediction = self.heads[name](outputs).view(units.shape)
         masked = (mask.units | mask.dropped[:, None, None])[..., None, None, None]
-        return Reconstruction(prediction, target, masked & valid, mean, std)
+        heads, reconstructions = self.heads[name], {}
+        assert isinstance(heads, nn.ModuleDict)
+        for target_name, head in heads.items():
+            mean, std = units.new_zeros(()), units.new_ones(())
+            if target_name == "pixels":
+                target, mean, std = self._normalize(units, valid, name)
+                is_valid = valid
+            elif target_name == "statistics":
+                target, is_valid = cell_statistics(units, valid)
+            else:
+                target, is_valid = cell_gradients(image.values, image.valid, unit)
+            prediction = head(outputs).view(target.shape)
+            reconstructions[target_name] = Reconstruction(prediction, target, masked & is_valid, mean, std)
+        return reconstructions
 
     def _reconstruct_series(
         self, name: str, outputs: torch.Tensor, series: EncoderInput, mask: Mask, seeds: torch.Tensor
-    ) -> Reconstruction:
+    ) -> dict[str, Reconstruction]:
         assert series.dates is not None and series.padding is not None
         unit = self.modalities[name].unit
         pixels = series.values.shape[-1]
@@ -168,10 +234,10 @@ class MaskedReconstruction(nn.Module):
         values = self.heads[name](outputs, series.dates[index])
         values = values.view(*values.shape[:2], pixels, pixels, units.shape[-3]).movedim(-1, 2)
         loss_mask = to_units(masked[index][:, :, None], unit) & valid
-        return Reconstruction(to_units(values, unit), target, loss_mask, mean, std, chosen)
+        return {"pixels": Reconstruction(to_units(values, unit), target, loss_mask, mean, std, chosen)}
 
-    def reconstruct(self, encoded: EncodedBatch) -> dict[str, Reconstruction]:
-        """Reconstruct every modality."""
+    def reconstruct(self, encoded: EncodedBatch) -> dict[str, dict[str, Reconstruction]]:
+        """Reconstruct every target of every modality."""
         outputs = decode_hidden(encoded, self.necks, self.decoder)
         return {
             name: self._reconstruct_image(name, outputs[name], encoded.inputs[name], mask)
@@ -188,13 +254,19 @@ class MaskedReconstruction(nn.Module):
         normalisation still computes its statistics per part.)
 
         Returns:
-            The loss, a scalar, and the mean loss of each modality over samples with a non-empty loss mask.
+            The loss, a scalar; and by modality its mean loss over samples with a non-empty loss mask, ``NAME``, and
+            ``explained/NAME``: 1 - loss / loss of the best constant, as its numerator and denominator, (2,).
         """
         total, total_weight, metrics = torch.zeros((), device=encoded.seeds.device), 0.0, {}
-        for name, item in self.reconstruct(encoded).items():
-            losses = item.losses()
+        for name, items in self.reconstruct(encoded).items():
+            weights = self.targets if encoded.masks[name].units is not None else {"pixels": 1.0}
+            scale = 1 / sum(weights.values())
+            losses = torch.stack([scale * weights[target] * item.losses() for target, item in items.items()]).sum(dim=0)
+            constant = torch.stack([scale * weights[target] * item.constant_losses() for target, item in items.items()])
             weight = self._weight(name)
             total = total + weight * losses.mean()
             total_weight += weight
-            metrics[name] = losses.sum() / item.loss_mask.flatten(1).any(dim=1).sum().clamp_min(1)
+            has_target = torch.stack([item.loss_mask.flatten(1).any(dim=1) for item in items.values()]).any(dim=0)
+            metrics[name] = losses.sum() / has_target.sum().clamp_min(1)
+            metrics[f"explained/{name}"] = torch.stack([constant.sum() - losses.detach().sum(), constant.sum()])
         return total / total_weight, metrics

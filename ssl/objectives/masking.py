@@ -36,6 +36,7 @@ class MaskingConfig:
         ratio: masked fraction of the blocks under ``mask_token``; ``packed`` masks 0.75.
         date_ratio: masked fraction of the dates of a series.
         ratios: masked fraction of single modalities, by name; replaces ``ratio`` and ``date_ratio``.
+        units: side of a mask unit of an image or series, in pixels, by modality; others have that of the shards.
         blocks: side of the masked blocks of an image, in metres, by modality: a multiple of its mask unit, which is
             the default.
         joint: mask the same ground in all images of a sample, in blocks of the largest of their sides. Masked ground
@@ -60,6 +61,7 @@ class MaskingConfig:
     ratio: float = 0.75
     date_ratio: float = 0.6
     ratios: dict[str, float] = field(default_factory=dict)
+    units: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)
     joint: bool = False
     gap_probability: float = 0.3

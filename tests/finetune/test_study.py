@@ -34,6 +34,17 @@ def test_grid_has_every_combination_once_and_learning_rates_only_for_trained_mod
     assert grid == sorted(grid, key=lambda run: run.fraction)
 
 
+def test_variants_are_tried_with_every_initialization(tmp_path: Path) -> None:
+    variants = {"plain": [], "slow": ["encoder_lr_scale=0.2", "head_steps=5"]}
+    settings = study(tmp_path, variants=variants)
+    grid = study_runs(settings)
+    assert len(grid) == len({run.name for run in grid}) == 2 * ((6 + 3) * 2 + 4)
+    assert {run.variant for run in grid if run.mode == "knn"} == {""}
+    for run in grid:
+        config = run_config(settings, run, "out")
+        assert (config.encoder_lr_scale, config.head_steps) == ((0.2, 5) if run.variant == "slow" else (0.5, 0))
+
+
 def test_initializations_differ_only_in_their_encoders(tmp_path: Path) -> None:
     settings = study(tmp_path, modes=["frozen", "full"])
     by_key: dict[tuple[object, ...], list[FinetuneConfig]] = {}
@@ -69,6 +80,8 @@ def test_training_options_do_not_change_probes(tmp_path: Path) -> None:
         ({"sampling_unit": "pixel"}, "sampling_unit=pixel"),
         ({"replicates": 10}, "at least 1000"),
         ({"learning_rates": [0.0]}, "learning_rates"),
+        ({"variants": {"a/b": []}}, "variants: 'a/b' cannot be part of a folder name"),
+        ({"variants": {"a": ["freeze=[X]"]}}, "variants.a: freeze=[X]: the study itself sets freeze"),
         ({"overrides": ["engine.seed=3"]}, "the study itself sets engine.seed"),
         ({"overrides": ["train_fraction=0.3"]}, "the study itself sets train_fraction"),
     ],

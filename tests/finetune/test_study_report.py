@@ -40,7 +40,7 @@ def test_the_report_shows_the_scores_of_the_runs(tmp_path: Path) -> None:
     write_scores(settings, {"scratch": 0.0, "ours": 1.0, "same": 0.0})
     found = analyze_study(settings)[LPIS]
     assert found.part == "test"
-    assert set(found.learning_rates.values()) == {0.1}  # the better one, by validation
+    assert set(found.settings.values()) == {(0.1, "")}  # the better one, by validation
     for fraction in (0.01, 1.0):
         difference = found.differences["ours", "full"][fraction]
         assert difference.p_holm < 0.05
@@ -81,7 +81,7 @@ def test_reports_need_finished_runs_on_the_same_patches(tmp_path: Path) -> None:
     write_scores(settings, {"scratch": 0.0, "ours": 1.0}, part="valid")
     found = analyze_study(settings)[LPIS]
     assert found.part == "valid"
-    assert found.learning_rates["ours", "full", 0.1] is None
+    assert found.settings["ours", "full", 0.1] == (None, "")
     folder = RunFolders(settings).path(study_runs(settings)[0])
     matrix = ConfusionMatrix(Target(label=FLAIR_HUB[LPIS]).scheme)
     for region in range(24):  # the same regions, but more pixels of them
@@ -110,7 +110,7 @@ def test_an_unfinished_study_can_be_reported(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "skipped_steps": 2}))
     found = analyze_study(settings)[LPIS]
     assert set(found.differences) == {("ours", "knn")}
-    assert found.learning_rates["ours", "full", 0.1] == 0.1  # over the one run that both have
+    assert found.settings["ours", "full", 0.1] == (0.1, "")  # over the one run that both have
     assert found.differences["ours", "knn"][0.1].estimate.runs == 3
     text = write_report(settings, tmp_path / "report").read_text()
     assert "runs have no result yet and are not included" in text

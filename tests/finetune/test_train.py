@@ -106,13 +106,19 @@ def test_real_patches_from_shards_to_maps(shards: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("key", "frozen"), [("encoder_lr_scale", ("encoders",)), ("fusion_lr_scale", ("fusion", "absent"))]
+    ("key", "value", "frozen"),
+    [
+        ("encoder_lr_scale", 0.0, ("encoders",)),
+        ("fusion_lr_scale", 0.0, ("fusion", "absent")),
+        ("head_steps", 1000, ("encoders",)),
+        ("head_steps", 1, ()),
+    ],
 )
 def test_encoders_and_fusion_have_their_own_learning_rates(
-    simulated: Path, tmp_path: Path, key: str, frozen: tuple[str, ...]
+    simulated: Path, tmp_path: Path, key: str, value: float, frozen: tuple[str, ...]
 ) -> None:
     torch.set_num_threads(1)
-    settings = config(simulated, tmp_path, modalities=["SPOT_RGBI", "SENTINEL2_TS"], predictions=0, **{key: 0.0})
+    settings = config(simulated, tmp_path, modalities=["SPOT_RGBI", "SENTINEL2_TS"], predictions=0, **{key: value})
     torch.manual_seed(settings.engine.seed)
     before = dict(build_task(settings, Manifest.open(simulated)).model.named_parameters())
     finetune(settings)

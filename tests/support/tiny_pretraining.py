@@ -19,6 +19,7 @@ from bocage.ssl.objectives.decoder import DecoderConfig
 from bocage.ssl.objectives.masked import MaskedConfig, MaskedReconstruction
 from bocage.ssl.objectives.masking import MaskingConfig
 from bocage.ssl.objectives.model import EncodedBatch, PretrainingModel
+from bocage.ssl.objectives.targets import TARGETS
 
 SIDE = 51.2  # metres
 NAMES = [modality.name for modality in FLAIR_HUB.inputs]
@@ -70,7 +71,11 @@ def make_model(masking: MaskingConfig | None = None, names: list[str] = NAMES) -
         spec = InputSpec.from_modality(modality, (100.0,) * channels, (50.0,) * channels)
         config = SWIN if modality.role == "image" else UTAE
         encoders[name] = build_encoder(spec, config, mask_token=masking.images == "mask_token")
-    masked_config = MaskedConfig(decoder=DecoderConfig(width=32, fusion_depth=1, heads=4), dates_per_sample=4)
+    masked_config = MaskedConfig(
+        decoder=DecoderConfig(width=32, fusion_depth=1, query_depth=1, heads=4),
+        targets=dict.fromkeys(TARGETS, 1.0),
+        dates_per_sample=4,
+    )
     modalities = {name: FLAIR_HUB[name] for name in names}
     masked = MaskedReconstruction(encoders, modalities, masked_config)
     return PretrainingModel(

@@ -31,6 +31,10 @@ _ENGINE_METRICS = {
     "mfu",
 }
 
+EXPLAINED = "explained/"
+"""Part of the names of ratios 1 - loss / loss of the best constant; the name of the modality follows."""
+
+_UNEXPLAINED_STEPS = 500  # steps of low records before a warning
 _COLLAPSE_RECORDS, _COLLAPSE_STEPS = 3, 100  # consecutive low records before a warning, and the steps they must span
 _MAX_DATA_WAIT = 0.2  # fraction of a step
 _MIN_WAIT_SECONDS = 0.01  # seconds of waiting per step below which there is no warning
@@ -65,21 +69,27 @@ class MetricWindow:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._ratios: dict[str, torch.Tensor] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._seconds = self._waited = 0.0
         self._samples = self._steps = 0
 
     def add(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Add one-element tensors and feature vectors by name.
+        """Add one-element tensors, ratios and feature vectors by name.
 
-        A name may be missing on some steps or ranks; its average is over the others. Of feature vectors (N, C), the
-        window keeps the first ``MAX_VECTORS``, or a few more.
+        A name may be missing on some steps or ranks; its average is over the others. A ratio is a numerator and a
+        denominator, (2,); the window divides their sums. Of feature vectors (N, C), it keeps the first ``MAX_VECTORS``,
+        or a few more.
         """
         for name, value in values.items():
             if value.ndim == 2:
                 vectors = self._vectors.get(name, value[:0].detach())
                 if len(vectors) < MAX_VECTORS:
                     self._vectors[name] = torch.cat([vectors, value.detach()])
+                continue
+            if value.numel() == 2:
+                value = value.detach().float()
+                self._ratios[name] = self._ratios[name] + value if name in self._ratios else value
                 continue
             value = value.detach().float().reshape(())
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -98,6 +108,7 @@ class MetricWindow:
             "vectors": {name: value.cpu() for name, value in self._vectors.items()} if is_main() else {},
             "sums": {name: value.cpu() for name, value in self._sums.items()},
             "counts": dict(self._counts),
+            "ratios": {name: value.cpu() for name, value in self._ratios.items()},
             "times": [self._seconds, self._waited],
             "steps": [self._samples, self._steps],
         }
@@ -109,6 +120,7 @@ class MetricWindow:
         window._sums = {name: value.to(device) for name, value in state["sums"].items()}
         window._vectors = {name: value.to(device) for name, value in state.get("vectors", {}).items()}
         window._counts = dict(state["counts"])
+        window._ratios = {name: value.to(device) for name, value in state["ratios"].items()}
         window._seconds, window._waited = state["times"]
         window._samples, window._steps = state["steps"]
         return window
@@ -118,11 +130,14 @@ class MetricWindow:
 
         ``feature_std`` and ``rankme`` come from rank 0's vectors of encoders with at least ``MIN_VECTORS``.
         """
-        names = list(self._sums)
-        values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
-        sums = dict(zip(names, values, strict=True))
+        sums, ratios = _to_lists(self._sums), _to_lists(self._ratios)
         ranks = all_gather_object((sums, self._counts, self._samples, memory_in_use(), self._seconds, self._waited))
         averages = {}
+        for rank_ratios in (gathered := all_gather_object(ratios)):
+            for name in rank_ratios:
+                numerator, denominator = (sum(item[name][part] for item in gathered if name in item) for part in (0, 1))
+                if denominator:
+                    averages[name] = numerator / denominator
         for name in sorted({name for rank_sums, *_ in ranks for name in rank_sums}):
             total = sum(rank_sums.get(name, 0.0) for rank_sums, *_ in ranks)
             averages[name] = total / sum(counts.get(name, 0) for _, counts, *_ in ranks)
@@ -138,6 +153,11 @@ class MetricWindow:
                 spread |= {f"feature_std/{name}": feature_std(vectors), f"rankme/{name}": rankme(vectors)}
         averages.update(broadcast_object(spread))
         return averages
+
+
+def _to_lists(values: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Numbers of tensors of one shape, by name, in a single transfer to the host."""
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) if values else {}
 
 
 def memory_in_use() -> float:
@@ -268,6 +288,36 @@ class CollapseMonitor:
                     f"features of {name} may be collapsing: {', '.join(low)}, low in every record since step "
                     f"{steps[0]} (engine.min_feature_std, engine.min_rankme); try a lower "
                     "engine.optimizer.learning_rate or a longer warm-up"
+                )
+        return sorted(warnings)
+
+
+class ExplainedMonitor:
+    """Warn once per ratio ``.../explained/NAME`` that stays low: the loss hardly beats a constant prediction.
+
+    Args:
+        min_explained: smallest healthy ratio; 0: no warning.
+    """
+
+    def __init__(self, min_explained: float) -> None:
+        self._minimum = min_explained
+        self._low_since: dict[str, int] = {}
+        self._reported: set[str] = set()
+
+    def warnings(self, values: Mapping[str, float], step: int) -> list[str]:
+        """Warnings after the record of ``step``."""
+        warnings = []
+        for name in {key for key in values if EXPLAINED in key} - self._reported:
+            if values[name] >= self._minimum:
+                self._low_since.pop(name, None)
+                continue
+            since = self._low_since.setdefault(name, step)
+            if step - since >= _UNEXPLAINED_STEPS:
+                self._reported.add(name)
+                warnings.append(
+                    f"{name} is {values[name]:.1%}, and below {self._minimum:.0%} in every record since step {since}: "
+                    "the loss hardly beats that of a constant (engine.min_explained); train longer, or choose targets "
+                    "that the visible part can predict"
                 )
         return sorted(warnings)
 

@@ -33,6 +33,7 @@ CHANGEABLE_KEYS = (
     "engine.dump_bad_steps",
     "engine.min_feature_std",
     "engine.min_rankme",
+    "engine.min_explained",
     "engine.profile_steps",
     "engine.rank_timeout",
     "engine.tracker",

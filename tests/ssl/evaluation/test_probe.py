@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from bocage import recipes
 from bocage.shards.classes import COSIA
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
+from bocage.shards.preprocess.inputs import EncoderInput
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
@@ -29,7 +31,9 @@ from bocage.ssl.evaluation.probe import (
     knn_probe,
     linear_probe,
     majority_class,
+    tuned_linear_probe,
 )
+from bocage.ssl.evaluation.raw_features import raw_cell_features
 from bocage.ssl.pretrain import pretrain
 from bocage.ssl.pretrain_config import PretrainConfig
 
@@ -41,7 +45,8 @@ def blobs(count: int, seed: int) -> LabelledCells:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([2, 5, 7])[torch.randint(3, (count,), generator=generator)]
     centres = torch.eye(8)[labels]
-    return LabelledCells(centres * 3 + torch.randn(count, 8, generator=generator) * 0.7, labels)
+    features = centres * 3 + torch.randn(count, 8, generator=generator) * 0.7
+    return LabelledCells(features, labels, torch.arange(count) // 10)
 
 
 def test_both_probes_classify_separated_classes() -> None:
@@ -61,7 +66,7 @@ def test_knn_probe_equals_a_slow_vote() -> None:
             votes[int(train.labels[index])] += np.exp(similarity[index] / 0.07)
         assert predicted == max(votes, key=votes.__getitem__)
     assert knn_probe(train, test.features[:0], 19, 5).shape == (0,)
-    assert len(knn_probe(LabelledCells(train.features[:2], train.labels[:2]), test.features, 19, 20)) == 25
+    assert len(knn_probe(train.select(torch.arange(2)), test.features, 19, 20)) == 25
 
 
 def test_linear_probe_is_deterministic_and_independent_of_scale() -> None:
@@ -69,8 +74,45 @@ def test_linear_probe_is_deterministic_and_independent_of_scale() -> None:
     first = linear_probe(train, 19, 1e-3)(test.features)
     assert torch.equal(first, linear_probe(train, 19, 1e-3)(test.features))
     scale = torch.logspace(-3, 3, 8)
-    scaled = linear_probe(LabelledCells(train.features * scale, train.labels), 19, 1e-3)(test.features * scale)
+    scaled = linear_probe(replace(train, features=train.features * scale), 19, 1e-3)(test.features * scale)
     assert (first == scaled).float().mean() > 0.99
+
+
+def test_the_penalty_is_the_one_that_scores_best_on_validation_cells() -> None:
+    train, test = blobs(400, 0), blobs(200, 1)
+    noisy = replace(train, features=torch.cat([train.features * 0.05, torch.randn(400, 200)], dim=1))
+    noisy_test = torch.cat([test.features * 0.05, torch.randn(200, 200)], dim=1)
+    validation = replace(test, features=noisy_test)
+    penalties = (0.0, 1e-2, 10.0)
+    scores = {
+        penalty: float((linear_probe(noisy, 19, penalty)(noisy_test) == test.labels).float().mean())
+        for penalty in penalties
+    }
+    predict, chosen = tuned_linear_probe(noisy, validation, COSIA, penalties)
+    assert scores[chosen] == max(scores.values()) > min(scores.values())
+    assert (predict(noisy_test) == test.labels).float().mean() == pytest.approx(scores[chosen])
+    # Without validation cells, every fourth training patch chooses.
+    assert tuned_linear_probe(noisy, None, COSIA, penalties)[1] in penalties
+
+
+def test_raw_features_of_images_and_series() -> None:
+    values = torch.randn(2, 3, 16, 16)
+    valid = torch.ones_like(values, dtype=torch.bool)
+    valid[0, 0, :4, :4] = False
+    image = EncoderInput(torch.where(valid, values, 50.0), valid, torch.tensor([True, False]))
+    rows, features = raw_cell_features(image, 4)
+    assert rows.tolist() == [0] and features.shape == (1, 12, 4, 4)
+    assert features[0, [0, 3, 6, 9], 0, 0].tolist() == [0, 0, 0, 0]  # no valid pixel
+    cell = values[0, 1, 4:8, 8:12]
+    expected = [cell.mean(), cell.std(correction=0), cell.min(), cell.max()]
+    torch.testing.assert_close(features[0, 1::3, 1, 2], torch.stack(expected))
+    # A series is interpolated between the dates that are not padded, here days -134 and 230.
+    dates = torch.tensor([[230.0, 0.0, -134.0]])
+    frames = torch.tensor([3.0, 99.0, 1.0]).view(1, 3, 1, 1, 1).expand(-1, -1, 2, 5, 5)
+    padding = torch.tensor([[False, True, False]])
+    series = EncoderInput(frames, torch.ones_like(frames, dtype=torch.bool), torch.tensor([True]), dates, padding)
+    _, features = raw_cell_features(series, 5)
+    torch.testing.assert_close(features.view(24, 2, 5, 5)[:, 1, 3, 2], torch.linspace(1.0, 3.0, 24))
 
 
 def test_majority_class_is_the_most_frequent_scored_class() -> None:
@@ -151,7 +193,9 @@ def test_error_names_a_wrong_label(keys: dict[str, str | int], message: str, man
         Probe(manifest, ProbeConfig(**keys), "all")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("keys", [{"patches": 0}, {"neighbours": 0}, {"level": 0}, {"cell": 0.0}, {"penalty": -1.0}])
+@pytest.mark.parametrize(
+    "keys", [{"patches": 0}, {"neighbours": 0}, {"level": 0}, {"cell": 0.0}, {"penalties": [-1.0]}, {"penalties": []}]
+)
 def test_error_names_the_key_of_a_wrong_value(keys: dict[str, float]) -> None:
     (key,) = keys
     with pytest.raises(ValueError, match=rf"probe\.{key}="):

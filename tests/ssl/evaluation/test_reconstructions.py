@@ -44,12 +44,19 @@ def is_masked(picture: np.ndarray) -> np.ndarray:
 
 def test_image_shows_target_visible_part_and_reconstruction() -> None:
     masking = MaskingConfig(modality_ratio=0.0)
-    (target, visible, reconstruction), titles = draw(masking, RELIEF)
-    assert titles == ["target", "visible", "reconstruction"]
+    (target, visible, means, prediction, borrowed), titles = draw(masking, RELIEF)
+    assert titles == [
+        "target",
+        "visible",
+        "prediction: means of cells",
+        "prediction",
+        "prediction, with mean and contrast of the target",
+    ]
     masked = is_masked(visible)
     assert masked.mean() == 0.75
     assert np.array_equal(target[~masked], visible[~masked])
-    assert not np.array_equal(target, reconstruction)
+    assert all(not np.array_equal(target, picture) for picture in (means, prediction, borrowed))
+    assert not np.array_equal(prediction, borrowed)
     # Heights are shaded.
     surface = make_batch(2).values[RELIEF][0, 0].double()
     inside = surface.unfold(0, 5, 1).unfold(1, 5, 1).mean(dim=(-2, -1)).numpy()  # of 5 x 5 pixels
@@ -60,7 +67,7 @@ def test_image_shows_target_visible_part_and_reconstruction() -> None:
 @pytest.mark.parametrize("name", [OPTICAL, RADAR])
 def test_series_is_a_strip_of_dates(name: str) -> None:
     shown, titles = draw(MaskingConfig(modality_ratio=0.0), name)
-    columns = len(shown) // 3
+    columns = len(shown) // 4
     days = titles[:columns]
     assert columns == 7  # four masked dates (``masked.dates_per_sample``) and three visible ones
     assert all(len(day.split()) == 2 and day.split()[0].isdigit() for day in days)
@@ -85,7 +92,7 @@ def test_series_is_a_strip_of_dates(name: str) -> None:
 
 def test_masked_cubes_are_grey() -> None:
     shown, _ = draw(MaskingConfig(modality_ratio=0.0, cube_probability=1.0), OPTICAL)
-    visible = [is_masked(picture) for picture in shown[len(shown) // 3 : 2 * len(shown) // 3]]
+    visible = [is_masked(picture) for picture in shown[len(shown) // 4 : 2 * len(shown) // 4]]
     assert any(0 < masked.mean() < 1 for masked in visible)
 
 
