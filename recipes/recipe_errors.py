@@ -97,6 +97,8 @@ def _suggest_keys(config: Any, error: OmegaConfBaseException) -> str:
         return f"valid keys there: {', '.join(item.name for item in fields(error.object_type))}"
     node = OmegaConf.select(config, ".".join(parents)) if parents else config
     valid = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    if not valid and is_dataclass(error.object_type):  # the unknown key is in a new item of a mapping
+        valid = [item.name for item in fields(error.object_type)]
     elsewhere = [path for path, _ in _leaves(config) if path.rpartition(".")[2] == key]
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     if elsewhere and (not near or difflib.SequenceMatcher(None, key, near[0]).ratio() < 0.8):

@@ -22,6 +22,7 @@ from bocage.finetune.mapping.map_rasters import MapRaster, valid_pixels, window_
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
+from bocage.shards.source.raster import WHOLE_PNG
 from bocage.ssl.engine.parallel.distributed import rank_and_world, run_lock, run_on_all_ranks
 
 Kind = Literal["classes", "probabilities"]
@@ -107,7 +108,7 @@ def write_map(
         shutil.rmtree(folder, ignore_errors=True)  # also removes what an interrupted removal left
 
     run_on_all_ranks(_with_input_errors(lambda: out.mkdir(parents=True, exist_ok=True), out))
-    with rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE), run_lock(out):
+    with rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE, **WHOLE_PNG), run_lock(out):
         missing = run_on_all_ranks(_with_input_errors(list_missing_tiles, out))[0]
         run_on_all_ranks(_with_input_errors(write_tiles, out))
         run_on_all_ranks(_with_input_errors(merge_tiles, out))

@@ -51,6 +51,10 @@ def may_be_same_crs(first: str, second: str) -> bool:
     return len(codes) == 1 or codes <= set(LAMBERT_93) or not all(code.startswith("EPSG:") for code in codes)
 
 
+WHOLE_PNG = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO"}
+"""GDAL settings under which a PNG file that is cut off is an error. By default its missing rows are read as 0."""
+
+
 def gdal_environment() -> rasterio.Env:
     """GDAL settings for reading patches: small cache, one thread, no listing of folders."""
     return rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS=1)

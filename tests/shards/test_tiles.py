@@ -359,6 +359,22 @@ def test_an_empty_folder_and_damaged_files(tiles: Path, tmp_path: Path) -> None:
     assert all("cannot be read" in reason for reason in manifest.skipped.values())
 
 
+@pytest.mark.parametrize(("extension", "driver"), [("png", "PNG"), ("jpg", "JPEG")])
+@pytest.mark.parametrize("kind", ["tiles", "rasters"])
+def test_a_picture_that_is_cut_off_is_not_read(extension: str, driver: str, kind: str, tmp_path: Path) -> None:
+    """GDAL reads the missing rows of a PNG as 0 by default."""
+    for column in range(4):
+        path = tmp_path / f"tiles/{column}.{extension}"
+        write_tile(path, image(column, size=256), driver=driver, crs=None, transform=None)
+        if column == 2:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    sensor = {"files": f"{{tile}}.{extension}"}
+    options = {"sensor": sensor, "labels": {}, "domain": "", "kind": kind, "patch": "256 px", "max_bad": 0.3}
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", **options)
+    assert len(manifest) == 3
+    assert [key.startswith("2") and "cannot be read" in reason for key, reason in manifest.skipped.items()] == [True]
+
+
 def test_descriptions_are_read_from_yaml_with_overrides(tmp_path: Path) -> None:
     path = tmp_path / "dataset.yaml"
     path.write_text(
@@ -371,7 +387,7 @@ def test_descriptions_are_read_from_yaml_with_overrides(tmp_path: Path) -> None:
         ("name: [\n", "not valid YAML"),
         ("ptch: 1\n", "unknown key 'ptch'; did you mean 'patch'"),
         ("name: a\n", "sensors: describe at least one image or series"),
-        ("name: a\nsensors: {RGB: {pixle: 1}}\n", "unknown key 'sensors.RGB.pixle'"),
+        ("name: a\nsensors: {RGB: {pixle: 1}}\n", "unknown key 'sensors.RGB.pixle'; did you mean 'sensors.RGB.pixel'"),
     ):
         path.write_text(text)
         with pytest.raises(InputError) as error:

@@ -17,7 +17,7 @@ from bocage.shards.modality import Modality
 from bocage.shards.source.described.description import DatasetDescription, LabelDescription, SensorDescription
 from bocage.shards.source.described.ground import metres_per_unit
 from bocage.shards.source.described.nodata import Nodata
-from bocage.shards.source.raster import Raster, RasterError, gdal_reason
+from bocage.shards.source.raster import WHOLE_PNG, Raster, RasterError, gdal_reason
 
 _MAX_SHOWN = 5  # values in a message
 
@@ -106,8 +106,8 @@ def open_raster(path: Path) -> rasterio.DatasetReader:
 
 
 def sidecar_environment() -> rasterio.Env:
-    """GDAL settings under which world files are found by name, without listing the folder."""
-    return rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE")
+    """GDAL settings under which world files are found by name, without listing the folder, and PNG files are whole."""
+    return rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **WHOLE_PNG)
 
 
 def position_of(path: Path, file: rasterio.DatasetReader, rules: RasterRules) -> GeoPosition:
