@@ -114,7 +114,7 @@ def test_a_model_of_the_only_label_trains(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["split=split_1"], r"no split 'split_1'; splits: split_blocks; split=all takes every sample"),
+        (["split=split_1"], r"no split 'split_1'; set split= to one of: split_blocks; split=all takes"),
         (["valid=val"], r"no sample has split_blocks = 'val'; values: test, train, valid"),
         ([f"tasks.{ROOFS}.grouping=flair_challenge"], r"groups the classes of FLAIR-HUB's COSIA only: leave it out"),
         ([f"tasks.{ROOFS}.level=2"], r"ROOFS has one level, not 2"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -21,7 +22,7 @@ import rasterio
 import torch
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import CRSError, RasterioError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as reprojected
@@ -77,6 +78,8 @@ class MapRaster:
 
     Raises:
         InputError: the file is not a raster, is rotated, is not projected, or has the wrong number of bands.
+
+    A raster without georeference has the pixels of the model, and its corner at 0, 0 of an unknown coordinate system.
     """
 
     def __init__(
@@ -97,12 +100,17 @@ class MapRaster:
         self.is_quality_mask = is_quality_mask
         self._warned = False
         try:
-            self._file = rasterio.open(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                self._file = rasterio.open(path)
         except RasterioError as error:
             raise InputError(f"{name}={path}: cannot be opened as a raster: {gdal_reason(error)}") from error
+        if self._file.transform.is_identity and self._file.crs is None:
+            logger.warning("%s has no georeference: its pixels count as %g m, as those of the model", path, gsd)
+            self._file = _as_vrt(self._file, transform=Affine(gsd, 0.0, 0.0, 0.0, -gsd, 0.0), keep_alpha=True)
         transform = self._file.transform
         if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
-            raise InputError(f"{path} is rotated or has no georeference: write it north up, e.g. with gdalwarp")
+            raise InputError(f"{path} is rotated or flipped against north: rewrite it, e.g. with gdalwarp")
         self.scale = _units_per_metre(path, self._file) if scale is None else scale
         if bands is None:
             bands = self._file.count if dates is None else max(1, self._file.count // max(1, len(dates)))
@@ -457,11 +465,20 @@ def valid_pixels(batch: Batch, inputs: Sequence[str], size: int) -> np.ndarray:
     return valid
 
 
-def _as_vrt(file: rasterio.DatasetReader, *, mask_as_alpha: bool = False) -> rasterio.DatasetReader:
-    """Open the bands through a GDAL virtual raster (VRT) that declares none of them as alpha.
+def _as_vrt(
+    file: rasterio.DatasetReader,
+    *,
+    transform: Affine | None = None,
+    keep_alpha: bool = False,
+    mask_as_alpha: bool = False,
+) -> rasterio.DatasetReader:
+    """Open the bands through a GDAL virtual raster (VRT). The XML is written here because rasterio has no call for it.
 
-    With ``mask_as_alpha`` the mask of the file becomes an additional alpha band. The XML is written here because
-    rasterio has no call for it.
+    Args:
+        file: raster with the bands.
+        transform: affine transform to declare; None keeps that of the file.
+        keep_alpha: whether an alpha band stays one; otherwise no band is declared as alpha.
+        mask_as_alpha: whether the mask of the file becomes an additional alpha band.
     """
     dtype = _GDAL_TYPES.get(file.dtypes[0])
     if dtype is None:
@@ -476,11 +493,15 @@ def _as_vrt(file: rasterio.DatasetReader, *, mask_as_alpha: bool = False) -> ras
             "</VRTRasterBand>"
         )
 
-    bands = [band(number, str(number), nodata) for number in file.indexes]
+    alpha = "<ColorInterp>Alpha</ColorInterp>"
+    bands = [
+        band(number, str(number), nodata + alpha * (keep_alpha and interpretation == ColorInterp.alpha))
+        for number, interpretation in zip(file.indexes, file.colorinterp)
+    ]
     if mask_as_alpha:
-        bands.append(band(file.count + 1, "mask,1", "<ColorInterp>Alpha</ColorInterp>"))
+        bands.append(band(file.count + 1, "mask,1", alpha))
     reference = "" if file.crs is None else f"<SRS>{html.escape(file.crs.to_wkt())}</SRS>"
-    corners = ", ".join(repr(value) for value in file.transform.to_gdal())
+    corners = ", ".join(repr(value) for value in (transform or file.transform).to_gdal())
     return rasterio.open(
         f'<VRTDataset rasterXSize="{file.width}" rasterYSize="{file.height}">{reference}'
         f"<GeoTransform>{corners}</GeoTransform>{''.join(bands)}</VRTDataset>"

@@ -351,8 +351,14 @@ class Manifest:
         if column == EVERY_SAMPLE:
             return np.arange(len(self), dtype=np.int64)
         if column not in self.splits:
-            available = ", ".join(self.splits) or "none (the tree had no split file)"
-            raise InputError(f"{self.path}: no split {column!r}; splits: {available}; split=all takes every sample")
+            if not self.splits:
+                raise InputError(
+                    f"{self.path}: no split {column!r}, because its source had none; split=all takes every sample"
+                )
+            raise InputError(
+                f"{self.path}: no split {column!r}; set split= to one of: {', '.join(self.splits)}; split=all takes "
+                "every sample, also for validation"
+            )
         labels = self.column(column)
         rows = np.flatnonzero(pc.fill_null(pc.equal(labels, value), False).to_numpy())
         if len(rows) == 0:

@@ -18,6 +18,25 @@ from bocage.shards.preprocess.inputs import cloudy_dates
 from bocage.tools.cli.logging_setup import configure_logging
 
 
+@pytest.mark.parametrize("alpha", [False, True])
+def test_an_image_without_georeference_has_the_pixels_of_the_model(
+    alpha: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = np.random.default_rng(0).integers(1, 255, (4 if alpha else 3, 64, 48)).astype(np.uint8)
+    image[3:, :, 40:] = 0
+    path = tmp_path / "photo.png"
+    with rasterio.open(path, "w", driver="PNG", width=48, height=64, count=len(image), dtype="uint8") as file:
+        file.write(image)
+    raster = MapRaster("X", path, 3, 0.2, None)
+    assert f"{path} has no georeference: its pixels count as 0.2 m" in caplog.text
+    assert raster.extent.crs is None
+    assert (raster.extent.left, raster.extent.top) == (0.0, 0.0)
+    assert (raster.extent.width, raster.extent.height) == pytest.approx((9.6, 12.8))
+    found = raster.read(0.0, 0.0, 9.6)
+    assert np.array_equal(found[:, :, :40], image[:3, :48, :40])
+    assert np.isnan(found[:, :, 40:]).all() == alpha
+
+
 def test_the_fourth_band_is_infrared_and_a_fifth_one_can_be_alpha(tmp_path: Path) -> None:
     image = np.full((5, 40, 40), 100, np.uint8)
     image[3, :20] = 0

@@ -96,7 +96,7 @@ def test_split(shards: Path) -> None:
     rows = manifest.split("split_1", "train")
     assert rows.dtype == np.int64
     assert rows.tolist() == [0, 3]
-    with pytest.raises(InputError, match=r"'split_9'; splits: split_1, split_toy"):
+    with pytest.raises(InputError, match=r"'split_9'; set split= to one of: split_1, split_toy"):
         manifest.split("split_9", "train")
     with pytest.raises(InputError, match=r"values: test, train, valid"):
         manifest.split("split_1", "val")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 
 class _StderrHandler(logging.Handler):
@@ -14,7 +15,12 @@ class _StderrHandler(logging.Handler):
 
 
 def configure_logging() -> None:
-    """Show messages of level INFO and above of the ``bocage`` loggers on stderr; calling it again changes nothing."""
+    """Show messages of level INFO and above of the ``bocage`` loggers on stderr; calling it again changes nothing.
+
+    Warnings of rasterio about rasters without georeference are hidden: bocage says itself what it makes of them.
+    """
+    for message in ("Dataset has no geotransform", "The given matrix is equal to Affine.identity"):
+        warnings.filterwarnings("ignore", message=message)
     logger = logging.getLogger("bocage")
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
