@@ -87,7 +87,7 @@ def test_weights_that_are_broken_themselves_are_told_from_gradients(
     copy = tmp_path / dump.name
     shutil.copytree(dump, copy)
     weights = load_file(copy / "model.safetensors")
-    weights["objectives.masked.heads.DEM_ELEV.bias"][0] = torch.nan
+    weights["objectives.masked.heads.DEM_ELEV.pixels.bias"][0] = torch.nan
     save_file(weights, copy / "model.safetensors")
     assert main(["replay", str(copy)]) == 0
     assert "first module whose output is not finite: objectives.masked.heads.DEM_ELEV" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def replay(
                 finding = Finding(
                     losses={
                         "loss": float(loss),
-                        **{name: float(value) for name, value in logs.items() if value.ndim != 2},
+                        **{name: float(value) for name, value in logs.items() if value.numel() == 1},
                     },
                     first_module=modules[0] if modules else "",
                     gradients=_non_finite_gradients(task),
