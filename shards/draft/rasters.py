@@ -374,11 +374,15 @@ def _label_values(draft: Draft, label: _Label, choices: Choices) -> dict[str, An
     classes = dict(choices.classes) or {value: f"class {value}" for value in found if value not in ignore}
     if unknown := [value for value in found if value not in classes and value not in ignore]:
         raise InputError(
-            f"{label.group.example}, or a label beside it: values {', '.join(map(str, unknown[:_MAX_SHOWN]))} are "
-            "neither in --classes nor in --ignore"
+            f"{label.values.examples[unknown[0]]}: values that are neither in --classes nor in --ignore: "
+            f"{', '.join(map(str, unknown[:_MAX_SHOWN]))}"
         )
     for value in classes:
         share = label.values.share(value)
+        if choices.classes and not share:
+            draft.notes.append(
+                f"{label.name}: class {value} {classes[value]} does not occur in {label.values.files} sampled files"
+            )
         text = f"{100 * share:.2g} % of the pixels" if share else f"not in {label.values.files} sampled files"
         draft.comments[(*keys, "classes", str(value))] = text
     if not choices.classes:

@@ -90,10 +90,12 @@ class LabelValues:
     Attributes:
         files: number of files that were read.
         pixels: pixels of each value in band 1; empty if there are more values than classes can be.
+        examples: first file with each value.
     """
 
     files: int
     pixels: dict[int, int]
+    examples: dict[int, str]
 
     def share(self, value: int) -> float:
         """Fraction of the pixels that have a value."""
@@ -212,7 +214,7 @@ def read_images(found: Survey) -> ImageValues:
     distinct: list[set[float] | None] = [set() for _ in range(bands)]
     files = nan = infinite = 0
     usable = [path for path, header in found.headers.items() if header.bands == bands]
-    for values in _read_sample(found, usable, _IMAGES, list(range(1, bands + 1))):
+    for _, values in _read_sample(found, usable, _IMAGES, list(range(1, bands + 1))):
         files += 1
         is_nan, is_infinite = (
             (np.isnan(values.data), np.isinf(values.data)) if values.dtype.kind == "f" else (np.False_, np.False_)
@@ -238,23 +240,25 @@ def read_images(found: Survey) -> ImageValues:
 def read_labels(found: Survey) -> LabelValues:
     """Count the values of band 1 of a sample of label rasters whose headers were read."""
     pixels: Counter[int] = Counter()
+    examples: dict[int, str] = {}
     files = 0
     integers = [path for path, header in found.headers.items() if np.dtype(header.dtypes[0]).kind in "iub"]
-    for values in _read_sample(found, integers, _LABELS, [1]):
+    for path, values in _read_sample(found, integers, _LABELS, [1]):
         files += 1
         distinct, counts = np.unique(values.data, return_counts=True)
         if len(distinct) > _MAX_VALUES:
-            return LabelValues(files, {})
+            return LabelValues(files, {}, {})
         pixels.update(dict(zip(map(int, distinct), map(int, counts))))
+        examples = dict.fromkeys(map(int, distinct), path) | examples
         if len(pixels) > _MAX_VALUES:
-            return LabelValues(files, {})
-    return LabelValues(files, dict(sorted(pixels.items())))
+            return LabelValues(files, {}, {})
+    return LabelValues(files, dict(sorted(pixels.items())), examples)
 
 
 def _read_sample(
     found: Survey, paths: Sequence[str], count: int, bands: list[int]
-) -> Iterable[np.ma.MaskedArray[tuple[int, ...], np.dtype[np.generic]]]:
-    """Values of a sample of files, (bands, pixels) each, masked where they are the declared nodata value."""
+) -> Iterable[tuple[str, np.ma.MaskedArray[tuple[int, ...], np.dtype[np.generic]]]]:
+    """Paths of a sample of files with their values, (bands, pixels), masked where they are declared nodata."""
     for path in sample_evenly(paths, count):
         try:
             with sidecar_environment(), open_raster(found.root / path) as file:
@@ -266,7 +270,7 @@ def _read_sample(
         is_nodata = np.zeros(values.shape, bool)
         if nodata is not None and not math.isnan(nodata):
             is_nodata = values == nodata
-        yield np.ma.MaskedArray(values, mask=is_nodata)
+        yield path, np.ma.MaskedArray(values, mask=is_nodata)
 
 
 def _windows(width: int, height: int) -> list[Window]:

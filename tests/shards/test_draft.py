@@ -436,7 +436,10 @@ def test_wrong_folders_of_images_and_labels(tmp_path: Path) -> None:
         ((tmp_path, None, Choices()), "kinds of files"),
         ((images, masks, Choices()), "name all in order, e.g. --bands R,G,B,NIR"),
         ((images, masks, Choices(bands={"R": 650})), "--bands names 1 bands, but"),
-        ((images, masks, Choices(bands=dict.fromkeys("RGBA", "other"), classes={1: "roof"})), "values 0 are neither"),
+        (
+            (images, masks, Choices(bands=dict.fromkeys("RGBA", "other"), classes={1: "roof"})),
+            "a.tif: values that are neither in --classes nor in --ignore: 0",
+        ),
         ((images, tmp_path / "others", Choices(bands=dict.fromkeys("RGBA", "other"))), "no image has such a name"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):

@@ -121,6 +121,23 @@ def test_wrong_words_are_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_file_of_an_undeclared_class_is_named_and_absent_classes_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        place = (CORNER[0] + 32 * number, CORNER[1])
+        image = np.random.default_rng(number).integers(0, 255, (3, 64, 64)).astype(np.uint8)
+        write_raster(tmp_path / "images" / f"{number}.tif", image, 0.5, place, photometric="rgb", tiled=False)
+        mask = np.full((1, 64, 64), 7 if number == 2 else number % 2, np.uint8)
+        write_raster(tmp_path / "masks" / f"{number}.tif", mask, 0.5, place, tiled=False)
+    (tmp_path / "classes.txt").write_text("ground\nroof\nwater\n")
+    words = ["describe", "--images", str(tmp_path / "images"), "--labels", str(tmp_path / "masks"), "--classes"]
+    assert main([*words, str(tmp_path / "classes.txt")]) == 2
+    assert "masks/2.tif: values that are neither in --classes nor in --ignore: 7" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "classes.txt"), "--ignore", "7"]) == 0
+    assert "MASKS: class 2 water does not occur in 4 sampled files" in capsys.readouterr().out
+
+
 def test_classes_by_line_or_by_value(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     for text, expected in (
