@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from bocage.shards.errors import InputError
 from bocage.shards.format.codec import CODECS
-from bocage.shards.format.manifest import Manifest
+from bocage.shards.format.manifest import DATASET_FILE, Manifest
 from bocage.shards.inspect.verify import Progress, verify
 from bocage.shards.source.flair_hub import naming, zips
 from bocage.shards.source.flair_hub.metadata import METADATA_FOLDER
@@ -52,7 +52,8 @@ def replaced_zips(
     """Verify shards, decoding every sample, and find the zips of their source that they replace. Nothing is deleted.
 
     A zip is replaced if every file in it is a raster that the shards hold, without loss, for every patch of the
-    raster. Folders, links, metadata, and zips that were not read for these shards always stay.
+    raster. Folders, links, metadata, and zips that were not read for these shards always stay, and so do zips that
+    changed after the shards were written.
 
     Args:
         catalogue: source of the shards.
@@ -69,10 +70,11 @@ def replaced_zips(
     manifest = Manifest.open(shards)
     stored = catalogue.stored_by_zip(_stored_rasters(catalogue, manifest))
     lossy = {name for name, modality in manifest.registry.items() if _is_lossy(modality.codec)}
+    written = (shards / DATASET_FILE).stat().st_mtime
     deletable: dict[Path, int] = {}
     kept: dict[Path, str] = {}
     for path in _zips(catalogue.root):
-        reason = _reason_to_keep(path, stored, lossy)
+        reason = _reason_to_keep(path, stored, lossy, written)
         if reason:
             kept[path] = reason
         else:
@@ -103,7 +105,7 @@ def _zips(root: Path) -> Iterator[Path]:
     yield from sorted(path for path in root.iterdir() if path.suffix == _ZIP and (path.is_file() or path.is_symlink()))
 
 
-def _reason_to_keep(path: Path, stored: dict[str, int], lossy: set[str]) -> str:
+def _reason_to_keep(path: Path, stored: dict[str, int], lossy: set[str], written: float) -> str:
     """Reason why the zip must stay; empty if the shards replace it."""
     match = naming.FOLDER.fullmatch(path.stem)
     if path.is_symlink():
@@ -114,6 +116,8 @@ def _reason_to_keep(path: Path, stored: dict[str, int], lossy: set[str]) -> str:
         return "not a zip of one modality"
     if path.name not in stored:
         return "not read for these shards"
+    if path.stat().st_mtime > written:
+        return "changed after the shards were written"
     if match["modality"] in lossy:
         return "the shards hold rounded values"
     if stored[path.name] < sum(1 for _ in zips.members(path)):

@@ -70,6 +70,18 @@ def test_zips_are_deleted_and_nothing_else(tree: Path, capsys: pytest.CaptureFix
     assert main(["verify", str(tree.parent / "out")]) == 0
 
 
+def test_a_zip_that_changed_after_the_shards_were_written_stays(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tree.parent / "out"
+    assert main(["shard", str(tree), str(out)]) == 0
+    changed = tree / ZIPS[0]
+    later = (out / "dataset.json").stat().st_mtime + 10
+    os.utime(changed, (later, later))
+    capsys.readouterr()
+    assert shard(tree) == 0
+    assert f"kept 1, changed after the shards were written: {changed.name}" in capsys.readouterr().out
+    assert set(ZIPS) & names(tree) == {changed.name}
+
+
 def test_zips_of_other_modalities_stay(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shard(tree, "--modalities", "SPOT_RGBI") == 0
     deleted = {name for name in ZIPS if "SPOT" in name}

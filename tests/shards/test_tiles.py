@@ -359,6 +359,30 @@ def test_an_empty_folder_and_damaged_files(tiles: Path, tmp_path: Path) -> None:
     assert all("cannot be read" in reason for reason in manifest.skipped.values())
 
 
+def test_the_fingerprint_follows_how_files_are_read(tiles: Path) -> None:
+    def fingerprint(**changes: Any) -> str:
+        return open_described(tiles, description(**changes), tiles).fingerprint()
+
+    assert fingerprint() == fingerprint()
+    assert fingerprint(label={"classes": {7: "background", 0: "roof"}}) != fingerprint()
+    assert fingerprint(label={"band": 2}) != fingerprint()
+    nodata = [fingerprint(sensor={"nodata": values}) for values in ([0, 255], [255, 0])]
+    assert len({*nodata, fingerprint()}) == 3
+
+
+def test_fractions_that_add_up_to_one_take_every_region(tiles: Path) -> None:
+    for seed in range(8):
+        split = {"by": "region", "train": 0.7, "valid": 0.15, "test": 0.15, "seed": seed}
+        catalogue = open_described(tiles, description(splits={"split_a": split}), tiles)
+        assert None not in catalogue.splits["split_a"].to_pylist()
+
+
+def test_a_pattern_without_fields_is_refused_before_any_work(tiles: Path) -> None:
+    write_tile(tiles / "one.tif", image())
+    with pytest.raises(InputError, match="its key is empty: name a field in the pattern of RGB"):
+        open_described(tiles, description(sensor={"files": "one.tif"}, labels={}, domain=""), tiles)
+
+
 @pytest.mark.parametrize(("extension", "driver"), [("png", "PNG"), ("jpg", "JPEG")])
 @pytest.mark.parametrize("kind", ["tiles", "rasters"])
 def test_a_picture_that_is_cut_off_is_not_read(extension: str, driver: str, kind: str, tmp_path: Path) -> None:

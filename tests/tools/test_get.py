@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -447,6 +448,8 @@ def test_the_toy_subset_is_unpacked(hub: Hub, toy: Path, tmp_path: Path, capsys:
     assert get(out, "--toy", "--dry-run") == 0
     assert size in capsys.readouterr().out and not out.exists()
     (out / "D012-2019_SPOT_RGBI" / "AF-S1-27").mkdir(parents=True)  # of an interrupted run
+    interrupted = {"size": 1, "names": ["D012-2019_SPOT_RGBI"], "is_complete": False}
+    (out / ".bocage-toy.json").write_text(json.dumps(interrupted))
     hub.faults = {TOY: ["truncate", "flip"]}
     assert get(out, "--toy") == 0
     assert capsys.readouterr().out == f"5 folders and files of the toy subset in {out}\n"
@@ -459,6 +462,20 @@ def test_the_toy_subset_is_unpacked(hub: Hub, toy: Path, tmp_path: Path, capsys:
     assert get(out, "--toy") == 0
     assert capsys.readouterr().out == f"the toy subset is in {out} already\n"
     assert len(hub.ranges) == requests == 3
+
+
+def test_the_toy_subset_replaces_no_other_data(
+    hub: Hub, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    folder = next(path.name for path in toy.iterdir() if path.is_dir())
+    (out / folder).mkdir(parents=True)
+    (out / folder / "mine.tif").touch()
+    assert get(out, "--toy") == 2
+    assert f"{out / folder}: exists and is not of the toy subset" in capsys.readouterr().err
+    assert (out / folder / "mine.tif").exists()
+    shutil.rmtree(out / folder)
+    assert get(out, "--toy") == 0
 
 
 def test_a_toy_subset_of_another_layout_is_named(

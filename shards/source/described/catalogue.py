@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +103,10 @@ class DescribedCatalogue(Catalogue):
         """Hash of where the rasters are and of their dates, relative to the root."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of keys, modalities, dates and splits; the same for any location of the dataset."""
+        """SHA-256 of keys, modalities, dates, splits and of how files are read; the same for any location."""
         digest = hashlib.sha256()
+        read = [*self.description.sensors.items(), *self.description.labels.items()]
+        digest.update(json.dumps([(name, asdict(item)) for name, item in read], sort_keys=True).encode())
         registry = [modality.to_json() for modality in self.registry.values()]
         digest.update(json.dumps([self.dataset.to_json(), registry, self.domains, self.names.regions]).encode())
         digest.update(json.dumps(self.keys()).encode())
@@ -220,17 +222,21 @@ def _values_of_units(name: str, split: SplitDescription, units: list[str]) -> li
 
 
 def _draw_fractions(split: SplitDescription, counts: Mapping[str, int], value_of: dict[str, str]) -> None:
-    """Give free units the values whose parts are fractions, each to the part that lacks most patches."""
+    """Give free units the values whose parts are fractions, each to the part that lacks most patches.
+
+    If the fractions add up to 1, every unit gets a value; otherwise units that would overfill a part get none.
+    """
     total = sum(counts.values())
     wanted = {value: part * total for value, part in split.parts.items() if isinstance(part, int | float)}
     if not wanted:
         return
+    takes_all = sum(wanted.values()) > (1 - 1e-9) * total
     free = [unit for unit in counts if unit not in value_of]
     free.sort(key=lambda unit: sample_seed(split.seed, 0, unit))
     for unit in free:
         value = max(wanted, key=lambda item: wanted[item])
-        if wanted[value] < counts[unit] / 2:
-            break  # nearer to the fractions without this unit
+        if not takes_all and wanted[value] < counts[unit] / 2:
+            continue  # nearer to the fractions without this unit
         value_of[unit] = value
         wanted[value] -= counts[unit]
 

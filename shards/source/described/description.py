@@ -410,11 +410,6 @@ class DatasetDescription:
             raise InputError(f"patch={self.patch!r}: give the side of a patch in metres, or as pixels, e.g. 512 px")
         return int(match[1]) * first.pixel
 
-    @property
-    def has_dates(self) -> bool:
-        """Whether file names or rows have dates."""
-        return self.kind == "table" or any("{date}" in sensor.files for sensor in self.sensors.values())
-
 
 def _check_files(name: str, item: SensorDescription | LabelDescription) -> None:
     """Check what sensors and labels of files need; raises ``ValueError``."""

@@ -132,6 +132,8 @@ def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) 
     for file in find_files(root, description, report, _RESERVED):
         name, path, fields, day = file.name, file.path, file.fields, file.day
         key = _key(description, fields, file.date)
+        if not key:
+            raise InputError(f"{path}: its key is empty: name a field in the pattern of {name}, such as {{tile}}")
         known = originals.setdefault(key, fields)
         tiles.fields.setdefault(key, fields)
         files = tiles.files[name].setdefault(key, [])

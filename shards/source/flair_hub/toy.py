@@ -41,9 +41,24 @@ def find_toy() -> RemoteZip:
 def is_unpacked(folder: Path, toy: RemoteZip) -> bool:
     """Whether ``unpack_toy`` has unpacked this version of the toy subset in ``folder``."""
     try:
-        return bool(json.loads((folder / _MARKER).read_bytes()) == toy.size)
-    except (OSError, ValueError):
+        marker = json.loads((folder / _MARKER).read_bytes())
+        return bool(marker["size"] == toy.size and marker["is_complete"])
+    except (OSError, ValueError, TypeError, KeyError):
         return False
+
+
+def _recorded_names(folder: Path) -> list[str]:
+    """Names of the folders and files that an earlier call has unpacked, or was about to."""
+    try:
+        names: list[str] = json.loads((folder / _MARKER).read_bytes())["names"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return names
+
+
+def _record(folder: Path, toy: RemoteZip, names: list[str], *, is_complete: bool) -> None:
+    with atomic_write(folder / _MARKER) as marker:
+        marker.write_text(json.dumps({"size": toy.size, "names": names, "is_complete": is_complete}), encoding="utf-8")
 
 
 def unpack_toy(folder: Path, toy: RemoteZip) -> list[str]:
@@ -53,7 +68,7 @@ def unpack_toy(folder: Path, toy: RemoteZip) -> list[str]:
         Names of the new folders and files.
 
     Raises:
-        InputError: the zip is damaged or refused, or the disk is full.
+        InputError: the zip is damaged or refused, the disk is full, or the folder has other data of these names.
     """
     archive, temporary = folder / toy.name, folder / _TEMPORARY
     try:
@@ -67,14 +82,18 @@ def unpack_toy(folder: Path, toy: RemoteZip) -> list[str]:
                 f"{archive}: has no folder like D012-2019_AERIAL_RGBI, so its layout is new; unzip it by hand"
             )
         names = sorted(path.name for path in temporary.iterdir())
+        earlier = _recorded_names(folder)
+        if foreign := [name for name in names if (folder / name).exists() and name not in earlier]:
+            shutil.rmtree(temporary)
+            raise InputError(f"{folder / foreign[0]}: exists and is not of the toy subset: give another folder")
+        _record(folder, toy, sorted({*names, *earlier}), is_complete=False)
         for name in names:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
             os.replace(temporary / name, folder / name)
         temporary.rmdir()
         fsync(folder)
-        with atomic_write(folder / _MARKER) as marker:
-            marker.write_text(json.dumps(toy.size), encoding="utf-8")
+        _record(folder, toy, names, is_complete=True)
         archive.unlink()
     except OSError as error:
         raise InputError(f"{archive}: cannot be unpacked: {error.strerror or error}") from error
