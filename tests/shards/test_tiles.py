@@ -366,6 +366,8 @@ def test_the_fingerprint_follows_how_files_are_read(tiles: Path) -> None:
     assert fingerprint() == fingerprint()
     assert fingerprint(label={"classes": {7: "background", 0: "roof"}}) != fingerprint()
     assert fingerprint(label={"band": 2}) != fingerprint()
+    bands = [{"A": "unused", "R": 650, "G": 550}, {"R": 650, "A": "unused", "G": 550}]
+    assert len({fingerprint(sensor={"bands": names}) for names in bands}) == 2
     nodata = [fingerprint(sensor={"nodata": values}) for values in ([0, 255], [255, 0])]
     assert len({*nodata, fingerprint()}) == 3
 

@@ -105,8 +105,9 @@ class DescribedCatalogue(Catalogue):
     def fingerprint(self) -> str:
         """SHA-256 of keys, modalities, dates, splits and of how files are read; the same for any location."""
         digest = hashlib.sha256()
-        read = [*self.description.sensors.items(), *self.description.labels.items()]
-        digest.update(json.dumps([(name, asdict(item)) for name, item in read], sort_keys=True).encode())
+        sensors = {name: asdict(item) for name, item in self.description.sensors.items()}
+        labels = {name: asdict(item) for name, item in self.description.labels.items()}
+        digest.update(json.dumps([sensors, labels]).encode())
         registry = [modality.to_json() for modality in self.registry.values()]
         digest.update(json.dumps([self.dataset.to_json(), registry, self.domains, self.names.regions]).encode())
         digest.update(json.dumps(self.keys()).encode())
