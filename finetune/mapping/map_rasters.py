@@ -60,6 +60,8 @@ class Extent:
 class MapRaster:
     """Raster of one modality, or of its quality mask, with any size and pixel size.
 
+    A raster without georeference has the pixels of the model, and its corner at 0, 0 of an unknown coordinate system.
+
     Args:
         name: name of the modality.
         path: local file that GDAL can open: GeoTIFF, COG or VRT mosaic. If it has one band more than expected, the last
@@ -78,8 +80,6 @@ class MapRaster:
 
     Raises:
         InputError: the file is not a raster, is rotated, is not projected, or has the wrong number of bands.
-
-    A raster without georeference has the pixels of the model, and its corner at 0, 0 of an unknown coordinate system.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 A run is one combination of initialization, mode, label fraction, draw, seed, learning rate and variant. The protocol
 follows GEO-Bench (arXiv 2306.03831) and rliable (arXiv 2108.13264) where they agree: a fixed number of optimizer steps,
-the same learning rates and variants for every initialization, selection on the validation patches, and several draws of
-labels and training seeds, shared by all initializations.
+the same learning rates and variants for every initialization, and selection on the validation patches. All
+initializations share the label subsets and the training seeds.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ CONTROLS = ("random", "raw")
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """L2 penalties that linear probes try."""
 
-_HELD_OUT = 4  # one training patch in so many chooses the penalty of a linear probe
+_HELD_OUT = 4  # every fourth training patch is held out to choose the penalty of a linear probe
 _TEMPERATURE = 0.07  # of the kNN votes, as in DINO (arXiv 2104.14294)
 _LBFGS_ITERATIONS = 100
 _CELLS_PER_PATCH = 8  # default number of cells along a side of a patch: cells of 12.8 m in FLAIR-HUB

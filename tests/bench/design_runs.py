@@ -98,7 +98,7 @@ VARIANTS = {
         against="mask_token",
     ),
     "joint": Variant("masked, one mask for all images", [*MASKED, "masking.joint=true"]),
-    "plain targets": Variant("masked, targets not normalised", [*MASKED, "masked.normalize_targets=false"]),
+    "plain targets": Variant("masked, targets not normalised", [*MASKED, "masked.normalize_pixels=false"]),
     "combined, 4 x": Variant(
         "combined, four times the steps", ["weights.contrastive=0.1", "engine.steps=1600"], against="combined"
     ),

@@ -19,7 +19,9 @@ from bocage.shards.write.writer import write_shards
 from bocage.ssl.engine.logging.metrics import (
     MAX_VECTORS,
     CollapseMonitor,
+    ExplainedMonitor,
     FlopCounter,
+    MetricWindow,
     ZeroLossMonitor,
     feature_std,
     peak_flops,
@@ -178,3 +180,27 @@ def test_a_zero_gradient_or_loss_term_is_reported_once() -> None:
     assert not monitor.warnings({"gradient_norm": 0.0, "masked": 0.0, "contrastive": 0.0}, 60)
     warnings = monitor.warnings({"gradient_norm": 0.0, "masked": 0.1, "contrastive": 0.0}, 80)
     assert [text.partition(" is ")[0] for text in warnings] == ["the gradient"]
+
+
+def test_a_ratio_is_the_quotient_of_its_sums_also_after_a_resume() -> None:
+    window = MetricWindow()
+    window.add({"explained/A": torch.tensor([1.0, 2.0]), "loss": torch.tensor(3.0)})
+    window = MetricWindow.from_state(window.state(), CPU)
+    window.add({"explained/A": torch.tensor([0.0, 2.0]), "explained/B": torch.tensor([0.0, 0.0])})
+    averages = window.averages()
+    assert averages["explained/A"] == 0.25
+    assert "explained/B" not in averages  # nothing was masked
+    assert averages["loss"] == 3.0
+
+
+def test_a_loss_that_explains_nothing_for_500_steps_is_reported_once() -> None:
+    monitor = ExplainedMonitor(0.05)
+    name = "masked/explained/A"
+    assert not monitor.warnings({name: 0.01, "loss": 1.0}, 100)
+    assert not monitor.warnings({name: 0.2}, 400)  # starts anew
+    assert not monitor.warnings({name: 0.01}, 500)
+    (warning,) = monitor.warnings({name: 0.04}, 1000)
+    assert warning.startswith(f"{name} is 4.0%, and below 5% in every record since step 500")
+    assert not monitor.warnings({name: 0.01}, 2000)
+    never = ExplainedMonitor(0.0)
+    assert not any(never.warnings({name: 0.0}, step) for step in (0, 1000))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,6 +16,8 @@ from safetensors.torch import save_file
 from bocage import recipes
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
+from bocage.shards.preprocess.inputs import required_modalities
+from bocage.shards.read.dataset import evaluation_batches
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
@@ -104,3 +108,21 @@ def test_architecture_of_a_single_modality(manifest: Manifest) -> None:
     options = "{embed_dim: 16, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2]}"
     model = build_model(manifest, f"architectures.AERIAL_RGBI.options={options}")
     assert model.encoder("AERIAL_RGBI").widths == (16, 32, 64, 128)
+
+
+def test_mask_units_can_be_smaller_than_those_of_the_shards(manifest: Manifest) -> None:
+    model = build_model(manifest, "masking.units.AERIAL_RGBI=16")
+    assert model.modalities["AERIAL_RGBI"].unit == 16
+    assert model.modalities["SENTINEL2_TS"].unit == manifest.registry["SENTINEL2_TS"].unit
+    modalities = required_modalities(manifest.registry, list(SENSORS), [])
+    batch = next(iter(evaluation_batches(manifest, np.arange(2), modalities, batch_size=2, window=51.2)))
+    encoded = model.encode_batch(batch, augment=False)
+    units = encoded.masks["AERIAL_RGBI"].units
+    assert units is not None and units.shape == (2, 16, 16)
+    assert torch.isfinite(model(batch)[0])
+    for wrong, message in (
+        ("AERIAL_RGBI=15", "masking.units.AERIAL_RGBI=15: does not divide its 512 px"),
+        ("SPOT_RGBI=8", "masking.units.SPOT_RGBI: not one of the modalities of this run"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            build_model(manifest, f"masking.units.{wrong}")

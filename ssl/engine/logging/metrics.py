@@ -131,13 +131,15 @@ class MetricWindow:
         ``feature_std`` and ``rankme`` come from rank 0's vectors of encoders with at least ``MIN_VECTORS``.
         """
         sums, ratios = _to_lists(self._sums), _to_lists(self._ratios)
-        ranks = all_gather_object((sums, self._counts, self._samples, memory_in_use(), self._seconds, self._waited))
+        times = self._seconds, self._waited
+        ranks = all_gather_object((sums, self._counts, self._samples, ratios, memory_in_use(), *times))
         averages = {}
-        for rank_ratios in (gathered := all_gather_object(ratios)):
-            for name in rank_ratios:
-                numerator, denominator = (sum(item[name][part] for item in gathered if name in item) for part in (0, 1))
-                if denominator:
-                    averages[name] = numerator / denominator
+        all_ratios = [rank_ratios for _, _, _, rank_ratios, *_ in ranks]
+        for name in sorted({name for rank_ratios in all_ratios for name in rank_ratios}):
+            pairs = [rank_ratios[name] for rank_ratios in all_ratios if name in rank_ratios]
+            numerator, denominator = (sum(pair[part] for pair in pairs) for part in (0, 1))
+            if denominator:
+                averages[name] = numerator / denominator
         for name in sorted({name for rank_sums, *_ in ranks for name in rank_sums}):
             total = sum(rank_sums.get(name, 0.0) for rank_sums, *_ in ranks)
             averages[name] = total / sum(counts.get(name, 0) for _, counts, *_ in ranks)

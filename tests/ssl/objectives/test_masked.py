@@ -12,7 +12,7 @@ from tiny_pretraining import NAMES, SIDE, fill_masked_with_noise, make_batch, ma
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.ssl.objectives.decoder import DecoderConfig, Neck
-from bocage.ssl.objectives.masked import MaskedConfig, MaskedReconstruction
+from bocage.ssl.objectives.masked import MaskedConfig, MaskedReconstruction, Reconstruction
 from bocage.ssl.objectives.masking import MaskingConfig
 from bocage.ssl.objectives.targets import from_units
 from bocage.ssl.objectives.tokens import georeferenced_tokens
@@ -173,6 +173,24 @@ def test_missing_modalities_have_loss_0(missing: tuple[str, ...]) -> None:
     for name in missing:
         if name in NAMES:
             assert logs[f"masked/{name}"] == 0
+
+
+def test_explained_compares_the_loss_with_that_of_the_best_constant() -> None:
+    target = torch.randn(3, 2, 2, 4, 8, 8)
+    target[..., 1, :, :] += 5.0
+    masked = torch.rand(target.shape) < 0.7
+    zero = torch.zeros(())
+
+    def reconstruction(prediction: torch.Tensor) -> Reconstruction:
+        return Reconstruction(prediction, target, masked, zero, zero + 1)
+
+    constant = torch.stack([target[:, :, :, c][masked[:, :, :, c]].median() for c in range(4)])[:, None, None]
+    best = reconstruction(constant.expand(target.shape))
+    torch.testing.assert_close(best.losses(), best.constant_losses())
+    zeros = reconstruction(torch.zeros_like(target))
+    assert (zeros.losses() > zeros.constant_losses()).all()
+    assert not reconstruction(target).losses().any()
+    torch.testing.assert_close(reconstruction(target).constant_losses(), best.constant_losses())
 
 
 def test_one_sample_of_one_date() -> None:
