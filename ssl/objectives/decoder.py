@@ -2,7 +2,7 @@
 
 The decoder is discarded after pretraining. Modalities interact only here, so each encoder can be published and used
 alone. Queries attend to the fused visible tokens but not to each other (CrossMAE, arXiv 2401.14391), so the cost is
-linear in the number of reconstructed positions.
+linear in the number of reconstructed positions. Attention knows the offset between two tokens in metres.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-_REFERENCE_PATCH = 102.4  # metres; the wavelengths and reaches below are for patches of this side and scale with it
-_LONGEST_WAVE, _SHORTEST_WAVE = 400.0, 4.0  # metres, position encoding: four patches, about the smallest mask unit
-_LONGEST_PERIOD, _SHORTEST_PERIOD = 730.0, 8.0  # days, date encoding
-_SHORTEST_REACH, _LONGEST_REACH = 4.0, 100.0  # metres, initial reach of the most local and the widest attention head
+_SHORTEST_WAVE, _LONGEST_WAVE = (
+    1 / 25,
+    4.0,
+)  # patch sides, position encoding: about the smallest mask unit, four patches
+_SHORTEST_ROTATION, _LONGEST_ROTATION = 1 / 12.8, 2.0  # patch sides, rotary embeddings
+_SHORTEST_PERIOD, _LONGEST_PERIOD = 8.0, 730.0  # days, date encoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +29,26 @@ class DecoderConfig:
     """Size of the fusion decoder.
 
     Attributes:
-        width: channels of its tokens; a multiple of 4 and of ``heads``.
+        width: channels of its tokens; a multiple of 4 times ``heads``.
         fusion_depth: self-attention blocks over the visible tokens.
         query_depth: cross-attention blocks from queries to the fused tokens.
         heads: attention heads.
 
     Raises:
-        ValueError: a value is too small, or ``width`` is not a multiple of 4 and of ``heads``.
+        ValueError: a value is too small, or ``width`` is not a multiple of 4 times ``heads``.
     """
 
     width: int = 256
     fusion_depth: int = 2
-    query_depth: int = 1
+    query_depth: int = 3
     heads: int = 8
 
     def __post_init__(self) -> None:
         for key, minimum in (("width", 4), ("heads", 1), ("fusion_depth", 0), ("query_depth", 1)):
             if getattr(self, key) < minimum:
                 raise ValueError(f"decoder.{key}={getattr(self, key)} must be at least {minimum}")
-        if self.width % 4 or self.width % self.heads:
-            raise ValueError(f"decoder.width={self.width} must be a multiple of 4 and of decoder.heads={self.heads}")
+        if self.width % (4 * self.heads):
+            raise ValueError(f"decoder.width={self.width} must be a multiple of 4 * decoder.heads={4 * self.heads}")
 
 
 def sinusoidal_encoding(values: torch.Tensor, width: int, shortest: float, longest: float) -> torch.Tensor:
@@ -78,9 +81,40 @@ def ground_encoding(centres: torch.Tensor, width: int, patch_size: float) -> tor
     Returns:
         (..., width) float32.
     """
-    scale = patch_size / _REFERENCE_PATCH
-    waves = _SHORTEST_WAVE * scale, _LONGEST_WAVE * scale
+    waves = _SHORTEST_WAVE * patch_size, _LONGEST_WAVE * patch_size
     return torch.cat([sinusoidal_encoding(centres[..., axis], width // 2, *waves) for axis in (0, 1)], dim=-1)
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary embedding of some positions, (B or 1, 1, N, channels of a head / 2) float32."""
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+
+def ground_rotation(centres: torch.Tensor, channels: int, patch_size: float) -> Rotation:
+    """Compute axial rotary embeddings of ground positions (RoPE, arXiv 2104.09864; axial: arXiv 2403.13298).
+
+    Attention scores then depend on the offset between query and key in metres, direction included, whatever the pixel
+    sizes of their sensors.
+
+    Args:
+        centres: ground positions in metres, (B or 1, N, 2).
+        channels: channels of an attention head, a multiple of 4: the first half turns with x, the second with y.
+        patch_size: side of a patch, in metres, with which the wavelengths scale.
+    """
+    count = channels // 4
+    exponents = torch.arange(count, device=centres.device, dtype=torch.float32) / max(count - 1, 1)
+    waves = patch_size * _SHORTEST_ROTATION * (_LONGEST_ROTATION / _SHORTEST_ROTATION) ** exponents
+    angles = (2 * math.pi * centres[..., None].float() / waves).flatten(-2)[:, None]
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(values: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Rotate pairs of channels: (B, heads, N, channels) to the same shape and dtype."""
+    first, second = values.float().chunk(2, dim=-1)
+    cosine, sine = rotation
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1).to(values.dtype)
 
 
 def date_encoding(days: torch.Tensor, width: int) -> torch.Tensor:
@@ -141,57 +175,46 @@ class Neck(nn.Module):
         return total.permute(0, 2, 3, 1)
 
 
-class _DistanceBiasedAttention(nn.Module):
-    """Multi-head attention whose scores decrease with the distance on the ground.
+class _RotaryAttention(nn.Module):
+    """Multi-head attention between tokens with rotary embeddings of their ground positions."""
 
-    Each head subtracts a learned multiple of the distance in metres from its scores (ALiBi, arXiv 2108.12409, with
-    ground distance in place of text distance). Tokens of all sensors are therefore neighbours from the first step on,
-    whatever their pixel size.
-    """
-
-    def __init__(self, width: int, heads: int, patch_size: float) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
-        # The initial reach of the heads goes from one mask unit to about the whole patch.
-        reach = torch.logspace(math.log10(_SHORTEST_REACH), math.log10(_LONGEST_REACH), heads)
-        self.log_slope = nn.Parameter(-(reach * (patch_size / _REFERENCE_PATCH)).log())
 
     def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, distances: torch.Tensor, key_padding_mask: torch.Tensor
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        query_rotation: Rotation,
+        key_rotation: Rotation,
+        attention_mask: torch.Tensor,
     ) -> torch.Tensor:
         batch, count, width = queries.shape
         shape = (batch, -1, self.heads, width // self.heads)
-        query = self.query(queries).view(shape).transpose(1, 2)
+        query = rotate(self.query(queries).view(shape).transpose(1, 2), query_rotation)
         key, value = (part.view(shape).transpose(1, 2) for part in self.key_value(keys).chunk(2, dim=-1))
-        bias = -self.log_slope.exp()[None, :, None, None] * distances[:, None]
-        bias = bias.masked_fill(key_padding_mask[:, None, None], -torch.inf).to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        attended = F.scaled_dot_product_attention(query, rotate(key, key_rotation), value, attn_mask=attention_mask)
         return self.output(attended.transpose(1, 2).reshape(batch, count, width))
 
 
 class _Block(nn.Module):
     """Pre-norm attention and MLP: self-attention, or cross-attention to a context."""
 
-    def __init__(self, width: int, heads: int, patch_size: float, *, cross: bool) -> None:
+    def __init__(self, width: int, heads: int, *, cross: bool) -> None:
         super().__init__()
         self.norm_queries = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(width) if cross else None
-        self.attention = _DistanceBiasedAttention(width, heads, patch_size)
+        self.attention = _RotaryAttention(width, heads)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        distances: torch.Tensor,
-        key_padding_mask: torch.Tensor,
-        context: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, rotation: Rotation, context: Context) -> torch.Tensor:
         queries = self.norm_queries(tokens)
-        keys = queries if context is None or self.norm_context is None else self.norm_context(context)
-        tokens = tokens + self.attention(queries, keys, distances, key_padding_mask)
+        keys = queries if self.norm_context is None else self.norm_context(context.tokens)
+        tokens = tokens + self.attention(queries, keys, rotation, context.rotation, context.attention_mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
@@ -201,13 +224,13 @@ class Context:
 
     Attributes:
         tokens: (B, N, width).
-        centres: (B, N, 2) ground positions in metres.
-        key_padding_mask: (B, N) bool, True where attention ignores the token.
+        rotation: rotary embeddings of their ground positions.
+        attention_mask: (B, 1, 1, N) bool, False where attention ignores the token.
     """
 
     tokens: torch.Tensor
-    centres: torch.Tensor
-    key_padding_mask: torch.Tensor
+    rotation: Rotation
+    attention_mask: torch.Tensor
 
 
 class FusionDecoder(nn.Module):
@@ -216,21 +239,21 @@ class FusionDecoder(nn.Module):
     Args:
         names: modalities.
         config: sizes.
-        patch_size: side of a patch, in metres, with which the reach of the attention scales.
+        patch_size: side of a patch, in metres, with which the wavelengths of positions scale.
     """
 
     def __init__(self, names: Sequence[str], config: DecoderConfig, patch_size: float) -> None:
         super().__init__()
-        self.width, self.patch_size = config.width, patch_size
+        self.width, self.head_width, self.patch_size = config.width, config.width // config.heads, patch_size
         self.modality_embeddings = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
         self.query_embeddings = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.width)) for name in names})
         # A sample may have no visible token; attention needs at least one key.
         self.register_token = nn.Parameter(torch.zeros(config.width))
         self.fusion_blocks = nn.ModuleList(
-            _Block(config.width, config.heads, patch_size, cross=False) for _ in range(config.fusion_depth)
+            _Block(config.width, config.heads, cross=False) for _ in range(config.fusion_depth)
         )
         self.query_blocks = nn.ModuleList(
-            _Block(config.width, config.heads, patch_size, cross=True) for _ in range(config.query_depth)
+            _Block(config.width, config.heads, cross=True) for _ in range(config.query_depth)
         )
         self.norm = nn.LayerNorm(config.width)
         for parameter in (*self.modality_embeddings.values(), *self.query_embeddings.values(), self.register_token):
@@ -261,10 +284,10 @@ class FusionDecoder(nn.Module):
             all_tokens.append(values + position + self.modality_embeddings[name])
             all_centres.append(centres[name].expand(batch, -1, -1))
             masks.append(dropped[name][:, None].expand(-1, values.shape[1]))
-        context = Context(torch.cat(all_tokens, dim=1), torch.cat(all_centres, dim=1), torch.cat(masks, dim=1))
-        distances = torch.cdist(context.centres, context.centres)
+        rotation = ground_rotation(torch.cat(all_centres, dim=1), self.head_width, self.patch_size)
+        context = Context(torch.cat(all_tokens, dim=1), rotation, ~torch.cat(masks, dim=1)[:, None, None])
         for block in self.fusion_blocks:
-            context.tokens = block(context.tokens, distances, context.key_padding_mask)
+            context.tokens = block(context.tokens, rotation, context)
         return context
 
     def decode_queries(self, centres: Mapping[str, torch.Tensor], context: Context) -> dict[str, torch.Tensor]:
@@ -283,9 +306,9 @@ class FusionDecoder(nn.Module):
             for name, positions in centres.items()
         ]
         outputs = torch.cat(queries).expand(batch, -1, -1).to(context.tokens.dtype)
-        distances = torch.cdist(torch.cat(list(centres.values())).expand(batch, -1, -1), context.centres)
+        rotation = ground_rotation(torch.cat(list(centres.values()))[None], self.head_width, self.patch_size)
         for block in self.query_blocks:
-            outputs = block(outputs, distances, context.key_padding_mask, context.tokens)
+            outputs = block(outputs, rotation, context)
         outputs = self.norm(outputs)
         counts = [len(positions) for positions in centres.values()]
         return dict(zip(centres, outputs.split(counts, dim=1), strict=True))

@@ -1,10 +1,10 @@
-"""Fusion decoder: its lengths grow with the patch."""
+"""Fusion decoder: attention by offset in metres, and lengths that grow with the patch."""
 
 from __future__ import annotations
 
 import torch
 
-from bocage.ssl.objectives.decoder import DecoderConfig, FusionDecoder, grid_centres
+from bocage.ssl.objectives.decoder import DecoderConfig, FusionDecoder, grid_centres, ground_rotation, rotate
 
 CONFIG = DecoderConfig(width=32, fusion_depth=1, heads=4)
 
@@ -25,3 +25,42 @@ def test_patches_of_every_side_are_decoded_alike() -> None:
     expected = decoded(102.4)
     for side in (1.0, 16.896, 2560.0):
         torch.testing.assert_close(decoded(side), expected, rtol=1e-4, atol=1e-4)
+
+
+def scores(query: torch.Tensor, key: torch.Tensor, query_at: list[float], key_at: list[float]) -> torch.Tensor:
+    """Attention score of two vectors (1, 1, 1, channels) at ground positions."""
+
+    def turned(values: torch.Tensor, position: list[float]) -> torch.Tensor:
+        return rotate(values, ground_rotation(torch.tensor([[position]]), values.shape[-1], 102.4))
+
+    return (turned(query, query_at) * turned(key, key_at)).sum()
+
+
+def test_attention_depends_on_the_offset_alone() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 16)
+    offset = scores(query, key, [10.0, 20.0], [17.0, 8.0])
+    torch.testing.assert_close(scores(query, key, [60.0, 90.0], [67.0, 78.0]), offset)
+
+
+def test_attention_knows_direction() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 16)
+    east, west, south = (
+        scores(query, key, [50.0, 50.0], position) for position in ([55.0, 50.0], [45.0, 50.0], [50.0, 55.0])
+    )
+    assert (east - west).abs() > 0.1
+    assert (east - south).abs() > 0.1
+
+
+def test_a_dropped_modality_changes_nothing() -> None:
+    torch.manual_seed(0)
+    decoder = FusionDecoder(["A", "B"], CONFIG, 102.4)
+    centres = grid_centres(3, 102.4, torch.device("cpu")).flatten(0, 1)
+    outputs = []
+    for _ in range(2):
+        tokens = {"A": torch.ones(1, 9, 32), "B": torch.randn(1, 9, 32)}
+        dropped = {"A": torch.tensor([False]), "B": torch.tensor([True])}
+        context = decoder.encode_context(tokens, dict.fromkeys("AB", centres[None]), dropped, 102.4)
+        outputs.append(decoder.decode_queries({"A": centres}, context)["A"])
+    torch.testing.assert_close(outputs[0], outputs[1])
