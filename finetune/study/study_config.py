@@ -93,7 +93,7 @@ class StudyConfig:
         sampling_unit: unit of the subsets, single patches (``patch``) or whole regions (``roi``).
         learning_rates: learning rates of the trained modes, all tried with every initialization. The best on the
             validation patches is selected by initialization, mode and fraction. Empty: the recipe's learning rate.
-        variants: further overrides of the trained modes, by name of the variant, e.g. ``{plain: [], slow:
+        variants: further overrides of mode ``full``, by name of the variant, e.g. ``{plain: [], slow:
             [encoder_lr_scale=0.2]}``. Each is tried with every learning rate and initialization and selected like them.
             Pretrained encoders need other settings than encoders from scratch, so one setting for both is not fair.
         background: whether the mIoU includes the background class of a label. In FLAIR-HUB, that of crops (LPIS) covers
@@ -180,7 +180,7 @@ class StudyRun:
         draw: index of the subset of that size.
         seed: index of the training seed.
         learning_rate: learning rate; None for the recipe's, and for probes.
-        variant: name of the variant; empty without variants, and for probes.
+        variant: name of the variant; empty without variants, and for other modes than ``full``.
     """
 
     initialization: str
@@ -216,7 +216,7 @@ def study_runs(study: StudyConfig) -> list[StudyRun]:
             for mode in study.modes:
                 is_trained = mode not in PROBE_KINDS
                 rates: list[float | None] = [*study.learning_rates] if study.learning_rates and is_trained else [None]
-                variants = [*study.variants] if study.variants and is_trained else [""]
+                variants = [*study.variants] if study.variants and mode == "full" else [""]
                 seeds = 1 if mode in PROBE_KINDS else item.seeds  # probes are deterministic
                 for draw in range(item.draws):
                     for seed in range(seeds):

@@ -34,12 +34,12 @@ def test_grid_has_every_combination_once_and_learning_rates_only_for_trained_mod
     assert grid == sorted(grid, key=lambda run: run.fraction)
 
 
-def test_variants_are_tried_with_every_initialization(tmp_path: Path) -> None:
+def test_variants_of_full_fine_tuning_are_tried_with_every_initialization(tmp_path: Path) -> None:
     variants = {"plain": [], "slow": ["encoder_lr_scale=0.2", "head_steps=5"]}
-    settings = study(tmp_path, variants=variants)
+    settings = study(tmp_path, variants=variants, modes=["knn", "frozen", "full"])
     grid = study_runs(settings)
-    assert len(grid) == len({run.name for run in grid}) == 2 * ((6 + 3) * 2 + 4)
-    assert {run.variant for run in grid if run.mode == "knn"} == {""}
+    assert len(grid) == len({run.name for run in grid}) == 2 * ((6 + 3) * 3 + 4)
+    assert {run.variant for run in grid if run.mode != "full"} == {""}
     for run in grid:
         config = run_config(settings, run, "out")
         assert (config.encoder_lr_scale, config.head_steps) == ((0.2, 5) if run.variant == "slow" else (0.5, 0))
@@ -128,7 +128,7 @@ def test_recipe_accepts_additional_initializations() -> None:
     }
     assert run_config(found, study_runs(found)[-1], "out").engine.steps == 20000
     assert {item.fraction: item.draws for item in found.fractions}[0.05] == 5
-    assert len(study_runs(found)) == 3 * 198
+    assert len(study_runs(found)) == 3 * 346
 
 
 def executions(settings: StudyConfig) -> dict[str, int]:
