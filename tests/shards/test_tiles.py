@@ -186,6 +186,45 @@ def test_a_series_is_a_file_for_each_date(tmp_path: Path) -> None:
     assert manifest.row(0)["dates.RGB"] == [18632, 18687, 18798]
 
 
+def series_with_clouds(root: Path, key: str, days: list[str], cloud_days: list[str]) -> dict[str, Any]:
+    """Write a series and its quality mask, whose values are the months; return the sensors."""
+    for day in days:
+        write_tile(root / f"s2/{key}_{day}.tif", image(int(day) % 97, dtype="uint16", bands=2))
+    for day in cloud_days:
+        write_tile(root / f"clouds/{key}_{day}.tif", np.full((1, SIZE, SIZE), int(day[4:6]), np.uint8))
+    series = {"role": "series", "files": "s2/{key}_{date}.tif", "bands": {"R": 650, "N": 830}, "dtype": "uint16"}
+    bands = {"cloud": "cloud_probability"}
+    clouds = {"role": "mask", "mask_of": "S2", "files": "clouds/{key}_{date}.tif", "bands": bands, "dtype": "uint8"}
+    return {"S2": {**series, "pixel": PIXEL}, "CLOUDS": {**clouds, "pixel": PIXEL}}
+
+
+def test_masks_belong_to_the_dates_of_their_series(tmp_path: Path) -> None:
+    days = ["20210105", "20210301", "20210620"]
+    root = tmp_path / "tiles"
+    series_with_clouds(root, "equal", days, days)
+    series_with_clouds(root, "more", days[1:], days)
+    series_with_clouds(root, "shifted", days, ["20210105", "20210302", "20210620"])
+    sensors = series_with_clouds(root, "fewer", days, days[1:])
+    write_tile(root / "clouds/alone_20210105.tif", np.zeros((1, SIZE, SIZE), np.uint8))
+    catalogue = open_described(root, description(sensors=sensors, labels={}, domain=""), root)
+    warnings = "\n".join(catalogue.report().warnings())
+    assert "2 patches get no CLOUDS, for it lacks dates of S2, e.g. that of s2/fewer_20210105.tif" in warnings
+    assert "2 files of CLOUDS left out: S2 has no image of their date, e.g. clouds/more_20210105.tif" in warnings
+    manifest = write_shards(catalogue, tmp_path / "out", max_bad=0.0)
+    batch = next(evaluation_batches(manifest, np.arange(4), list(manifest.registry.values()), batch_size=4))
+    months = {
+        key: np.unique(batch.values["CLOUDS"][row].numpy()).tolist()
+        for row, key in enumerate(batch.keys)
+        if batch.present["CLOUDS"][row]
+    }
+    assert {key: [month for month in found if month] for key, found in months.items()} == {
+        "equal": [1, 3, 6],
+        "more": [3, 6],
+    }
+    dates = [manifest.row(row) for row in range(4)]
+    assert all(row["dates.CLOUDS"] in (row["dates.S2"], None) for row in dates)
+
+
 def test_images_of_several_dates_are_patches_if_the_key_names_the_date(tmp_path: Path) -> None:
     for day in ("20210105", "20210301"):
         write_tile(tmp_path / f"tiles/a_{day}.tif", image(int(day) % 97))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,8 @@ class TileCatalogue(DescribedCatalogue):
                 lonely = sorted(set(tiles.files[name]) - set(keys))
                 if lonely:
                     report.add_without_input(name, lonely)
+        for mask in registry.by_role("mask"):
+            _match_dates(tiles, mask.name, str(mask.mask_of), keys, report)
         rules = raster_rules(description)
         if description.blocks:
             for key in keys:
@@ -147,6 +149,34 @@ def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) 
             )
         files.append((day, path))
     return tiles
+
+
+def _match_dates(tiles: _Tiles, mask: str, series: str, keys: Sequence[str], report: CatalogueReport) -> None:
+    """Keep the files of a mask on the dates of its series, and none for a patch whose mask lacks some of these dates.
+
+    Shards hold masks by position, so a mask without some dates of its series would not say which dates it masks.
+    """
+    unused: list[str] = []
+    lacking: list[str] = []
+    masks = tiles.files[mask]
+    for key in keys:
+        if key in masks and key not in tiles.files[series]:
+            report.masks_without_series[mask] = report.masks_without_series.get(mask, 0) + len(masks.pop(key))
+        elif key in masks:
+            days, masked = ({day for day, _ in tiles.files[name][key]} for name in (series, mask))
+            unused += [path for day, path in masks[key] if day not in days]
+            masks[key] = [file for file in masks[key] if file[0] in days]
+            if not days <= masked:
+                del masks[key]
+                lacking.append(next(path for day, path in tiles.files[series][key] if day not in masked))
+    if lacking:
+        report.notes.append(
+            f"{len(lacking)} patches get no {mask}, for it lacks dates of {series}, e.g. that of {lacking[0]}"
+        )
+    if unused:
+        report.notes.append(
+            f"{len(unused)} files of {mask} left out: {series} has no image of their date, e.g. {unused[0]}"
+        )
 
 
 def _key(description: DatasetDescription, fields: Mapping[str, str], date: str | None) -> str:
