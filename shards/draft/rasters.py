@@ -353,6 +353,10 @@ def _nodata(draft: Draft, image: _Image) -> dict[str, list[float]]:
     if image.values.infinite:
         draft.notes.append(f"{image.name}: {image.values.infinite} sampled files have infinite values")
     found = sorted(values | guesses)
+    alphas = [index for index, name in enumerate(image.bands.bands) if image.bands.remarks.get(name) == "alpha"]
+    if not found and any(0.0 in (image.values.few[index] or ()) for index in alphas):
+        found = [0.0]
+        remarks.append("transparent pixels get it")
     found += [math.nan] if image.values.nan or any(map(math.isnan, declared)) else []
     if remarks:
         draft.comments[("sensors", image.name, "nodata")] = "; ".join(remarks)

@@ -254,6 +254,7 @@ def test_a_fourth_band_that_is_called_alpha(last: str, expected: dict[str, str],
     assert draft.comments[("sensors", *draft.values["sensors"], "bands", *expected)].startswith(
         "alpha" if last == "opacity" else "near infrared?"
     )
+    assert sensor.get("nodata") == ([0] if last == "opacity" else None)
     assert len(shard(draft, tmp_path / "out")) == 4
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import rasterio
 from mosaic_rasters import LEFT, TOP, describe, noise, open_catalogue, read_back, shard, write
+from rasterio.enums import ColorInterp
 
+from bocage.shards.errors import InputError
 from bocage.shards.source.described import coverage
 from bocage.shards.write.writer import write_shards
 
@@ -31,7 +33,8 @@ def test_patches_with_missing_pixels_are_left_out(kind: str, tiled: bool, tmp_pa
     changes: dict[str, Any] = {}
     if kind in ("nodata of the description", "tag"):
         array[:, missing] = 0
-        array[0, 600:610, 500] = 0  # a dark value in one band is not missing
+        if kind == "nodata of the description":
+            array[0, 600:610, 500] = 0  # a dark value in one band is not missing
         options |= {"nodata": 0} if kind == "tag" else {}
         changes = {} if kind == "tag" else {"ORTHO__nodata": [0]}
     elif kind == "alpha":
@@ -79,6 +82,76 @@ def test_missing_pixels_of_a_resampled_raster_spoil_no_others(kind: str, tmp_pat
     assert sum(mark[0].sum() for mark in marks) >= (1 if kind == "nan" else 0)
     for array, mark in zip(found.values(), marks):
         assert (array[~mark] == 1000).all()  # neither the nodata value nor the hidden one
+
+
+MARKS = ["two values", "value and tag", "value and alpha", "value and mask", "one band"]
+
+
+@pytest.mark.parametrize("kind", MARKS)
+def test_resampling_blends_no_value_that_marks_missing_pixels(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "ortho/a.tif", noise(3, 800, 800), 0.2)
+    values = np.full((2, 32, 32), 1000, np.uint16)
+    values[:, 10, 10] = 0
+    values[0 if kind == "one band" else slice(None), 4, 4] = 60_000
+    hidden = np.zeros((32, 32), bool)
+    hidden[4, 4] = True
+    options: dict[str, Any] = {}
+    changes: dict[str, Any] = {"S2__nodata": [0]}
+    if kind in ("two values", "one band"):
+        changes = {"S2__nodata": [0, 60_000]}
+    elif kind == "value and tag":
+        options = {"nodata": 60_000}
+    elif kind == "value and mask":
+        options = {"mask": ~hidden}
+    else:
+        values = np.concatenate((values, np.where(hidden, 0, 65535).astype(np.uint16)[None]))
+        options = {"alpha": True}
+        changes["S2__bands"] = {"R": 650, "N": 830, "A": "unused"}
+    write(tmp_path / "s2/a.tif", values, 10.0, LEFT - 78.3, TOP + 78.3, **options)
+    catalogue = open_catalogue(tmp_path, describe("ORTHO", "S2", min_coverage=0.5, **changes))
+    assert catalogue._sites[0].layers["S2"].rasters[0].is_resampled
+    arrays = read_back(write_shards(catalogue, tmp_path / "out"))
+    found = [modalities["S2"] for modalities in arrays.values() if "S2" in modalities]
+    assert {value for array in found for value in np.unique(array).tolist()} == {0, 1000}
+    assert sum((array == 0).all(axis=0).sum() for array in found) >= 1
+
+
+def test_resampled_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "ortho/a.tif", noise(3, 800, 800), 0.2)
+    values = np.full((2, 32, 32), 1000, np.float32)
+    values[0, 10, 10] = np.nan
+    write(tmp_path / "s2/a.tif", values, 10.0, LEFT - 78.3, TOP + 78.3)
+    catalogue = open_catalogue(tmp_path, describe("ORTHO", "S2", S2__dtype="float32"))
+    with pytest.raises(InputError, match=r"s2/a\.tif.*NaN values; if they mark missing pixels, add \.nan to nodata"):
+        write_shards(catalogue, tmp_path / "out", max_bad=0.0)
+
+
+@pytest.mark.parametrize("nodata", [[], [-9999.0]])
+def test_a_tag_in_one_band_is_no_data(nodata: list[float], tmp_path: Path) -> None:
+    heights = noise(3, 400, 800).astype(np.float32)
+    heights[1, 5, 5] = -500
+    write(tmp_path / "ortho/a.tif", heights, 0.2, nodata=-500)
+    changes: dict[str, Any] = {"ORTHO__dtype": "float32", "ORTHO__nodata": nodata}
+    catalogue = open_catalogue(tmp_path, describe("ORTHO", **changes))
+    arrays = read_back(write_shards(catalogue, tmp_path / "out", max_bad=0.0))
+    if not nodata:
+        assert sorted(arrays) == ["0000-0001"]
+        return
+    expected = heights[:, :, :400].copy()
+    expected[1, 5, 5] = -9999
+    assert np.array_equal(arrays["0000-0000"]["ORTHO"], expected)
+
+
+def test_a_used_band_is_no_alpha_band(tmp_path: Path) -> None:
+    """Writers often declare the fourth of four bands as alpha, although it is near infrared."""
+    array = noise(4, 400, 400)
+    array[3, :100] = 0
+    path = write(tmp_path / "ortho/a.tif", array, 0.2, alpha=True)
+    with rasterio.open(path) as file:
+        assert ColorInterp.alpha in file.colorinterp
+    bands = {"R": 650, "G": 550, "B": 460, "N": 830}
+    arrays = read_back(shard(tmp_path, describe("ORTHO", ORTHO__bands=bands), tmp_path / "out"))
+    assert np.array_equal(arrays["0000-0000"]["ORTHO"], array)
 
 
 def test_a_mask_beside_the_raster_counts(tmp_path: Path) -> None:

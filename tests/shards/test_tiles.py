@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 
 from bocage.recipes.loader import config_from_dict, load_dataset
@@ -247,6 +248,48 @@ def test_unused_bands_are_left_out_and_nodata_is_kept_apart(tmp_path: Path) -> N
     np.testing.assert_array_equal(batch.values["RGB"][0].numpy(), array[[0, 1, 3]])
     mean, _ = manifest.statistics["RGB"]
     assert mean == pytest.approx(array[[0, 1, 3], 4:].mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("kind", ["alpha", "mask", "mask beside"])
+def test_transparent_pixels_of_tiles_are_missing(tmp_path: Path, kind: str) -> None:
+    hidden = np.zeros((SIZE, SIZE), bool)
+    hidden[:5] = True
+    array, labels = np.where(hidden, 0, image()), np.where(hidden, 3, mask())  # 3 is no class
+    bands: dict[str, Any] = {"R": 650, "G": 550, "B": 460}
+    for path, values in ((tmp_path / "tiles/a/image/t.tif", array), (tmp_path / "tiles/a/label/t.tif", labels)):
+        if kind == "alpha":
+            values = np.concatenate((values, np.where(hidden, 0, 255)[None]))
+        write_tile(path, values.astype(np.uint8))
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=kind == "mask"), rasterio.open(path, "r+") as file:
+            if kind == "alpha":
+                file.colorinterp = [ColorInterp.gray] * (len(values) - 1) + [ColorInterp.alpha]
+            else:
+                file.write_mask(~hidden)
+    assert (tmp_path / "tiles/a/image/t.tif.msk").exists() == (kind == "mask beside")
+    if kind == "alpha":
+        bands |= {"A": "unused"}
+    with pytest.raises(InputError, match=r"image/t\.tif: 160 pixels are transparent or masked; name a nodata value"):
+        shard(tmp_path / "tiles", tmp_path / "no", sensor={"bands": bands})
+    changes: dict[str, Any] = {"sensor": {"bands": bands, "nodata": [255]}}
+    label = {"classes": {0: "a", 7: "b", 255: "c"}, "ignore": []}
+    with pytest.raises(InputError, match=r"label/t\.tif: 160 pixels are .*; add a value to ignore"):
+        shard(tmp_path / "tiles", tmp_path / "no", label=label, **changes)
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", **changes)
+    batch = next(evaluation_batches(manifest, np.arange(1), list(manifest.registry.values()), batch_size=1))
+    np.testing.assert_array_equal(batch.values["RGB"][0].numpy(), np.where(hidden, 255, array))
+    expected = np.where(hidden, 2, np.searchsorted([0, 7, 255], labels))
+    np.testing.assert_array_equal(batch.values["ROOF"][0].numpy(), expected)
+
+
+@pytest.mark.parametrize("declared", [-32_768.0, -9999.0, np.nan])
+def test_a_tag_that_the_nodata_values_cover_is_accepted(tmp_path: Path, declared: float) -> None:
+    heights = image(dtype="float32")
+    heights[1, 3, 4] = declared
+    write_tile(tmp_path / "tiles/a.tif", heights, nodata=declared)
+    sensor = {"files": "{key}.tif", "dtype": "float32", "nodata": [-9999, np.nan]}
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", sensor=sensor, labels={}, domain="")
+    batch = next(evaluation_batches(manifest, np.arange(1), list(manifest.registry.values()), batch_size=1))
+    np.testing.assert_array_equal(batch.values["RGB"][0].numpy(), heights)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio import Affine
-from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
+from rasterio.enums import Interleaving, Resampling
 from rasterio.errors import RasterioError
-from rasterio.vrt import WarpedVRT
-from rasterio.warp import transform_bounds
+from rasterio.warp import reproject, transform_bounds
 from rasterio.windows import Window
 
 from bocage.shards.modality import Modality
@@ -28,8 +27,12 @@ from bocage.shards.source.described.rasters import (
     RasterRules,
     check_file,
     convert,
+    find_alpha,
+    find_declared,
+    has_mask,
     open_raster,
     position_of,
+    read_hidden,
     sidecar_environment,
 )
 from bocage.shards.source.raster import Raster, RasterError, gdal_reason
@@ -39,6 +42,7 @@ ALIGNMENT = 0.02
 
 _MAX_OPEN = 128  # datasets that a thread keeps open; a process may open 1,024 files by default
 _WARP_TOLERANCE = 0.02  # pixels by which GDAL may approximate the position of a resampled pixel
+_KERNEL = 3  # pixels of a raster around those that resampling needs, with one for approximate positions
 _PICTURES = ("PNG", "JPEG", "GIF", "BMP", "WEBP")  # formats that are decoded from their beginning up to a window
 _ANY_CRS = "EPSG:32631"  # stands for two equal systems, of which GDAL may not know any
 
@@ -65,6 +69,7 @@ class RasterFile:
         alpha: number of the alpha band, from 1; 0 without one.
         has_mask: whether a mask, which is no band, marks missing pixels.
         declared: nodata value of the file; None if it has none, or if it is a class of a label.
+        dtype: type of the values of the used bands.
         bytes_per_pixel: size of the file divided by its pixels.
         decoded_bytes: bytes that decoding a pixel of a block gives: those of all bands if they are interleaved.
         driver: GDAL's name of the format.
@@ -85,6 +90,7 @@ class RasterFile:
     alpha: int
     has_mask: bool
     declared: float | None
+    dtype: str
     bytes_per_pixel: float
     decoded_bytes: int
     driver: str
@@ -122,8 +128,7 @@ def describe_raster(path: Path, file: rasterio.DatasetReader, rules: RasterRules
         raise RasterError(f"{path}: has ground control points but no grid: rewrite it with gdalwarp")
     position = position_of(path, file, rules)
     first = rules.bands[0]
-    # GDAL's mask flags know alpha bands of files of two or four bands only.
-    alpha = file.colorinterp.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in file.colorinterp else 0
+    alpha = find_alpha(file, rules)
     decoded = range(file.count) if file.interleaving == Interleaving.pixel else rules.bands
     return RasterFile(
         path=path,
@@ -138,8 +143,9 @@ def describe_raster(path: Path, file: rasterio.DatasetReader, rules: RasterRules
         height=file.height,
         block=file.block_shapes[first],
         alpha=alpha,
-        has_mask=not alpha and MaskFlags.per_dataset in file.mask_flag_enums[first],
-        declared=_usable_nodata(file.nodatavals[first], np.dtype(file.dtypes[first]), rules),
+        has_mask=not alpha and has_mask(file, rules),
+        declared=find_declared(file, rules),
+        dtype=file.dtypes[first],
         bytes_per_pixel=path.stat().st_size / (file.width * file.height),
         decoded_bytes=sum(np.dtype(file.dtypes[index]).itemsize for index in decoded),
         driver=file.driver,
@@ -154,17 +160,6 @@ def _version(path: Path, files: Iterable[str]) -> str:
             status = os.stat(name)
             digest.update(f"{name} {status.st_mtime_ns} {status.st_size}\n".encode())
     return digest.hexdigest()[:32]
-
-
-def _usable_nodata(value: float | None, dtype: np.dtype, rules: RasterRules) -> float | None:
-    """A declared nodata value in the dtype of the file; None if no pixel can have it, or if it is a class."""
-    if value is None or (rules.stored_values is not None and value in rules.stored_values):
-        return None
-    if dtype.kind == "f":
-        with np.errstate(over="ignore"):  # a value beyond the dtype becomes infinity
-            return float(dtype.type(value))
-    limits = np.iinfo(dtype)
-    return int(value) if float(value).is_integer() and limits.min <= value <= limits.max else None
 
 
 @dataclass(frozen=True)
@@ -273,6 +268,9 @@ def read_window(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Read a box inside the bounds of a raster.
 
+    A pixel is missing if a mask hides it or no band has a value. If the description names no nodata value to store, a
+    pixel is also missing if only some of its bands have a value.
+
     Args:
         raster: raster on the grid.
         grid: pixel grid of the sensor.
@@ -280,92 +278,151 @@ def read_window(
         box: part of the grid; see ``PlacedRaster.overlap``.
 
     Returns:
-        values: values of the used bands, (C, H, W).
+        values: values of the used bands, (C, H, W); a band without a value has one that the description names.
         valid: mask of the pixels that are not missing, (H, W) bool; None if none is missing.
 
     Raises:
         RasterError: the raster cannot be read.
     """
-    with _open_window(raster, grid, rules, box) as (dataset, window):
+    with _open_dataset(raster.file) as dataset:
+        if raster.is_resampled:
+            return _read_resampled(dataset, raster.file, grid, rules, box)
+        window = _window(raster, box)
         values = dataset.read([index + 1 for index in rules.bands], window=window)
-        return values, _valid(raster, rules, dataset, window, values)
+        if not has_holes(raster.file, rules):
+            return values, None
+        hidden = read_hidden(dataset, rules, raster.file.alpha, raster.file.has_mask, window)
+    valid = _valid(_missing(values, raster.file, rules), hidden, rules)
+    if raster.file.declared is not None and rules.nodata and rules.nodata.fill is not None:
+        unnamed = rules.nodata.is_missing(values, raster.file.declared) & ~rules.nodata.is_missing(values)
+        values[unnamed] = rules.nodata.fill
+    return values, valid
 
 
 def read_valid(raster: PlacedRaster, grid: PixelGrid, rules: RasterRules, box: Box) -> np.ndarray | None:
     """Read which pixels of a box inside the bounds of a raster are not missing; see ``read_window``."""
     if not raster.is_resampled and not has_holes(raster.file, rules):
         return None
-    with _open_window(raster, grid, rules, box) as (dataset, window):
+    with _open_dataset(raster.file) as dataset:
+        if raster.is_resampled:
+            return _valid(map(np.isnan, _resample_bands(dataset, raster.file, grid, rules, box)), None, rules)
+        window = _window(raster, box)
+        hidden = read_hidden(dataset, rules, raster.file.alpha, raster.file.has_mask, window)
         bands = (dataset.read(index + 1, window=window) for index in rules.bands)
-        return _valid(raster, rules, dataset, window, bands)
+        return _valid(_missing(bands, raster.file, rules), hidden, rules)
 
 
-def _valid(
-    raster: PlacedRaster,
-    rules: RasterRules,
-    dataset: rasterio.DatasetReader,
-    window: Window | None,
-    bands: Iterable[np.ndarray],
-) -> np.ndarray | None:
-    """Mask of the pixels that the file does not mask, and of which a band holds a value; None for all."""
-    valid = None
-    if raster.file.alpha:
-        valid = dataset.read(raster.file.alpha, window=window) > 0
-    elif raster.file.has_mask or raster.is_resampled:
-        valid = dataset.read_masks(rules.bands[0] + 1, window=window) > 0
-    if raster.file.declared is not None or rules.nodata:
-        has_value = np.zeros((), bool)
+def _window(raster: PlacedRaster, box: Box) -> Window:
+    row, column, height, width = box
+    return Window(column - raster.column, row - raster.row, width, height)
+
+
+def _missing(bands: Iterable[np.ndarray], file: RasterFile, rules: RasterRules) -> Iterator[np.ndarray]:
+    """Mask of the missing pixels of each band; none if no value marks them."""
+    if file.declared is not None or rules.nodata:
         for band in bands:
-            has_value = has_value | ~rules.nodata.is_missing(band, raster.file.declared)
-            if has_value.all():
-                break
-        valid = has_value if valid is None else valid & has_value
-    return None if valid is None or valid.all() else valid
+            yield rules.nodata.is_missing(band, file.declared)
+
+
+def _valid(missing: Iterable[np.ndarray], hidden: np.ndarray | None, rules: RasterRules) -> np.ndarray | None:
+    """Mask of the valid pixels, (H, W) bool, from the missing ones of each band and the hidden ones; None for all."""
+    lost: np.ndarray | None = None
+    for band in missing:
+        if lost is None:
+            lost = band
+        elif rules.nodata.fill is None:
+            lost = lost | band
+        else:
+            lost = lost & band
+        if rules.nodata.fill is not None and not lost.any():
+            break
+    if hidden is not None:
+        lost = hidden if lost is None else lost | hidden
+    return None if lost is None or not lost.any() else ~lost
+
+
+def _read_resampled(
+    dataset: rasterio.DatasetReader, file: RasterFile, grid: PixelGrid, rules: RasterRules, box: Box
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Resample a box of a raster; see ``read_window``."""
+    bands = np.stack(list(_resample_bands(dataset, file, grid, rules, box)))
+    missing = np.isnan(bands)
+    valid = _valid(missing, None, rules)
+    is_label = rules.stored_values is not None
+    bands[missing] = 0 if is_label or rules.nodata.fill is None else rules.nodata.fill
+    dtype = np.dtype(file.dtype)
+    return bands.astype(dtype) if dtype.kind == "f" else np.floor(bands + 0.5).astype(dtype), valid
+
+
+def _resample_bands(
+    dataset: rasterio.DatasetReader, file: RasterFile, grid: PixelGrid, rules: RasterRules, box: Box
+) -> Iterator[np.ndarray]:
+    """Resample each used band to a box of the grid, (H, W) float; NaN marks missing pixels.
+
+    Missing pixels become NaN before: GDAL leaves out a single nodata value, and would blend others into neighbours.
+
+    Raises:
+        RasterError: the raster holds values that the description does not name.
+    """
+    is_label = rules.stored_values is not None
+    kind = np.float64 if is_label else np.float32  # hold all values of labels, and of the dtypes of sensors, exactly
+    shape = box[2:]
+    window = _source_window(file, grid, box)
+    if window is None:
+        yield from (np.full(shape, np.nan, kind) for _ in rules.bands)
+        return
+    is_same = same_crs(file.crs, grid.crs)
+    hidden = read_hidden(dataset, rules, file.alpha, file.has_mask, window)
+    for index in rules.bands:
+        values = dataset.read(index + 1, window=window)
+        valid = ~rules.nodata.is_missing(values, file.declared)
+        if hidden is not None:
+            valid &= ~hidden
+        source = np.full(values.shape, np.nan, kind)
+        source[valid] = values[valid] if is_label else convert(file.path, values[valid], rules, None)
+        target = np.full(shape, np.nan, kind)
+        left, top = file.left + window.col_off * file.pixel_width, file.top - window.row_off * file.pixel_height
+        reproject(
+            source,
+            target,
+            src_transform=Affine(file.pixel_width, 0, left, 0, -file.pixel_height, top),
+            src_crs=parse_crs(grid.crs or _ANY_CRS) if is_same else parse_crs(file.crs),
+            src_nodata=None if valid.all() else np.nan,  # GDAL takes twice the time to look for NaN
+            dst_transform=grid.transform(*box[:2]),
+            dst_crs=parse_crs(grid.crs or _ANY_CRS),
+            init_dest_nodata=False,
+            resampling=Resampling.nearest if is_label else Resampling.bilinear,
+            tolerance=_WARP_TOLERANCE,
+        )
+        yield target
+
+
+def _source_window(file: RasterFile, grid: PixelGrid, box: Box) -> Window | None:
+    """Pixels of a raster that resampling to a box of the grid needs; None for none."""
+    row, column, height, width = box
+    left, top = grid.left + column * grid.pixel, grid.top - row * grid.pixel
+    right, bottom = left + width * grid.pixel, top - height * grid.pixel
+    if not same_crs(file.crs, grid.crs):
+        left, bottom, right, top = transform_bounds(grid.crs, file.crs, left, bottom, right, top)
+    first_column, last_column = (left - file.left) / file.pixel_width, (right - file.left) / file.pixel_width
+    first_row, last_row = (file.top - top) / file.pixel_height, (file.top - bottom) / file.pixel_height
+    # The kernel of bilinear interpolation reaches a pixel, or as many as fall into one of the grid.
+    margin = _KERNEL * max(1.0, (last_column - first_column) / width, (last_row - first_row) / height)
+    first_column, first_row = max(0, math.floor(first_column - margin)), max(0, math.floor(first_row - margin))
+    last_column = min(file.width, math.ceil(last_column + margin))
+    last_row = min(file.height, math.ceil(last_row + margin))
+    if first_column >= last_column or first_row >= last_row:
+        return None
+    return Window(first_column, first_row, last_column - first_column, last_row - first_row)
 
 
 @contextmanager
-def _open_window(
-    raster: PlacedRaster, grid: PixelGrid, rules: RasterRules, box: Box
-) -> Iterator[tuple[rasterio.DatasetReader, Window | None]]:
-    """Dataset and window of a box; a resampled raster is a dataset of the box alone, and the window is None.
-
-    A dataset for each box takes less time than one for the whole grid, which computes blocks of 512 x 128 pixels.
-    """
-    row, column, height, width = box
-    file = raster.file
+def _open_dataset(file: RasterFile) -> Iterator[rasterio.DatasetReader]:
+    """Dataset of a raster; errors of reading it name it."""
     try:
-        dataset = _datasets.get(file)
-        if not raster.is_resampled:
-            yield dataset, Window(column - raster.column, row - raster.row, width, height)
-            return
-        systems = {"src_crs": file.crs, "crs": grid.crs}
-        if same_crs(file.crs, grid.crs):
-            systems = dict.fromkeys(systems, grid.crs or _ANY_CRS)
-        nodata = _nodata_of_kernel(file, rules)
-        with WarpedVRT(
-            dataset,
-            **systems,
-            transform=grid.transform(row, column),
-            width=width,
-            height=height,
-            resampling=Resampling.bilinear if rules.stored_values is None else Resampling.nearest,
-            src_nodata=nodata,
-            nodata=nodata,
-            add_alpha=nodata is None and not file.alpha,
-            tolerance=_WARP_TOLERANCE,
-        ) as resampled:
-            yield resampled, None
+        yield _datasets.get(file)
     except RasterioError as error:
         raise RasterError(f"{file.path}: cannot be read: {gdal_reason(error)}") from error
-
-
-def _nodata_of_kernel(file: RasterFile, rules: RasterRules) -> float | None:
-    """Value that resampling leaves out; None if a mask says which pixels those are, for GDAL uses one of them."""
-    if file.alpha or file.has_mask:
-        return None
-    if rules.nodata:
-        return next(iter(rules.nodata.values), math.nan)
-    return file.declared
 
 
 class _Datasets(threading.local):

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.windows import Window
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
@@ -160,6 +162,52 @@ def check_file(path: Path, file: rasterio.DatasetReader, rules: RasterRules) -> 
         raise RasterError(f"{path}: dtype {', '.join(sorted(found))}, but classes are integers")
 
 
+def find_alpha(file: rasterio.DatasetReader, rules: RasterRules) -> int:
+    """Number of the alpha band of a raster, from 1; 0 without one. A band that the description uses is none."""
+    bands = enumerate(file.colorinterp)
+    return next((i + 1 for i, kind in bands if kind == ColorInterp.alpha and i not in rules.bands), 0)
+
+
+def has_mask(file: rasterio.DatasetReader, rules: RasterRules) -> bool:
+    """Whether a mask inside or beside a raster, which is no band, marks missing pixels."""
+    flags = file.mask_flag_enums[rules.bands[0]]
+    return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+
+
+def read_hidden(
+    file: rasterio.DatasetReader, rules: RasterRules, alpha: int, is_masked: bool, window: Window | None = None
+) -> np.ndarray | None:
+    """Read which pixels an alpha band or a mask hides, (H, W) bool; None for none.
+
+    Args:
+        file: open raster.
+        rules: rules of the sensor or label.
+        alpha: number of the alpha band, from 1; 0 without one.
+        is_masked: whether the raster has a mask.
+        window: part of the raster; None for the whole.
+    """
+    if alpha:
+        hidden: np.ndarray = file.read(alpha, window=window) == 0
+    elif is_masked:
+        hidden = file.read_masks(rules.bands[0] + 1, window=window) == 0
+    else:
+        return None
+    return hidden if hidden.any() else None
+
+
+def find_declared(file: rasterio.DatasetReader, rules: RasterRules) -> float | None:
+    """Nodata value that a raster declares, in its dtype; None if no pixel can have it, or if it is a class."""
+    first = rules.bands[0]
+    value, dtype = file.nodatavals[first], np.dtype(file.dtypes[first])
+    if value is None or (rules.stored_values is not None and value in rules.stored_values):
+        return None
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # a value beyond the dtype becomes infinity
+            return float(dtype.type(value))
+    limits = np.iinfo(dtype)
+    return int(value) if float(value).is_integer() and limits.min <= value <= limits.max else None
+
+
 def convert(where: object, values: np.ndarray, rules: RasterRules, declared: float | None) -> np.ndarray:
     """Check the values of a raster, (C, H, W), and convert those of labels to class numbers.
 
@@ -179,7 +227,7 @@ def convert(where: object, values: np.ndarray, rules: RasterRules, declared: flo
             raise RasterError(f"{where}: infinite values; replace them by NaN or a nodata value")
         if not rules.nodata.accepts_nan and np.isnan(values).any():
             raise RasterError(f"{where}: NaN values; if they mark missing pixels, add .nan to nodata")
-    is_named = declared is None or math.isnan(declared) or declared in rules.nodata.values
+    is_named = declared is None or math.isnan(declared) or rules.nodata.is_missing(np.array(declared)).all()
     if not is_named and (values == declared).any():
         raise RasterError(
             f"{where}: declares {declared:g} as nodata and holds it; if it marks missing pixels, add it to nodata"
@@ -247,9 +295,17 @@ def _read_tile(path: Path, rules: RasterRules, modality: Modality) -> Raster:
         position = position_of(path, file, rules)
         try:
             values = file.read([index + 1 for index in rules.bands])
+            hidden = read_hidden(file, rules, find_alpha(file, rules), has_mask(file, rules))
         except RasterioIOError as error:
             raise RasterError(f"{path}: cannot be read: {gdal_reason(error)}") from error
-        declared = file.nodata
-    array = np.ascontiguousarray(convert(path, values, rules, declared))
+        declared = find_declared(file, rules)
+    if hidden is None:
+        array = np.ascontiguousarray(convert(path, values, rules, declared))
+    elif rules.nodata.fill is None:
+        how = "name a nodata value" if rules.stored_values is None else "add a value to ignore"
+        raise RasterError(f"{path}: {hidden.sum()} pixels are transparent or masked; {how} to store them as missing")
+    else:
+        array = np.full(values.shape, rules.nodata.fill, modality.dtype)
+        array[:, ~hidden] = convert(path, values[:, ~hidden], rules, declared)
     side = size * position.pixel
     return Raster(array, position.crs, position.left, position.top, side, path.stat().st_size)
