@@ -33,7 +33,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.dataset import days_since_may
-from bocage.shards.source.described.ground import metres_per_unit
+from bocage.shards.source.described.ground import explain_rotation, metres_per_unit
 from bocage.shards.source.raster import gdal_reason
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,8 @@ class MapRaster:
             logger.warning("%s has no georeference: its pixels count as %g m, as those of the model", path, gsd)
             self._file = _as_vrt(self._file, transform=Affine(gsd, 0.0, 0.0, 0.0, -gsd, 0.0), keep_alpha=True)
         transform = self._file.transform
-        if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
-            raise InputError(f"{path} is rotated or flipped against north: rewrite it, e.g. with gdalwarp")
+        if problem := explain_rotation(transform):
+            raise InputError(f"{path}: {problem}")
         self.scale = _units_per_metre(path, self._file) if scale is None else scale
         if bands is None:
             bands = self._file.count if dates is None else max(1, self._file.count // max(1, len(dates)))
@@ -444,8 +444,6 @@ def _units_per_metre(path: Path, file: rasterio.DatasetReader) -> float:
     crs, bounds = file.crs, file.bounds
     if crs is None:
         return 1.0
-    if not (crs.is_projected or crs.is_geographic):
-        raise InputError(f"{path} is in {_crs_name(crs)}, not in metres: reproject it, e.g. with gdalwarp -t_srs")
     try:
         metres = metres_per_unit(crs.to_string(), (bounds.left + bounds.right) / 2, (bounds.top + bounds.bottom) / 2)
     except InputError as error:

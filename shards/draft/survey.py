@@ -15,7 +15,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from bocage.shards.errors import InputError
-from bocage.shards.source.described.ground import metres_per_unit, parse_crs
+from bocage.shards.source.described.ground import explain_pixels, metres_per_unit, parse_crs
 from bocage.shards.source.described.rasters import open_raster, sidecar_environment
 from bocage.shards.source.raster import RasterError
 
@@ -192,11 +192,9 @@ def _position(file: rasterio.DatasetReader, crs: str) -> tuple[float | None, tup
     transform = file.transform
     if transform.is_identity:
         return None, None, ""
-    if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
-        return None, None, "the grid is rotated or flipped against north: rewrite the files, e.g. with gdalwarp"
-    x, y = transform * (file.width / 2, file.height / 2)
-    if not math.isclose(transform.a, -transform.e, rel_tol=1e-3):
-        return None, None, f"pixels of {transform.a:g} x {-transform.e:g} are not square: rewrite, e.g. with gdalwarp"
+    if problem := explain_pixels(transform):
+        return None, None, problem
+    x, y = transform.c + transform.a * file.width / 2, transform.f + transform.e * file.height / 2
     if crs and parse_crs(crs).is_geographic:
         problem = "coordinates are in degrees: reproject the files, e.g. with gdalwarp -t_srs EPSG:326ZZ (UTM)"
         return transform.a * _DEGREE * math.cos(math.radians(y)), None, problem

@@ -29,6 +29,7 @@ class Raster(NamedTuple):
         top: y coordinate of this corner.
         side: side of the raster, in units of the CRS.
         stored_bytes: bytes of the files that were read.
+        has_position: whether the position is known; otherwise the raster takes that of the others of its patch.
     """
 
     array: np.ndarray
@@ -37,6 +38,13 @@ class Raster(NamedTuple):
     top: float
     side: float
     stored_bytes: int
+    has_position: bool = True
+
+
+def corner_distance(first: Raster, second: Raster) -> float:
+    """Largest distance along an axis between the same corners of two rasters of one CRS, in its units."""
+    left, top, side = first.left - second.left, first.top - second.top, first.side - second.side
+    return max(abs(left), abs(top), abs(left + side), abs(top - side))
 
 
 def gdal_reason(error: Exception) -> str:

@@ -29,10 +29,11 @@ from bocage.shards.format.tar import TarWriter
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.pool import ProgressCallback
 from bocage.shards.source.catalogue import Patch, PatchSource
-from bocage.shards.source.raster import Raster, RasterError, may_be_same_crs
+from bocage.shards.source.raster import Raster, RasterError, corner_distance, may_be_same_crs
 
 _METADATA_KEY = b"bocage"
 _EPOCH = datetime.date(1970, 1, 1)
+_MAX_DISTANCE = 0.5  # pixels between the corners of the rasters of a patch
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def encode_patch(patch: Patch[PatchSource], registry: Registry) -> EncodedPatch:
             source_bytes += loaded[modality.name].stored_bytes
             _check_dates(source, modality, loaded[modality.name].array, patch.dates.get(modality.name))
     # The reference is the first modality present, the aerial image where there is one: other sensors are resampled onto
-    # its grid.
-    reference_name = next(name for name in registry if name in loaded)
+    # its grid. A picture without a world file takes the position of the first that has one.
+    names = [name for name in registry if name in loaded]
+    reference_name = next((name for name in names if loaded[name].has_position), names[0])
     reference = loaded[reference_name]
     for name, raster in loaded.items():
         _check_position(patch, registry[reference_name], reference, registry[name], raster)
@@ -242,17 +244,19 @@ def _check_dates(source: PatchSource, modality: Modality, array: np.ndarray, day
 def _check_position(
     patch: Patch[PatchSource], reference_modality: Modality, reference: Raster, modality: Modality, raster: Raster
 ) -> None:
-    """Check that a raster has the upper-left corner of the reference, to within a pixel of the coarser of the two."""
+    """Check that a raster has the corners of the reference, to within half a pixel of the coarser of the two."""
+    if not raster.has_position:
+        return
+    source, other = patch.sources[modality.name], patch.sources[reference_modality.name]
     if not may_be_same_crs(raster.crs, reference.crs):
+        raise RasterError(f"{source}: coordinates in {raster.crs}, but {other} has {reference.crs}")
+    pixel = max(reference.side / reference_modality.size, raster.side / modality.size)
+    distance = corner_distance(raster, reference)
+    if not distance <= _MAX_DISTANCE * pixel:
         raise RasterError(
-            f"{patch.sources[modality.name]}: coordinates in {raster.crs}, but "
-            f"{patch.sources[reference_modality.name]} has {reference.crs}"
-        )
-    tolerance = max(reference.side / reference_modality.size, raster.side / modality.size)
-    if abs(raster.left - reference.left) > tolerance or abs(raster.top - reference.top) > tolerance:
-        raise RasterError(
-            f"{patch.sources[modality.name]}: upper-left corner at ({raster.left:.2f}, {raster.top:.2f}), but "
-            f"{patch.sources[reference_modality.name]} has it at ({reference.left:.2f}, {reference.top:.2f})"
+            f"{source}: corners lie up to {distance:.4g} from those of {other}, more than half a pixel of {pixel:.4g}: "
+            f"upper-left corner at ({raster.left:.2f}, {raster.top:.2f}) and side {raster.side:.2f}, instead of "
+            f"({reference.left:.2f}, {reference.top:.2f}) and {reference.side:.2f}"
         )
 
 

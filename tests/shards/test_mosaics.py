@@ -115,6 +115,15 @@ def test_rasters_without_fields_in_two_systems_make_two_sites(tmp_path: Path) ->
     assert open_catalogue(tmp_path, describe("ORTHO")).keys() == ["EPSG-2154_0000-0000", "EPSG-32631_0000-0000"]
 
 
+def test_heights_in_the_coordinate_system_make_no_other_site(tmp_path: Path) -> None:
+    corner = (0.2, 650_000, 6_860_000)
+    write(tmp_path / "ortho/a.tif", noise(3, 400, 400), *corner, "EPSG:2154+5720", GEOTIFF_VERSION="1.1")
+    write(tmp_path / "label/a.tif", roofs(400, 400), *corner, "EPSG:2154")
+    catalogue = open_catalogue(tmp_path, describe("ORTHO", label=True))
+    assert catalogue.keys() == ["0000-0000"] and not catalogue.report().notes
+    assert sorted(catalogue.patch(0).sources) == ["ORTHO", "ROOFS"]
+
+
 def test_another_coordinate_system_is_resampled(tmp_path: Path) -> None:
     # The values of Sentinel-2 are its coordinates, so that they show where the pixels came from.
     write(tmp_path / "ortho/a.tif", noise(3, 800, 800), 0.2, 650_000, 6_860_000, "EPSG:2154")
@@ -293,8 +302,11 @@ def test_templates_of_keys_regions_and_splits(tmp_path: Path) -> None:
     catalogue = open_catalogue(tmp_path, describe("ORTHO", **options, splits=split, blocks=80, region="{block}"))
     patches = [catalogue.patch(row) for row in range(4)]
     assert {patch.domain for patch in patches} == {"2021"}
-    regions = {"a-0000-0000": "6252_62524", "a-0000-0001": "6253_62524"}  # UTM metres are 0.04 % longer on the ground
-    regions |= {"b-0000-0000": "6265_62524", "b-0000-0001": "6266_62524"}
+    regions = {
+        "a-0000-0000": "32631_6252_62524",
+        "a-0000-0001": "32631_6253_62524",
+    }  # UTM metres are 0.04 % longer on the ground
+    regions |= {"b-0000-0000": "32631_6265_62524", "b-0000-0001": "32631_6266_62524"}
     expected = {key: (f"2021/{name}", "train" if key[0] == "a" else "test") for key, name in regions.items()}
     assert {patch.key: (patch.roi, patch.splits["split_site"]) for patch in patches} == expected
     with pytest.raises(InputError, match=r"key 2021 stands for two patches: .*name more fields in key"):

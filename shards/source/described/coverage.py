@@ -20,7 +20,8 @@ import numpy as np
 from rasterio.warp import transform
 
 from bocage.shards.files import atomic_write
-from bocage.shards.source.described.raster_windows import Box, PixelGrid, PlacedRaster, has_holes, read_valid, same_crs
+from bocage.shards.source.described.ground import same_crs
+from bocage.shards.source.described.raster_windows import Box, PixelGrid, PlacedRaster, has_holes, read_valid
 from bocage.shards.source.described.rasters import RasterRules, sidecar_environment
 from bocage.shards.source.raster import RasterError, gdal_environment
 

@@ -1,11 +1,14 @@
-"""Ground distances in any projected coordinate system."""
+"""Coordinate systems and grids of rasters, and ground distances in any projected coordinate system."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from functools import lru_cache
 
 import rasterio
+from rasterio import Affine
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.warp import transform
@@ -32,6 +35,47 @@ def parse_crs(text: str) -> CRS:
         raise InputError(f"crs {text!r}: not a coordinate reference system; give a code such as EPSG:32631") from error
 
 
+@lru_cache(maxsize=256)
+def horizontal_crs(text: str) -> str:
+    """Coordinate system without that of the heights, as an EPSG code if it has one, else WKT; empty for an empty text.
+
+    Raises:
+        InputError: the text names no coordinate reference system.
+    """
+    if not text:
+        return ""
+    system = parse_crs(text)
+    content = system.to_dict(projjson=True)
+    if content.get("type") == "CompoundCRS":
+        system = parse_crs(json.dumps(content["components"][0]))
+    return system.to_string()
+
+
+@lru_cache(maxsize=256)
+def same_crs(first: str, second: str) -> bool:
+    """Whether two coordinate systems are the same; the texts may differ."""
+    return first == second or bool(first and second and parse_crs(first) == parse_crs(second))
+
+
+def crs_name(text: str) -> str:
+    """Short name of a coordinate system: its code, such as ``EPSG:2154``, or a hash of its WKT; empty for none."""
+    return text if text.startswith("EPSG:") or not text else f"crs-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def explain_rotation(transform: Affine) -> str:
+    """Why the rows of a grid do not run from west to east, the first in the north; empty if they do."""
+    if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
+        return "its grid is rotated or flipped against north: rewrite it, e.g. with gdalwarp"
+    return ""
+
+
+def explain_pixels(transform: Affine) -> str:
+    """Why the grid of a raster cannot be used: it is rotated, or its pixels are not square; empty if it can."""
+    if not (problem := explain_rotation(transform)) and not math.isclose(transform.a, -transform.e, rel_tol=1e-3):
+        return f"pixels of {transform.a:g} x {-transform.e:g} are not square: rewrite it, e.g. with gdalwarp"
+    return problem
+
+
 def metres_per_unit(crs: str, x: float, y: float) -> float:
     """Ground metres per unit of a projected CRS near a point: 1 for UTM, cos(latitude) for web maps (EPSG:3857).
 
@@ -43,6 +87,11 @@ def metres_per_unit(crs: str, x: float, y: float) -> float:
         InputError: the CRS is unknown or has no projection, or the point is outside its area.
     """
     unit = parse_crs(crs)
+    if not (unit.is_projected or unit.is_geographic):
+        raise InputError(
+            f"coordinates in {crs}, not a projected coordinate system: set one, e.g. with gdal_edit.py -a_srs, or "
+            "reproject, e.g. with gdalwarp -t_srs"
+        )
     if not unit.is_projected:
         raise InputError(f"coordinates in degrees ({crs}): reproject, e.g. with gdalwarp -t_srs {utm_crs(x, y)}")
     cell = _CACHE_GRID / unit.linear_units_factor[1]
@@ -69,15 +118,17 @@ def _scale(crs: str, x: float, y: float) -> float:
     return math.sqrt(distance(1) * distance(2)) / step
 
 
-def ground_block(x: float, y: float, scale: float, side: float) -> str:
-    """Name of the ground block of a point: column and row, counted from the origin of the CRS.
+def ground_block(crs: str, x: float, y: float, scale: float, side: float) -> str:
+    """Name of the ground block of a point: CRS, and column and row counted from its origin, such as ``32631_12_-3``.
 
     Args:
+        crs: EPSG code or WKT; empty if unknown.
         x, y: coordinates of the point, in the CRS.
         scale: ground metres per unit of the CRS.
         side: side of a block, in metres.
     """
-    return f"{math.floor(x * scale / side)}_{math.floor(y * scale / side)}"
+    block = f"{math.floor(x * scale / side)}_{math.floor(y * scale / side)}"
+    return f"{crs_name(crs).removeprefix('EPSG:')}_{block}" if crs else block
 
 
 def utm_crs(longitude: float, latitude: float) -> str:

@@ -22,7 +22,7 @@ from bocage.shards.source.described.coverage import count_valid, counting_thread
 from bocage.shards.source.described.description import DatasetDescription, build_registry
 from bocage.shards.source.described.file_patterns import fill_template
 from bocage.shards.source.described.files import explain_empty, find_files
-from bocage.shards.source.described.ground import ground_block
+from bocage.shards.source.described.ground import crs_name, ground_block, same_crs
 from bocage.shards.source.described.raster_sites import FoundRaster, Layer, Site, make_sites
 from bocage.shards.source.described.raster_windows import (
     Bounds,
@@ -32,7 +32,6 @@ from bocage.shards.source.described.raster_windows import (
     describe_raster,
     grid_bounds,
     has_holes,
-    same_crs,
 )
 from bocage.shards.source.described.rasters import RasterRules, open_raster, raster_rules, sidecar_environment
 from bocage.shards.source.raster import RasterError
@@ -200,18 +199,13 @@ class _PatchFields(Sequence[Mapping[str, str]]):
         site = self._sites[self._cells.site[index]]
         row, column = int(self._cells.row[index]), int(self._cells.column[index])
         # Rows and columns have four digits, so that keys sort by position and neighbours share blocks of the files.
-        fields = {**site.fields, "row": f"{row:04}", "column": f"{column:04}", "crs": _short_name(site.crs)}
+        fields = {**site.fields, "row": f"{row:04}", "column": f"{column:04}", "crs": crs_name(site.crs)}
         if self._block_side:
             x, y = site.left + (column + 0.5) * site.side, site.top - (row + 0.5) * site.side
-            block = ground_block(x, y, site.scale, self._block_side)
+            block = ground_block(site.crs, x, y, site.scale, self._block_side)
             # Blocks of a raster without position are parts of this raster.
             fields["block"] = block if site.has_position else "_".join([*site.fields.values(), block])
         return fields
-
-
-def _short_name(crs: str) -> str:
-    """Name of a coordinate system for keys: its code, or a hash of its WKT."""
-    return crs if crs.startswith("EPSG:") or not crs else f"crs-{hashlib.sha256(crs.encode()).hexdigest()[:8]}"
 
 
 def _keys(

@@ -209,7 +209,7 @@ class _Positions:
         if not zone:
             raise InputError(f"blocks={side:g}: blocks need positions; name table.longitude and table.latitude")
         scale = metres_per_unit(zone, x, y)
-        return f"{zone.removeprefix('EPSG:')}_{ground_block(x, y, scale, side)}"
+        return ground_block(zone, x, y, scale, side)
 
 
 def _find_files(root: Path, description: DatasetDescription, report: CatalogueReport) -> dict[str, dict[str, str]]:

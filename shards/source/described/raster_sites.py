@@ -16,8 +16,8 @@ import numpy as np
 
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Registry
+from bocage.shards.source.described.ground import same_crs
 from bocage.shards.source.described.raster_windows import (
-    ALIGNMENT,
     Bounds,
     PixelGrid,
     PlacedRaster,
@@ -25,8 +25,8 @@ from bocage.shards.source.described.raster_windows import (
     bounds_in,
     grid_bounds,
     place_raster,
-    same_crs,
 )
+from bocage.shards.source.described.rasters import ALIGNMENT
 from bocage.shards.source.report import CatalogueReport
 
 _ROUNDING = 1e-6  # patches or pixels by which coordinates may differ for rounding

@@ -22,8 +22,9 @@ from rasterio.warp import reproject, transform_bounds
 from rasterio.windows import Window
 
 from bocage.shards.modality import Modality
-from bocage.shards.source.described.ground import parse_crs
+from bocage.shards.source.described.ground import parse_crs, same_crs
 from bocage.shards.source.described.rasters import (
+    ALIGNMENT,
     RasterRules,
     check_file,
     convert,
@@ -36,9 +37,6 @@ from bocage.shards.source.described.rasters import (
     sidecar_environment,
 )
 from bocage.shards.source.raster import Raster, RasterError, gdal_reason
-
-ALIGNMENT = 0.02
-"""Pixels by which the pixels of a raster may lie off the patch grid without being resampled."""
 
 _MAX_OPEN = 128  # datasets that a thread keeps open; a process may open 1,024 files by default
 _WARP_TOLERANCE = 0.02  # pixels by which GDAL may approximate the position of a resampled pixel
@@ -123,21 +121,20 @@ def describe_raster(path: Path, file: rasterio.DatasetReader, rules: RasterRules
         RasterError: the raster contradicts the description, or has no grid that is parallel to its coordinates.
     """
     check_file(path, file, rules)
-    has_position = not file.transform.is_identity
-    if not has_position and file.gcps[0]:
-        raise RasterError(f"{path}: has ground control points but no grid: rewrite it with gdalwarp")
     position = position_of(path, file, rules)
+    if not position.is_known and file.gcps[0]:
+        raise RasterError(f"{path}: has ground control points but no grid: rewrite it with gdalwarp")
     first = rules.bands[0]
     alpha = find_alpha(file, rules)
     decoded = range(file.count) if file.interleaving == Interleaving.pixel else rules.bands
     return RasterFile(
         path=path,
         crs=position.crs,
-        has_position=has_position,
+        has_position=position.is_known,
         left=position.left,
         top=position.top,
-        pixel_width=file.transform.a if has_position else position.pixel,
-        pixel_height=-file.transform.e if has_position else position.pixel,
+        pixel_width=position.pixel,
+        pixel_height=-file.transform.e if position.is_known else position.pixel,
         scale=position.scale,
         width=file.width,
         height=file.height,
@@ -250,12 +247,6 @@ def grid_bounds(bounds: Bounds, grid: PixelGrid) -> tuple[float, float, float, f
         (grid.top - top) / grid.pixel,
         (grid.top - bottom) / grid.pixel,
     )
-
-
-@lru_cache(maxsize=256)
-def same_crs(first: str, second: str) -> bool:
-    """Whether two coordinate systems are the same; the texts may differ."""
-    return first == second or bool(first and second and parse_crs(first) == parse_crs(second))
 
 
 def has_holes(file: RasterFile, rules: RasterRules) -> bool:

@@ -17,9 +17,12 @@ from rasterio.windows import Window
 from bocage.shards.errors import InputError
 from bocage.shards.modality import Modality
 from bocage.shards.source.described.description import DatasetDescription, LabelDescription, SensorDescription
-from bocage.shards.source.described.ground import metres_per_unit
+from bocage.shards.source.described.ground import explain_pixels, horizontal_crs, metres_per_unit, same_crs
 from bocage.shards.source.described.nodata import Nodata
-from bocage.shards.source.raster import WHOLE_PNG, Raster, RasterError, gdal_reason
+from bocage.shards.source.raster import WHOLE_PNG, Raster, RasterError, corner_distance, gdal_reason
+
+ALIGNMENT = 0.02
+"""Pixels by which rasters may lie apart that count as one grid, and are not resampled."""
 
 _MAX_SHOWN = 5  # values in a message
 
@@ -84,13 +87,22 @@ def raster_rules(description: DatasetDescription) -> dict[str, RasterRules]:
 
 @dataclass(frozen=True)
 class GeoPosition:
-    """Position of a raster: CRS, upper-left corner and pixel size in units of the CRS, and ground metres per unit."""
+    """Position of a raster.
+
+    Attributes:
+        crs: coordinate system, without that of heights; empty if unknown.
+        left, top: upper-left corner, in the CRS.
+        pixel: side of a pixel, in units of the CRS.
+        scale: ground metres per unit of the CRS.
+        is_known: whether the file is georeferenced; otherwise it lies at 0, 0 with the pixels of the description.
+    """
 
     crs: str
     left: float
     top: float
     pixel: float
     scale: float
+    is_known: bool
 
 
 def open_raster(path: Path) -> rasterio.DatasetReader:
@@ -121,26 +133,25 @@ def position_of(path: Path, file: rasterio.DatasetReader, rules: RasterRules) ->
         RasterError: the raster is rotated, has pixels that are not square, is not in a projected CRS, or has pixels of
             another size than described.
     """
-    transform, crs = file.transform, file.crs.to_string() if file.crs else rules.crs
-    if transform.is_identity:
-        return GeoPosition(rules.crs, 0.0, 0.0, rules.pixel, 1.0)
-    if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
-        raise RasterError(f"{path}: its grid is rotated or flipped against north: rewrite it, e.g. with gdalwarp")
-    if not math.isclose(transform.a, -transform.e, rel_tol=1e-3):
-        raise RasterError(f"{path}: pixels of {transform.a:g} x {-transform.e:g} are not square")
+    transform, is_known = file.transform, not file.transform.is_identity
+    if is_known and (problem := explain_pixels(transform)):
+        raise RasterError(f"{path}: {problem}")
+    centre_x = transform.c + transform.a * file.width / 2
+    centre_y = transform.f + transform.e * file.height / 2
     try:
-        centre_x = transform.c + transform.a * file.width / 2
-        centre_y = transform.f + transform.e * file.height / 2
-        scale = metres_per_unit(crs, centre_x, centre_y) if crs else 1.0
+        crs = horizontal_crs(file.crs.to_string() if file.crs and is_known else rules.crs)
+        scale = metres_per_unit(crs, centre_x, centre_y) if crs and is_known else 1.0
     except InputError as error:
         raise RasterError(f"{path}: {error}") from error
+    if not is_known:
+        return GeoPosition(crs, 0.0, 0.0, rules.pixel, scale, is_known)
     pixel = transform.a * scale
     if abs(pixel - rules.pixel) > rules.pixel_tolerance * rules.pixel:
         raise RasterError(
             f"{path}: pixels of {pixel:.4g} m on the ground, but the description has {rules.pixel:g} m with a "
             f"pixel_tolerance of {rules.pixel_tolerance:g}"
         )
-    return GeoPosition(crs, transform.c, transform.f, transform.a, scale)
+    return GeoPosition(crs, transform.c, transform.f, transform.a, scale, is_known)
 
 
 def check_file(path: Path, file: rasterio.DatasetReader, rules: RasterRules) -> None:
@@ -253,10 +264,12 @@ class TileSource:
     Attributes:
         paths: the file; for a series, the files in the order of the dates.
         rules: rules of the sensor or label.
+        problem: why the patch cannot be used, if that is known before; reading raises it.
     """
 
     paths: tuple[Path, ...]
     rules: RasterRules
+    problem: str = ""
 
     def __str__(self) -> str:
         return str(self.paths[0]) + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
@@ -270,18 +283,23 @@ class TileSource:
         """Read the raster, or stack the dates of a series.
 
         Raises:
-            RasterError: a file cannot be read, contradicts the description, or lies elsewhere than the first date.
+            RasterError: a file cannot be read, contradicts the description, or lies elsewhere than the first date; or
+                the patch has a problem.
         """
+        if self.problem:
+            raise RasterError(self.problem)
         with sidecar_environment():
             rasters = [_read_tile(path, self.rules, modality) for path in self.paths]
-        first = rasters[0]
         if not modality.has_time_axis:
-            return first
+            return rasters[0]
+        first = next((number for number, raster in enumerate(rasters) if raster.has_position), 0)
+        reference = rasters[first]
         for path, raster in zip(self.paths, rasters):
-            if (raster.crs, raster.left, raster.top) != (first.crs, first.left, first.top):
-                raise RasterError(f"{path}: lies elsewhere than {self.paths[0]}, of the same series")
+            is_near = corner_distance(raster, reference) <= ALIGNMENT * reference.side / modality.size
+            if raster.has_position and not (is_near and same_crs(raster.crs, reference.crs)):
+                raise RasterError(f"{path}: lies elsewhere than {self.paths[first]}, of the same series")
         array = np.stack([raster.array for raster in rasters])
-        return first._replace(array=array, stored_bytes=sum(raster.stored_bytes for raster in rasters))
+        return reference._replace(array=array, stored_bytes=sum(raster.stored_bytes for raster in rasters))
 
 
 def _read_tile(path: Path, rules: RasterRules, modality: Modality) -> Raster:
@@ -308,4 +326,5 @@ def _read_tile(path: Path, rules: RasterRules, modality: Modality) -> Raster:
         array = np.full(values.shape, rules.nodata.fill, modality.dtype)
         array[:, ~hidden] = convert(path, values[:, ~hidden], rules, declared)
     side = size * position.pixel
-    return Raster(array, position.crs, position.left, position.top, side, path.stat().st_size)
+    place = (position.crs, position.left, position.top, side)
+    return Raster(array, *place, path.stat().st_size, position.is_known)

@@ -26,9 +26,11 @@ from bocage.shards.source.described.rasters import (
     raster_rules,
     sidecar_environment,
 )
+from bocage.shards.source.raster import RasterError
 from bocage.shards.source.report import CatalogueReport
 
 _RESERVED = ("block",)
+_UNKNOWN_BLOCK = "unknown"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TileCatalogue(DescribedCatalogue):
     _files: dict[str, pa.ListArray]  # by modality: paths of each patch, in the order of their dates
     _days: dict[str, pa.ListArray]  # by dated modality: days since 1970-01-01 of these files
     _rules: dict[str, RasterRules]
+    _problems: dict[int, str]  # by patch: why its block is unknown, which reading it reports
 
     @classmethod
     def open(cls, root: Path, description: DatasetDescription, folder: Path) -> TileCatalogue:
@@ -67,11 +70,16 @@ class TileCatalogue(DescribedCatalogue):
         for mask in registry.by_role("mask"):
             _match_dates(tiles, mask.name, str(mask.mask_of), keys, report)
         rules = raster_rules(description)
+        problems: dict[str, str] = {}
         if description.blocks:
             for key in keys:
-                first = next(name for name in inputs if key in tiles.files[name])
-                path = root / tiles.files[first][key][0][1]
-                tiles.fields[key]["block"] = _block(path, rules[first], description.blocks)
+                files = {name: root / tiles.files[name][key][0][1] for name in registry if key in tiles.files[name]}
+                try:
+                    tiles.fields[key]["block"] = _block(files, rules, description.blocks)
+                except RasterError as error:
+                    tiles.fields[key]["block"], problems[key] = _UNKNOWN_BLOCK, str(error)
+            if len(problems) == len(keys):
+                raise InputError(next(iter(problems.values())))
         names = name_patches(description, keys, [tiles.fields[key] for key in keys])
         ordered = [keys[row] for row in names.order]
         files, days, presence = {}, {}, {}
@@ -95,12 +103,14 @@ class TileCatalogue(DescribedCatalogue):
             _files={name: files[name] for name in occurring},
             _days={name: days[name] for name in occurring if name in days},
             _rules=rules,
+            _problems={row: problems[key] for row, key in enumerate(ordered) if key in problems},
         )
 
     def source(self, modality: str, index: int) -> PatchSource:
         """Source of a raster that the patch has."""
         paths = self._files[modality][index].as_py()
-        return TileSource(tuple(self.root / path for path in paths), self._rules[modality])
+        problem = self._problems.get(index, "")
+        return TileSource(tuple(self.root / path for path in paths), self._rules[modality], problem)
 
     def dates(self, modality: str, index: int) -> np.ndarray | None:
         """Dates of a raster, int32 days since 1970-01-01; None if the patch lacks it or it has no dates."""
@@ -189,12 +199,17 @@ def _key(description: DatasetDescription, fields: Mapping[str, str], date: str |
     return fill_template("_".join(f"{{{name}}}" for name in fields), fields, "key")
 
 
-def _block(path: Path, rules: RasterRules, side: float) -> str:
-    """Name of the ground block of a tile: column and row, counted in ``side`` metres from the origin of the CRS."""
-    with sidecar_environment(), open_raster(path) as file:
-        if file.transform.is_identity:
-            raise InputError(f"{path}: has no position, so blocks of {side:g} m cannot be made")
-        position = position_of(path, file, rules)
-        x = position.left + position.pixel * file.width / 2
-        y = position.top - position.pixel * file.height / 2
-    return ground_block(x, y, position.scale, side)
+def _block(files: Mapping[str, Path], rules: Mapping[str, RasterRules], side: float) -> str:
+    """Name of the ground block of a patch, by the first of its files, by sensor or label, that has a position.
+
+    Raises:
+        RasterError: a file cannot be read, or none has a position that can be used.
+    """
+    for name, path in files.items():
+        with sidecar_environment(), open_raster(path) as file:
+            position = position_of(path, file, rules[name])
+            if position.is_known:
+                x = position.left + position.pixel * file.width / 2
+                y = position.top - position.pixel * file.height / 2
+                return ground_block(position.crs, x, y, position.scale, side)
+    raise RasterError(f"{next(iter(files.values()))}: has no position, so blocks of {side:g} m cannot be made")
