@@ -1,5 +1,6 @@
 """Folders of tiles become shards by a description; wrong tiles and descriptions are named."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -491,6 +492,27 @@ def test_impossible_values_name_their_key(changes: dict[str, Any], message: str)
     assert message in str(error.value)
 
 
+def test_fields_that_no_image_has_must_agree_too(tmp_path: Path) -> None:
+    write_tile(tmp_path / "tiles/image/t.tif", image())
+    for name in ("roof/2020", "wall/2021"):
+        write_tile(tmp_path / f"tiles/{name}/t.tif", mask())
+    labels = {name.upper(): {**LABEL, "files": f"{name}/{{year}}/{{tile}}.tif"} for name in ("roof", "wall")}
+    changes: dict[str, Any] = {"sensor": {"files": "image/{tile}.tif"}, "labels": labels, "key": "{tile}"}
+    with pytest.raises(InputError, match=r"key t stands for two patches: year is '2020', and '2021' for wall/2021/t"):
+        open_described(tmp_path / "tiles", description(domain="", **changes), tmp_path)
+    (tmp_path / "tiles/wall/2021").rename(tmp_path / "tiles/wall/2020")
+    assert open_described(tmp_path / "tiles", description(domain="{year}", **changes), tmp_path).domains == ["2020"]
+
+
+@pytest.mark.parametrize("what", ["domain", "region"])
+def test_two_places_do_not_become_one(what: str, tmp_path: Path) -> None:
+    for column, site in enumerate(("Saint Jean", "Saint-Jean")):
+        write_tile(tmp_path / f"tiles/{site}/t{column}.tif", image(), column)
+    changes: dict[str, Any] = {"sensor": {"files": "{site}/{tile}.tif"}, "labels": {}, "domain": "", what: "{site}"}
+    with pytest.raises(InputError, match=rf"{what}: 'Saint Jean' and 'Saint-Jean' both become 'Saint-Jean' in shards"):
+        open_described(tmp_path / "tiles", description(**changes), tmp_path)
+
+
 def test_labels_without_an_image_and_other_files_are_counted(tiles: Path) -> None:
     write_tile(tiles / "south/label/t9.tif", mask())
     (tiles / "notes.txt").write_text("taken in May")
@@ -584,7 +606,14 @@ def test_patterns_match_whole_paths() -> None:
     assert pattern.match("a/image/1-2_b.tif") is None and pattern.match("b/a/image/1-2_a.tif") is None
     assert FilePattern("**/{key}.tif").match("a/b/c.tif") == {"key": "c"}
     assert FilePattern("*/{key}.*").match("a/b.png") == {"key": "b"}
-    assert plain_name("Été 2021/a") == "-t-2021-a"
+
+
+def test_names_of_any_script_stay_different() -> None:
+    assert plain_name("Été 2021/a") == "Ete-2021-a"
+    assert plain_name("Ｌｉｌｌｅ №5 (centre)") == "Lille-No5-centre-"
+    names = ["北京", "上海", "Ørsted", "Orsted", "Москва", "दिल्ली", "दिल्ला", "a b"]
+    assert plain_name("北京") == "u5317u4eac" and len(set(map(plain_name, names))) == len(names)
+    assert all(re.fullmatch("[A-Za-z0-9_-]+", plain_name(name)) for name in names)
 
 
 def test_files_are_listed_in_a_fixed_order_without_hidden_ones(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
 from bocage.shards.source.described.description import DatasetDescription, SplitDescription
-from bocage.shards.source.described.file_patterns import fill_template, plain_name
+from bocage.shards.source.described.file_patterns import fill_template, plain_name, plain_path
 from bocage.shards.source.report import CatalogueReport
 
 _MAX_SHOWN = 5  # names in a message
@@ -130,18 +130,25 @@ def name_patches(
         fields: fields of each patch, including ``block`` if there are blocks.
 
     Raises:
-        InputError: a template names an unknown field.
+        InputError: a template names an unknown field, or two domains or regions get the same name.
     """
     default_domain = plain_name(description.name)
     domains, regions = [], []
+    texts: dict[str, dict[str, str]] = {"domain": {}, "region": {}}  # by name in the shards
     for patch_fields in fields:
         known = dict(patch_fields)
         template = description.domain or ("{domain}" if "domain" in known else "")
-        known["domain"] = fill_template(template, known, "domain").replace("/", "-") if template else default_domain
+        domain, text = default_domain, fill_template(template, known, "domain")
+        if text:
+            domain = plain_name(text)
+            _check_text("domain", domain, text, texts["domain"])
+        known["domain"] = domain
         template = description.region or next((f"{{{name}}}" for name in ("region", "block") if name in known), "")
-        region = fill_template(template, known, "region") if template else ""
-        domains.append(known["domain"])
-        regions.append(f"{known['domain']}/{region}" if region else known["domain"])
+        text = fill_template(template, known, "region")
+        region = f"{domain}/{plain_path(text)}" if text else domain
+        _check_text("region", region, text, texts["region"])
+        domains.append(domain)
+        regions.append(region)
     for name in (*keys, *regions):
         if len(name) > _FIELD_LENGTH:
             raise InputError(f"{name[:50]}...: names of keys and regions have at most {_FIELD_LENGTH} characters")
@@ -156,6 +163,15 @@ def name_patches(
         region_ids=region_ids.astype(np.int64),
         order=order,
     )
+
+
+def _check_text(what: str, name: str, text: str, texts: dict[str, str]) -> None:
+    """Refuse two texts with one name in the shards: their patches would count as one place."""
+    if (first := texts.setdefault(name, text)) != text:
+        raise InputError(
+            f"{what}: {first!r} and {text!r} both become {plain_path(text)!r} in shards, whose names have letters, "
+            f"digits, - and _ only; rename one of them, or name another field in {what}"
+        )
 
 
 def assign_splits(

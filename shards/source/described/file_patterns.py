@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def list_files(root: Path) -> Iterator[str]:
 
 
 def fill_template(template: str, fields: Mapping[str, str], what: str) -> str:
-    """Fill the fields of a template and replace characters that keys cannot have by ``-``; ``/`` stays.
+    """Fill the fields of a template.
 
     Args:
         template: text with fields in braces.
@@ -121,9 +122,26 @@ def fill_template(template: str, fields: Mapping[str, str], what: str) -> str:
             raise InputError(f"{what}: {template!r}: no field {name!r}; fields: {', '.join(fields) or 'none'}")
         return fields[name]
 
-    return "/".join(plain_name(part) for part in _TOKEN.sub(value, template).split("/"))
+    return _TOKEN.sub(value, template)
+
+
+def plain_path(text: str) -> str:
+    """Text whose parts between ``/`` are plain names."""
+    return "/".join(map(plain_name, text.split("/")))
 
 
 def plain_name(text: str) -> str:
-    """Text with runs of characters other than letters, digits, ``-`` and ``_`` replaced by one ``-``."""
+    """Text of ASCII letters, digits, ``-`` and ``_``, for keys, which name members of tars.
+
+    Accents are dropped, and letters without an ASCII letter become their code, such as ``u5317``. Runs of other
+    characters become one ``-``.
+    """
+    if not text.isascii():
+        decomposed = unicodedata.normalize("NFKD", text)
+        text = "".join(map(_spell, (item for item in decomposed if not unicodedata.combining(item))))
     return _FORBIDDEN.sub("-", text)
+
+
+def _spell(character: str) -> str:
+    is_letter = character.isalnum() or unicodedata.category(character).startswith("M")  # vowel signs are marks
+    return character if character.isascii() or not is_letter else f"u{ord(character):04x}"

@@ -20,7 +20,7 @@ from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
 from bocage.shards.source.described.coverage import count_valid, counting_threads
 from bocage.shards.source.described.description import DatasetDescription, build_registry
-from bocage.shards.source.described.file_patterns import fill_template
+from bocage.shards.source.described.file_patterns import fill_template, plain_name
 from bocage.shards.source.described.files import explain_empty, find_files
 from bocage.shards.source.described.ground import crs_name, ground_block, same_crs
 from bocage.shards.source.described.raster_sites import FoundRaster, Layer, Site, make_sites
@@ -223,7 +223,7 @@ def _keys(
         parts += ["{crs}"] if sites_with[tuple(site.fields.items())] > 1 else []
         templates.append(description.key or "_".join([*parts, "{row}-{column}"]))
     keys = [
-        fill_template(templates[site], patch_fields, "key").replace("/", "-")
+        plain_name(fill_template(templates[site], patch_fields, "key"))
         for site, patch_fields in zip(cells.site.tolist(), fields)
     ]
     if len(set(keys)) < len(keys):

@@ -25,7 +25,7 @@ from bocage.shards.modality import Modality, Registry
 from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
 from bocage.shards.source.described.description import TABLE_FIELDS, DatasetDescription, build_registry
-from bocage.shards.source.described.file_patterns import FilePattern, fill_template, list_files
+from bocage.shards.source.described.file_patterns import FilePattern, fill_template, list_files, plain_name
 from bocage.shards.source.described.ground import ground_block, metres_per_unit, parse_crs, utm_crs
 from bocage.shards.source.described.series_table import SeriesTable, read_table
 from bocage.shards.source.raster import Raster
@@ -326,7 +326,7 @@ def _patch_keys(
     template = description.key or "{key}"
     owners: dict[str, int] = {}
     for number in kept.tolist():
-        key = fill_template(template, fields[number], "key").replace("/", "-")
+        key = plain_name(fill_template(template, fields[number], "key"))
         if not key:
             raise InputError(f"{paths[number]}: a series has an empty key; see key in the description")
         first = owners.setdefault(key, number)

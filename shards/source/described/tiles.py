@@ -15,7 +15,7 @@ from bocage.shards.modality import Registry
 from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
 from bocage.shards.source.described.description import DatasetDescription, build_registry
-from bocage.shards.source.described.file_patterns import fill_template
+from bocage.shards.source.described.file_patterns import fill_template, plain_name
 from bocage.shards.source.described.files import explain_empty, find_files
 from bocage.shards.source.described.ground import ground_block
 from bocage.shards.source.described.rasters import (
@@ -131,7 +131,7 @@ class TileCatalogue(DescribedCatalogue):
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Files found: by modality and key, (day, path) of each; and the fields of the first input of each key."""
+    """Files found: by modality and key, (day, path) of each; and the fields of the files of each key."""
 
     files: dict[str, dict[str, list[tuple[int, str]]]]
     fields: dict[str, dict[str, str]]
@@ -140,14 +140,12 @@ class _Tiles:
 def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) -> _Tiles:
     series = {name for name, sensor in description.sensors.items() if sensor.role != "image"}
     tiles = _Tiles({name: {} for name in (*description.sensors, *description.labels)}, {})
-    originals: dict[str, dict[str, str]] = {}
     for file in find_files(root, description, report, _RESERVED):
         name, path, fields, day = file.name, file.path, file.fields, file.day
         key = _key(description, fields, file.date)
         if not key:
             raise InputError(f"{path}: its key is empty: name a field in the pattern of {name}, such as {{tile}}")
-        known = originals.setdefault(key, fields)
-        tiles.fields.setdefault(key, fields)
+        known = tiles.fields.setdefault(key, {})
         files = tiles.files[name].setdefault(key, [])
         if files and (name not in series or day in [known_day for known_day, _ in files]):
             raise InputError(f"key {key} occurs twice for {name}: {files[0][1]} and {path}; see key in the description")
@@ -155,8 +153,9 @@ def _scan(root: Path, description: DatasetDescription, report: CatalogueReport) 
         if clash is not None:
             raise InputError(
                 f"key {key} stands for two patches: {clash} is {known[clash]!r}, and {fields[clash]!r} for {path}; "
-                "name the field in key"
+                "name the field in key, or write * for it in the patterns"
             )
+        known.update(fields)
         files.append((day, path))
     return tiles
 
@@ -191,12 +190,9 @@ def _match_dates(tiles: _Tiles, mask: str, series: str, keys: Sequence[str], rep
 
 def _key(description: DatasetDescription, fields: Mapping[str, str], date: str | None) -> str:
     """Key of the patch of a file; a template may also name the date, for patches with images of several dates."""
-    if description.key:
-        dated = fields if date is None else {**fields, "date": date}
-        return fill_template(description.key, dated, "key").replace("/", "-")
-    if "key" in fields:
-        return fill_template("{key}", fields, "key")
-    return fill_template("_".join(f"{{{name}}}" for name in fields), fields, "key")
+    template = description.key or ("{key}" if "key" in fields else "_".join(f"{{{name}}}" for name in fields))
+    dated = fields if date is None or not description.key else {**fields, "date": date}
+    return plain_name(fill_template(template, dated, "key"))
 
 
 def _block(files: Mapping[str, Path], rules: Mapping[str, RasterRules], side: float) -> str:
