@@ -109,6 +109,8 @@ class Catalogue(ABC):
     def with_listed_split(self, name: str, lists: Mapping[str, tuple[str, Sequence[str]]]) -> Self:
         """A copy of the catalogue with another split, defined by lists of keys.
 
+        The report counts the keys that are not in the dataset.
+
         Args:
             name: name of the split, which becomes a column of the manifest.
             lists: file that lists the patches of a value, for messages, and their keys; by value (``train``,
@@ -120,6 +122,7 @@ class Catalogue(ABC):
         """
         self._check_new_split(name)
         keys = pa.array(self.keys(), pa.string())
+        known = set(keys.to_pylist())
         values = list(lists)
         column = np.full(len(self), -1, np.int32)  # index into the values
         for code, (path, listed_keys) in enumerate(lists.values()):
@@ -128,6 +131,7 @@ class Catalogue(ABC):
             if not len(rows):
                 raise InputError(f"{path}: none of its patches is in {self.root}")
             assigned = rows[column[rows] >= 0]
+            self.report().add_unknown_keys(path, listed_keys, known)
             if len(assigned):
                 other = values[column[assigned[0]]]
                 raise InputError(f"{path}: patch {keys[assigned[0]]} is listed as {other} and as {values[code]}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 _MAX_EXAMPLES = 5
@@ -123,6 +125,15 @@ class CatalogueReport:
         """Count a file of 0 bytes."""
         self.empty += 1
         _append_example(self.empty_examples, name)
+
+    def add_unknown_keys(self, path: str | Path, listed: Sequence[str], known: Container[str]) -> None:
+        """Count the listed keys of a split that the dataset lacks, which may be misspelt."""
+        if unknown := [key for key in listed if key not in known]:
+            examples: list[str] = []
+            for key in unknown[:_MAX_EXAMPLES]:
+                _append_example(examples, key)
+            shown = ", ".join(examples)
+            self.notes.append(f"{len(unknown)} of {len(listed)} keys of {path} are not in the dataset, e.g. {shown}")
 
     def add_unreadable(self, message: str) -> None:
         """Count a folder or zip that is left out."""

@@ -143,15 +143,18 @@ def test_modalities_can_be_chosen(tmp_path: Path) -> None:
 def test_csv_split(tmp_path: Path, separator: str) -> None:
     keys = [f"D012-2019_AF-S1-27_5-{column}" for column in range(4)]
     touch(tmp_path, keys, "AERIAL_RGBI")
-    for value, chosen in (("train", keys[:2]), ("test", keys[3:])):
+    elsewhere = "D012-2019_AF-S1-27_5-9"
+    for value, chosen in (("train", [*keys[:2], elsewhere]), ("test", keys[3:])):
         rows = [["AERIAL-RLT_PAN", "AERIAL_RGBI", "DEM_ELEV"]]
         for key in chosen:
             paths = [raster_path(Path(".."), FLAIR_HUB[name], key).as_posix() for name in rows[0][:2]]
             rows.append([*paths, ""])
         (tmp_path / f"{value}.csv").write_text("\n".join(separator.join(row) for row in rows) + "\n")
-    assert read_csv_split(tmp_path / "train.csv") == keys[:2]
+    assert read_csv_split(tmp_path / "train.csv") == [*keys[:2], elsewhere]
     files = {"train": tmp_path / "train.csv", "test": tmp_path / "test.csv"}
     catalogue = FlairHubCatalogue.open(tmp_path).with_csv_split("split_mine", files)
+    [note] = catalogue.report().notes
+    assert note == f"1 of 3 keys of {files['train']} are not in the dataset, e.g. {elsewhere}"
     assert [catalogue.patch(index).splits["split_mine"] for index in range(4)] == ["train", "train", None, "test"]
     with pytest.raises(InputError, match="listed as train and as test"):
         catalogue.with_csv_split("split_other", {"train": tmp_path / "train.csv", "test": tmp_path / "train.csv"})

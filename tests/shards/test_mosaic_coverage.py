@@ -46,7 +46,8 @@ def test_patches_with_missing_pixels_are_left_out(kind: str, tiled: bool, tmp_pa
     write(tmp_path / "ortho/a.tif", array, 0.2, **options)
     catalogue = open_catalogue(tmp_path, describe("ORTHO", **changes))
     assert catalogue.keys() == COMPLETE
-    assert any("1 windows of ORTHO are left out because up to 10%" in note for note in catalogue.report().warnings())
+    [note] = [note for note in catalogue.report().warnings() if "left out" in note]
+    assert "1 windows of ORTHO lack pixels and are left out, 1 of them at most 10%" in note
     arrays = read_back(write_shards(catalogue, tmp_path / "out"))
     assert np.array_equal(arrays["0001-0001"]["ORTHO"], array[:3, 400:, 400:800])
 
@@ -152,6 +153,19 @@ def test_a_used_band_is_no_alpha_band(tmp_path: Path) -> None:
     bands = {"R": 650, "G": 550, "B": 460, "N": 830}
     arrays = read_back(shard(tmp_path, describe("ORTHO", ORTHO__bands=bands), tmp_path / "out"))
     assert np.array_equal(arrays["0000-0000"]["ORTHO"], array)
+
+
+def test_windows_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    array = noise(3, 900, 1250)  # 2 x 3 whole windows, and 6 at the edges
+    array[:, 100:200, 100:300] = 0  # 12 % of a window
+    array[:, 500:510, 500:510] = 0
+    write(tmp_path / "ortho/a.tif", array, 0.2)
+    catalogue = open_catalogue(tmp_path, describe("ORTHO", ORTHO__nodata=[0]))
+    assert len(catalogue) == 4
+    [note] = [note for note in catalogue.report().warnings() if "left out" in note]
+    assert note == (
+        "8 windows of ORTHO lack pixels and are left out, 1 of them at most 10%; to keep them, lower min_coverage"
+    )
 
 
 def test_a_mask_beside_the_raster_counts(tmp_path: Path) -> None:

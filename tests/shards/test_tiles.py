@@ -522,6 +522,15 @@ def test_labels_without_an_image_and_other_files_are_counted(tiles: Path) -> Non
     assert "2 of 8 patches without ROOF" in warnings
 
 
+def test_listed_keys_that_are_not_in_the_dataset_are_named(tiles: Path) -> None:
+    (tiles / "train.txt").write_text("north_t0\nnorth_t1\nNorth_t2\nnorth-t3\n")
+    (tiles / "test.txt").write_text("south_t0\n")
+    split = {"by": "file", "train": "train.txt", "test": "test.txt", "allow_mixed_regions": True}
+    catalogue = open_described(tiles, description(splits={"split_a": split}), tiles)
+    [note] = [note for note in catalogue.report().warnings() if "keys" in note]
+    assert note == f"2 of 4 keys of {tiles / 'train.txt'} are not in the dataset, e.g. North_t2, north-t3"
+
+
 def test_an_empty_folder_and_damaged_files(tiles: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no file matches .*; the folder is empty"):

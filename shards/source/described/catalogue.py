@@ -175,7 +175,11 @@ def _check_text(what: str, name: str, text: str, texts: dict[str, str]) -> None:
 
 
 def assign_splits(
-    description: DatasetDescription, names: PatchNames, fields: Sequence[Mapping[str, str]], folder: Path
+    description: DatasetDescription,
+    names: PatchNames,
+    fields: Sequence[Mapping[str, str]],
+    folder: Path,
+    report: CatalogueReport,
 ) -> dict[str, pa.DictionaryArray]:
     """Value of each patch in each split, a string or null.
 
@@ -184,6 +188,7 @@ def assign_splits(
         names: names of the patches.
         fields: fields of each patch, in the order of ``names``.
         folder: folder that paths of key lists are relative to.
+        report: report that counts the listed keys that are not in the dataset.
 
     Raises:
         InputError: a value names nothing in the dataset, a list cannot be read, or a region gets two values.
@@ -191,7 +196,7 @@ def assign_splits(
     splits = {}
     for name, split in description.splits.items():
         if split.by == "file":
-            values = _values_of_lists(name, split, names, folder)
+            values = _values_of_lists(name, split, names, folder, report)
         else:
             values = _values_of_units(name, split, _units(name, split, names, fields))
         if not split.allow_mixed_regions:
@@ -258,7 +263,9 @@ def _draw_fractions(split: SplitDescription, counts: Mapping[str, int], value_of
         wanted[value] -= counts[unit]
 
 
-def _values_of_lists(name: str, split: SplitDescription, names: PatchNames, folder: Path) -> list[str | None]:
+def _values_of_lists(
+    name: str, split: SplitDescription, names: PatchNames, folder: Path, report: CatalogueReport
+) -> list[str | None]:
     rows = {key: row for row, key in enumerate(names.keys.to_pylist())}
     values: list[str | None] = [None] * len(rows)
     for value, part in split.parts.items():
@@ -271,6 +278,7 @@ def _values_of_lists(name: str, split: SplitDescription, names: PatchNames, fold
         known = [key for key in listed if key in rows]
         if not known:
             raise InputError(f"splits.{name}: {path}: none of its {len(listed)} keys is in the dataset")
+        report.add_unknown_keys(path, listed, rows)
         for key in known:
             if values[rows[key]] not in (None, value):
                 raise InputError(f"splits.{name}: {path}: {key} is listed as {values[rows[key]]} and as {value}")

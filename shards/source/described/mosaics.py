@@ -41,7 +41,7 @@ _RESERVED = ("block", "row", "column", "crs")
 _ROUNDING = 1e-6  # pixels
 _BAND_PIXELS = 4096  # least height of the bands of patches that are counted together
 _BAND_PATCHES = 4_000_000  # most patches of a band, times the days of a series
-_NEARLY = 0.9  # fraction of valid pixels from which the report mentions patches that are left out
+_NEARLY = 0.9  # fraction of valid pixels from which the report says that windows that are left out lack few
 _SLOW_BYTES = 8 << 20  # bytes decoded for one window from which the report calls a raster slow
 _SLOW_RATIO = 8  # decoded bytes per byte of the window from which it does
 _MAX_COMPARED = 2000  # rasters of a site whose dates are compared
@@ -103,12 +103,12 @@ class RasterCatalogue(DescribedCatalogue):
         if not any(found[modality.name] for modality in registry.inputs):
             raise InputError((report.unreadable_examples or [explain_empty(root, description, report)])[0])
         sites = make_sites(found, registry, report)
-        nearly: Counter[str] = Counter()
+        left_out: dict[str, Counter[bool]] = {name: Counter() for name in registry}
         with counting_threads() as threads:
             parts = [
                 part
                 for number, site in enumerate(sites)
-                for part in _cover(number, site, registry, description, rules, threads, nearly)
+                for part in _cover(number, site, registry, description, rules, threads, left_out)
             ]
         cells = _join(parts, registry)
         if not len(cells.site):
@@ -119,12 +119,12 @@ class RasterCatalogue(DescribedCatalogue):
         cells = cells.take(names.order)
         report.patches = len(keys)
         report.present |= {name: int(cells.presence[name].sum()) for name in registry}
-        report.notes += _notes(sites, cells, found, registry, description, rules, nearly)
+        report.notes += _notes(sites, cells, found, registry, description, rules, left_out)
         occurring = [name for name in registry if report.present[name]]
         return cls(
             root=root,
             registry=Registry(tuple(registry[name] for name in occurring)),
-            splits=assign_splits(description, names, _PatchFields(sites, cells, description.blocks), folder),
+            splits=assign_splits(description, names, _PatchFields(sites, cells, description.blocks), folder, report),
             description=description,
             names=names,
             _presence={name: cells.presence[name] for name in occurring},
@@ -270,9 +270,9 @@ def _cover(
     description: DatasetDescription,
     rules: Mapping[str, RasterRules],
     threads: Executor,
-    nearly: Counter[str],
+    left_out: Mapping[str, Counter[bool]],
 ) -> Iterator[_Cells]:
-    """Find the patches of a site, in bands of rows."""
+    """Find the patches of a site, in bands of rows, and count the windows that are left out; see ``_available``."""
     height = max(math.ceil(_BAND_PIXELS / max(layer.grid.size for layer in site.layers.values())), 1)
     for name, layer in site.layers.items():
         blocks = [raster.file.block[0] for raster in layer.rasters if has_holes(raster.file, rules[name])]
@@ -282,7 +282,7 @@ def _cover(
     for start in range(0, site.rows, height):
         rows = range(start, min(start + height, site.rows))
         available = {
-            name: _available(name, layer, rules[name], description, rows, site.columns, threads, nearly)
+            name: _available(name, layer, rules[name], description, rows, site.columns, threads, left_out[name])
             for name, layer in site.layers.items()
         }
         row, column = np.nonzero(_covered(site, registry, available, rows))
@@ -308,9 +308,12 @@ def _available(
     rows: range,
     columns: int,
     threads: Executor,
-    nearly: Counter[str],
+    left_out: Counter[bool],
 ) -> np.ndarray:
-    """Mask of the days of a layer that patches can have, (days, rows, columns) bool."""
+    """Mask of the days of a layer that patches can have, (days, rows, columns) bool.
+
+    Windows that lack too many pixels are counted in ``left_out``, by whether they lack few; those without any are not.
+    """
     size = layer.grid.size
     in_rows = (layer.boxes[:, 0] < rows.stop * size) & (layer.boxes[:, 2] > rows.start * size)
     has_fill = rules.nodata.fill is not None
@@ -323,8 +326,9 @@ def _available(
         chosen = [layer.rasters[index] for index in np.flatnonzero(in_rows & (layer.day_index == day))]
         counts = count_valid(chosen, layer.grid, rules, rows, columns, threads)
         available[day] = counts >= least
-        if any(has_holes(raster.file, rules) for raster in chosen):
-            nearly[name] += int(((counts < least) & (counts >= _NEARLY * size * size)).sum())
+        partial = counts[(counts > 0) & (counts < least)]
+        nearly = int((partial >= _NEARLY * size * size).sum())
+        left_out.update({True: nearly, False: len(partial) - nearly})
     return available
 
 
@@ -391,7 +395,7 @@ def _notes(
     registry: Registry,
     description: DatasetDescription,
     rules: Mapping[str, RasterRules],
-    nearly: Mapping[str, int],
+    left_out: Mapping[str, Counter[bool]],
 ) -> list[str]:
     """Messages about rasters that are resampled, slow to cut, unused or of other dates, and about missing pixels."""
     notes = []
@@ -418,13 +422,13 @@ def _notes(
                 f"{file.window_bytes(modality.size) / 1e6:.0f} MB, e.g. of {file.path}; write it in tiles: "
                 f"gdal_translate -co TILED=YES -co COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER {file.path} NEW.tif"
             )
-        if nearly.get(name):
+        if total := left_out[name].total():
             how = "lower min_coverage" if name in description.sensors else "add values to ignore"
             if name in description.sensors and rules[name].nodata.fill is None:
                 how = "name a nodata value and lower min_coverage"
             notes.append(
-                f"{nearly[name]} windows of {name} are left out because up to {1 - _NEARLY:.0%} of their pixels are "
-                f"missing; to keep them, {how}"
+                f"{total} windows of {name} lack pixels and are left out, {left_out[name][True]} of them at most "
+                f"{1 - _NEARLY:.0%}; to keep them, {how}"
             )
         if found[name] and not cells.presence[name].any():
             notes.append(_explain_absent(name, sites, found[name], cells))

@@ -140,7 +140,7 @@ class TableCatalogue(DescribedCatalogue):
         return cls(
             root=root,
             registry=Registry(tuple(registry[name] for name in occurring)),
-            splits=assign_splits(description, names, [fields[row] for row in names.order], folder),
+            splits=assign_splits(description, names, [fields[row] for row in names.order], folder, report),
             description=description,
             names=names,
             _presence={name: presence[name][series] for name in occurring},

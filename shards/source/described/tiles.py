@@ -95,7 +95,7 @@ class TileCatalogue(DescribedCatalogue):
         return cls(
             root=root,
             registry=Registry(tuple(registry[name] for name in occurring)),
-            splits=assign_splits(description, names, [tiles.fields[key] for key in ordered], folder),
+            splits=assign_splits(description, names, [tiles.fields[key] for key in ordered], folder, report),
             description=description,
             names=names,
             _presence={name: presence[name] for name in occurring},
