@@ -179,6 +179,10 @@ def test_bad_tiles_are_left_out_of_blocks(tiles: Path, tmp_path: Path) -> None:
     write_tile(tiles / "north/image/t3.tif", image(), crs=None, transform=None)  # its only file
     with pytest.raises(InputError, match=r"unreadable but --max-bad allows 1: .*t\d\.tif"):
         shard(tiles, tmp_path / "no", max_bad=0.1, **changes)
+    [note] = [
+        note for note in open_described(tiles, description(**changes), tiles).report().warnings() if "block" in note
+    ]
+    assert note.startswith("3 patches have no block and cannot be read, e.g. ")
     manifest = shard(tiles, tmp_path / "out", max_bad=0.5, **changes)
     reasons = {"south_t1": "cannot be read", "south_t3": "in degrees", "north_t3": "has no position, so blocks of 32 m"}
     assert len(manifest) == 5 and set(manifest.skipped) == set(reasons)

@@ -269,7 +269,7 @@ def read_window(
         box: part of the grid; see ``PlacedRaster.overlap``.
 
     Returns:
-        values: values of the used bands, (C, H, W); a band without a value has one that the description names.
+        values: values of the used bands, (C, H, W); where a band has none, a nodata value of the description.
         valid: mask of the pixels that are not missing, (H, W) bool; None if none is missing.
 
     Raises:
@@ -394,7 +394,8 @@ def _source_window(file: RasterFile, grid: PixelGrid, box: Box) -> Window | None
     left, top = grid.left + column * grid.pixel, grid.top - row * grid.pixel
     right, bottom = left + width * grid.pixel, top - height * grid.pixel
     if not same_crs(file.crs, grid.crs):
-        left, bottom, right, top = transform_bounds(grid.crs, file.crs, left, bottom, right, top)
+        bounds = (left, bottom, right, top)
+        left, bottom, right, top = transform_bounds(parse_crs(grid.crs), parse_crs(file.crs), *bounds)
     first_column, last_column = (left - file.left) / file.pixel_width, (right - file.left) / file.pixel_width
     first_row, last_row = (file.top - top) / file.pixel_height, (file.top - bottom) / file.pixel_height
     # The kernel of bilinear interpolation reaches a pixel, or as many as fall into one of the grid.

@@ -238,7 +238,9 @@ def convert(where: object, values: np.ndarray, rules: RasterRules, declared: flo
             raise RasterError(f"{where}: infinite values; replace them by NaN or a nodata value")
         if not rules.nodata.accepts_nan and np.isnan(values).any():
             raise RasterError(f"{where}: NaN values; if they mark missing pixels, add .nan to nodata")
-    is_named = declared is None or math.isnan(declared) or rules.nodata.is_missing(np.array(declared, values.dtype)).all()
+    is_named = (
+        declared is None or math.isnan(declared) or rules.nodata.is_missing(np.array(declared, values.dtype)).all()
+    )
     if not is_named and (values == declared).any():
         raise RasterError(
             f"{where}: declares {declared:g} as nodata and holds it; if it marks missing pixels, add it to nodata"

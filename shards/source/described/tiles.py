@@ -80,6 +80,9 @@ class TileCatalogue(DescribedCatalogue):
                     tiles.fields[key]["block"], problems[key] = _UNKNOWN_BLOCK, str(error)
             if len(problems) == len(keys):
                 raise InputError(next(iter(problems.values())))
+            if problems:
+                first = next(iter(problems.values()))
+                report.notes.append(f"{len(problems)} patches have no block and cannot be read, e.g. {first}")
         names = name_patches(description, keys, [tiles.fields[key] for key in keys])
         ordered = [keys[row] for row in names.order]
         files, days, presence = {}, {}, {}
