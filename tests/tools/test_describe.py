@@ -73,11 +73,12 @@ def test_two_folders_are_sharded_as_their_description_is(
     assert short.counts["present"] == {"RGB": 3, "LABEL": 3}
 
 
-def test_values_may_be_overridden_and_ignored(classes: Path, tmp_path: Path) -> None:
+def test_values_may_be_overridden_and_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbered = tmp_path / "numbered.txt"
     numbered.write_text("".join(f"{value} {name}\n" for value, name in enumerate(ROOFS[:4])))
-    words = ["shard", *BANEPA, "--classes", str(numbered), "--ignore", "4", str(tmp_path / "out"), "name=roofs"]
+    words = ["shard", *BANEPA, "--classes", str(numbered), "--ignore=-1,4", str(tmp_path / "out"), "name=roofs"]
     assert main(words) == 0
+    assert " --ignore=-1,4 -o dataset.yaml" in capsys.readouterr().err
     manifest = Manifest.open(tmp_path / "out")
     assert manifest.dataset.name == "roofs"
     scheme = manifest.registry["LABEL"].schemes[0]
@@ -144,13 +145,21 @@ def test_classes_by_line_or_by_value(tmp_path: Path) -> None:
         ("ground\n\nroof\n", {0: "ground", 2: "roof"}),
         ("0 ground\n7: tin roof\n", {0: "ground", 7: "tin roof"}),
         ("\ufeff3,a\n1,b", {3: "a", 1: "b"}),
-        ("2 rooms\nroof", {0: "2 rooms", 1: "roof"}),
+        ("-1 sea\n0 ground", {-1: "sea", 0: "ground"}),
     ):
         path.write_text(text, encoding="utf-8")
         assert read_classes(path) == expected
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "has no line"), ("1 a\n1 b", "line 2"), ("a\nb\na", "line 3")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no line"),
+        ("1 a\n1 b", "line 2"),
+        ("a\nb\na", "line 3"),
+        ("0 ground\n\nroof\n2 tree", "line 3, 'roof', has no value before its name, but line 1, '0 ground', has one"),
+    ],
+)
 def test_wrong_classes(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "classes.txt").write_text(text)
     assert main(["describe", *BANEPA, "--classes", str(tmp_path / "classes.txt")]) == 2

@@ -14,7 +14,7 @@ from bocage.shards.draft.yaml import Draft
 from bocage.shards.errors import InputError
 
 _OPTIONS = ("labels", "bands", "classes", "ignore")
-_NUMBERED = re.compile(r"(\d+)[\s,;:]+(\S.*)")
+_NUMBERED = re.compile(r"(-?\d+)[\s,;:]+(\S.*)")
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,10 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "the values of the labels)",
     )
     group.add_argument(
-        "--ignore", metavar="VALUES", help="label values without a class, e.g. 255 or 0,255 (default: as the files say)"
+        "--ignore",
+        metavar="VALUES",
+        help="label values without a class, e.g. 255 or 0,255; --ignore=-1,255 if the first is negative (default: as "
+        "the files say)",
     )
 
 
@@ -76,7 +79,8 @@ def describe_command(arguments: argparse.Namespace) -> str:
     words = ["bocage", "describe"]
     for name in ("images", *_OPTIONS):
         if (value := getattr(arguments, name)) is not None:
-            words += [f"--{name}", str(value)]
+            # argparse takes a value such as -1,255 for an option.
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
     return shlex.join([*words, "-o", "dataset.yaml"])
 
 
@@ -88,21 +92,27 @@ def read_classes(path: Path) -> dict[int, str]:
             among names leaves a value without a class.
 
     Raises:
-        InputError: the file cannot be read or names no class, or a value or a name is given twice.
+        InputError: the file cannot be read or names no class, only some lines have a value, or a value or a name is
+            given twice.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"--classes {path}: cannot be read: {reason}") from error
-    numbered = [(line, _NUMBERED.fullmatch(line)) for line in lines if line]
-    is_numbered = bool(numbered) and all(match is not None for _, match in numbered)
+    matches = {number: _NUMBERED.fullmatch(line) for number, line in enumerate(lines) if line}
+    with_value = [number for number, match in matches.items() if match is not None]
+    without = [number for number, match in matches.items() if match is None]
+    if with_value and without:
+        first, second = with_value[0], without[0]
+        raise InputError(
+            f"--classes {path}: line {second + 1}, {lines[second]!r}, has no value before its name, but line "
+            f"{first + 1}, {lines[first]!r}, has one; write VALUE NAME in all lines, or NAME in all"
+        )
     classes: dict[int, str] = {}
-    for number, line in enumerate(lines):
-        match = _NUMBERED.fullmatch(line) if is_numbered else None
+    for number, match in matches.items():
+        line = lines[number]
         value, name = (number, line) if match is None else (int(match[1]), match[2])
-        if not name:
-            continue
         if value in classes or name in classes.values():
             raise InputError(f"--classes {path}: line {number + 1}: {line!r} repeats a value or a name")
         classes[value] = name
