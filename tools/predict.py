@@ -7,12 +7,13 @@ series are written as a table.
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from bocage.finetune.evaluation.predict import TABLE_FILE, predict_patches, predictable_rows, writes_table
 from bocage.finetune.mapping.map_grid import plan_grid
@@ -26,19 +27,26 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.described.file_patterns import list_files
+from bocage.shards.source.described.file_patterns import RASTER_EXTENSIONS, list_files
 from bocage.shards.source.described.open import open_described
-from bocage.shards.source.flair_hub.naming import FOLDER
+from bocage.shards.source.flair_hub.scan import has_flair_hub_names
 from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
+from bocage.tools.cli.reports import print_notes, print_skipped
 
 _BATCH_SIZE, _PREVIEW = 4, 6
-_IMAGE_EXTENSIONS = (".tif", ".tiff", ".vrt", ".png", ".jpg", ".jpeg", ".jp2")
+
+
+_EPILOG = """\
+Patches and images that cannot be read are named and left out, and the others are predicted.
+Exit status: 0 done, 2 wrong input, or a patch or an image that cannot be read.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
+    parser.epilog = _EPILOG
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
     parser.add_argument(
         "source",
@@ -77,13 +85,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the maps and print their folder."""
     task = load_segmentation(arguments.run_folder / "model")
-    if arguments.out.resolve() == Path(arguments.source).resolve():
-        raise InputError(f"{arguments.out} is the folder of the patches: give another folder for the maps")
+    source, out = Path(arguments.source).resolve(), arguments.out.resolve()
+    if source in (out, *out.parents):  # another run would read the maps as images
+        raise InputError(f"{arguments.out} is {arguments.source} or inside it: give another folder for the maps")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     images = _images(Path(arguments.source)) if not arguments.overrides else []
     if images:
         return _map_images(arguments, task, images, device or torch.device("cpu"))
     patches = _patches(arguments, task)
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
+    unreadable = 0
+    if isinstance(patches, TreePatches):
+        print_notes(console, patches.catalogue)
+        unreadable = patches.catalogue.report().unreadable
     rows = np.arange(len(patches))
     value = split_value(arguments.split is not None, arguments.value)
     if arguments.split is not None:
@@ -102,22 +116,34 @@ def run(arguments: argparse.Namespace) -> int:
             preview=_PREVIEW if arguments.preview is None else arguments.preview,
             progress=bar.update,
         )
+    written = len(rows) - len(patches.skipped)
     if writes_table(patches):
-        print(f"classes of {len(rows)} series: {arguments.out / TABLE_FILE}")
+        print(f"classes of {written} series: {arguments.out / TABLE_FILE}")
     else:
-        print(f"{len(rows)} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
+        print(f"{written} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
+    if patches.skipped:
+        print_skipped(console, patches.skipped.values())
+        raise InputError(
+            f"{arguments.source}: {len(patches.skipped)} of {len(rows)} patches cannot be read and have no prediction; "
+            "repair the files that the lines above name, and run the same command again"
+        )
+    if unreadable:
+        raise InputError(
+            f"{arguments.source}: {unreadable} folders or zips cannot be read, see the notes above, so that patches "
+            "may lack predictions or sensors; repair them, and run the same command again"
+        )
     return 0
 
 
 def _images(source: Path) -> list[Path]:
     """The image, or the images of a folder that is neither shards nor a FLAIR-HUB tree; empty for other sources."""
     if source.is_file():
-        if not source.name.lower().endswith(_IMAGE_EXTENSIONS):
+        if not source.name.lower().endswith(RASTER_EXTENSIONS):
             raise InputError(f"{source} is a file: give an image, or the folder of the shards or of the images")
         return [source]
-    if not source.is_dir() or (source / DATASET_FILE).exists() or any(map(FOLDER.match, os.listdir(source))):
+    if not source.is_dir() or (source / DATASET_FILE).exists() or has_flair_hub_names(source):
         return []
-    return [source / name for name in list_files(source) if name.lower().endswith(_IMAGE_EXTENSIONS)]
+    return [source / name for name in list_files(source) if name.lower().endswith(RASTER_EXTENSIONS)]
 
 
 def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[Path], device: torch.device) -> int:
@@ -137,16 +163,28 @@ def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[
     for path, folder in zip(images, folders):
         if first.setdefault(folder, path) != path:
             raise InputError(f"{first[folder]} and {path}: their maps would share the folder {folder}; rename one")
+    skipped: list[str] = []
     with ProgressBars() as bars:
         bar = bars.add("predicting", "images", len(images))
         for done, (path, folder) in enumerate(zip(images, folders)):
             bar.update(done, len(images))
-            rasters, reference = open_rasters(task, {task.modalities[0]: path}, {})
-            grid = plan_grid(task, reference)
-            batch_size = arguments.batch_size or grid.batch_size
-            write_map(task, rasters, grid, folder, batch_size=batch_size, device=device)
+            try:
+                rasters, reference = open_rasters(task, {task.modalities[0]: path}, {})
+                grid = plan_grid(task, reference)
+                batch_size = arguments.batch_size or grid.batch_size
+                write_map(task, rasters, grid, folder, batch_size=batch_size, device=device)
+            except InputError as error:
+                if len(images) == 1:
+                    raise
+                skipped.append(str(error))
         bar.update(len(images), len(images))
-    print(f"maps of {len(images)} images in {arguments.out}")
+    print(f"maps of {len(images) - len(skipped)} images in {arguments.out}")
+    if skipped:
+        print_skipped(Console(stderr=True, force_terminal=sys.stderr.isatty()), skipped)
+        raise InputError(
+            f"{arguments.source}: {len(skipped)} of {len(images)} images have no map, for the reasons above; repair or "
+            "remove them, and run the same command again"
+        )
     return 0
 
 
@@ -172,7 +210,7 @@ def _open_tree(folder: Path, task: Segmentation) -> Catalogue:
     Raises:
         InputError: the folder is no FLAIR-HUB tree, or FLAIR-HUB lacks the model's modalities.
     """
-    if not any(map(FOLDER.match, os.listdir(folder))):
+    if not has_flair_hub_names(folder):
         raise InputError(
             f"{folder} has neither shards ({DATASET_FILE}) nor a FLAIR-HUB tree (folders like D012-2019_AERIAL_RGBI) "
             "nor images: give the folder that contains them"

@@ -39,10 +39,10 @@ from bocage.tools.cli.image_options import (
 )
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.progress import ProgressBar, ProgressBars, format_duration
+from bocage.tools.cli.reports import print_notes, print_skipped
 from bocage.tools.verify import show_verification
 
 _MEGABYTE = 1e6
-_SKIPPED_SHOWN = 10
 _ZIPS_SHOWN = 20
 _PATCHES_DRAWN = 4
 _REST = "rest"
@@ -176,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
         with Interrupts() as interrupts:
             with console.status(f"reading the catalogue of {arguments.source}"):
                 catalogue = _open_catalogue(arguments, console)
-            _print_report(console, catalogue)
+            print_notes(console, catalogue)
             if arguments.report is not None:
                 _write_report(arguments.report, catalogue)
             _check_readable(arguments, catalogue)
@@ -313,12 +313,6 @@ def _show(bar: ProgressBar, interrupts: Interrupts, done: int, total: int, writt
     bar.update(done, total, f"{written / _MEGABYTE:,.0f} MB written")
 
 
-def _print_report(console: Console, catalogue: Catalogue) -> None:
-    """Print a note for each problem of the source: missing, unreadable, unknown or repeated files."""
-    for remark in catalogue.report().warnings():
-        console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
-
-
 def _check_readable(arguments: argparse.Namespace, catalogue: Catalogue) -> None:
     """Refuse unreadable zips and folders, so that an unfinished download does not drop a sensor from many patches."""
     report = catalogue.report()
@@ -387,8 +381,7 @@ def _print_summary(manifest: Manifest) -> None:
         table.add_row("not in these shards", "\n".join(absent))
     console = Console()
     console.print(table)
-    for reason in list(manifest.skipped.values())[:_SKIPPED_SHOWN]:
-        console.print(f"skipped: {reason}", highlight=False, soft_wrap=True)
+    print_skipped(console, manifest.skipped.values())
 
 
 def _table(title: str) -> Table:

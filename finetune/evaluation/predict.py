@@ -235,7 +235,8 @@ def predict_patches(
         progress: callback that receives the number of finished patches.
 
     Returns:
-        Path of the first label's picture; None without a picture, or for a table.
+        Path of the first label's picture; None without a picture, or for a table. ``patches.skipped`` holds the
+        patches that could not be read and have no map.
 
     Raises:
         InputError: ``rows`` is empty, the patches have none of the model's modalities, or ``out`` cannot be created.
@@ -260,7 +261,7 @@ def predict_patches(
             for done, prediction in enumerate(predictions, start=1):
                 write_line(prediction.location, prediction.maps)
                 if progress is not None:
-                    progress(done)
+                    progress(done + len(patches.skipped))
         return None
     panels: dict[str, list[Panel]] = {name: [] for name in task.targets}
     for done, prediction in enumerate(predictions, start=1):
@@ -277,11 +278,12 @@ def predict_patches(
             if len(panels[name]) < preview:
                 panels[name].append(_panel(prediction, modalities, target))
         if progress is not None:
-            progress(done)
+            progress(done + len(patches.skipped))
     for name, target in task.targets.items():
         if panels[name]:
             draw_panels(folders[name] / "panels.png", panels[name], target.scheme, _title(target, task))
-    return folders[task.labels[0]] / "panels.png" if preview else None
+    first = task.labels[0]
+    return folders[first] / "panels.png" if panels[first] else None
 
 
 def draw_predictions(

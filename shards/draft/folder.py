@@ -17,11 +17,10 @@ from bocage.shards.draft.survey import read_header
 from bocage.shards.draft.table import draft_tables
 from bocage.shards.draft.yaml import Draft
 from bocage.shards.errors import InputError
-from bocage.shards.source.described.file_patterns import list_files
-from bocage.shards.source.flair_hub.naming import FOLDER
+from bocage.shards.source.described.file_patterns import RASTER_EXTENSIONS, list_files
+from bocage.shards.source.flair_hub.scan import has_flair_hub_names
 from bocage.shards.source.raster import RasterError
 
-_RASTERS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img", ".bmp")
 _INDEX = ".vrt"  # usually combines the other rasters
 _TABLES = (".parquet",)
 _MAX_SHOWN = 5
@@ -37,14 +36,16 @@ def draft_folder(root: Path) -> Draft:
         InputError: the folder holds nothing that can be described, or is FLAIR-HUB.
     """
     paths = list(list_files(root))
-    rasters = [path for path in paths if path.lower().endswith(_RASTERS)]
+    rasters = [path for path in paths if path.lower().endswith(RASTER_EXTENSIONS)]
     tables = [path for path in paths if path.lower().endswith(_TABLES)]
-    if any(FOLDER.fullmatch(folder) for folder in {path.split("/")[0] for path in rasters}):
-        raise InputError(f"{root}: has the layout of FLAIR-HUB, which needs no description: bocage shard {root} OUT")
+    if has_flair_hub_names(root):
+        raise InputError(
+            f"{root}: holds folders or zips of FLAIR-HUB, which needs no description; run bocage shard {root} OUT"
+        )
     if tables and not rasters:
         return draft_tables(root, tables)
     if not rasters:
-        raise InputError(f"{root}: holds no {', '.join(_RASTERS)} or .parquet file{_explain_others(paths)}")
+        raise InputError(f"{root}: holds no {', '.join(RASTER_EXTENSIONS)} or .parquet file{_explain_others(paths)}")
     indexes = [path for path in rasters if path.lower().endswith(_INDEX)]
     if len(indexes) < len(rasters):
         rasters = [path for path in rasters if path not in set(indexes)]
@@ -103,9 +104,9 @@ def _single_group(root: Path, prefix: str, option: str) -> FileGroup:
     """The only kind of rasters below a folder."""
     folder = root / prefix
     names = list(list_files(folder))
-    paths = [f"{prefix}/{name}" if prefix else name for name in names if name.lower().endswith(_RASTERS)]
+    paths = [f"{prefix}/{name}" if prefix else name for name in names if name.lower().endswith(RASTER_EXTENSIONS)]
     if not paths:
-        raise InputError(f"{option} {folder}: holds no {', '.join(_RASTERS)} file{_explain_others(names)}")
+        raise InputError(f"{option} {folder}: holds no {', '.join(RASTER_EXTENSIONS)} file{_explain_others(names)}")
     groups = group_files(paths, lambda path: _form(root / path))
     if len(groups) > 1:
         examples = " and ".join(group.example for group in groups[:2])

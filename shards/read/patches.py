@@ -1,4 +1,4 @@
-"""Read whole patches in batches, with their location, from shards or directly from a FLAIR-HUB tree."""
+"""Read whole patches in batches, with their location, from shards or directly from the files of a dataset."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from bocage.shards.read.collate import collate
 from bocage.shards.read.dataset import days_since_may, evaluation_batches
 from bocage.shards.read.windows import whole_patch
 from bocage.shards.sample_seed import sample_seed
-from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.raster import gdal_environment
+from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
+from bocage.shards.source.raster import RasterError, gdal_environment
+from bocage.shards.write.tasks import check_source
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Patches(Protocol):
     def registry(self) -> Registry:
         """Modalities of the patches."""
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Reason why a patch could not be read, by key, of the patches that ``batches`` has left out so far."""
+
     def __len__(self) -> int: ...
 
     def split(self, column: str, value: str) -> np.ndarray:
@@ -67,7 +72,10 @@ class Patches(Protocol):
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
     ) -> Iterator[tuple[Batch, list[PatchLocation]]]:
-        """Read whole patches and their locations in the order of ``rows``, (N,) int64; the last batch may be short."""
+        """Read whole patches and their locations in the order of ``rows``, (N,) int64.
+
+        The last batch may be short, and batches from files lack the patches that cannot be read.
+        """
 
 
 class ShardPatches:
@@ -89,6 +97,11 @@ class ShardPatches:
     def registry(self) -> Registry:
         """Modalities of the shards."""
         return self.manifest.registry
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """See ``Patches``: empty, because an unreadable shard is an error."""
+        return {}
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -120,14 +133,18 @@ class ShardPatches:
 
 
 class TreePatches:
-    """Patches of a FLAIR-HUB tree, read in this process: fast enough to predict, too slow to train.
+    """Patches of a dataset that is not sharded, read in this process: fast enough to predict, too slow to train.
 
     Args:
-        catalogue: catalogue of the tree.
+        catalogue: catalogue of a FLAIR-HUB tree or of a described dataset.
+
+    Attributes:
+        skipped: see ``Patches``.
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
+        self.skipped: dict[str, str] = {}
 
     @property
     def path(self) -> Path:
@@ -165,14 +182,28 @@ class TreePatches:
     def batches(
         self, rows: np.ndarray, modalities: Sequence[Modality], *, batch_size: int, workers: int
     ) -> Iterator[tuple[Batch, list[PatchLocation]]]:
-        """See ``Patches``; ``rows`` are (N,) int64, ``workers`` is ignored."""
-        for start in range(0, len(rows), batch_size):
-            with gdal_environment():
-                patches = [self._read(int(row), modalities) for row in rows[start : start + batch_size]]
-            yield collate([sample for sample, _ in patches], modalities), [location for _, location in patches]
+        """See ``Patches``; ``rows`` are (N,) int64, ``workers`` is ignored.
 
-    def _read(self, row: int, modalities: Sequence[Modality]) -> tuple[Sample, PatchLocation]:
+        Raises:
+            InputError: the source is gone.
+        """
+        for start in range(0, len(rows), batch_size):
+            found = [self._read_or_skip(int(row), modalities) for row in rows[start : start + batch_size]]
+            if patches := [patch for patch in found if patch is not None]:
+                yield collate([sample for sample, _ in patches], modalities), [location for _, location in patches]
+
+    def _read_or_skip(self, row: int, modalities: Sequence[Modality]) -> tuple[Sample, PatchLocation] | None:
+        """The patch and its location; None if it cannot be read."""
         patch = self.catalogue.patch(row)
+        try:
+            with gdal_environment():
+                return self._read(patch, modalities)
+        except RasterError as error:
+            check_source(self.catalogue.root, [patch])
+            self.skipped[patch.key] = str(error)
+            return None
+
+    def _read(self, patch: Patch[PatchSource], modalities: Sequence[Modality]) -> tuple[Sample, PatchLocation]:
         arrays, dates, location = {}, {}, None
         for modality in modalities:
             if modality.name not in patch.sources:

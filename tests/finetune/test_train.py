@@ -133,7 +133,7 @@ def test_wrong_sources_of_patches_raise(shards: Path, tmp_path: Path, capsys: py
     for source, out, sentence in (
         (tmp_path / "empty", "out", "has neither shards (dataset.json) nor a FLAIR-HUB tree"),
         (next(shards.glob("*.tar")), "out", "is a file: give an image, or the folder of the shards"),
-        (shards, shards, "is the folder of the patches: give another folder for the maps"),
+        (shards, shards, "or inside it: give another folder for the maps"),
     ):
         assert main(["predict", str(tmp_path), str(source), str(tmp_path / out)]) == 2
         assert sentence in capsys.readouterr().err

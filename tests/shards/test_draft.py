@@ -387,7 +387,8 @@ def test_degrees_are_noted(tmp_path: Path) -> None:
     [
         ([], "it is empty"),
         (["a.h5", "b.h5", "c.zip"], "it has 2 .h5, 1 .zip"),
-        (["D012-2019_AERIAL_RGBI/AF-S1-27/a.tif"], "has the layout of FLAIR-HUB"),
+        (["D012-2019_AERIAL_RGBI/AF-S1-27/a.tif"], "holds folders or zips of FLAIR-HUB, which needs no description"),
+        (["D012-2019_AERIAL_RGBI.zip", "GLOBAL_ALL_MTD.zip"], "run bocage shard"),
         (["a.tif"], "holds no images that can be described: 1 of the sampled files cannot be read"),
         (["a.parquet"], "no table with rows"),
     ],

@@ -1,13 +1,34 @@
-"""Write the results of a command as JSON."""
+"""Report the results of a command: JSON files, notes about a source, and what was skipped."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
+from bocage.shards.source.catalogue import Catalogue
+
+_SKIPPED_SHOWN = 10
+
+
+def print_notes(console: Console, catalogue: Catalogue) -> None:
+    """Print a note for each problem of a source: missing, unreadable, unknown or repeated files."""
+    for remark in catalogue.report().warnings():
+        console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_skipped(console: Console, reasons: Collection[str]) -> None:
+    """Print why patches or images were skipped; of many, the first ones."""
+    for reason in islice(reasons, _SKIPPED_SHOWN):
+        console.print(f"skipped: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if len(reasons) > _SKIPPED_SHOWN:
+        console.print(f"skipped: {len(reasons) - _SKIPPED_SHOWN} more", highlight=False)
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from bocage.shards.errors import InputError
 
+RASTER_EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img", ".bmp")
+"""Extensions of the files that count as rasters in a folder without a description, in lower case."""
+
 _TOKEN = re.compile(r"\{(?P<field>[A-Za-z_][A-Za-z0-9_]*)\}|(?P<wild>\*\*/|\*)")
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_-]+")
 

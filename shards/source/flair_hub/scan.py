@@ -296,6 +296,17 @@ def _owners(
         yield codes[chosen] & (1 << naming.DOMAIN_SHIFT) - 1 | index << naming.DOMAIN_SHIFT, chosen
 
 
+def has_flair_hub_names(root: Path) -> bool:
+    """Whether a folder holds folders, or zips of folders, with the names of FLAIR-HUB.
+
+    False if the folder cannot be listed.
+    """
+    try:
+        return any(naming.FOLDER.fullmatch(name) for _, name, _ in _candidates(root))
+    except OSError:
+        return False
+
+
 def _candidates(root: Path) -> Iterator[tuple[int, str, str]]:
     """Folders and zips of ``root``: kind, name without ``.zip``, and the rest of the file name."""
     with os.scandir(root) as entries:

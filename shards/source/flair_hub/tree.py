@@ -25,7 +25,7 @@ from bocage.shards.source.flair_hub.metadata import Dates
 from bocage.shards.source.flair_hub.naming import DOMAIN_SHIFT as _DOMAIN_SHIFT
 from bocage.shards.source.flair_hub.naming import ROI_SHIFT as _ROI_SHIFT
 from bocage.shards.source.flair_hub.rasters import RasterSource
-from bocage.shards.source.flair_hub.scan import PatchTable, Scan, join_rasters
+from bocage.shards.source.flair_hub.scan import PatchTable, Scan, has_flair_hub_names, join_rasters
 from bocage.shards.source.flair_hub.zips import ZipMember
 from bocage.shards.source.report import CatalogueReport
 
@@ -299,15 +299,8 @@ def _explain_empty(root: Path, report: CatalogueReport) -> str:
         return f"{root}: this is one ROI of one modality; give the folder {root.resolve().parent.parent}"
     children = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     for child in children:
-        if any(naming.FOLDER.fullmatch(name.removesuffix(".zip")) for name in _names(root / child)):
+        if has_flair_hub_names(root / child):
             return f"{root}: no patch here, but {root / child} looks like a FLAIR-HUB tree; give that folder"
     if report.unparsable_examples:
         return f"{root}: no patch found; names such as {report.unparsable_examples[0]} are not understood; {expected}"
     return f"{root}: no patch of the chosen modalities found; {expected}"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
