@@ -359,7 +359,11 @@ def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:
         )
     else:
         table.add_row("estimated time of one process", format_duration(estimate.seconds))
-    Console().print(table)
+    if estimate.unreadable:
+        table.add_row("sampled patches that cannot be read", f"{len(estimate.unreadable)} of {estimate.sampled}")
+    console = Console()
+    console.print(table)
+    print_skipped(console, estimate.unreadable.values())
 
 
 def _print_summary(manifest: Manifest) -> None:

@@ -24,10 +24,14 @@ class EncodingCost:
     Attributes:
         patch_bytes: mean size of a patch in a shard.
         patch_seconds: mean time of one process per patch.
+        sampled: number of patches that were tried.
+        unreadable: reason why a sampled patch cannot be encoded, by key.
     """
 
     patch_bytes: float
     patch_seconds: float
+    sampled: int
+    unreadable: dict[str, str]
 
 
 def measure_encoding(catalogue: Catalogue, rows: np.ndarray) -> EncodingCost:
@@ -44,21 +48,23 @@ def measure_encoding(catalogue: Catalogue, rows: np.ndarray) -> EncodingCost:
     sampled = rows[:: max(1, len(rows) // _SAMPLE_PATCHES)][:_SAMPLE_PATCHES].tolist()
     sizes: list[int] = []
     seconds: list[float] = []
-    failure: RasterError | None = None
+    unreadable: dict[str, str] = {}
     with gdal_environment():
         for row in sampled:
+            patch = catalogue.patch(row)
             try:
                 # The first patch is encoded twice, so that one-time initialisation of libraries is not measured.
                 for _ in range(1 if sizes else 2):
                     started = time.perf_counter()
-                    members = encode_patch(catalogue.patch(row), catalogue.registry).members
+                    members = encode_patch(patch, catalogue.registry).members
                 seconds.append(time.perf_counter() - started)
                 sizes.append(sum(len(data) + _TAR_OVERHEAD for data in members.values()))
             except RasterError as error:
-                failure = error
+                unreadable[patch.key] = str(error)
     if not sizes:
-        raise InputError(f"none of the {len(sampled)} sampled patches can be read, e.g. {failure}") from failure
-    return EncodingCost(float(np.mean(sizes)), float(np.mean(seconds)))
+        example = next(iter(unreadable.values()))
+        raise InputError(f"none of the {len(sampled)} sampled patches can be read, e.g. {example}")
+    return EncodingCost(float(np.mean(sizes)), float(np.mean(seconds)), len(sampled), unreadable)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Estimate:
         bytes: approximate size of all shards.
         remaining: number of patches in shards that are not written yet.
         seconds: approximate time that one process takes for the remaining patches.
+        sampled: number of patches that were encoded for the estimate, or failed.
+        unreadable: reason why a sampled patch cannot be encoded, by key.
     """
 
     patches: int
@@ -78,3 +86,5 @@ class Estimate:
     bytes: int
     remaining: int
     seconds: float
+    sampled: int
+    unreadable: dict[str, str]

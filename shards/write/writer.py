@@ -224,7 +224,15 @@ class DatasetWriter:
                 missing = list(range(len(plan)))
             remaining = sum(plan.count_patches(range(index, index + 1)) for index in missing)
             size = int(cost.patch_bytes * len(rows))
-            return Estimate(len(rows), len(plan), size, remaining, remaining * cost.patch_seconds)
+            return Estimate(
+                patches=len(rows),
+                shards=len(plan),
+                bytes=size,
+                remaining=remaining,
+                seconds=remaining * cost.patch_seconds,
+                sampled=cost.sampled,
+                unreadable=cost.unreadable,
+            )
 
     @property
     def _is_complete(self) -> bool:

@@ -201,7 +201,9 @@ def test_a_dry_run_says_what_it_understood(source: str, tmp_path: Path, capsys: 
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_picture_leaves_out_patches_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_names_sampled_patches_that_cannot_be_read_and_draws_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number in range(3):
         bands = np.random.default_rng(number).integers(0, 255, (3, 64, 64)).astype(np.uint8)
         place = (CORNER[0] + 32 * number, CORNER[1])
@@ -210,7 +212,9 @@ def test_a_picture_leaves_out_patches_that_cannot_be_read(tmp_path: Path, capsys
     damaged.write_bytes(damaged.read_bytes()[:-4000])
     words = ["shard", "--images", str(tmp_path / "images"), str(tmp_path / "out"), "--dry-run", "--picture"]
     assert main([*words, str(tmp_path / "sheet.png")]) == 0
-    capsys.readouterr()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "sampled patches that cannot be read │ 1 of 3" in printed
+    assert f"skipped: {damaged}: cannot be read" in printed
     height = imread(tmp_path / "sheet.png").shape[0]
     damaged.unlink()
     assert main([*words, str(tmp_path / "again.png")]) == 0
