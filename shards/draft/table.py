@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,7 @@ _DATE_FORMATS = {
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d": "%Y-%m-%dT%H:%M:%S",
 }
 _MAX_SHOWN = 12
+_MAX_REPEATED = 0.1  # part of the rows whose key and date are repeated, below which the column is a key with faults
 
 
 def draft_tables(root: Path, paths: Sequence[str]) -> Draft:
@@ -55,8 +56,8 @@ def draft_tables(root: Path, paths: Sequence[str]) -> Draft:
     draft.comments[("attribution",)] = "credit that the licence demands"
     draft.values |= {"kind": "table", "patch": _PIXEL}
     draft.comments[("patch",)] = "metres, the side of a pixel; 10 for Sentinel"
-    rows = _read_sample(root, paths, draft)
-    roles = _find_roles(root, rows)
+    sample = _read_sample(root, paths, draft)
+    rows, roles = sample.rows, _find_roles(root, sample)
     table: dict[str, Any] = {"files": _pattern(paths), "key": roles.key, "date": roles.date}
     if roles.longitude and roles.latitude:
         table |= {"longitude": roles.longitude, "latitude": roles.latitude}
@@ -75,7 +76,7 @@ def draft_tables(root: Path, paths: Sequence[str]) -> Draft:
     if "blocks" not in draft.values and not sites:
         splits = {"split_random": {"by": "key", **FRACTIONS, "allow_mixed_regions": True}}
     draft.values["splits"] = splits
-    _comment_columns(draft, rows, roles)
+    _comment_columns(draft, sample, roles)
     return draft
 
 
@@ -86,42 +87,92 @@ def _pattern(paths: Sequence[str]) -> str:
     return ("**/" if any("/" in path for path in paths) else "") + f"*{extension}"
 
 
-def _read_sample(root: Path, paths: Sequence[str], draft: Draft) -> pa.Table:
-    """Rows of some tables, with the columns that all of these have."""
+@dataclass(frozen=True)
+class _Sample:
+    """Rows of some tables.
+
+    Attributes:
+        rows: rows of all sampled tables, one after the other, with the columns that any of them has.
+        paths: path of each sampled table.
+        counts: number of rows of each.
+        partial: columns that some of the tables lack; their values are null there.
+        unused: type of the columns that no description can use, by name.
+    """
+
+    rows: pa.Table
+    paths: list[Path]
+    counts: list[int]
+    partial: frozenset[str]
+    unused: dict[str, str]
+
+    def path(self, row: int) -> Path:
+        """Table that a row is of."""
+        return self.paths[int(np.searchsorted(np.cumsum(self.counts), row, side="right"))]
+
+
+def _read_sample(root: Path, paths: Sequence[str], draft: Draft) -> _Sample:
+    """Read some rows of some tables."""
     places = np.unique(np.linspace(0, len(paths) - 1, min(_FILES, len(paths))).astype(int))
-    tables: list[pa.Table] = []
+    tables: dict[Path, pa.Table] = {}
+    unused: dict[str, str] = {}
     problems = []
     for place in places:
         path = root / paths[place]
         try:
             with pq.ParquetFile(path) as file:
-                batch = next(file.iter_batches(_ROWS // len(places), columns=_plain_columns(file)), None)
+                names = [field.name for field in file.schema_arrow if _is_usable(field.type)]
+                unused |= {field.name: str(field.type) for field in file.schema_arrow if field.name not in names}
+                unused |= {name: "several columns" for name in names if names.count(name) > 1}
+                names = [name for name in names if names.count(name) == 1]
+                batch = next(file.iter_batches(_ROWS // len(places), columns=names), None)
                 if batch is not None:
-                    tables.append(_decoded(pa.Table.from_batches([batch])))
+                    tables[path] = _decoded(pa.Table.from_batches([batch]))
         except (pa.ArrowException, OSError) as error:
             problems.append(f"{path}: cannot be read: {' '.join(str(error).split())}")
     if problems:
         draft.notes.append(f"{len(problems)} of {len(places)} sampled tables cannot be read, e.g. {problems[0]}")
     if not tables:
         raise InputError(f"{root}: no table with rows{f': {problems[0]}' if problems else ''}")
-    names = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
-    rows = pa.concat_tables([table.select(names) for table in tables], promote_options="permissive")
+    rows = pa.concat_tables(_with_common_types(list(tables.values()), draft), promote_options="permissive")
+    partial = {name for table in tables.values() for name in rows.column_names if name not in table.column_names}
     draft.sampled = f"{len(rows)} rows of {len(tables)} of {len(paths)} tables"
-    return rows
+    unused = {name: kind for name, kind in unused.items() if name not in rows.column_names}
+    return _Sample(rows, list(tables), [len(table) for table in tables.values()], frozenset(partial), unused)
 
 
-def _plain_columns(file: pq.ParquetFile) -> list[str]:
-    """Columns of numbers, texts and dates."""
-    nested = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)
-    return [field.name for field in file.schema_arrow if not any(test(field.type) for test in nested)]
+def _is_usable(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be a key, a date, a field, a band or a label."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return _is_text(kind) or _is_number(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
 
 
 def _decoded(table: pa.Table) -> pa.Table:
+    """The table without dictionaries, and with half floats, which Arrow cannot compare, as floats."""
     for index, column in enumerate(table.columns):
-        if pa.types.is_dictionary(column.type):
-            decoded = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks])
-            table = table.set_column(index, table.column_names[index], decoded)
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        kind = pa.float32() if pa.types.is_float16(kind) else kind
+        if kind != column.type:
+            table = table.set_column(index, table.column_names[index], column.cast(kind))
     return table
+
+
+def _with_common_types(tables: Sequence[pa.Table], draft: Draft) -> list[pa.Table]:
+    """The tables with columns as text whose types in different tables have no common type, such as keys."""
+    as_text = set()
+    for name in dict.fromkeys(name for table in tables for name in table.column_names):
+        columns = [table.select([name]) for table in tables if name in table.column_names]
+        try:
+            pa.concat_tables(columns, promote_options="permissive")
+        except pa.ArrowException:
+            as_text.add(name)
+            kinds = " and ".join(sorted({str(column.schema[0].type) for column in columns}))
+            draft.notes.append(f"{name} is {kinds} in different tables, and counts as text")
+    return [
+        pa.table(
+            {name: table[name].cast(pa.string()) if name in as_text else table[name] for name in table.column_names}
+        )
+        for table in tables
+    ]
 
 
 @dataclass(frozen=True)
@@ -148,22 +199,24 @@ class _Roles:
     site: str
 
 
-def _find_roles(root: Path, rows: pa.Table) -> _Roles:
-    """Find out what each column is for, from its name, type and values."""
-    names = rows.column_names
-    date, date_format = _find_date(root, rows)
-    key = _find_key(root, rows, date)
-    others = [name for name in names if name not in (key, date)]
+def _find_roles(root: Path, sample: _Sample) -> _Roles:
+    """Find out what each column is for, from its name, type and values. Some tables may lack labels only."""
+    rows = sample.rows
+    complete = rows.select([name for name in rows.column_names if name not in sample.partial])
+    date, date_format = _find_date(root, complete)
+    key = _find_key(root, complete, date, sample)
+    others = [name for name in rows.column_names if name not in (key, date)]
     counts = rows.group_by(key).aggregate([(name, "count_distinct") for name in others])
     constant = [name for name in others if (pc.max(counts[f"{name}_count_distinct"]).as_py() or 0) <= 1]
+    labels = [name for name in constant if pa.types.is_integer(rows[name].type)]
+    constant, others = ([name for name in names if name not in sample.partial] for names in (constant, others))
     changing = [name for name in others if name not in constant and _is_number(rows[name].type)]
     longitude, latitude = (
         next((name for name in constant if name.lower() in known and pa.types.is_floating(rows[name].type)), "")
         for known in (_LONGITUDE, _LATITUDE)
     )
-    distinct = {name: len(pc.unique(rows[name])) for name in constant}
-    integers = [name for name in constant if pa.types.is_integer(rows[name].type)]
-    labels = [name for name in integers if 2 <= distinct[name] <= _MAX_CLASSES]
+    distinct = {name: len(pc.unique(rows[name])) for name in (*constant, *labels)}
+    labels = [name for name in labels if 2 <= distinct[name] <= _MAX_CLASSES]
     texts = [name for name in constant if _is_text(rows[name].type)]
     sites = [name for name in texts if 2 <= distinct[name] <= _MAX_SITES and _SITE_NAME.search(name)]
     return _Roles(
@@ -199,24 +252,46 @@ def _find_date(root: Path, rows: pa.Table) -> tuple[str, str]:
     return name, "" if form == "%Y%m%d" else form
 
 
-def _find_key(root: Path, rows: pa.Table, date: str) -> str:
+def _find_key(root: Path, rows: pa.Table, date: str, sample: _Sample) -> str:
     """Column that names the series: each of its values has several dates, and each date once."""
     best: tuple[bool, bool, int] | None = None
     key = ""
+    repeated: dict[str, int] = {}  # repeated rows, by column that names the series but for them
     for name in rows.column_names:
         kind = rows[name].type
         if name == date or not (_is_text(kind) or pa.types.is_integer(kind)):
             continue
         counts = rows.group_by([name, date]).aggregate([([], "count_all")])
         distinct = len(pc.unique(rows[name]))
-        if distinct == len(rows) or len(counts) < len(rows):
+        if len(counts) < len(rows):
+            if _KEY_NAME.search(name) and len(rows) - len(counts) <= _MAX_REPEATED * len(rows):
+                repeated[name] = len(rows) - len(counts)
+            continue
+        if distinct == len(rows):
             continue
         rank = (bool(_KEY_NAME.search(name)), _is_text(kind), distinct)
         if best is None or rank > best:
             best, key = rank, name
+    if not key and repeated:
+        _refuse_repeated(min(repeated, key=repeated.__getitem__), date, sample)
     if not key:
         raise InputError(f"{root}: no column names the series: one whose values have each date of {date} once")
     return key
+
+
+def _refuse_repeated(key: str, date: str, sample: _Sample) -> NoReturn:
+    """Raise an error that names a row that occurs twice, and its tables."""
+    places: dict[tuple[Any, Any], int] = {}
+    pairs = zip(sample.rows[key].to_pylist(), sample.rows[date].to_pylist())
+    for second, pair in enumerate(pairs):
+        first = places.setdefault(pair, second)
+        if first != second:
+            break
+    paths = " and ".join(dict.fromkeys(str(sample.path(row)) for row in (first, second)))
+    raise InputError(
+        f"{paths}: series {pair[0]} of column {key} has two rows of {pair[1]}; leave one out, or name the series by "
+        "another column"
+    )
 
 
 def _centres(series: pa.Table, roles: _Roles) -> list[tuple[float, float]] | None:
@@ -287,11 +362,19 @@ def _dtype(kinds: Sequence[pa.DataType], lowest: float, highest: float) -> str:
 def _label(root: Path, paths: Sequence[str], column: str, draft: Draft) -> dict[str, Any]:
     """The label of a column, with the classes of all tables."""
     counts: dict[int, int] = {}
+    lacking: list[str] = []
     for path in paths:
         try:
-            values = _decoded(pq.read_table(root / path, columns=[column]))[column]
+            with pq.ParquetFile(root / path) as file:
+                table = _decoded(file.read(columns=[column]))
         except (pa.ArrowException, OSError):
             continue  # a note names tables that cannot be read
+        if column not in table.column_names:
+            lacking.append(path)
+            continue
+        values = table[column]
+        if not pa.types.is_integer(values.type):
+            continue  # sharding names the table
         for item in pc.value_counts(values.drop_null()).to_pylist():
             counts[int(item["values"])] = counts.get(int(item["values"]), 0) + item["counts"]
     keys: Keys = ("labels", plain_name(column).upper())
@@ -299,6 +382,11 @@ def _label(root: Path, paths: Sequence[str], column: str, draft: Draft) -> dict[
     for value, count in counts.items():
         draft.comments[(*keys, "classes", str(value))] = f"{100 * count / total:.2g} % of the rows"
     draft.comments[(*keys, "classes")] = "name them"
+    if lacking:
+        draft.notes.append(
+            f"{keys[1]}: {len(lacking)} of {len(paths)} tables have no column {column}, e.g. {lacking[0]}; their "
+            "series have no label"
+        )
     if len(counts) > _MAX_CLASSES:
         draft.notes.append(f"{keys[1]}: {len(counts)} values are more than shards hold; group them in the tables")
     return {
@@ -307,12 +395,13 @@ def _label(root: Path, paths: Sequence[str], column: str, draft: Draft) -> dict[
     }
 
 
-def _comment_columns(draft: Draft, rows: pa.Table, roles: _Roles) -> None:
+def _comment_columns(draft: Draft, sample: _Sample, roles: _Roles) -> None:
     """Name the columns that the draft leaves out, with their types."""
     used = {roles.key, roles.date, roles.longitude, roles.latitude, roles.label, roles.site}
     for sensor in draft.values["sensors"].values():
         used |= {sensor.get("columns", {}).get(band, band) for band in sensor["bands"]}
-    left = [f"{name} ({rows[name].type})" for name in rows.column_names if name not in used]
+    kinds = {field.name: str(field.type) for field in sample.rows.schema} | sample.unused
+    left = [f"{name} ({kind})" for name, kind in kinds.items() if name not in used]
     if left:
         draft.comments[("table",)] = f"columns left out: {', '.join(left)}"
     if others := [name for name in roles.labels if name != roles.label]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import math
 import re
 import shutil
@@ -487,6 +488,66 @@ def test_a_table_without_known_names(tmp_path: Path) -> None:
 def test_tables_that_are_no_series(columns: dict[str, list[Any]], message: str, tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     with pytest.raises(InputError, match=message):
+        draft_folder(tmp_path)
+
+
+def series_table(first: int = 0, label: bool = True, **columns: Any) -> pa.Table:
+    """Ten series of four dates."""
+    rows = [(series, month) for series in range(first, first + 10) for month in range(1, 5)]
+    values: dict[str, Any] = {
+        "sample_id": [f"s{series}" for series, _ in rows],
+        "date": [datetime.date(2021, month, 1) for _, month in rows],
+        "B02": pa.array([100 + 7 * number % 50 for number, _ in enumerate(rows)], pa.uint16()),
+        "B04": pa.array([200 + 11 * number % 50 for number, _ in enumerate(rows)], pa.float16()),
+    }
+    return pa.table(values | ({"crop": [series % 3 for series, _ in rows]} if label else {}) | columns)
+
+
+def test_columns_of_types_that_no_description_can_use_are_left_out(tmp_path: Path) -> None:
+    others = {
+        "list": pa.array([[1.0]] * 40),
+        "struct": pa.array([{"a": 1}] * 40),
+        "decimal": pa.array([decimal.Decimal("1.25")] * 40),
+        "duration": pa.array([datetime.timedelta(days=1)] * 40),
+        "flag": pa.array([True] * 40),
+    }
+    pq.write_table(series_table(**others), tmp_path / "t.parquet")
+    draft = draft_folder(tmp_path)
+    assert draft.values["sensors"]["SENTINEL2"]["bands"] == {"B2": 490, "B4": 665}
+    for text in ("list (list<", "struct (struct<", "decimal (decimal128", "duration (duration[us])", "flag (bool)"):
+        assert text in draft.comments[("table",)]
+    assert len(shard(draft, tmp_path / "out")) == 10
+
+
+def test_keys_may_be_text_in_one_table_and_numbers_in_another(tmp_path: Path) -> None:
+    numbers = pa.array([series for series in range(10, 20) for _ in range(4)])
+    pq.write_table(series_table(), tmp_path / "a.parquet")
+    pq.write_table(series_table(10, sample_id=numbers), tmp_path / "b.parquet")
+    draft = draft_folder(tmp_path)
+    assert "sample_id is int64 and string in different tables, and counts as text" in draft.notes
+    assert draft.values["table"]["key"] == "sample_id"
+    assert set(shard(draft, tmp_path / "out").column("key").to_pylist()) >= {"s0", "19"}
+
+
+def test_a_label_that_some_tables_lack_is_kept_and_noted(tmp_path: Path) -> None:
+    pq.write_table(series_table(), tmp_path / "labelled.parquet")
+    pq.write_table(series_table(10, label=False), tmp_path / "other.parquet")
+    draft = draft_folder(tmp_path)
+    assert draft.values["labels"]["CROP"]["classes"] == {0: "class 0", 1: "class 1", 2: "class 2"}
+    assert "CROP: 1 of 2 tables have no column crop, e.g. other.parquet; their series have no label" in draft.notes
+    manifest = shard(draft, tmp_path / "out")
+    assert (len(manifest), manifest.counts["present"]["CROP"]) == (20, 10)
+
+
+def test_a_row_that_occurs_twice_is_named(tmp_path: Path) -> None:
+    first, second = series_table(), series_table(10)
+    pq.write_table(pa.concat_tables([first, first.slice(5, 1)]), tmp_path / "a.parquet")
+    pq.write_table(second, tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: series s1 of column sample_id has two rows of 2021-02-01"):
+        draft_folder(tmp_path)
+    pq.write_table(first, tmp_path / "a.parquet")
+    pq.write_table(pa.concat_tables([second, first.slice(39)]), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet and \S*b\.parquet: series s9 of .* two rows of 2021-04-01"):
         draft_folder(tmp_path)
 
 
