@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     demo, out = DemoSteps(console), arguments.out
     processes = min(2, os.cpu_count() or 1)
     tree, shards, pretrained = out / "tree", out / "shards", out / "pretrain"
@@ -105,7 +105,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         "prediction": next((runs["pretrained", SEEDS[0]].output / "predictions").glob("*.png")),
     }
     for name, path in paths.items():
-        console.print(f"{name + ':':16}{path}", soft_wrap=True)
+        console.print(f"{name + ':':16}{path}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
 
 from bocage.recipes.loader import parse_dataset
 from bocage.shards.draft.folder import draft_folder
@@ -16,6 +15,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.source.described.description import build_registry
 from bocage.tools.cli.image_options import add_image_options, check_image_options, draft_from_options
+from bocage.tools.cli.reports import text_console
 
 _EPILOG = """\
 The command reads all file names, but headers and values of a sample of the files only. The draft says what was
@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("give either a FOLDER to describe, or --images DIR")
     if arguments.output is not None and arguments.output.exists():
         raise InputError(f"-o {arguments.output}: exists; give another name, or delete it")
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
-    with console.status(f"looking into {arguments.folder or arguments.images}"):
+    console = text_console(stderr=True)
+    with console.status(Text(f"looking into {arguments.folder or arguments.images}")):
         draft = draft_folder(arguments.folder) if arguments.images is None else draft_from_options(arguments)
         _note_problem(draft)
     if arguments.output is None:
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"-o {arguments.output}: cannot be written: {error.strerror}") from error
     for note in draft.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     words = ["bocage", "shard", str(draft.root), "OUT", f"dataset={arguments.output}", "--dry-run", "--picture"]
     print(f"{arguments.output}: read its comments, then run {shlex.join([*words, 'sheet.png'])}")
     return 0

@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from bocage.finetune.evaluation.evaluate import (
@@ -28,6 +27,7 @@ from bocage.shards.read.patches import ShardPatches
 from bocage.ssl.engine.parallel.distributed import build_accelerator, is_main
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
+from bocage.tools.cli.reports import text_console
 
 _RANK_TIMEOUT = 1800.0  # seconds
 
@@ -113,7 +113,7 @@ def _write_and_print(out: Path, parts: dict[str, Confusions], patches: int) -> N
             path.write_text(json.dumps({"patches": patches, **metrics}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    console = Console()
+    console = text_console()
     for label in next(iter(metrics.values())):  # one table per label, since a common one would be too wide
         table = Table(title=f"{label}, {patches} patches")
         table.add_column("sensors", no_wrap=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bocage import recipes
 from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.train import finetune
 from bocage.ssl.engine.parallel.distributed import is_main
+from bocage.tools.cli.reports import text_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_scores(result: dict[str, Any]) -> None:
     """Print the scores of a finished run and the paths of its files."""
-    console = Console()
+    console = text_console()
     for label in result["labels"]:
         table = Table(title=f"{label} from {', '.join(result['modalities'])}")
         for name in ("patches of", "count", "mIoU strict", "mIoU official", "OA strict", "OA official"):

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.errors import InputError
@@ -24,6 +23,7 @@ from bocage.shards.source.flair_hub.toy import find_toy, is_unpacked, unpack_toy
 from bocage.tools.cli.arguments import positive_int
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.progress import ProgressBar, ProgressBars
+from bocage.tools.cli.reports import text_console
 
 _MEGABYTE = 1e6
 _EPILOG = """\
@@ -129,7 +129,7 @@ def _print_plan(zips: list[RemoteZip], local: LocalZips) -> None:
         table.add_row(modality, str(len(chosen)), _size(chosen), _size(missing))
     table.add_section()
     table.add_row("all", str(len(zips)), _size(zips), _size(local.missing))
-    console = Console()
+    console = text_console()
     console.print(table)
     if local.partial_bytes:
         console.print(f"unfinished zips, to be resumed: {format_size(local.partial_bytes)}", highlight=False)

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.summary import most_complete_row, summarize
 from bocage.shards.read.open import open_shards
-from bocage.tools.cli.reports import write_json
+from bocage.tools.cli.reports import text_console, write_json
 
 _MEGABYTE = 1e6
 
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     numbers = {"path": arguments.shards, **summarize(manifest)}
     if arguments.json is not None:
         write_json(arguments.json, numbers)
-    console = Console()
+    console = text_console()
     for table in _tables(numbers):
         console.print(table)
     if arguments.rows:

@@ -7,13 +7,11 @@ series are written as a table.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from bocage.finetune.evaluation.predict import TABLE_FILE, predict_patches, predictable_rows, writes_table
 from bocage.finetune.mapping.map_grid import plan_grid
@@ -27,13 +25,13 @@ from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.open import open_shards
 from bocage.shards.read.patches import Patches, ShardPatches, TreePatches
 from bocage.shards.source.catalogue import Catalogue
-from bocage.shards.source.described.file_patterns import RASTER_EXTENSIONS, list_files
+from bocage.shards.source.described.file_patterns import RASTER_EXTENSIONS, check_name, choose_rasters, list_files
 from bocage.shards.source.described.open import open_described
 from bocage.shards.source.flair_hub.scan import has_flair_hub_names
 from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.tools.cli.arguments import non_negative_int, positive_int, split_value
 from bocage.tools.cli.progress import ProgressBars
-from bocage.tools.cli.reports import print_notes, print_skipped
+from bocage.tools.cli.reports import print_notes, print_skipped, text_console
 
 _BATCH_SIZE, _PREVIEW = 4, 6
 
@@ -93,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     if images:
         return _map_images(arguments, task, images, device or torch.device("cpu"))
     patches = _patches(arguments, task)
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
+    console = text_console(stderr=True)
     unreadable = 0
     if isinstance(patches, TreePatches):
         print_notes(console, patches.catalogue)
@@ -140,10 +138,11 @@ def _images(source: Path) -> list[Path]:
     if source.is_file():
         if not source.name.lower().endswith(RASTER_EXTENSIONS):
             raise InputError(f"{source} is a file: give an image, or the folder of the shards or of the images")
+        check_name(source)
         return [source]
     if not source.is_dir() or (source / DATASET_FILE).exists() or has_flair_hub_names(source):
         return []
-    return [source / name for name in list_files(source) if name.lower().endswith(RASTER_EXTENSIONS)]
+    return [source / name for name in choose_rasters(list_files(source))]
 
 
 def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[Path], device: torch.device) -> int:
@@ -180,7 +179,7 @@ def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[
         bar.update(len(images), len(images))
     print(f"maps of {len(images) - len(skipped)} images in {arguments.out}")
     if skipped:
-        print_skipped(Console(stderr=True, force_terminal=sys.stderr.isatty()), skipped)
+        print_skipped(text_console(stderr=True), skipped)
         raise InputError(
             f"{arguments.source}: {len(skipped)} of {len(images)} images have no map, for the reasons above; repair or "
             "remove them, and run the same command again"

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bocage.recipes.loader import DATASET_KEY, load_dataset, parse_dataset, parse_dataset_argument
 from bocage.shards.dataset_info import FLAIR_HUB_INFO
@@ -39,7 +40,7 @@ from bocage.tools.cli.image_options import (
 )
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.progress import ProgressBar, ProgressBars, format_duration
-from bocage.tools.cli.reports import print_notes, print_skipped
+from bocage.tools.cli.reports import print_notes, print_skipped, text_console
 from bocage.tools.verify import show_verification
 
 _MEGABYTE = 1e6
@@ -171,10 +172,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.picture is not None and not arguments.dry_run:
         raise InputError("--picture: needs --dry-run; `bocage inspect OUT --picture FILE` draws a patch of shards")
     _read_positionals(arguments)
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # FORCE_COLOR would draw a spinner in logs
+    console = text_console(stderr=True)
     try:
         with Interrupts() as interrupts:
-            with console.status(f"reading the catalogue of {arguments.source}"):
+            with console.status(Text(f"reading the catalogue of {arguments.source}")):
                 catalogue = _open_catalogue(arguments, console)
             print_notes(console, catalogue)
             if arguments.report is not None:
@@ -227,7 +228,7 @@ def _open_catalogue(arguments: argparse.Namespace, console: Console) -> Catalogu
         draft = draft_from_options(arguments)
         keep = f"to keep or edit this description: {describe_command(arguments)}"
         for note in (*draft.notes, keep):
-            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         description = parse_dataset(draft.to_yaml(), arguments.settings, f"--images {arguments.images}")
         arguments.source, folder = draft.root, Path()
     return _with_domain_split(open_described(arguments.source, description, folder), arguments)
@@ -335,7 +336,7 @@ def _write_report(path: Path, catalogue: Catalogue) -> None:
 def _print_dry_run(catalogue: Catalogue, estimate: Estimate, arguments: argparse.Namespace) -> None:
     """Print what was understood and an estimate, and draw a few patches if asked to."""
     for table in catalogue_tables(catalogue):
-        Console().print(table)
+        text_console().print(table)
     _print_estimate(estimate, arguments)
     if arguments.picture is not None:
         from bocage.shards.inspect.contact_sheet import catalogue_sheet, save_sheet  # imports matplotlib
@@ -361,7 +362,7 @@ def _print_estimate(estimate: Estimate, arguments: argparse.Namespace) -> None:
         table.add_row("estimated time of one process", format_duration(estimate.seconds))
     if estimate.unreadable:
         table.add_row("sampled patches that cannot be read", f"{len(estimate.unreadable)} of {estimate.sampled}")
-    console = Console()
+    console = text_console()
     console.print(table)
     print_skipped(console, estimate.unreadable.values())
 
@@ -383,7 +384,7 @@ def _print_summary(manifest: Manifest) -> None:
     absent = [name for name in FLAIR_HUB if name not in manifest.registry]
     if absent and manifest.dataset == FLAIR_HUB_INFO:
         table.add_row("not in these shards", "\n".join(absent))
-    console = Console()
+    console = text_console()
     console.print(table)
     print_skipped(console, manifest.skipped.values())
 

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bocage.shards.errors import InputError
@@ -22,6 +21,7 @@ from bocage.tools.cli.examples import add_examples
 from bocage.tools.cli.interrupts import InterruptedCommand, Interrupts
 from bocage.tools.cli.logging_setup import configure_logging
 from bocage.tools.cli.progress import ProgressBar, ProgressBars
+from bocage.tools.cli.reports import text_console
 
 if TYPE_CHECKING:
     from bocage.finetune.study.run_folders import RunFolders
@@ -158,7 +158,7 @@ def _subsets(arguments: argparse.Namespace) -> int:
         missing = sorted({name.partition("/")[2] for item in items for name in item["without"]})
         counts = [_range(item[key] for item in items) for key in ("patches", "regions")]
         table.add_row(sampling_unit, f"{100 * fraction:g} %", str(len(items)), *counts, ", ".join(missing) or "none")
-    Console().print(table)
+    text_console().print(table)
     print(f"subsets: {arguments.out / DESCRIPTION}")
     return 0
 
@@ -281,7 +281,7 @@ def _dry_run(study: StudyConfig, folders: RunFolders, processes: int) -> int:
             f"{left * cost.seconds / 3600:.2f}",
             f"{left * cost.disk_bytes / 1e6:.0f}",
         )
-    console = Console()
+    console = text_console()
     console.print(table)
     for run in grid:
         suffix = "  finished" if folders.is_finished(run) else ""
@@ -371,7 +371,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         table.add_column(name, justify="left" if name in ("probe", "part") else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    text_console().print(table)
     print(f"scores: {', '.join(str(output / 'metrics.json') for output in outputs.values())}")
     return 0
 

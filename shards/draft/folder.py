@@ -17,7 +17,7 @@ from bocage.shards.draft.survey import read_header
 from bocage.shards.draft.table import draft_tables
 from bocage.shards.draft.yaml import Draft
 from bocage.shards.errors import InputError
-from bocage.shards.source.described.file_patterns import RASTER_EXTENSIONS, list_files
+from bocage.shards.source.described.file_patterns import RASTER_EXTENSIONS, check_name, choose_rasters, list_files
 from bocage.shards.source.flair_hub.scan import has_flair_hub_names
 from bocage.shards.source.raster import RasterError
 
@@ -33,11 +33,13 @@ def draft_folder(root: Path) -> Draft:
         root: folder of rasters, or of Parquet tables.
 
     Raises:
-        InputError: the folder holds nothing that can be described, or is FLAIR-HUB.
+        InputError: the folder holds nothing that can be described, or is FLAIR-HUB, or a name is not UTF-8.
     """
     paths = list(list_files(root))
-    rasters = [path for path in paths if path.lower().endswith(RASTER_EXTENSIONS)]
+    rasters = choose_rasters(paths)
     tables = [path for path in paths if path.lower().endswith(_TABLES)]
+    for path in tables:
+        check_name(path)
     if has_flair_hub_names(root):
         raise InputError(
             f"{root}: holds folders or zips of FLAIR-HUB, which needs no description; run bocage shard {root} OUT"
@@ -104,7 +106,7 @@ def _single_group(root: Path, prefix: str, option: str) -> FileGroup:
     """The only kind of rasters below a folder."""
     folder = root / prefix
     names = list(list_files(folder))
-    paths = [f"{prefix}/{name}" if prefix else name for name in names if name.lower().endswith(RASTER_EXTENSIONS)]
+    paths = [f"{prefix}/{name}" if prefix else name for name in choose_rasters(names)]
     if not paths:
         raise InputError(f"{option} {folder}: holds no {', '.join(RASTER_EXTENSIONS)} file{_explain_others(names)}")
     groups = group_files(paths, lambda path: _form(root / path))

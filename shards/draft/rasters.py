@@ -34,6 +34,7 @@ from bocage.shards.draft.yaml import Draft, Keys
 from bocage.shards.errors import InputError
 from bocage.shards.source.described.description import DTYPES
 from bocage.shards.source.described.file_patterns import plain_name
+from bocage.shards.source.raster import is_integer
 
 _MAX_LABEL_VALUES = 32  # distinct values of classes, if no word of the names says that these are labels
 _BLOCK_PATCHES = (10, 7, 5, 3, 2)  # side of a ground block in patches, the best first
@@ -223,7 +224,7 @@ def _label_problem(header: RasterHeader) -> str | None:
     """Why rasters cannot be labels; None if they can."""
     if header.bands != 1:
         return f"{header.bands} bands"
-    if np.dtype(header.dtypes[0]).kind not in "iub":
+    if not is_integer(header.dtypes[0]):
         return f"the dtype {header.dtypes[0]}"
     return None
 

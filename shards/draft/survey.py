@@ -17,7 +17,7 @@ from rasterio.windows import Window
 from bocage.shards.errors import InputError
 from bocage.shards.source.described.ground import explain_pixels, metres_per_unit, parse_crs
 from bocage.shards.source.described.rasters import open_raster, sidecar_environment
-from bocage.shards.source.raster import RasterError
+from bocage.shards.source.raster import RasterError, is_integer
 
 HEADERS = 200
 """Files of a sensor or label whose headers are read, about."""
@@ -240,7 +240,7 @@ def read_labels(found: Survey) -> LabelValues:
     pixels: Counter[int] = Counter()
     examples: dict[int, str] = {}
     files = 0
-    integers = [path for path, header in found.headers.items() if np.dtype(header.dtypes[0]).kind in "iub"]
+    integers = [path for path, header in found.headers.items() if is_integer(header.dtypes[0])]
     for path, values in _read_sample(found, integers, _LABELS, [1]):
         files += 1
         distinct, counts = np.unique(values.data, return_counts=True)

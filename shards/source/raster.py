@@ -47,6 +47,11 @@ def corner_distance(first: Raster, second: Raster) -> float:
     return max(abs(left), abs(top), abs(left + side), abs(top - side))
 
 
+def is_integer(dtype: str) -> bool:
+    """Whether a dtype of rasterio is that of integers or booleans; NumPy does not know GDAL's ``complex_int16``."""
+    return not dtype.startswith("complex") and np.dtype(dtype).kind in "iub"
+
+
 def gdal_reason(error: Exception) -> str:
     """Why a raster cannot be read, in one line; the cause of a rasterio error holds GDAL's own message."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error

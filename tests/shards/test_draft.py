@@ -354,6 +354,16 @@ def test_files_that_cannot_be_described_become_notes(tmp_path: Path) -> None:
     assert list(draft.values["sensors"]) == ["RGB"] and list(draft.values["labels"]) == ["MASKS"]
 
 
+@pytest.mark.parametrize("dtype", ["complex_int16", "complex64"])
+def test_complex_labels_are_noted(dtype: str, tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["a", "b"])
+    for path in (tmp_path / "masks").iterdir():
+        write_raster(path, mask().astype(np.complex64), 0.5, dtype=dtype)
+    draft = draft_folder(tmp_path)
+    assert any(f"seem to be labels but have the dtype {dtype}" in note for note in draft.notes)
+    assert "labels" not in draft.values
+
+
 def test_pictures_that_are_not_square_and_have_no_position(tmp_path: Path) -> None:
     for number in range(3):
         for folder, array in (("images", image(200)), ("masks", mask(200))):

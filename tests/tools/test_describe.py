@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -222,6 +223,47 @@ def test_a_dry_run_names_sampled_patches_that_cannot_be_read_and_draws_the_other
     assert main([*words, str(tmp_path / "new" / "sheet.png")]) == 0
     assert main([*words, str(tmp_path / "again.png" / "sheet.png")]) == 2
     assert "cannot be written: " in capsys.readouterr().err
+
+
+def test_text_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "[bold]data[/x]"
+    for number in range(2):
+        write_raster(folder / "images" / f"{number}.tif", np.full((3, 64, 64), 90, np.uint8), 0.5, photometric="rgb")
+        write_raster(folder / "masks" / f"{number}.tif", np.full((1, 64, 64), number, np.uint8), 0.5)
+    (tmp_path / "classes.txt").write_text("0 [/x]\n1 [red]:car:[/red]\n")
+    words = ["shard", "--images", str(folder / "images"), "--labels", str(folder / "masks"), str(tmp_path / "out")]
+    words += ["--classes", str(tmp_path / "classes.txt")]
+    assert main([*words, "--dry-run"]) == 0
+    assert "2: [/x], [red]:car:[/red]" in capsys.readouterr().out
+    assert main(words) == 0 and main(["inspect", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "[/x]" in printed and "[red]:car:[/red]" in printed
+
+
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_names_that_are_not_utf_8_are_one_sentence(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = os.fsdecode(b"d\xe9j\xe0")
+    folder = tmp_path / (wrong if name == "folder" else "images")
+    for number in range(2):
+        write_raster(tmp_path / f"{number}.tif", np.full((3, 64, 64), 90, np.uint8), 0.5, photometric="rgb")
+        folder.mkdir(exist_ok=True)
+        (tmp_path / f"{number}.tif").rename(folder / f"{wrong if name == 'file' else ''}{number}.tif")
+    (folder / f"{wrong}.txt").touch()
+    file = tmp_path / "dataset.yaml"
+    sensor = "{files: '{name}.tif', bands: {R: 650, G: 550, B: 460}, dtype: uint8, pixel: 0.5}"
+    for kind in ("tiles", "rasters"):
+        file.write_text(f"name: t\nkind: {kind}\npatch: 64 px\nsensors:\n  RGB: {sensor}\n")
+        assert main(["shard", str(folder), str(tmp_path / "out"), f"dataset={file}"]) == 2
+        assert re.search(r"error: \S*d\\xe9j\\xe0(0\.tif)?: the name is not UTF-8; rename", capsys.readouterr().err)
+    for words in (["describe", str(folder)], ["shard", "--images", str(folder), str(tmp_path / "out")]):
+        assert main(words) == 2
+        assert re.search(r"error: \S*d\\xe9j\\xe0(0\.tif)?: the name is not UTF-8; rename", capsys.readouterr().err)
+    if name == "file":
+        for number in range(2):
+            (folder / f"{wrong}{number}.tif").rename(folder / f"{number}.tif")
+        assert main(["shard", str(folder), str(tmp_path / "out"), f"dataset={file}"]) == 0
 
 
 @pytest.mark.parametrize("page", ["how-to/datasets", "tutorials/drone-images"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
@@ -17,16 +18,23 @@ from bocage.shards.source.catalogue import Catalogue
 _SKIPPED_SHOWN = 10
 
 
+def text_console(*, stderr: bool = False) -> Console:
+    """Open a console that prints text as it is, because names of classes and folders may look like rich's markup."""
+    # With FORCE_COLOR, rich would draw a spinner in logs.
+    is_terminal = sys.stderr.isatty() if stderr else None
+    return Console(stderr=stderr, force_terminal=is_terminal, markup=False, emoji=False)
+
+
 def print_notes(console: Console, catalogue: Catalogue) -> None:
     """Print a note for each problem of a source: missing, unreadable, unknown or repeated files."""
     for remark in catalogue.report().warnings():
-        console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {remark}", highlight=False, soft_wrap=True)
 
 
 def print_skipped(console: Console, reasons: Collection[str]) -> None:
     """Print why patches or images were skipped; of many, the first ones."""
     for reason in islice(reasons, _SKIPPED_SHOWN):
-        console.print(f"skipped: {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"skipped: {reason}", highlight=False, soft_wrap=True)
     if len(reasons) > _SKIPPED_SHOWN:
         console.print(f"skipped: {len(reasons) - _SKIPPED_SHOWN} more", highlight=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from bocage.shards.errors import InputError
@@ -61,9 +61,16 @@ class FilePattern:
         self._expression = re.compile(expression)
 
     def match(self, path: str) -> dict[str, str] | None:
-        """Fields of a path relative to the folder; None if it does not match."""
+        """Fields of a path relative to the folder; None if it does not match.
+
+        Raises:
+            InputError: the path matches and is not UTF-8.
+        """
         match = self._expression.fullmatch(path)
-        return None if match is None else match.groupdict()
+        if match is None:
+            return None
+        check_name(path)
+        return match.groupdict()
 
 
 def match_patterns(patterns: Mapping[str, FilePattern], path: str) -> dict[str, dict[str, str]]:
@@ -71,10 +78,38 @@ def match_patterns(patterns: Mapping[str, FilePattern], path: str) -> dict[str, 
 
     Of several patterns, only those with the most literal characters count: ``{tile}_mask.tif`` takes the masks from
     ``{tile}.tif``. Equal patterns share a file.
+
+    Raises:
+        InputError: the path matches and is not UTF-8.
     """
     matches = {name: fields for name, pattern in patterns.items() if (fields := pattern.match(path)) is not None}
     most = max((patterns[name].literals for name in matches), default=0)
     return {name: fields for name, fields in matches.items() if patterns[name].literals == most}
+
+
+def check_name(path: str | Path) -> None:
+    """Check that a path is UTF-8, because neither rasterio nor Arrow takes other names.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise InputError(f"{shown}: the name is not UTF-8; rename the folder or file, e.g. with convmv") from None
+
+
+def choose_rasters(paths: Iterable[str]) -> list[str]:
+    """Choose the paths with the extension of a raster.
+
+    Raises:
+        InputError: one of them is not UTF-8.
+    """
+    rasters = [path for path in paths if path.lower().endswith(RASTER_EXTENSIONS)]
+    for path in rasters:
+        check_name(path)
+    return rasters
 
 
 def list_files(root: Path) -> Iterator[str]:
@@ -83,7 +118,7 @@ def list_files(root: Path) -> Iterator[str]:
     Hidden files and folders are left out. Links to folders are followed once.
 
     Raises:
-        InputError: ``root`` is no folder, or a folder cannot be read.
+        InputError: ``root`` is no folder or its name is not UTF-8, or a folder cannot be read.
     """
 
     def fail(error: OSError) -> None:
@@ -91,6 +126,7 @@ def list_files(root: Path) -> Iterator[str]:
 
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
+    check_name(root)
     seen: set[tuple[int, int]] = set()
     for folder, names, files in os.walk(root, onerror=fail, followlinks=True):
         status = os.stat(folder)

@@ -51,8 +51,8 @@ def find_files(
         reserved: names of computed fields, which patterns cannot use.
 
     Raises:
-        InputError: a pattern is wrong or uses a reserved field, a series has no date, a date cannot be read, or a
-            folder cannot be read.
+        InputError: a pattern is wrong or uses a reserved field, a series has no date, a date cannot be read, a name
+            is not UTF-8, or a folder cannot be read.
     """
     patterns = {name: FilePattern(sensor.files) for name, sensor in description.sensors.items()}
     patterns |= {name: FilePattern(label.files) for name, label in description.labels.items()}
