@@ -32,7 +32,7 @@ from bocage.shards.draft.survey import (
 )
 from bocage.shards.draft.yaml import Draft, Keys
 from bocage.shards.errors import InputError
-from bocage.shards.source.described.description import DTYPES
+from bocage.shards.source.described.description import DTYPES, UNUSED
 from bocage.shards.source.described.file_patterns import plain_name
 from bocage.shards.source.raster import is_integer
 
@@ -120,7 +120,7 @@ def draft_rasters(
             "files": keys["files"],
             **_sensor_values(draft, image, choices),
             **{key: value for key, value in keys.items() if key != "files"},
-            **_nodata(draft, image),
+            **_nodata(draft, image, choices),
         }
     if labels:
         draft.values["labels"] = {
@@ -339,14 +339,32 @@ def _sensor_values(draft: Draft, image: _Image, choices: Choices) -> dict[str, A
     return values
 
 
-def _nodata(draft: Draft, image: _Image) -> dict[str, list[float]]:
-    """The key ``nodata``: declared values, NaN if it occurs, and extreme values that usually mark missing pixels."""
+def _nodata(draft: Draft, image: _Image, choices: Choices) -> dict[str, list[float]]:
+    """The key ``nodata``: declared values, NaN if it occurs, and extreme values that usually mark missing pixels.
+
+    A value that would mark all sampled pixels as missing becomes a note.
+    """
     dtype = np.dtype(image.header.dtypes[0])
     declared = {header.nodata for header in image.found.headers.values() if header.nodata is not None}
     values = {value for value in declared if _can_occur(value, dtype)}
-    remarks = ["the files declare it"] if values else []
     ends = {*image.values.lowest, *image.values.highest}
     guesses = {float(guess) for guess in _MISSING_VALUES.get(dtype.name, ()) if float(guess) in ends} - values
+    bands = (choices.bands or image.bands.bands).values()
+    ranges = [
+        (lowest, highest)
+        for band, lowest, highest in zip(bands, image.values.lowest, image.values.highest, strict=True)
+        if band != UNUSED and math.isfinite(lowest)
+    ]
+    hiding = {value for value in values | guesses if all(_is_marked(value, *limits) for limits in ranges)}
+    for value in sorted(hiding):
+        draft.notes.append(f"{image.name}: {_explain_hiding(value, ranges, value in declared)}")
+    values, guesses = values - hiding, guesses - hiding
+    remarks = ["the files declare it"] if values else []
+    for value in sorted(values | guesses):
+        lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+        if lowest < value <= 0 or 0 < value < highest:
+            limit = f"lower values, down to {lowest:g}," if value <= 0 else f"higher values, up to {highest:g},"
+            remarks.append(f"{value:g} also marks the {limit} as missing")
     if guesses:
         remarks.append(f"{', '.join(f'{guess:g}' for guess in sorted(guesses))} occurs: does it mark missing pixels?")
     if image.values.nan:
@@ -362,6 +380,28 @@ def _nodata(draft: Draft, image: _Image) -> dict[str, list[float]]:
     if remarks:
         draft.comments[("sensors", image.name, "nodata")] = "; ".join(remarks)
     return {"nodata": found} if found else {}
+
+
+def _is_marked(nodata: float, lowest: float, highest: float) -> bool:
+    """Whether a value of ``nodata`` marks all values of a range: it also marks those beyond it, away from 0."""
+    return highest <= nodata if nodata <= 0 else lowest >= nodata
+
+
+def _explain_hiding(value: float, ranges: Sequence[tuple[float, float]], is_declared: bool) -> str:
+    """Why a nodata value is left out that would mark all pixels as missing, and what to do."""
+    if not ranges:
+        return (
+            f"all sampled pixels have the nodata value {value:g} that the files declare, so it is left out of nodata; "
+            "if it is a valid value, remove it from the files with gdal_edit.py -unsetnodata"
+        )
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if not is_declared:
+        return f"all sampled pixels are {value:g}, so it is left out of nodata"
+    side = "lower" if value <= 0 else "higher"
+    return (
+        f"as nodata, {value:g}, which the files declare, would also mark all {side} values, {lowest:g} to {highest:g}, "
+        "so it is left out; give the files a nodata value outside the data, or NaN"
+    )
 
 
 def _can_occur(value: float, dtype: np.dtype[Any]) -> bool:

@@ -288,6 +288,34 @@ def test_floats_with_nan_and_a_value_that_looks_like_nodata(tmp_path: Path) -> N
     assert len(shard(draft, tmp_path / "out")) == 4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "content", "declared", "nodata", "note"),
+    [
+        ("uint8", 7, 7, None, "all sampled pixels have the nodata value 7 that the files declare"),
+        ("uint16", 65535, None, None, "all sampled pixels are 65535, so it is left out"),
+        ("float32", (-25, -5), 0, None, "would also mark all lower values, -25 to -5, so it is left out"),
+        ("uint8", (2, 250), 1, None, "would also mark all higher values, 2 to 250, so it is left out"),
+        ("int16", (-50, 100), 0, [0], ""),
+        ("float32", (0, 40), -9999, [-9999], ""),
+    ],
+)
+def test_a_nodata_value_that_would_mark_all_pixels_is_left_out(
+    dtype: str, content: Any, declared: float | None, nodata: list[float] | None, note: str, tmp_path: Path
+) -> None:
+    lowest, highest = content if isinstance(content, tuple) else (content, content)
+    for number in range(4):
+        array = np.linspace(lowest, highest, 64 * 64).reshape(1, 64, 64).astype(dtype)
+        write_raster(tmp_path / "vv" / f"{number}.tif", array, 0.5, corner(number), nodata=declared)
+    draft = draft_folder(tmp_path)
+    (sensor,) = draft.values["sensors"]
+    assert draft.values["sensors"][sensor].get("nodata") == nodata
+    notes = [text for text in draft.notes if "left out" in text]
+    assert len(notes) == bool(note) and all(note in text for text in notes)
+    if lowest < 0 < highest:
+        comment = draft.comments[("sensors", sensor, "nodata")]
+        assert "0 also marks the lower values, down to -50, as missing" in comment
+
+
 def test_rasters_of_several_sizes_become_one_mosaic(tmp_path: Path) -> None:
     left = 0.0
     for width in (300, 200, 340):
