@@ -17,6 +17,7 @@ from bocage.shards.source.flair_hub.download import (
     download_zips,
     free_bytes,
     inspect_folder,
+    locked_folder,
 )
 from bocage.shards.source.flair_hub.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
 from bocage.shards.source.flair_hub.toy import find_toy, is_unpacked, unpack_toy
@@ -74,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.dry_run:
                 _print_plan(zips, inspect_folder(arguments.out, zips, check_hashes=False))
             else:
-                count = _download(interrupts, arguments, zips)
+                with locked_folder(arguments.out):
+                    count = _download(interrupts, arguments, zips)
                 print(f"{len(zips)} zips in {arguments.out}, {_size(zips)}; {count} of them downloaded now")
     except InterruptedCommand as stopped:
         print(f"bocage: interrupted by {stopped.name}; run the same command to resume", file=sys.stderr)
@@ -89,17 +91,27 @@ def _get_toy(interrupts: Interrupts, arguments: argparse.Namespace) -> None:
     elif arguments.dry_run:
         _print_plan([toy], inspect_folder(arguments.out, [toy], check_hashes=False))
     else:
-        _download(interrupts, arguments, [toy])
-        print(f"{len(unpack_toy(arguments.out, toy))} folders and files of the toy subset in {arguments.out}")
+        with locked_folder(arguments.out):
+            # The files are compressed already: unpacked, they are about as large as the zip.
+            _download(interrupts, arguments, [toy], unpacked_bytes=toy.size)
+            names = unpack_toy(arguments.out, toy)
+        print(f"{len(names)} folders and files of the toy subset in {arguments.out}")
 
 
-def _download(interrupts: Interrupts, arguments: argparse.Namespace, zips: list[RemoteZip]) -> int:
-    """Download the zips that are missing; return their number."""
+def _download(
+    interrupts: Interrupts, arguments: argparse.Namespace, zips: list[RemoteZip], unpacked_bytes: int = 0
+) -> int:
+    """Download the zips that are missing into the locked folder; return their number."""
     with ProgressBars() as bars:
         local = inspect_folder(arguments.out, zips, progress=_Bar(bars, "checking", interrupts))
         for name in local.differing:
             bars.say(f"note: {arguments.out / name} differs from the hub and is downloaded again")
-        download_zips(local, workers=arguments.workers, progress=_Bar(bars, "downloading", interrupts))
+        download_zips(
+            local,
+            unpacked_bytes=unpacked_bytes,
+            workers=arguments.workers,
+            progress=_Bar(bars, "downloading", interrupts),
+        )
     return len(local.missing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +29,12 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.source.flair_hub import download
 from bocage.shards.source.flair_hub import toy as toy_module
-from bocage.shards.source.flair_hub.download import PARTIAL_SUFFIX, download_zips, inspect_folder
+from bocage.shards.source.flair_hub.download import (
+    PARTIAL_SUFFIX,
+    download_zips,
+    inspect_folder,
+    locked_folder,
+)
 from bocage.shards.source.flair_hub.hub import REPOSITORY, RemoteZip, choose_zips, list_zips
 from bocage.tools.main import main
 
@@ -346,11 +354,11 @@ def test_a_small_disk_is_refused_before_any_download(
     with tmpfs(tmp_path / "disk", "2m") as disk:
         out = disk / "out"
         assert get(out) == 2
-        assert f"{out}: 2.4 MB are missing, but only 2.1 MB are free: choose another" in capsys.readouterr().err
-        assert not out.exists() and not hub.ranges
+        error = f"{out}: 2.4 MB are needed to download, but only 2.1 MB are free: choose another"
+        assert error in capsys.readouterr().err
+        assert not zips_in(out) and not hub.ranges
         remount(disk, "size=2600k")
         # Complete zips in the folder need no space.
-        out.mkdir()
         for name in NAMES[:3]:
             (out / name).write_bytes(hub.datasets[REPOSITORY][f"data/{name}"])
         assert get(out) == 0
@@ -366,7 +374,10 @@ def test_a_disk_that_fills_up_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
             if not (disk / "filler").exists():
                 (disk / "filler").write_bytes(bytes(1 << 20))
 
-        with pytest.raises(InputError, match="the disk is full; free space and run the same command again"):
+        with (
+            pytest.raises(InputError, match="the disk is full; free space and run the same command again"),
+            locked_folder(disk / "out"),
+        ):
             download_zips(local, progress=fill)
         (disk / "filler").unlink()
         assert get(disk / "out") == 0
@@ -377,6 +388,31 @@ def test_a_folder_that_cannot_be_made_is_named(hub: Hub, tmp_path: Path, capsys:
     (tmp_path / "file").touch()
     assert get(tmp_path / "file" / "out") == 2
     assert "cannot be read or written: Not a directory" in capsys.readouterr().err
+
+
+def _hold_lock(folder: Path, locked: Any) -> None:
+    with locked_folder(folder):
+        locked.set()
+        time.sleep(300)
+
+
+# A process starts and is killed at the end, because a process does not exclude itself.
+def test_a_folder_into_which_another_run_downloads_is_not_even_inspected(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / IMAGE).write_bytes(hub.datasets[REPOSITORY][f"data/{IMAGE}"])
+    context = multiprocessing.get_context("spawn")
+    locked = context.Event()
+    holder = context.Process(target=_hold_lock, args=(tmp_path, locked))
+    holder.start()
+    try:
+        assert locked.wait(60)
+        assert get(tmp_path) == 2
+        assert f"{tmp_path}: another run is writing there" in capsys.readouterr().err
+        assert zips_in(tmp_path) == [IMAGE] and not (tmp_path / ".bocage-get.json").exists()
+    finally:
+        holder.kill()
+        holder.join(60)
 
 
 # About 5 s: two processes, one of them while another downloads.
@@ -462,6 +498,26 @@ def test_the_toy_subset_is_unpacked(hub: Hub, toy: Path, tmp_path: Path, capsys:
     assert get(out, "--toy") == 0
     assert capsys.readouterr().out == f"the toy subset is in {out} already\n"
     assert len(hub.ranges) == requests == 3
+
+
+def test_the_toy_subset_needs_space_for_its_zip_and_its_files(
+    hub: Hub, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = len(hub.datasets["IGN/toy"][TOY])
+    kilobytes = size * 3 // 2 // 1024
+    with tmpfs(tmp_path / "disk", f"{kilobytes}k") as disk:
+        assert get(disk / "out", "--toy") == 2
+        assert f"{2 * size / 1e6:.1f} MB are needed to download and unpack, but only" in capsys.readouterr().err
+        assert not hub.ranges
+        # Its files may be larger than the zip.
+        remount(disk, f"size={kilobytes * 2}k")
+        archive = Path(shutil.make_archive(str(tmp_path / "zeros"), "zip", toy.parent))
+        with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(f"{toy.name}/zeros.tif", bytes(4 * size))
+        hub.datasets["IGN/toy"][TOY] = archive.read_bytes()
+        assert get(disk / "out", "--toy") == 2
+        assert f"MB are needed to unpack {TOY}, but only" in capsys.readouterr().err
+        assert zips_in(disk / "out") == [TOY]
 
 
 def test_the_toy_subset_replaces_no_other_data(

@@ -16,8 +16,8 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,41 +113,68 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
-def _check_disk(local: LocalZips) -> None:
-    """Check that the missing zips fit on the disk."""
-    needed, free = local.remaining_bytes, free_bytes(local.folder)
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Context manager that creates a folder and locks it, so that no other run downloads into it.
+
+    Raises:
+        InputError: the folder cannot be written, or another run downloads into it.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / _LOCK, range(1), folder))
+        except OSError as error:
+            raise _local_error(folder, error) from error
+        yield
+
+
+def check_disk(folder: Path, needed: int, use: str) -> None:
+    """Check that a folder's disk has some bytes left.
+
+    Args:
+        folder: the folder; it may be missing.
+        needed: number of bytes.
+        use: what they are needed for, for the message.
+
+    Raises:
+        InputError: it has not.
+    """
+    free = free_bytes(folder)
     if needed > free:
         raise InputError(
-            f"{local.folder}: {format_size(needed)} are missing, but only {format_size(free)} are free: choose another "
+            f"{folder}: {format_size(needed)} are needed {use}, but only {format_size(free)} are free: choose another "
             "folder, or fewer domains or modalities"
         )
 
 
-def download_zips(local: LocalZips, *, workers: int = 4, progress: Progress | None = None) -> None:
+def download_zips(
+    local: LocalZips, *, unpacked_bytes: int = 0, workers: int = 4, progress: Progress | None = None
+) -> None:
     """Download the missing zips of a folder, several at a time.
 
     A zip that arrives damaged is downloaded again. An interrupted run keeps the zips and parts of zips that it has.
+    The caller holds the lock of ``locked_folder``, also while the folder is inspected.
 
     Args:
         local: zips to download.
+        unpacked_bytes: bytes that the caller needs on the same disk afterwards.
         workers: number of zips at a time.
         progress: progress callback; an exception that it raises stops the download.
 
     Raises:
-        InputError: the disk is too small or full, the folder cannot be written, another run downloads into it, the
-            server refuses a zip or does not answer, or zips are damaged at every attempt.
+        InputError: the disk is too small or full, the folder cannot be written, the server refuses a zip or does not
+            answer, or zips are damaged at every attempt.
     """
-    _check_disk(local)
-    with ExitStack() as stack:
-        try:
-            local.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(local.folder / _LOCK, range(1), local.folder))
-            for item in local.complete:
-                _partial(local.folder, item).unlink(missing_ok=True)
-        except OSError as error:
-            raise _local_error(local.folder, error) from error
-        if local.missing:
-            _Downloads(local, progress).run(workers)
+    use = "to download and unpack" if unpacked_bytes else "to download"
+    check_disk(local.folder, local.remaining_bytes + unpacked_bytes, use)
+    try:
+        for item in local.complete:
+            _partial(local.folder, item).unlink(missing_ok=True)
+    except OSError as error:
+        raise _local_error(local.folder, error) from error
+    if local.missing:
+        _Downloads(local, progress).run(workers)
 
 
 class _Downloads:

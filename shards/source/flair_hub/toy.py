@@ -10,6 +10,7 @@ from pathlib import Path
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write, fsync
 from bocage.shards.source.flair_hub import naming, zips
+from bocage.shards.source.flair_hub.download import check_disk
 from bocage.shards.source.flair_hub.hub import RemoteZip, retried
 from bocage.shards.source.flair_hub.metadata import METADATA_FOLDER
 
@@ -68,12 +69,15 @@ def unpack_toy(folder: Path, toy: RemoteZip) -> list[str]:
         Names of the new folders and files.
 
     Raises:
-        InputError: the zip is damaged or refused, the disk is full, or the folder has other data of these names.
+        InputError: the zip is damaged or refused, the disk is too small or full, or the folder has other data of these
+            names.
     """
     archive, temporary = folder / toy.name, folder / _TEMPORARY
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        for member in list(zips.members(archive)):
+        members = list(zips.members(archive))
+        check_disk(folder, sum(member.size for member in members), f"to unpack {toy.name}")
+        for member in members:
             path = temporary.joinpath(*_place(os.fsdecode(member.name).split("/")))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(zips.read(archive, member))
