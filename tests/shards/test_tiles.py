@@ -635,6 +635,10 @@ def test_files_are_listed_in_a_fixed_order_without_hidden_ones(tmp_path: Path) -
         (tmp_path / name).touch()
     (tmp_path / "b/loop").symlink_to(tmp_path)
     assert list(list_files(tmp_path)) == ["a.tif", "b/1.tif", "b/2.tif"]
+    for path in ("c/d/1.tif", "c/e/1.tif", "ca/1.tif"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert list(list_files(tmp_path, ["b", "c/d"])) == ["a.tif", "ca/", "b/1.tif", "b/2.tif", "c/e/", "c/d/1.tif"]
 
 
 def test_ground_scale_of_projections() -> None:

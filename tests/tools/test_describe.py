@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,24 @@ def test_two_folders_are_sharded_as_their_description_is(
     assert [shard.sha256 for shard in short.shards] == [shard.sha256 for shard in long.shards]
     assert short.registry["LABEL"].schemes[0].classes == ROOFS
     assert short.counts["present"] == {"RGB": 3, "LABEL": 3}
+
+
+def test_only_the_two_folders_are_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        place = (CORNER[0] + 32 * number, CORNER[1])
+        array = np.random.default_rng(number).integers(0, 2, (3, 64, 64)).astype(np.uint8)
+        write_raster(tmp_path / "b" / "images" / f"{number}.tif", array, 0.5, place, photometric="rgb")
+        write_raster(tmp_path / "b" / "masks" / f"{number}.tif", array[:1], 0.5, place)
+        (tmp_path / "archive").mkdir(exist_ok=True)
+        (tmp_path / "archive" / f"{number}.tif").touch()
+    folders = ["--images", str(tmp_path / "b" / "images"), "--labels", str(tmp_path / "b" / "masks")]
+    assert main(["shard", *folders, str(tmp_path / "b" / "out")]) == 0
+    shutil.move(tmp_path / "b" / "masks", tmp_path / "masks")
+    folders[-1] = str(tmp_path / "masks")
+    capsys.readouterr()
+    assert main(["shard", *folders, str(tmp_path / "out")]) == 0
+    assert "2 names not understood, e.g. archive/, b/out/" in capsys.readouterr().err
+    assert len(Manifest.open(tmp_path / "out")) == 2
 
 
 def test_values_may_be_overridden_and_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 from bocage.shards.errors import InputError
@@ -31,6 +32,7 @@ class FilePattern:
         text: the pattern.
         fields: names of the fields, in order.
         literals: number of characters that are neither fields nor wildcards.
+        folder: deepest folder that all matching paths are in; empty for any.
 
     Raises:
         InputError: a brace is unbalanced, or the pattern is absolute or leaves the folder.
@@ -56,6 +58,7 @@ class FilePattern:
         if "{" in re.sub(_TOKEN, "", text) or "}" in re.sub(_TOKEN, "", text):
             raise InputError(f"files: {text!r}: a brace is not closed, or a field is not a plain name")
         self.literals = len(re.sub(_TOKEN, "", text))
+        self.folder = "/".join(takewhile(lambda part: not _TOKEN.search(f"{part}/"), text.split("/")[:-1]))
         stem, dot, extension = rest.rpartition(".")
         expression += re.escape(stem) + (re.escape(dot) + f"(?i:{re.escape(extension)})" if dot else re.escape(rest))
         self._expression = re.compile(expression)
@@ -112,10 +115,15 @@ def choose_rasters(paths: Iterable[str]) -> list[str]:
     return rasters
 
 
-def list_files(root: Path) -> Iterator[str]:
+def list_files(root: Path, folders: Collection[str] = ("",)) -> Iterator[str]:
     """Paths of all files below ``root``, relative to it, with ``/`` between folders, in a fixed order.
 
     Hidden files and folders are left out. Links to folders are followed once.
+
+    Args:
+        root: the folder.
+        folders: folders below ``root`` to which the search is limited. Of any other folder beside them only its own
+            path is given, with ``/`` at the end, because it may be large.
 
     Raises:
         InputError: ``root`` is no folder or its name is not UTF-8, or a folder cannot be read.
@@ -127,6 +135,7 @@ def list_files(root: Path) -> Iterator[str]:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
     check_name(root)
+    limits = [f"{folder}/" if folder else "" for folder in folders]
     seen: set[tuple[int, int]] = set()
     for folder, names, files in os.walk(root, onerror=fail, followlinks=True):
         status = os.stat(folder)
@@ -134,11 +143,21 @@ def list_files(root: Path) -> Iterator[str]:
             names.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        prefix = Path(folder).relative_to(root).as_posix().removeprefix(".")
+        prefix += "/" if prefix else ""
         names[:] = sorted(name for name in names if not name.startswith("."))
-        prefix = Path(folder).relative_to(root).as_posix()
         for name in sorted(files):
             if not name.startswith("."):
-                yield name if prefix == "." else f"{prefix}/{name}"
+                yield prefix + name
+        for name in list(names):
+            if not any(_is_within_or_above(f"{prefix}{name}/", wanted) for wanted in limits):
+                names.remove(name)
+                yield f"{prefix}{name}/"
+
+
+def _is_within_or_above(folder: str, wanted: str) -> bool:
+    """Whether a folder is ``wanted``, inside it, or one that holds it; both end with ``/``, but for the root."""
+    return folder.startswith(wanted) or wanted.startswith(folder)
 
 
 def fill_template(template: str, fields: Mapping[str, str], what: str) -> str:

@@ -42,7 +42,8 @@ def find_files(
 ) -> Iterator[DescribedFile]:
     """Find the files below ``root`` that match a pattern of the description, in the order of their paths.
 
-    World files, masks and overviews beside the rasters are left out.
+    World files, masks and overviews beside the rasters are left out. Folders that no pattern names are not searched;
+    each counts as one name that matches no pattern.
 
     Args:
         root: source folder.
@@ -64,7 +65,7 @@ def find_files(
             raise InputError(
                 f"sensors.{name}: a series has a file for each date: add {{date}} to {patterns[name].text!r}"
             )
-    for path in list_files(root):
+    for path in list_files(root, {pattern.folder for pattern in patterns.values()}):
         if path.lower().endswith(_SIDECARS):
             continue
         matches = match_patterns(patterns, path)

@@ -218,7 +218,7 @@ def _find_files(root: Path, description: DatasetDescription, report: CatalogueRe
     if taken := [name for name in pattern.fields if name in (*TABLE_FIELDS, *description.table.fields)]:
         raise InputError(f"table.files: the field {taken[0]} is not free; give it another name")
     found: dict[str, dict[str, str]] = {}
-    for path in list_files(root):
+    for path in list_files(root, [pattern.folder]):
         fields = pattern.match(path)
         if fields is None:
             report.add_unparsable(path)

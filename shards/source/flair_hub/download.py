@@ -144,7 +144,7 @@ def check_disk(folder: Path, needed: int, use: str) -> None:
     if needed > free:
         raise InputError(
             f"{folder}: {format_size(needed)} are needed {use}, but only {format_size(free)} are free: choose another "
-            "folder, or fewer domains or modalities"
+            "folder, or download less"
         )
 
 
