@@ -90,7 +90,7 @@ def guess_bands(header: RasterHeader, values: ImageValues, words: Iterable[str])
             remarks[name] = "alpha"
         else:
             bands[position] = "other"
-            remarks[position] = _ask(header, index, list(bands))
+            remarks[position] = _remark_on_unknown(header, index, list(bands))
     is_radar = set(bands) <= {"VV", "VH"}
     is_linear_radar = is_radar and header.dtypes[0] == "float32" and min(values.lowest) >= 0
     return DraftBands(_sensor_name(bands, words), bands, remarks, "decibel" if is_linear_radar else "linear")
@@ -151,7 +151,7 @@ def _is_opacity(values: frozenset[float] | None) -> bool:
     return values is not None and values <= {0, 1, 255, 65535}
 
 
-def _ask(header: RasterHeader, index: int, known: list[str]) -> str:
+def _remark_on_unknown(header: RasterHeader, index: int, known: list[str]) -> str:
     text = header.descriptions[index]
     described = f"described as {text!r}; " if text else ""
     if index == 3 and known[:3] == ["R", "G", "B"]:

@@ -466,9 +466,9 @@ def _layout(groups: Sequence[FileGroup], ways: Sequence[Sequence[_Pieces]], refe
             known = set(zip(*(first.fields[name] for name in shared)))
             matched = sum(key in known for key in zip(*(option.fields[name] for name in shared)))
             options.append(replace(option, matched=matched))
-        lonely = _named(group, divisions[-1], _name_slots(divisions[-1], len(group.paths)), matched=0)
-        assert lonely is not None
-        named.append(max(options, key=lambda option: option.matched, default=lonely))
+        unmatched = _named(group, divisions[-1], _name_slots(divisions[-1], len(group.paths)), matched=0)
+        assert unmatched is not None
+        named.append(max(options, key=lambda option: option.matched, default=unmatched))
         date_format = date_format or _any_date_format(named[-1])
     return _with_key(tuple(named), date_format)
 

@@ -306,8 +306,8 @@ def _kept_series(
         examples = ", ".join(keys[number] for number in empty[:_MAX_EXAMPLES])
         report.notes.append(f"{len(empty)} series left out: no sensor has a value, e.g. {examples}")
     for item in registry.labels:
-        if lonely := [keys[number] for number in empty if presence[item.name][number]]:
-            report.add_without_input(item.name, lonely)
+        if without_sensor := [keys[number] for number in empty if presence[item.name][number]]:
+            report.add_without_input(item.name, without_sensor)
     return np.flatnonzero(has_input)
 
 

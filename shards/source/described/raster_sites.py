@@ -111,14 +111,14 @@ def make_sites(found: Mapping[str, Sequence[FoundRaster]], registry: Registry, r
     drafts = _draft_sites(found, registry)
     layers: list[dict[str, list[FoundRaster]]] = [{} for _ in drafts]
     for name in registry:
-        lonely = []
+        without_site = []
         for item, numbers in zip(found[name], _matching_sites(name, found[name], drafts)):
             for number in numbers:
                 layers[number].setdefault(name, []).append(item)
             if not numbers:
-                lonely.append(str(item.file.path))
-        if lonely:
-            report.add_without_input(name, lonely)
+                without_site.append(str(item.file.path))
+        if without_site:
+            report.add_without_input(name, without_site)
     return [_place_site(draft, rasters, registry) for draft, rasters in zip(drafts, layers)]
 
 
