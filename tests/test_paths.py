@@ -174,6 +174,7 @@ def test_a_resumed_run_follows_its_shards_but_not_other_ones(tmp_path: Path) -> 
     [
         (["recipe=mae_multimodal"], "write shards with `bocage shard SRC OUT`"),
         (["recipe=quickstart", "shards=/nowhere"], "bocage shard SRC /nowhere"),
+        (["recipe=quickstart", "shards=/nowhere", "engine.steps=5"], "bocage shard SRC /nowhere"),  # in the warm-up
         (["recipe=quickstart", "engine.stepps=3"], "did you mean 'engine.steps'?"),
         (["recipe=quickstart", "masking.images=packedd"], "masking.images"),
     ],

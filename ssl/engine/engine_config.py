@@ -134,8 +134,3 @@ class EngineConfig:
             )
         if self.checkpoint == "sharded" and self.parallel != "fsdp":
             raise ValueError("engine.checkpoint=sharded needs engine.parallel=fsdp: ddp has no optimiser shards")
-        if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(
-                f"engine.optimizer.warmup_steps ({self.optimizer.warmup_steps}) exceeds engine.steps ({self.steps}): "
-                "lower it, e.g. engine.optimizer.warmup_steps=0"
-            )

@@ -41,7 +41,7 @@ class OptimizerConfig:
         schedule: ``cosine`` after a linear warm-up; or ``one_cycle``, which warms up along a cosine from a thousandth
             of the peak and ends at a ten-millionth of it (Smith & Topin, arXiv 1708.07120, with the numbers of the
             official FLAIR-HUB code).
-        warmup_steps: optimiser steps of warm-up.
+        warmup_steps: optimiser steps of warm-up. A run with fewer steps ends before the peak, with a warning.
         min_lr_ratio: last learning rate of ``cosine``, as a fraction of ``learning_rate``.
 
     Raises:

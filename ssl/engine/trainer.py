@@ -328,6 +328,11 @@ class Trainer:
                     f"{config.steps} steps of {self.samples_per_step} samples on {ranks} rank{'s' * (ranks > 1)} "
                     f"({accelerator.device.type}, {config.precision}), a record every {config.log_every}"
                 )
+            if config.optimizer.warmup_steps > config.steps:
+                self.run_logger.message(
+                    f"the warm-up does not end: engine.optimizer.warmup_steps={config.optimizer.warmup_steps} exceeds "
+                    f"engine.steps={config.steps}; lower it, e.g. to {config.steps // 10}"
+                )
             self.train_module.train()
             hooks = (getattr(module, "after_step", None) for module in self.train_module.modules())
             self.after_step_hooks = [hook for hook in hooks if hook is not None]

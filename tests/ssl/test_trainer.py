@@ -138,12 +138,21 @@ def test_fp16_on_the_cpu_is_refused(tmp_path: Path) -> None:
         ({"accumulation": 0}, "engine.accumulation"),
         ({"clip_norm": -1.0}, "engine.clip_norm"),
         ({"precision": "fp8"}, "engine.precision"),
-        ({"steps": 5, "optimizer": OptimizerConfig(warmup_steps=6)}, "engine.optimizer.warmup_steps"),
     ],
 )
 def test_invalid_values_name_their_key(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**keys)
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome, _ = run(tmp_path, steps=2, log_every=1, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=20))
+    assert outcome.exit_code == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warm" in line]
+    assert lines == [
+        "bocage: the warm-up does not end: engine.optimizer.warmup_steps=20 exceeds engine.steps=2; lower it, e.g. to 0"
+    ]
+    assert [record["learning_rate"] for record in records(tmp_path)] == pytest.approx([1e-2 / 20, 1e-2 / 10])
 
 
 def test_cosine_schedule_with_warmup() -> None:
