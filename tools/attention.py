@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bocage.finetune.evaluation.predict import check_bands
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.files import check_new_folder
 from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.shards.read.open import open_shards
@@ -69,5 +69,5 @@ def run(arguments: argparse.Namespace) -> int:
             device=device or "cpu",
             progress=bar.update,
         )
-    print(f"{len(rows)} pictures in {arguments.out}, table: {table}")
+    print(f"{counted(len(rows), 'picture')} in {arguments.out}, table: {table}")
     return 0

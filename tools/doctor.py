@@ -18,7 +18,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 
 State = Literal["ok", "note", "fault"]
 _STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "fault": "bold red"}
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"{finding.state:<5}", style=_STYLES[finding.state], end="  ")
         console.print(f"{finding.subject:<{width}}  {finding.text}", markup=False, highlight=False, soft_wrap=True)
     faults = sum(finding.state == "fault" for finding in found)
-    print(f"{faults} faults" if faults != 1 else "1 fault")
+    print(counted(faults, "fault"))
     return 1 if faults else 0
 
 
@@ -182,7 +182,9 @@ def _shards(where: str) -> Iterator[Finding]:
         return
     size = sum(shard.bytes for shard in manifest.shards) / _GIGABYTE
     names = ", ".join(manifest.registry)
-    yield Finding("shards", "ok", f"{rows:,} patches in {len(manifest.shards):,} tars, {size:.1f} GB: {names}")
+    yield Finding(
+        "shards", "ok", f"{counted(rows, 'patch')} in {counted(len(manifest.shards), 'tar')}, {size:.1f} GB: {names}"
+    )
     splits = ", ".join(manifest.splits) or "none: set split=all in recipes"
     yield Finding("splits", "ok" if manifest.splits else "note", splits)
     if is_remote(where):

@@ -19,7 +19,7 @@ from bocage.finetune.evaluation.evaluate import (
     write_results,
 )
 from bocage.finetune.models.segmentation import load_segmentation
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.shards.read.open import open_shards
@@ -74,7 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         if not len(rows):
             raise InputError(f"--missing: no patch has all of {', '.join(inputs)}, which the comparison needs")
         if len(rows) < total:
-            print(f"bocage: {total - len(rows)} of {total} patches left out: they lack a sensor", file=sys.stderr)
+            print(
+                f"bocage: {total - len(rows):,} of {counted(total, 'patch')} left out: they lack a sensor",
+                file=sys.stderr,
+            )
     accelerator = build_accelerator("fp32", "none", arguments.out, _RANK_TIMEOUT)
     task = task.to(accelerator.device).eval()
     parts: dict[str, Confusions] = {}
@@ -115,7 +118,7 @@ def _write_and_print(out: Path, parts: dict[str, Confusions], patches: int) -> N
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     console = text_console()
     for label in next(iter(metrics.values())):  # one table per label, since a common one would be too wide
-        table = Table(title=f"{label}, {patches} patches")
+        table = Table(title=f"{label}, {counted(patches, 'patch')}")
         table.add_column("sensors", no_wrap=True)
         for name in ("mIoU strict", "mIoU official", "OA strict", "OA official"):
             table.add_column(name, justify="right")

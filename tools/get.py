@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.files import format_size
 from bocage.shards.source.flair_hub.download import (
     LocalZips,
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             else:
                 with locked_folder(arguments.out):
                     count = _download(interrupts, arguments, zips)
-                print(f"{len(zips)} zips in {arguments.out}, {_size(zips)}; {count} of them downloaded now")
+                print(f"{counted(len(zips), 'zip')} in {arguments.out}, {_size(zips)}; {count} downloaded now")
     except InterruptedCommand as stopped:
         print(f"bocage: interrupted by {stopped.name}; run the same command to resume", file=sys.stderr)
         return stopped.exit_code
@@ -126,7 +126,7 @@ class _Bar:
         self._interrupts.check()
         if self._bar is None:
             self._bar = self._bars.add(self._title, "MB")
-        self._bar.update(int(done / _MEGABYTE), int(total / _MEGABYTE), f"{zips} zips done")
+        self._bar.update(int(done / _MEGABYTE), int(total / _MEGABYTE), f"{counted(zips, 'zip')} done")
 
 
 def _print_plan(zips: list[RemoteZip], local: LocalZips) -> None:

@@ -19,7 +19,7 @@ from bocage.finetune.mapping.map_rasters import open_rasters
 from bocage.finetune.mapping.tiled_inference import write_map
 from bocage.finetune.models.segmentation import Segmentation, load_segmentation
 from bocage.recipes.loader import load_dataset, parse_dataset_argument
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.format.manifest import DATASET_FILE
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.read.open import open_shards
@@ -116,19 +116,20 @@ def run(arguments: argparse.Namespace) -> int:
         )
     written = len(rows) - len(patches.skipped)
     if writes_table(patches):
-        print(f"classes of {written} series: {arguments.out / TABLE_FILE}")
+        print(f"classes of {counted(written, 'series')}: {arguments.out / TABLE_FILE}")
     else:
-        print(f"{written} maps in {arguments.out}" + (f", picture: {picture}" if picture else ""))
+        print(f"{counted(written, 'map')} in {arguments.out}" + (f", picture: {picture}" if picture else ""))
     if patches.skipped:
         print_skipped(console, patches.skipped.values())
         raise InputError(
-            f"{arguments.source}: {len(patches.skipped)} of {len(rows)} patches cannot be read and have no prediction; "
-            "repair the files that the lines above name, and run the same command again"
+            f"{arguments.source}: {len(patches.skipped):,} of {counted(len(rows), 'patch')} without a "
+            "prediction, because their files cannot be read; repair those that the lines above name, and run the same "
+            "command again"
         )
     if unreadable:
         raise InputError(
-            f"{arguments.source}: {unreadable} folders or zips cannot be read, see the notes above, so that patches "
-            "may lack predictions or sensors; repair them, and run the same command again"
+            f"{arguments.source}: unreadable folders or zips: {unreadable}, see the notes above; patches may "
+            "lack predictions or sensors; repair them, and run the same command again"
         )
     return 0
 
@@ -177,12 +178,12 @@ def _map_images(arguments: argparse.Namespace, task: Segmentation, images: list[
                     raise
                 skipped.append(str(error))
         bar.update(len(images), len(images))
-    print(f"maps of {len(images) - len(skipped)} images in {arguments.out}")
+    print(f"maps of {counted(len(images) - len(skipped), 'image')} in {arguments.out}")
     if skipped:
         print_skipped(text_console(stderr=True), skipped)
         raise InputError(
-            f"{arguments.source}: {len(skipped)} of {len(images)} images have no map, for the reasons above; repair or "
-            "remove them, and run the same command again"
+            f"{arguments.source}: {len(skipped):,} of {counted(len(images), 'image')} without a map, for the "
+            "reasons above; repair or remove them, and run the same command again"
         )
     return 0
 

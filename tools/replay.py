@@ -13,7 +13,7 @@ from torch import nn
 from bocage import recipes
 from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.models.segmentation import segmentation_from_json
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.open import open_shards
@@ -122,7 +122,7 @@ def _describe(finding: Finding) -> list[str]:
     if finding.samples:
         lines.append(f"samples with which this happens alone: {', '.join(finding.samples)}")
     for (key, modality), count in finding.inputs.items():
-        lines.append(f"{key}: {count} values of {modality} are not finite")
+        lines.append(f"{key}: {counted(count, 'value')} of {modality} not finite")
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bocage.shards.errors import counted
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.simulate.tree import write_tree
 from bocage.tools.cli.progress import ProgressBars
@@ -42,5 +43,5 @@ def run(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             progress=bar.advance,
         )
-    print(f"{arguments.patches} patches in {arguments.out}")
+    print(f"{counted(arguments.patches, 'patch')} in {arguments.out}")
     return 0

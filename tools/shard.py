@@ -17,7 +17,7 @@ from rich.text import Text
 
 from bocage.recipes.loader import DATASET_KEY, load_dataset, parse_dataset, parse_dataset_argument
 from bocage.shards.dataset_info import FLAIR_HUB_INFO
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.files import atomic_write, format_size
 from bocage.shards.format.codec import with_lossy_dem
 from bocage.shards.format.manifest import Manifest
@@ -202,12 +202,16 @@ def _read_positionals(arguments: argparse.Namespace) -> None:
         if any(argument.startswith(DATASET_KEY) for argument in settings):
             raise InputError(f"{' '.join(settings)}: --images describes the dataset already; leave {DATASET_KEY} out")
         if len(paths) != 1:
-            raise InputError(f"{len(paths)} paths given; with --images give one, OUT: the folder of the shards")
+            raise InputError(
+                f"{counted(len(paths), 'path')} given; with --images give one, OUT: the folder of the shards"
+            )
         arguments.source, arguments.out, arguments.dataset = arguments.images, Path(paths[0]), None
         arguments.settings = settings
         return
     if len(paths) != 2:
-        raise InputError(f"{len(paths)} paths given; give two, SRC and OUT: the source and the folder of the shards")
+        raise InputError(
+            f"{counted(len(paths), 'path')} given; give two, SRC and OUT: the source and the folder of the shards"
+        )
     arguments.source, arguments.out = map(Path, paths)
     arguments.dataset, arguments.settings = parse_dataset_argument(settings)
 
@@ -285,7 +289,9 @@ def _shard(interrupts: Interrupts, catalogue: Catalogue, arguments: argparse.Nam
             _print_summary(manifest)
         else:
             number, of = arguments.slice
-            print(f"slice {number} of {of}: {len(shards)} shards written; run --merge when all slices are done")
+            print(
+                f"slice {number} of {of}: {counted(len(shards), 'shard')} written; run --merge when all slices are done"
+            )
 
 
 def _delete_source(interrupts: Interrupts, catalogue: FlairHubCatalogue, arguments: argparse.Namespace) -> None:
@@ -296,7 +302,7 @@ def _delete_source(interrupts: Interrupts, catalogue: FlairHubCatalogue, argumen
     with interrupts.deferred():  # with half of the zips, the same command would find another dataset
         found.delete()
         size = format_size(sum(found.deletable.values()))
-        print(f"deleted {len(found.deletable)} zips of {arguments.source}, {size}{_names(found.deletable)}")
+        print(f"deleted {counted(len(found.deletable), 'zip')} of {arguments.source}, {size}{_names(found.deletable)}")
         for reason in dict.fromkeys(found.kept.values()):
             kept = [path for path, why in found.kept.items() if why == reason]
             print(f"kept {len(kept)}, {reason}{_names(kept)}")

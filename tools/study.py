@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.files import atomic_write
 from bocage.shards.format.manifest import EVERY_SAMPLE
 from bocage.tools.cli.arguments import non_negative_int, positive_int, unit_fraction
@@ -148,7 +148,7 @@ def _subsets(arguments: argparse.Namespace) -> int:
             description = write_subsets(arguments.out, patches, plan, source, bar.update)
         except OSError as error:
             raise InputError(f"{arguments.out} cannot be written: {error.strerror}") from error
-    table = Table(title=f"{len(patches):,} patches, {len(set(patches.rois)):,} regions")
+    table = Table(title=f"{counted(len(patches), 'patch')}, {counted(len(set(patches.rois)), 'region')}")
     for name in ("sampling unit", "fraction", "draws", "patches", "regions", "classes missing in some draw"):
         table.add_column(name, justify="left" if name.startswith(("sampling", "classes")) else "right")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -225,9 +225,9 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"\nbocage: stopped; run the same command to resume ({interruption.name})")
             return interruption.exit_code
     if not failures:
-        print(f"{len(grid)} runs in {folders.runs}; `bocage study report` shows their scores")
+        print(f"{counted(len(grid), 'run')} in {folders.runs}; `bocage study report` shows their scores")
         return 0
-    print(f"{len(failures)} of {len(grid)} runs failed; the same command retries them:")
+    print(f"{len(failures)} of {counted(len(grid), 'run')} failed; the same command retries them:")
     for failure in failures:
         print(f"  {failure.run.name} (status {failure.status}): {folders.path(failure.run) / 'log.txt'}")
     return 1
@@ -247,7 +247,7 @@ def _dry_run(study: StudyConfig, folders: RunFolders, processes: int) -> int:
     from bocage.finetune.study.study_config import study_runs
 
     grid = study_runs(study)
-    table = Table(title=f"{len(grid)} runs")
+    table = Table(title=counted(len(grid), "run"))
     for name in ("mode", "runs", "finished", "seconds per run", "seconds per step", "hours left", "MB left"):
         table.add_column(name, justify="left" if name == "mode" else "right")
     hours, has_unknown_cost = 0.0, False
@@ -307,7 +307,7 @@ def _report(arguments: argparse.Namespace) -> int:
         print(f"report: {write_report(study, out)}")
         folders, grid = RunFolders(study), study_runs(study)
         if unfinished := sum(not folders.is_finished(run) for run in grid):
-            print(f"{unfinished} of {len(grid)} runs have no result yet: `bocage study run` executes them")
+            print(f"{unfinished} of {counted(len(grid), 'run')} without a result yet: `bocage study run` executes them")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     return 0

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from bocage.shards.errors import counted
 from bocage.shards.format.manifest import DATASET_FILE
 from bocage.shards.inspect.verify import Verification, verify
 from bocage.shards.inspect.verify_shard import Problem
@@ -66,8 +67,8 @@ def show_verification(bar: ProgressBar, interrupts: Interrupts, done: int, total
 
 def _print(found: Verification, path: Path) -> None:
     print(
-        f"{path}: {found.samples} patches in {found.shards} shards, {found.bytes / _MEGABYTE:.1f} MB; "
-        f"{found.decoded} patches decoded"
+        f"{path}: {counted(found.samples, 'patch')} in {counted(found.shards, 'shard')}, "
+        f"{found.bytes / _MEGABYTE:.1f} MB; {counted(found.decoded, 'patch')} decoded"
     )
     for problem in found.warnings[:_SHOWN]:
         print(f"warning: {_line(problem)}")

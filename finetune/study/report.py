@@ -32,6 +32,7 @@ from bocage.finetune.study.results import Analysis, analyze_study
 from bocage.finetune.study.run_folders import RunFolders
 from bocage.finetune.study.study_config import StudyConfig, study_runs
 from bocage.finetune.study.tables import Table
+from bocage.shards.errors import counted
 from bocage.shards.files import atomic_write
 from bocage.shards.read.open import open_shards
 from bocage.ssl.engine.logging.provenance import git_revision, library_versions
@@ -192,24 +193,20 @@ def _findings(analysis: Analysis) -> list[str]:
     return sentences or ["One initialization: there is nothing to compare with."]
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def _lead(study: StudyConfig, analyses: Mapping[str, Analysis]) -> str:
     first = next(iter(analyses.values()))
     unit = "single patches" if study.sampling_unit == "patch" else "whole regions"
     return (
-        f"{_plural(len(first.results), 'run')}: {_plural(len(study.initializations), 'initialization')}, "
-        f"{_plural(len(study.fractions), 'fraction')} of the labelled patches ({unit}), scored on "
-        f"{_plural(len(first.regions), 'region')} of the {first.part} patches."
+        f"{counted(len(first.results), 'run')}: {counted(len(study.initializations), 'initialization')}, "
+        f"{counted(len(study.fractions), 'fraction')} of the labelled patches ({unit}), scored on "
+        f"{counted(len(first.regions), 'region')} of the {first.part} patches."
     )
 
 
 def _method(study: StudyConfig, analyses: Mapping[str, Analysis]) -> list[str]:
     mean = "the interquartile mean over runs" if study.interquartile else "the mean over runs"
     runs = "; ".join(
-        f"{percent(item.fraction)}: {_plural(item.draws, 'draw')} with {_plural(item.seeds, 'seed')}"
+        f"{percent(item.fraction)}: {counted(item.draws, 'draw')} with {counted(item.seeds, 'seed')}"
         for item in sorted(study.fractions, key=lambda item: item.fraction)
     )
     unit = "subsets of patches" if study.sampling_unit == "patch" else "subsets of whole regions"
@@ -255,7 +252,7 @@ def _method(study: StudyConfig, analyses: Mapping[str, Analysis]) -> list[str]:
     results = next(iter(analyses.values())).results
     if skipped := [result.run.name for result in results if result.facts["skipped_steps"]]:
         lines.append(
-            f"{_plural(len(skipped), 'run')} skipped steps with a non-finite loss, see skipped_steps in runs.csv: "
+            f"{counted(len(skipped), 'run')} skipped steps with a non-finite loss, see skipped_steps in runs.csv: "
             f"{', '.join(skipped[:3])}{', …' if len(skipped) > 3 else ''}."
         )
     if next(iter(analyses.values())).part == "valid":

@@ -16,7 +16,7 @@ from bocage.shards.draft.rasters import Choices, draft_rasters
 from bocage.shards.draft.survey import read_header
 from bocage.shards.draft.table import draft_tables
 from bocage.shards.draft.yaml import Draft
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.source.described.file_patterns import RASTER_EXTENSIONS, check_name, choose_rasters, list_files
 from bocage.shards.source.flair_hub.scan import has_flair_hub_names
 from bocage.shards.source.raster import RasterError
@@ -53,9 +53,9 @@ def draft_folder(root: Path) -> Draft:
         rasters = [path for path in rasters if path not in set(indexes)]
     draft = draft_rasters(root, group_files(rasters, lambda path: _form(root / path)), Choices())
     if indexes and indexes[0] not in rasters:
-        draft.notes.append(f"{len(indexes)} VRT files such as {indexes[0]} are left out beside other rasters")
+        draft.notes.append(f"{counted(len(indexes), 'VRT file')} beside other rasters left out, e.g. {indexes[0]}")
     if tables:
-        draft.notes.append(f"{len(tables)} Parquet files are left out; move them to a folder without rasters")
+        draft.notes.append(f"{counted(len(tables), 'Parquet file')} left out; tables need a folder without rasters")
     return draft
 
 
@@ -79,8 +79,8 @@ def draft_images(images: Path, labels: Path | None, choices: Choices) -> Draft:
     bands = next(iter(draft.values["sensors"].values()))["bands"]
     if not choices.bands and (unknown := [name for name, value in bands.items() if value == "other"]):
         raise InputError(
-            f"--images {images}: the files do not say what {', '.join(unknown)} of {len(bands)} bands are; name all in "
-            "order, e.g. --bands R,G,B,NIR"
+            f"--images {images}: the files do not say what {', '.join(unknown)} of {counted(len(bands), 'band')} mean; "
+            "name all in order, e.g. --bands R,G,B,NIR"
         )
     return draft
 

@@ -31,7 +31,7 @@ from bocage.shards.draft.survey import (
     survey,
 )
 from bocage.shards.draft.yaml import Draft, Keys
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.source.described.description import DTYPES, UNUSED
 from bocage.shards.source.described.file_patterns import plain_name
 from bocage.shards.source.raster import is_integer
@@ -102,12 +102,12 @@ def draft_rasters(
     named = {item.name: group for item, group in zip(ordered, layout.groups, strict=True)}
     _pair_labels(draft, images, labels, named)
     draft.sampled = (
-        f"the names of {sum(len(group.paths) for group in groups)} rasters, "
-        f"{sum(len(item.found.headers) for item in ordered)} headers and the values of "
-        f"{sum(image.values.files for image in images)} images"
+        f"the names of {counted(sum(len(group.paths) for group in groups), 'raster')}, "
+        f"{counted(sum(len(item.found.headers) for item in ordered), 'header')} and the values of "
+        f"{counted(sum(image.values.files for image in images), 'image')}"
     )
     if labels:
-        draft.sampled += f" and {sum(label.values.files for label in labels)} label rasters"
+        draft.sampled += f" and {counted(sum(label.values.files for label in labels), 'label raster')}"
     grid = choose_grid(draft, [*images, *labels])
     _fill_dataset(draft, grid, layout, images)
     splits = _propose_splits(draft, grid, images, named[reference.name], [named[label.name] for label in labels])
@@ -168,7 +168,7 @@ def _classify(
         else:
             images.append(image)
     if unreadable:
-        draft.notes.append(f"{len(unreadable)} of the sampled files cannot be read, e.g. {unreadable[0]}")
+        draft.notes.append(f"{counted(len(unreadable), 'sampled file')} left out as unreadable, e.g. {unreadable[0]}")
     if not images:
         raise InputError(f"{root}: holds no images that can be described: {'; '.join(draft.notes) or 'labels only'}")
     images.sort(key=lambda image: image.found.pixels[len(image.found.pixels) // 2] if image.found.pixels else math.inf)
@@ -183,8 +183,8 @@ def _usual_header(draft: Draft, group: FileGroup, found: Survey) -> RasterHeader
     usual = forms.most_common(1)[0][0]
     if others := sum(forms.values()) - forms[usual]:
         draft.notes.append(
-            f"{others} of {len(found.headers)} sampled files beside {group.example} do not have {usual[0]} bands of "
-            f"{usual[1]} like the others; the same description cannot read them"
+            f"most files beside {group.example} have {counted(usual[0], 'band')} of {usual[1]}, but not {others} of "
+            f"{counted(len(found.headers), 'sampled file')}; one description cannot read both"
         )
     return next(header for header in found.headers.values() if (header.bands, header.dtypes[0]) == usual)
 
@@ -193,13 +193,13 @@ def _read_image(draft: Draft, group: FileGroup, found: Survey, header: RasterHea
     """The group as an image; None if its dtype cannot be described."""
     if header.dtypes[0] not in DTYPES:
         draft.notes.append(
-            f"{len(group.paths)} files such as {group.example} have the dtype {header.dtypes[0]}, which is none of "
-            f"{', '.join(DTYPES)}: convert them, e.g. with gdal_translate -ot Float32"
+            f"{group.example} has the dtype {header.dtypes[0]}, which is none of {', '.join(DTYPES)}: convert "
+            f"{counted(len(group.paths), 'such file')}, e.g. with gdal_translate -ot Float32"
         )
         return None
     if choices.bands and len(choices.bands) != header.bands:
         raise InputError(
-            f"--bands names {len(choices.bands)} bands, but {found.root / group.example} has {header.bands}"
+            f"--bands names {counted(len(choices.bands), 'band')}, but {found.root / group.example} has {header.bands}"
         )
     values = read_images(found)
     return _Image(group, found, header, values=values, bands=guess_bands(header, values, group.words))
@@ -214,8 +214,8 @@ def _read_label(draft: Draft, group: FileGroup, found: Survey, header: RasterHea
             return _Label(group, found, header, values=values)
         problem = "more values than there can be classes" if values.files else "values that cannot be read"
     draft.notes.append(
-        f"{len(group.paths)} files such as {group.example} seem to be labels but have {problem}: convert them to one "
-        "band of class numbers"
+        f"{group.example} seems to be a label but has {problem}: convert {counted(len(group.paths), 'such file')} to "
+        "one band of class numbers"
     )
     return None
 
@@ -223,7 +223,7 @@ def _read_label(draft: Draft, group: FileGroup, found: Survey, header: RasterHea
 def _label_problem(header: RasterHeader) -> str | None:
     """Why rasters cannot be labels; None if they can."""
     if header.bands != 1:
-        return f"{header.bands} bands"
+        return counted(header.bands, "band")
     if not is_integer(header.dtypes[0]):
         return f"the dtype {header.dtypes[0]}"
     return None
@@ -267,12 +267,14 @@ def _pair_labels(draft: Draft, images: Sequence[_Image], labels: list[_Label], n
         matched, count = named[label.name].matched, len(label.group.paths)
         if matched == 0:
             draft.notes.append(
-                f"{count} files such as {label.group.example} seem to be labels, but no image has such a name: they "
-                "are left out"
+                f"{label.group.example} seems to be a label, but no image has such a name: "
+                f"{counted(count, 'such file')} left out"
             )
             labels.remove(label)
         elif matched < count:
-            draft.notes.append(f"{count - matched} of {count} labels such as {label.group.example} have no image")
+            draft.notes.append(
+                f"no image for {count - matched:,} of {counted(count, 'label')} such as {label.group.example}"
+            )
 
 
 # Keys ----------------------------------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def _file_keys(draft: Draft, item: DraftItem, named: NamedGroup, grid: DraftGrid
         for name in named.fields:
             if name not in _SITE_FIELDS:
                 pattern = pattern.replace(f"{{{name}}}", "*")
-    draft.comments[(*keys, "files")] = f"{len(item.group.paths)} files"
+    draft.comments[(*keys, "files")] = counted(len(item.group.paths), "file")
     return {"files": pattern} | describe_pixel(draft, item, grid.pixels[item.name], keys)
 
 
@@ -335,7 +337,9 @@ def _sensor_values(draft: Draft, image: _Image, choices: Choices) -> dict[str, A
             values["representation"] = image.bands.representation
     finite = [value for value in (*image.values.lowest, *image.values.highest) if math.isfinite(value)]
     if finite:
-        draft.comments[(*keys, "dtype")] = f"values {min(finite):g} to {max(finite):g} in {image.values.files} files"
+        draft.comments[(*keys, "dtype")] = (
+            f"values {min(finite):g} to {max(finite):g} in {counted(image.values.files, 'file')}"
+        )
     return values
 
 
@@ -368,9 +372,9 @@ def _nodata(draft: Draft, image: _Image, choices: Choices) -> dict[str, list[flo
     if guesses:
         remarks.append(f"{', '.join(f'{guess:g}' for guess in sorted(guesses))} occurs: does it mark missing pixels?")
     if image.values.nan:
-        remarks.append(f"NaN in {image.values.nan} of {image.values.files} files")
+        remarks.append(f"NaN in {image.values.nan} of {counted(image.values.files, 'file')}")
     if image.values.infinite:
-        draft.notes.append(f"{image.name}: {image.values.infinite} sampled files have infinite values")
+        draft.notes.append(f"{image.name}: infinite values in {counted(image.values.infinite, 'sampled file')}")
     found = sorted(values | guesses)
     alphas = [index for index, name in enumerate(image.bands.bands) if image.bands.remarks.get(name) == "alpha"]
     if not found and any(0.0 in (image.values.few[index] or ()) for index in alphas):
@@ -426,13 +430,16 @@ def _label_values(draft: Draft, label: _Label, choices: Choices) -> dict[str, An
         share = label.values.share(value)
         if choices.classes and not share:
             draft.notes.append(
-                f"{label.name}: class {value} {classes[value]} does not occur in {label.values.files} sampled files"
+                f"{label.name}: class {value} {classes[value]} does not occur in "
+                f"{counted(label.values.files, 'sampled file')}"
             )
-        text = f"{100 * share:.2g} % of the pixels" if share else f"not in {label.values.files} sampled files"
+        text = (
+            f"{100 * share:.2g} % of the pixels" if share else f"not in {counted(label.values.files, 'sampled file')}"
+        )
         draft.comments[(*keys, "classes", str(value))] = text
     if not choices.classes:
         count = len(label.group.paths)
-        draft.comments[(*keys, "classes")] = f"found in {label.values.files} of {count} files; name them"
+        draft.comments[(*keys, "classes")] = f"found in {label.values.files} of {counted(count, 'file')}; name them"
     if ignore:
         share = sum(map(label.values.share, ignore))
         draft.comments[(*keys, "ignore")] = f"{100 * share:.2g} % of the pixels"

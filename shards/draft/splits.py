@@ -9,6 +9,7 @@ from typing import Any
 
 from bocage.shards.draft.names import split_value
 from bocage.shards.draft.yaml import Draft
+from bocage.shards.errors import counted
 from bocage.shards.source.described.file_patterns import plain_name
 
 FRACTIONS = {"train": 0.7, "valid": 0.15, "test": 0.15}
@@ -46,7 +47,7 @@ def propose_splits(
         draft.comments[("domain",)] = _shown(counts)
     elif len(counts) > _MAX_DOMAINS:
         draft.values["region"] = "{site}"
-        draft.comments[("region",)] = f"{len(counts)} sites"
+        draft.comments[("region",)] = counted(len(counts), "site")
     splits: dict[str, Any] = {}
     if "part" in fields:
         return {"split_given": _given_split(draft, sorted(set(fields["part"])))}

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from bocage.shards.draft.bands import KNOWN, name_bands
 from bocage.shards.draft.splits import FRACTIONS, propose_splits
 from bocage.shards.draft.yaml import Draft, Keys
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.source.described.file_patterns import plain_name
 
 _FILES, _ROWS = 20, 200_000  # tables of which rows are read, and rows of all of them
@@ -130,12 +130,14 @@ def _read_sample(root: Path, paths: Sequence[str], draft: Draft) -> _Sample:
         except (pa.ArrowException, OSError) as error:
             problems.append(f"{path}: cannot be read: {' '.join(str(error).split())}")
     if problems:
-        draft.notes.append(f"{len(problems)} of {len(places)} sampled tables cannot be read, e.g. {problems[0]}")
+        draft.notes.append(
+            f"{len(problems)} of {counted(len(places), 'sampled table')} left out as unreadable, e.g. {problems[0]}"
+        )
     if not tables:
         raise InputError(f"{root}: no table with rows{f': {problems[0]}' if problems else ''}")
     rows = pa.concat_tables(_with_common_types(list(tables.values()), draft), promote_options="permissive")
     partial = {name for table in tables.values() for name in rows.column_names if name not in table.column_names}
-    draft.sampled = f"{len(rows)} rows of {len(tables)} of {len(paths)} tables"
+    draft.sampled = f"{counted(len(rows), 'row')} of {len(tables)} of {counted(len(paths), 'table')}"
     unused = {name: kind for name, kind in unused.items() if name not in rows.column_names}
     return _Sample(rows, list(tables), [len(table) for table in tables.values()], frozenset(partial), unused)
 
@@ -384,11 +386,13 @@ def _label(root: Path, paths: Sequence[str], column: str, draft: Draft) -> dict[
     draft.comments[(*keys, "classes")] = "name them"
     if lacking:
         draft.notes.append(
-            f"{keys[1]}: {len(lacking)} of {len(paths)} tables have no column {column}, e.g. {lacking[0]}; their "
-            "series have no label"
+            f"{keys[1]}: {len(lacking)} of {counted(len(paths), 'table')} without the column {column}, e.g. "
+            f"{lacking[0]}; their series have no label"
         )
     if len(counts) > _MAX_CLASSES:
-        draft.notes.append(f"{keys[1]}: {len(counts)} values are more than shards hold; group them in the tables")
+        draft.notes.append(
+            f"{keys[1]}: {counted(len(counts), 'value')} are more than shards hold; group them in the tables"
+        )
     return {
         "column": column,
         "classes": {value: f"class {value}" for value in sorted(counts)},

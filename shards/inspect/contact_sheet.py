@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import AutoLocator
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import CodecError, decode
 from bocage.shards.format.manifest import Manifest
@@ -134,7 +134,7 @@ def catalogue_sheet(catalogue: Catalogue, indices: Sequence[int], count: int) ->
             if len(samples) == count:
                 break
     if not samples:
-        raise InputError(f"none of {len(indices)} patches can be drawn, e.g. {problem}")
+        raise InputError(f"none of {counted(len(indices), 'patch')} can be drawn, e.g. {problem}")
     return _draw(catalogue.registry, samples)
 
 
@@ -210,7 +210,7 @@ def _draw_curves(page: _Page, top: float, sample: _Sample, modality: Modality) -
         _draw_missing(axis, "missing" if array is None else "no date")
         return
     values = represent(array, modality.representation, modality.nodata_below, modality.nodata_above)[:, :, 0, 0]
-    title = f"{modality.name}: {len(array)} dates{', dB' if _is_radar(modality) else ''}"
+    title = f"{modality.name}: {counted(len(array), 'date')}{', dB' if _is_radar(modality) else ''}"
     if any(band.quantity == "other" for band in modality.bands):  # of different units
         limits = [_limits(channel, (0.0, 100.0)) for channel in values.T]
         values = np.stack([(channel - low) / (high - low) for channel, (low, high) in zip(values.T, limits)], axis=1)
@@ -406,7 +406,7 @@ def _draw_series(page: _Page, top: float, sample: _Sample, modality: Modality) -
         return
     days = sample.dates.get(modality.name, np.empty(0, np.int32))
     chosen = np.unique(np.linspace(0, len(array) - 1, min(_DATES, len(array))).astype(int))
-    title = f"{modality.name}: {len(chosen)} of {len(array)} dates, {modality.gsd:g} m"
+    title = f"{modality.name}: {len(chosen)} of {counted(len(array), 'date')}, {modality.gsd:g} m"
     shown = represent(array[chosen], modality.representation, modality.nodata_below, modality.nodata_above)
     if _is_radar(modality):
         page.text(_MARGIN, top + 0.05, f"{title}, {modality.bands[0].name} in dB", fontsize=8.5)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from bocage.shards.errors import counted
 from bocage.shards.format.codec import CodecError, EncodedArray
 from bocage.shards.format.index import MAX_SERIES_LENGTH
 from bocage.shards.format.manifest import Shard, has_acquisition_dates
@@ -229,7 +230,7 @@ class _TarCheck:
                 self._findings.add(str(error))
 
     def _add_truncated(self, member: str, samples_after: int) -> None:
-        lost = f"; the {samples_after} samples after it are lost too" if samples_after else ""
+        lost = f"; {counted(samples_after, 'sample')} after it lost too" if samples_after else ""
         self._findings.add(
             f"cut off: the shard ends at byte {self._tar.size}, before the end of this member{lost}", member
         )

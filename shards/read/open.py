@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.format.index import INDEX_FILE
 from bocage.shards.format.manifest import DATASET_FILE, TABLE_FILE, Manifest, Shard
 from bocage.shards.read.cache import Cache, CacheConfig, RemoteFile
@@ -54,8 +54,8 @@ def open_shards(
     capacity = config.bytes // max(largest.bytes, 1) if largest is not None else 0
     if capacity < min(SHUFFLE_BLOCK, manifest.shard_count):
         warnings.warn(
-            f"cache.size={config.size} holds {capacity} shards of {store.redacted_url}, but training shuffles "
-            f"{SHUFFLE_BLOCK} together: shards will be downloaded again and again",
+            f"cache.size={config.size} holds {counted(capacity, 'shard')} of {store.redacted_url}, but training "
+            f"shuffles {SHUFFLE_BLOCK} together: shards will be downloaded again and again",
             stacklevel=2,
         )
     manifest.files = RemoteShards(local, manifest.shards)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bocage.shards.errors import counted
+
 _MAX_EXAMPLES = 5
 _MAX_UNREADABLE_LISTED = 100  # more than other examples, because somebody has to download each file again
 
@@ -72,7 +74,9 @@ class CatalogueReport:
         """One message for each way in which the tree is not complete; empty for a complete tree."""
         total, missing = self.patches, self.missing
         messages = [
-            f"{count} of {total} patches without {name}" for name, count in missing.items() if 0 < count < total
+            f"{count:,} of {counted(total, 'patch')} without {name}"
+            for name, count in missing.items()
+            if 0 < count < total
         ]
         absent = [name for name, count in missing.items() if count == total]
         messages += [f"no patch has {', '.join(absent)}"] if absent else []
@@ -80,12 +84,16 @@ class CatalogueReport:
         if self.unreadable > len(self.unreadable_examples):
             messages.append(f"left out: {self.unreadable - len(self.unreadable_examples)} more that cannot be read")
         if self.empty:
-            messages.append(f"{self.empty} files are empty, e.g. {', '.join(self.empty_examples)}")
+            messages.append(f"{counted(self.empty, 'empty file')}, e.g. {', '.join(self.empty_examples)}")
         if self.duplicates:
-            messages.append(f"{self.duplicates} duplicate rasters ignored, e.g. {', '.join(self.duplicate_examples)}")
-        messages += [f"{count} files of {name} left out: no dates known" for name, count in self.undated.items()]
+            messages.append(
+                f"{counted(self.duplicates, 'duplicate raster')} ignored, e.g. {', '.join(self.duplicate_examples)}"
+            )
         messages += [
-            f"{count} files of {name} left out: no series beside them"
+            f"{counted(count, 'file')} of {name} left out: no dates known" for name, count in self.undated.items()
+        ]
+        messages += [
+            f"{counted(count, 'file')} of {name} left out: the series is missing"
             for name, count in self.masks_without_series.items()
         ]
         if self.without_input:
@@ -93,15 +101,17 @@ class CatalogueReport:
             examples = ", ".join(self.without_input_examples)
             messages.append(f"files without an image or series of the same key left out: {counts}, e.g. {examples}")
         if self.unparsable:
-            messages.append(f"{self.unparsable} names not understood, e.g. {', '.join(self.unparsable_examples)}")
+            messages.append(
+                f"{counted(self.unparsable, 'name')} not understood, e.g. {', '.join(self.unparsable_examples)}"
+            )
         if self.unknown_folders:
             messages.append(f"unknown modalities: {', '.join(self.unknown_folders)}")
         if self.historical_without_patch:
-            messages.append(f"{self.historical_without_patch} historical images without a patch")
+            messages.append(f"{counted(self.historical_without_patch, 'historical image')} without a patch")
         if self.duplicate_rows:
-            messages.append(f"{self.duplicate_rows} repeated metadata rows ignored")
+            messages.append(f"{counted(self.duplicate_rows, 'repeated metadata row')} ignored")
         if self.unreadable_dates:
-            messages.append(f"{self.unreadable_dates} metadata rows without readable dates")
+            messages.append(f"{counted(self.unreadable_dates, 'metadata row')} without readable dates")
         return [*messages, *self.notes]
 
     def add_unparsable(self, name: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.source.catalogue import Catalogue
 from bocage.shards.source.raster import RasterError, gdal_environment
 from bocage.shards.write.packing import encode_patch
@@ -63,7 +63,7 @@ def measure_encoding(catalogue: Catalogue, rows: np.ndarray) -> EncodingCost:
                 unreadable[patch.key] = str(error)
     if not sizes:
         example = next(iter(unreadable.values()))
-        raise InputError(f"none of the {len(sampled)} sampled patches can be read, e.g. {example}")
+        raise InputError(f"none of {counted(len(sampled), 'sampled patch')} can be read, e.g. {example}")
     return EncodingCost(float(np.mean(sizes)), float(np.mean(seconds)), len(sampled), unreadable)
 
 

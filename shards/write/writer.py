@@ -11,7 +11,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.format.manifest import DATASET_FILE, Manifest
 from bocage.shards.format.shard_files import PARTS_FOLDER, part_path
 from bocage.shards.locks import FileLock
@@ -329,8 +329,8 @@ class DatasetWriter:
             ]
             where = f", in slices {_format_ranges(incomplete)} of {slices}"
         return (
-            f"{self.out}: {len(missing)} of {count} shards are not written yet: {_format_ranges(missing)}{where}; run "
-            "these slices again, then merge"
+            f"{self.out}: {len(missing):,} of {counted(count, 'shard')} not written yet: "
+            f"{_format_ranges(missing)}{where}; run these slices again, then merge"
         )
 
 

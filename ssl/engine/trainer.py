@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from bocage.shards.batch import Batch
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.ssl.engine.checkpoint.reader import (
     checkpoint_to_resume,
     has_checkpoints,
@@ -325,8 +325,9 @@ class Trainer:
             else:
                 ranks = accelerator.num_processes
                 self.run_logger.message(
-                    f"{config.steps} steps of {self.samples_per_step} samples on {ranks} rank{'s' * (ranks > 1)} "
-                    f"({accelerator.device.type}, {config.precision}), a record every {config.log_every}"
+                    f"{counted(config.steps, 'step')} of {counted(self.samples_per_step, 'sample')} on "
+                    f"{counted(ranks, 'rank')} ({accelerator.device.type}, {config.precision}), a record every "
+                    f"{config.log_every}"
                 )
             if config.optimizer.warmup_steps > config.steps:
                 self.run_logger.message(

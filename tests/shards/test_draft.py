@@ -273,7 +273,7 @@ def test_sixteen_bits_with_band_descriptions_nodata_and_unpaired_masks(tmp_path:
     sensor = draft.values["sensors"]["RGBI"]
     assert sensor["bands"] == {"B": 460, "G": 550, "R": 650, "NIR": 840}
     assert (sensor["dtype"], sensor["nodata"]) == ("uint16", [0])
-    assert draft.notes == ["2 of 4 labels such as gt/2.tif have no image"]
+    assert draft.notes == ["no image for 2 of 4 labels such as gt/2.tif"]
     manifest = shard(draft, tmp_path / "out")
     assert manifest.counts["present"] == {"RGBI": 4, "GT": 2}
 
@@ -372,11 +372,11 @@ def test_files_that_cannot_be_described_become_notes(tmp_path: Path) -> None:
     load(draft)
     notes = "; ".join(draft.notes)
     for words in (
-        "1 of the sampled files cannot be read, e.g.",
-        "have the dtype float64, which is none of uint8",
-        "seem to be labels but have 3 bands",
+        "1 sampled file left out as unreadable, e.g.",
+        "has the dtype float64, which is none of uint8",
+        "seems to be a label but has 3 bands",
         "no image has such a name",
-        "1 Parquet files are left out",
+        "1 Parquet file left out",
     ):
         assert words in notes
     assert list(draft.values["sensors"]) == ["RGB"] and list(draft.values["labels"]) == ["MASKS"]
@@ -388,7 +388,7 @@ def test_complex_labels_are_noted(dtype: str, tmp_path: Path) -> None:
     for path in (tmp_path / "masks").iterdir():
         write_raster(path, mask().astype(np.complex64), 0.5, dtype=dtype)
     draft = draft_folder(tmp_path)
-    assert any(f"seem to be labels but have the dtype {dtype}" in note for note in draft.notes)
+    assert any(f"seems to be a label but has the dtype {dtype}" in note for note in draft.notes)
     assert "labels" not in draft.values
 
 
@@ -411,7 +411,7 @@ def test_a_mosaic_index_is_left_out(tmp_path: Path) -> None:
     rasterio.shutil.copy(tmp_path / "images" / "a.tif", tmp_path / "all.vrt", driver="VRT")
     draft = draft_folder(tmp_path)
     assert list(draft.values["sensors"]) == ["RGB"]
-    assert draft.notes == ["1 VRT files such as all.vrt are left out beside other rasters"]
+    assert draft.notes == ["1 VRT file beside other rasters left out, e.g. all.vrt"]
 
 
 def test_degrees_are_noted(tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_degrees_are_noted(tmp_path: Path) -> None:
         (["a.h5", "b.h5", "c.zip"], "it has 2 .h5, 1 .zip"),
         (["D012-2019_AERIAL_RGBI/AF-S1-27/a.tif"], "holds folders or zips of FLAIR-HUB, which needs no description"),
         (["D012-2019_AERIAL_RGBI.zip", "GLOBAL_ALL_MTD.zip"], "run bocage shard"),
-        (["a.tif"], "holds no images that can be described: 1 of the sampled files cannot be read"),
+        (["a.tif"], "holds no images that can be described: 1 sampled file left out as unreadable"),
         (["a.parquet"], "no table with rows"),
     ],
 )
@@ -476,7 +476,7 @@ def test_wrong_folders_of_images_and_labels(tmp_path: Path) -> None:
         ((tmp_path, masks, Choices()), "neither inside the other"),
         ((tmp_path, None, Choices()), "kinds of files"),
         ((images, masks, Choices()), "name all in order, e.g. --bands R,G,B,NIR"),
-        ((images, masks, Choices(bands={"R": 650})), "--bands names 1 bands, but"),
+        ((images, masks, Choices(bands={"R": 650})), "--bands names 1 band, but"),
         (
             (images, masks, Choices(bands=dict.fromkeys("RGBA", "other"), classes={1: "roof"})),
             "a.tif: values that are neither in --classes nor in --ignore: 0",
@@ -572,7 +572,7 @@ def test_a_label_that_some_tables_lack_is_kept_and_noted(tmp_path: Path) -> None
     pq.write_table(series_table(10, label=False), tmp_path / "other.parquet")
     draft = draft_folder(tmp_path)
     assert draft.values["labels"]["CROP"]["classes"] == {0: "class 0", 1: "class 1", 2: "class 2"}
-    assert "CROP: 1 of 2 tables have no column crop, e.g. other.parquet; their series have no label" in draft.notes
+    assert "CROP: 1 of 2 tables without the column crop, e.g. other.parquet; their series have no label" in draft.notes
     manifest = shard(draft, tmp_path / "out")
     assert (len(manifest), manifest.counts["present"]["CROP"]) == (20, 10)
 

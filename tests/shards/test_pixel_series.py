@@ -233,7 +233,7 @@ def test_a_table_beside_a_labelled_one_may_lack_the_label(source: Path, tmp_path
     del table["crop"]
     write(source / "b.parquet", {**table, "id": pa.array(["u0", "u1"] * 3)})
     catalogue = open_described(source, description(), source)
-    assert "1 of 2 tables have no column for CROP" in catalogue.report().warnings()
+    assert "1 of 2 tables without a column for CROP" in catalogue.report().warnings()
     found = arrays(write_shards(catalogue, tmp_path / "out"))
     assert {key for key, patch in found.items() if "CROP" not in patch} == {"u0", "u1"}
 
@@ -393,8 +393,8 @@ def drop(name: str) -> Callable[[dict[str, Any]], None]:
         (cast("height", pa.float64()), None),
         (cast("R", pa.int64()), None),
         (cast("id", pa.large_string()), None),
-        (replaced("id", 5, None), "column 'id': 1 keys are null"),
-        (replaced("day", 5, None), "column 'day': 1 dates are null"),
+        (replaced("id", 5, None), "column 'id': 1 null key; leave"),
+        (replaced("day", 5, None), "column 'day': 1 null date; leave"),
         (replaced("day", 5, DAYS[0]), "series p1 has two rows with values of S2 on 2021-03-15"),
         (replaced("site", 5, None), "column 'site' of the field site is null for series p1"),
         (replaced("site", 5, "s0"), "the field site changes within series p1: s1, then s0"),

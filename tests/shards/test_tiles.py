@@ -522,7 +522,7 @@ def test_labels_without_an_image_and_other_files_are_counted(tiles: Path) -> Non
     (tiles / "notes.txt").write_text("taken in May")
     catalogue = open_described(tiles, description(), tiles)
     warnings = "\n".join(catalogue.report().warnings())
-    assert "left out: 1 of ROOF, e.g. south_t9" in warnings and "1 names not understood, e.g. notes.txt" in warnings
+    assert "left out: 1 of ROOF, e.g. south_t9" in warnings and "1 name not understood, e.g. notes.txt" in warnings
     assert "2 of 8 patches without ROOF" in warnings
 
 

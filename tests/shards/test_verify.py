@@ -109,7 +109,7 @@ def test_truncated_shards(shards: Path, share: float) -> None:
     assert whole == (SECOND, "", f"{int(size * share)} bytes, but the dataset's description says {size}")
     assert "cut off" in first[2] and not more
     if share == 0:
-        assert first[1] == f"{KEYS[2]}.SPOT_RGBI.bin" and "the 1 samples after it are lost" in first[2]
+        assert first[1] == f"{KEYS[2]}.SPOT_RGBI.bin" and "1 sample after it lost too" in first[2]
     assert result.broken == [SECOND]
 
 

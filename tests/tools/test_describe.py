@@ -54,7 +54,7 @@ def test_what_to_repair_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[s
         write_raster(tmp_path / "photos" / f"{number}.tif", bands, 0.5, photometric="rgb")
         write_raster(tmp_path / "masks" / f"{number}.tif", bands, 0.5)
     assert main(["describe", str(tmp_path), "-o", str(tmp_path / "d.yaml")]) == 0
-    note = "2 files such as masks/0.tif seem to be labels but have 3 bands: convert them to one band of class numbers"
+    note = "masks/0.tif seems to be a label but has 3 bands: convert 2 such files to one band of class numbers"
     assert f"note: {note}\n" in capsys.readouterr().err
     assert f"Check: {note}." in (tmp_path / "d.yaml").read_text().replace("\n#", "")
 
@@ -192,7 +192,7 @@ def test_bands_have_to_be_named_if_the_files_do_not(tmp_path: Path, capsys: pyte
         write_raster(tmp_path / "images" / f"{number}.tif", bands, 0.5, (CORNER[0] + 32 * number, CORNER[1]))
     words = ["shard", "--images", str(tmp_path / "images"), str(tmp_path / "out")]
     assert main(words) == 2
-    assert "the files do not say what B1, B2 of 2 bands are" in capsys.readouterr().err
+    assert "the files do not say what B1, B2 of 2 bands mean" in capsys.readouterr().err
     assert main([*words, "--bands", "VV,T=11000"]) == 0
     (sensor,) = Manifest.open(tmp_path / "out").registry.inputs
     assert [(band.quantity, band.wavelength) for band in sensor.bands] == [

@@ -25,7 +25,7 @@ def test_a_healthy_machine_and_healthy_shards(
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "secret" not in text
-    for line in ("hub token", "W&B key", "4 patches in 1 tars", "split_1", "all present", "0 faults"):
+    for line in ("hub token", "W&B key", "4 patches in 1 tar", "split_1", "all present", "0 faults"):
         assert line in text
     assert sorted(path for path in tmp_path.rglob("*")) == before
 

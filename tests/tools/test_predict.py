@@ -46,7 +46,7 @@ def test_bad_images_of_a_folder_are_named_and_the_others_mapped(
     errors = printed.err.splitlines()
     for text in (f"{images / 'cut.tif'}: cannot be read", "grey.tif has 1 bands", f"{images / 'picture.bmp'}: cannot"):
         assert any(line.startswith("skipped: ") and text in line for line in errors), text
-    assert errors[-1].startswith(f"bocage: error: {images}: 3 of 5 images have no map")
+    assert errors[-1].startswith(f"bocage: error: {images}: 3 of 5 images without a map")
     assert all((tmp_path / "out" / name / f"{COSIA}.tif").is_file() for name in "az")
     for name in ("cut.tif", "grey.tif", "picture.bmp"):
         (images / name).unlink()
@@ -69,10 +69,10 @@ def test_bad_patches_of_a_described_dataset_are_named_and_the_others_predicted(
     printed = capsys.readouterr()
     assert f"3 maps in {tmp_path / 'out'}" in printed.out
     errors = printed.err.splitlines()
-    assert "note: 1 names not understood, e.g. notes.txt" in errors
+    assert "note: 1 name not understood, e.g. notes.txt" in errors
     for text in (f"{source / 'cut.tif'}: cannot be read", f"{source / 'grey.tif'}: 1 bands, but"):
         assert any(line.startswith("skipped: ") and text in line for line in errors), text
-    assert errors[-1].startswith(f"bocage: error: {source}: 2 of 5 patches cannot be read and have no prediction")
+    assert errors[-1].startswith(f"bocage: error: {source}: 2 of 5 patches without a prediction")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tif")) == ["a.tif", "b.tif", "z.tif"]
     for name in ("cut.tif", "grey.tif"):
         (source / name).unlink()

@@ -68,7 +68,7 @@ def test_dry_run_tells_sizes_and_time_and_writes_nothing(tmp_path: Path, capsys:
 def test_slices_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["shard", str(REAL), str(tmp_path / "out")]
     assert main([*words, "--slice", "2/2"]) == 0
-    assert "slice 2 of 2: 1 shards written; run --merge when all slices are done" in capsys.readouterr().out
+    assert "slice 2 of 2: 1 shard written; run --merge when all slices are done" in capsys.readouterr().out
     assert main([*words, "--slice", "1/2"]) == 0
     assert main([*words, "--merge"]) == 0
     assert len(Manifest.open(tmp_path / "out")) == 3
@@ -108,7 +108,7 @@ def test_report_is_printed_first_and_written_as_json(tmp_path: Path, capsys: pyt
     assert main([*words, str(tmp_path / "report.json")]) == 0
     errors = capsys.readouterr().err
     assert "note: 1 of 3 patches without AERIAL_RGBI" in errors
-    assert "note: 1 names not understood, e.g. D012-2019_SPOT_RGBI/AF-S1-27/notes.txt" in errors
+    assert "note: 1 name not understood, e.g. D012-2019_SPOT_RGBI/AF-S1-27/notes.txt" in errors
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["patches"] == 3
     assert report["missing"]["AERIAL_RGBI"] == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from bocage.shards.dataset_info import DatasetInfo
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
 from bocage.shards.source.described.description import DatasetDescription, SplitDescription
@@ -277,7 +277,7 @@ def _values_of_lists(
         listed = [line.strip() for line in lines if line.strip()]
         known = [key for key in listed if key in rows]
         if not known:
-            raise InputError(f"splits.{name}: {path}: none of its {len(listed)} keys is in the dataset")
+            raise InputError(f"splits.{name}: {path}: none of its {counted(len(listed), 'key')} is in the dataset")
         report.add_unknown_keys(path, listed, rows)
         for key in known:
             if values[rows[key]] not in (None, value):

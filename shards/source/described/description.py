@@ -17,7 +17,7 @@ import numpy as np
 
 from bocage.shards.classes import ClassScheme
 from bocage.shards.dataset_info import DatasetInfo
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.modality import (
     Band,
     CodecName,
@@ -182,7 +182,9 @@ class LabelDescription:
         if both := sorted(set(self.ignore) & set(self.classes)):
             raise ValueError(f"ignore: {both[0]} is the class {self.classes[both[0]]!r} too")
         if len(self.class_names) + bool(self.ignore) > _MAX_CLASSES:
-            raise ValueError(f"classes: {len(self.class_names)} are more than shards hold, {_MAX_CLASSES}")
+            raise ValueError(
+                f"classes: {counted(len(self.class_names), 'class')} are more than shards hold, {_MAX_CLASSES}"
+            )
         for key, values in (("colours", self.colours), ("unscored", self.unscored)):
             if unknown := [value for value in values if value not in self.classes]:
                 raise ValueError(f"{key}: {unknown[0]} is not among the classes")

@@ -20,7 +20,7 @@ import numpy as np
 from rasterio.crs import CRS
 from rasterio.warp import transform
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.modality import Modality, Registry
 from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
@@ -109,7 +109,7 @@ class TableCatalogue(DescribedCatalogue):
             if lacking := [table for table in tables if not table.has_label(name)]:
                 if len(lacking) == len(tables):
                     lacking[0].check_label(name)  # raises
-                report.notes.append(f"{len(lacking)} of {len(tables)} tables have no column for {name}")
+                report.notes.append(f"{len(lacking)} of {counted(len(tables), 'table')} without a column for {name}")
         with closing(_Writers(registry)) as writers:
             read = [read_table(table, writers.append) for table in tables]
             rows, digest = writers.finish()
@@ -134,7 +134,7 @@ class TableCatalogue(DescribedCatalogue):
         for name, sensor in description.sensors.items():
             if sensor.role == "series" and (count := sum(table.empty_dates[name] for table in read)):
                 total = sum(table.rows for table in tables)
-                report.notes.append(f"{count} of {total} dates of {name} left out: no band has a value")
+                report.notes.append(f"{count:,} of {counted(total, 'date')} of {name} left out: no band has a value")
         report.present = {name: int(presence[name][series].sum()) for name in registry}
         occurring = [name for name in registry if report.present[name]]
         return cls(
@@ -304,7 +304,7 @@ def _kept_series(
     empty = np.flatnonzero(~has_input)
     if len(empty):
         examples = ", ".join(keys[number] for number in empty[:_MAX_EXAMPLES])
-        report.notes.append(f"{len(empty)} series left out: no sensor has a value, e.g. {examples}")
+        report.notes.append(f"{counted(len(empty), 'series')} left out: no sensor has a value, e.g. {examples}")
     for item in registry.labels:
         if without_sensor := [keys[number] for number in empty if presence[item.name][number]]:
             report.add_without_input(item.name, without_sensor)

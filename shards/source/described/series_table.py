@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.format.index import MAX_SERIES_LENGTH
 from bocage.shards.source.described.description import DatasetDescription, SensorDescription
 from bocage.shards.source.described.files import parse_day
@@ -163,7 +163,9 @@ class SeriesTable:
                 unit = kind.unit if pa.types.is_timestamp(kind) else "ms"
                 days[rows] = array.to_numpy() // (1 if pa.types.is_date32(kind) else _PER_DAY[unit])
         if is_null.any():
-            raise InputError(f"{self.path}: column {column!r}: {is_null.sum()} dates are null; leave these rows out")
+            raise InputError(
+                f"{self.path}: column {column!r}: {counted(is_null.sum(), 'null date')}; leave out such rows"
+            )
         if (wrong := (days < _FIRST_DAY) | (days > _LAST_DAY)).any():
             raise InputError(f"{self.path}: column {column!r}: a date {days[wrong][0]} days after 1970 is out of range")
         return days.astype(np.int32)
@@ -190,7 +192,8 @@ def read_table(table: SeriesTable, append: AppendRows) -> SeriesInfo:
     codes, keys = table.codes(description.table.key)
     if (codes < 0).any():
         raise InputError(
-            f"{table.path}: column {description.table.key!r}: {(codes < 0).sum()} keys are null; leave these rows out"
+            f"{table.path}: column {description.table.key!r}: {counted((codes < 0).sum(), 'null key')}; leave out such "
+            "rows"
         )
     days = table.days(description.table.date)
     rows = _OrderedRows(table.path, keys, codes, days, np.lexsort((days, codes)))
@@ -260,8 +263,8 @@ class _OrderedRows:
         counts = self.counts(rows)
         if counts.max() > MAX_SERIES_LENGTH:
             raise InputError(
-                f"{self.path}: series {self.keys[counts.argmax()]} has {counts.max()} dates of {name}; shards hold "
-                f"{MAX_SERIES_LENGTH}"
+                f"{self.path}: series {self.keys[counts.argmax()]} has {counted(counts.max(), 'date')} of {name}; "
+                f"shards hold {MAX_SERIES_LENGTH}"
             )
         return rows
 

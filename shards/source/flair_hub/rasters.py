@@ -17,6 +17,7 @@ import numpy as np
 import tifffile
 from rasterio.io import MemoryFile
 
+from bocage.shards.errors import counted
 from bocage.shards.modality import Modality
 from bocage.shards.source.flair_hub import zips
 from bocage.shards.source.raster import LAMBERT_93, Raster, RasterError, gdal_reason
@@ -189,7 +190,7 @@ def _check_bands(source: RasterSource, modality: Modality, bands: np.ndarray, pi
     count = len(bands)
     if count % expected != 0 if modality.has_time_axis else count != expected:
         multiple = "a multiple of " if modality.has_time_axis else ""
-        raise RasterError(f"{source}: {count} bands, but {modality.name} has {multiple}{expected}")
+        raise RasterError(f"{source}: {counted(count, 'band')}, but {modality.name} has {multiple}{expected}")
     # Test with "all are close", because NaN compares as False.
     if not all(abs(side - modality.gsd) <= _GSD_TOLERANCE * modality.gsd for side in pixel):
         raise RasterError(
