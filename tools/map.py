@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of `bocage finetune`")
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="folder for the maps, one cloud-optimised GeoTIFF per label"
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="folder for the maps, one cloud-optimised GeoTIFF per label; values are the class numbers of the shards, "
+        "from 0, named by the tags CLASS_0, CLASS_1 ...; 255 is nodata",
     )
     parser.add_argument(
         "--raster",

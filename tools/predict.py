@@ -37,6 +37,8 @@ _BATCH_SIZE, _PREVIEW = 4, 6
 
 
 _EPILOG = """\
+Values of the maps are the class numbers of the shards, from 0 in the order of the description's classes, not the
+values of label files. Each GeoTIFF has the names of the classes as tags CLASS_0, CLASS_1 ... and their colours.
 Patches and images that cannot be read are named and left out, and the others are predicted.
 Exit status: 0 done, 2 wrong input, or a patch or an image that cannot be read.
 """

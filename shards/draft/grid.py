@@ -118,13 +118,22 @@ def describe_pixel(draft: Draft, item: DraftItem, pixel: float, keys: Keys) -> d
     return values
 
 
-def describe_position(draft: Draft, items: Sequence[DraftItem]) -> None:
-    """Add the key ``crs`` if files lack it, and notes on positions that cannot be used."""
+def describe_position(draft: Draft, items: Sequence[DraftItem], pixel_keys: Sequence[str]) -> None:
+    """Add the key ``crs`` if files lack it, and notes on positions that cannot be used.
+
+    Args:
+        draft: the draft.
+        items: sensors.
+        pixel_keys: keys ``pixel`` of sensors and labels.
+    """
     headers = [header for item in items for header in item.found.headers.values()]
     draft.notes += sorted({header.problem for header in headers if header.problem})
     if all(header.pixel is None for header in headers):
         if not any(header.problem for header in headers):
-            draft.notes.append("the files have no position; set pixel to the side of a pixel on the ground")
+            draft.notes.append(
+                f"the files have no position; set {' and '.join(pixel_keys)} to the side of a pixel on the ground, in "
+                "metres"
+            )
     elif any(header.pixel is not None and not header.crs for header in headers):
         draft.values["crs"] = ""
         draft.comments[("crs",)] = "coordinate system of the files, such as EPSG:32631"

@@ -109,7 +109,7 @@ def draft_rasters(
     if labels:
         draft.sampled += f" and {counted(sum(label.values.files for label in labels), 'label raster')}"
     grid = choose_grid(draft, [*images, *labels])
-    _fill_dataset(draft, grid, layout, images)
+    _fill_dataset(draft, grid, layout, images, labels)
     splits = _propose_splits(draft, grid, images, named[reference.name], [named[label.name] for label in labels])
     draft.values["sensors"] = {}
     for image in images:
@@ -280,12 +280,15 @@ def _pair_labels(draft: Draft, images: Sequence[_Image], labels: list[_Label], n
 # Keys ----------------------------------------------------------------------------------------------------------------
 
 
-def _fill_dataset(draft: Draft, grid: DraftGrid, layout: NameLayout, images: Sequence[_Image]) -> None:
+def _fill_dataset(
+    draft: Draft, grid: DraftGrid, layout: NameLayout, images: Sequence[_Image], labels: Sequence[_Label]
+) -> None:
     """Add the keys of the dataset as a whole."""
     draft.values["kind"] = "tiles" if grid.is_tiled else "rasters"
     draft.values["patch"] = f"{grid.patch_pixels} px"
     draft.comments[("patch",)] = f"{grid.side:.4g} m on the ground"
-    describe_position(draft, images)
+    pixel_keys = [f"sensors.{image.name}.pixel" for image in images]
+    describe_position(draft, images, pixel_keys + [f"labels.{label.name}.pixel" for label in labels])
     if layout.key and grid.is_tiled:
         draft.values["key"] = layout.key
     if layout.date_format not in ("", "%Y%m%d"):

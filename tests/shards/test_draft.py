@@ -233,7 +233,7 @@ def test_png_without_position(tmp_path: Path) -> None:
             with rasterio.open(path, "w", driver="PNG", width=64, height=64, count=len(array), dtype="uint8") as file:
                 file.write(array)
     draft = draft_folder(tmp_path)
-    assert any("set pixel" in note for note in draft.notes)
+    assert any("set sensors.RGB.pixel and labels.MASKS.pixel to the side of" in note for note in draft.notes)
     # Masks of 0 and 255 have two classes; 255 is ignored only beside others.
     assert draft.values["labels"]["MASKS"]["classes"] == {0: "class 0", 255: "class 255"}
     assert any("255 marks pixels without a label" in note for note in draft.notes)
