@@ -10,6 +10,7 @@ from typing import Any
 from bocage.shards.draft.names import FileGroup
 from bocage.shards.draft.survey import RasterHeader, Survey
 from bocage.shards.draft.yaml import Draft, Keys
+from bocage.shards.errors import counted
 
 _MAX_TILE = 1024  # pixels; larger files are cut into patches
 _PATCH, _SMALLEST_PATCH = 512, 64  # pixels of a patch that is cut from rasters
@@ -78,7 +79,7 @@ def choose_grid(draft: Draft, items: Sequence[DraftItem]) -> DraftGrid:
         patch_pixels = _common_patch(sides[len(sides) // 2], list(pixels.values()))
         counts = finest.found.values(lambda header: (header.width, header.height))
         shown = ", ".join(f"{width} x {height}" for (width, height), _ in counts.most_common(_MAX_SHOWN))
-        more = f" and {len(counts) - _MAX_SHOWN} more sizes" if len(counts) > _MAX_SHOWN else ""
+        more = f" and {counted(len(counts) - _MAX_SHOWN, 'more size')}" if len(counts) > _MAX_SHOWN else ""
         draft.comments[("kind",)] = f"files of {shown}{more} px are cut into patches"
     side = patch_pixels * pixels[finest.name]
     for item in items:

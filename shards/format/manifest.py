@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bocage.shards.dataset_info import FLAIR_HUB_INFO, DatasetInfo
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.format.index import INDEX_FILE, MAX_SERIES_LENGTH, Index
 from bocage.shards.format.shard_files import LocalShards, ShardFiles
 from bocage.shards.modality import Modality, Registry
@@ -281,7 +281,10 @@ class Manifest:
         if len(columns) != len(schema):
             raise InputError(f"{path}: a column is listed twice; shard the tree again")
         if file.metadata.num_rows != len(self):
-            raise InputError(f"{path}: {file.metadata.num_rows} rows for {len(self)} samples; shard the tree again")
+            raise InputError(
+                f"{path}: {counted(file.metadata.num_rows, 'row')} for {counted(len(self), 'sample')}; shard the tree "
+                "again"
+            )
         _check_list_lengths(path, file.metadata)
         return file
 
