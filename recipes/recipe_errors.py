@@ -123,9 +123,9 @@ def _leaves(layer: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _key_without_space(layer: Any) -> str:
-    """Find a key such as ``masked:1``, the result of a missing space after the colon; empty if there is none."""
+    """Find a key such as ``masked:0.1``, the result of a missing space after the colon; empty if there is none."""
     for key, value in _leaves(layer):
-        name = key.rpartition(".")[2]
-        if ":" in name and value is None:
-            return name
+        before, colon, _ = key.partition(":")
+        if colon and value is None:
+            return key[before.rfind(".") + 1 :]
     return ""

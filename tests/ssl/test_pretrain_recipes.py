@@ -141,6 +141,7 @@ def test_runs_that_cannot_learn_stop_before_they_start(
         (["modalities=[AERIAL_RGBI"], r"'modalities=\[AERIAL_RGBI' cannot be parsed: .*; close brackets and quotes"),
         (["swin.options={embed_dim:96,depths:[2,2,6,2]}"], r"'swin.options=.*' cannot be parsed"),
         (["weights={masked:1}"], r"'masked:1': in braces, write a space after each colon"),
+        (["weights={masked:0.5}"], r"'masked:0.5': in braces, write a space after each colon"),
         (["masking=mask_token"], r"masking is a mapping, not a single value: set one of masking.images, masking.ratio"),
         (["masking.ratios=0.5"], r"masking.ratios is a mapping, not a single value: set masking.ratios.NAME"),
         (["modalities=AERIAL_RGBI"], r"modalities is a list: write modalities=\[AERIAL_RGBI\]"),
