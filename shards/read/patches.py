@@ -20,6 +20,7 @@ from bocage.shards.read.windows import whole_patch
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
 from bocage.shards.source.raster import RasterError, gdal_environment
+from bocage.shards.write.packing import read_patch
 from bocage.shards.write.tasks import check_source
 
 
@@ -204,15 +205,10 @@ class TreePatches:
             return None
 
     def _read(self, patch: Patch[PatchSource], modalities: Sequence[Modality]) -> tuple[Sample, PatchLocation]:
-        arrays, dates, location = {}, {}, None
-        for modality in modalities:
-            if modality.name not in patch.sources:
-                continue
-            raster = patch.sources[modality.name].read_raster(modality)
-            arrays[modality.name] = raster.array
-            location = location or PatchLocation(patch.key, raster.crs, raster.left, raster.top, raster.side)
-            if modality.has_time_axis:
-                dates[modality.name] = days_since_may(patch.dates[modality.name])
+        rasters, reference = read_patch(patch, self.registry, modalities)
+        arrays = {name: raster.array for name, raster in rasters.items()}
+        dates = {name: days_since_may(patch.dates[name]) for name in rasters if self.registry[name].has_time_axis}
+        location = PatchLocation(patch.key, reference.crs, reference.left, reference.top, reference.side)
         seed = sample_seed(0, 0, patch.key)
         sample = Sample(patch.key, patch.roi, seed, whole_patch(modalities[0]), arrays, dates)
-        return sample, location or PatchLocation(patch.key, "", 0.0, 0.0, self.registry.patch_size)
+        return sample, location

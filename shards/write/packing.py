@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,39 @@ class EncodedPatch:
     stats: dict[str, RunningStats]
 
 
+def read_patch(
+    patch: Patch[PatchSource], registry: Registry, modalities: Iterable[Modality]
+) -> tuple[dict[str, Raster], Raster]:
+    """Read some rasters of one patch, at least one, and check them against each other.
+
+    Args:
+        patch: the patch.
+        registry: modalities of its dataset.
+        modalities: modalities to read, of those that the patch has.
+
+    Returns:
+        rasters: raster of each modality.
+        reference: the raster whose position is that of the patch.
+
+    Raises:
+        RasterError: a file cannot be read, or disagrees with its dates or with the position of the other files. The
+            message names the file.
+    """
+    loaded: dict[str, Raster] = {}
+    for modality in modalities:
+        source = patch.sources.get(modality.name)
+        if source is not None:
+            loaded[modality.name] = source.read_raster(modality)
+            _check_dates(source, modality, loaded[modality.name].array, patch.dates.get(modality.name))
+    # The reference is the first modality present, the aerial image where there is one: other sensors are resampled onto
+    # its grid. A picture without a world file takes the position of the first that has one.
+    names = [name for name in registry if name in loaded]
+    reference_name = next((name for name in names if loaded[name].has_position), names[0])
+    for name, raster in loaded.items():
+        _check_position(patch, registry[reference_name], loaded[reference_name], registry[name], raster)
+    return loaded, loaded[reference_name]
+
+
 def encode_patch(patch: Patch[PatchSource], registry: Registry) -> EncodedPatch:
     """Read the rasters of one patch and encode them.
 
@@ -103,21 +136,9 @@ def encode_patch(patch: Patch[PatchSource], registry: Registry) -> EncodedPatch:
         RasterError: a file cannot be read, or disagrees with its dates or with the position of the other files. The
             message names the file.
     """
-    loaded: dict[str, Raster] = {}
-    source_bytes = 0
-    for modality in (*registry.inputs, *registry.by_role("mask"), *registry.labels):
-        source = patch.sources.get(modality.name)
-        if source is not None:
-            loaded[modality.name] = source.read_raster(modality)
-            source_bytes += loaded[modality.name].stored_bytes
-            _check_dates(source, modality, loaded[modality.name].array, patch.dates.get(modality.name))
-    # The reference is the first modality present, the aerial image where there is one: other sensors are resampled onto
-    # its grid. A picture without a world file takes the position of the first that has one.
-    names = [name for name in registry if name in loaded]
-    reference_name = next((name for name in names if loaded[name].has_position), names[0])
-    reference = loaded[reference_name]
-    for name, raster in loaded.items():
-        _check_position(patch, registry[reference_name], reference, registry[name], raster)
+    modalities = (*registry.inputs, *registry.by_role("mask"), *registry.labels)
+    loaded, reference = read_patch(patch, registry, modalities)
+    source_bytes = sum(raster.stored_bytes for raster in loaded.values())
     ground = {"crs": reference.crs, "left": reference.left, "top": reference.top, "side": reference.side}
     row: dict[str, Any] = {"key": patch.key, "roi": patch.roi, "domain": patch.domain, **ground, **patch.splits}
     members, member_info = {}, {}

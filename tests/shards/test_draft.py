@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rasterio
 import rasterio.shutil
 import yaml
 from rasterio.enums import ColorInterp
@@ -28,8 +29,9 @@ from bocage.shards.draft.splits import FRACTIONS
 from bocage.shards.draft.yaml import Draft, to_yaml
 from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
-from bocage.shards.source.described.description import DatasetDescription
+from bocage.shards.source.described.description import DatasetDescription, LabelDescription
 from bocage.shards.source.described.open import open_described
+from bocage.shards.source.described.rasters import check_file, label_rules
 from bocage.shards.write.writer import write_shards
 
 DATA = Path(__file__).parents[1] / "data"
@@ -390,6 +392,10 @@ def test_complex_labels_are_noted(dtype: str, tmp_path: Path) -> None:
     draft = draft_folder(tmp_path)
     assert any(f"seems to be a label but has the dtype {dtype}" in note for note in draft.notes)
     assert "labels" not in draft.values
+    file = tmp_path / "masks" / "a.tif"
+    rules = label_rules(LabelDescription(classes={0: "ground"}), load(draft))
+    with rasterio.open(file) as raster, pytest.raises(InputError, match=f"dtype {dtype}, but classes are integers"):
+        check_file(file, raster, rules)
 
 
 def test_pictures_that_are_not_square_and_have_no_position(tmp_path: Path) -> None:

@@ -79,6 +79,22 @@ def test_bad_patches_of_a_described_dataset_are_named_and_the_others_predicted(
     assert main(words) == 0
 
 
+def test_files_of_a_patch_that_lie_elsewhere_than_its_image_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, source, file = saved(tmp_path / "run"), tmp_path / "source", tmp_path / "dataset.yaml"
+    source.mkdir()
+    label = "classes: {0: a, 1: b}, pixel: 0.2"
+    text = DESCRIPTION.replace("{name}.tif", "{name}_image.tif")
+    file.write_text(text + f'labels:\n  {COSIA}: {{files: "{{name}}_mask.tif", {label}}}\n')
+    for name, offset in (("a", 0.0), ("b", 50.0)):
+        write(source / f"{name}_image.tif", ground(SIZE, SIZE), 0.2)
+        write(source / f"{name}_mask.tif", np.ones((1, SIZE, SIZE), np.uint8), 0.2, left=700_000 + offset)
+    assert main(["predict", str(run), str(source), str(tmp_path / "out"), f"dataset={file}"]) == 2
+    assert f"skipped: {source / 'b_mask.tif'}: corners lie" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("*.tif")] == ["a.tif"]
+
+
 def test_maps_do_not_go_into_the_folder_of_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, images = saved(tmp_path / "run"), tmp_path / "images"
     images.mkdir()

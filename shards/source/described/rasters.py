@@ -19,7 +19,7 @@ from bocage.shards.modality import Modality
 from bocage.shards.source.described.description import DatasetDescription, LabelDescription, SensorDescription
 from bocage.shards.source.described.ground import explain_pixels, horizontal_crs, metres_per_unit, same_crs
 from bocage.shards.source.described.nodata import Nodata
-from bocage.shards.source.raster import WHOLE_PNG, Raster, RasterError, corner_distance, gdal_reason
+from bocage.shards.source.raster import WHOLE_PNG, Raster, RasterError, corner_distance, gdal_reason, is_integer
 
 ALIGNMENT = 0.02
 """Pixels by which rasters may lie apart that count as one grid, and are not resampled."""
@@ -169,7 +169,7 @@ def check_file(path: Path, file: rasterio.DatasetReader, rules: RasterRules) -> 
     found = {file.dtypes[index] for index in rules.bands}
     if rules.dtype is not None and found != {rules.dtype}:
         raise RasterError(f"{path}: dtype {', '.join(sorted(found))}, but the description has {rules.dtype}")
-    if rules.dtype is None and not all(np.dtype(name).kind in "iub" for name in found):
+    if rules.dtype is None and not all(map(is_integer, found)):
         raise RasterError(f"{path}: dtype {', '.join(sorted(found))}, but classes are integers")
 
 
