@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.files import atomic_write
 from bocage.shards.format.codec import as_stored, encode
 from bocage.shards.format.manifest import Shard, has_acquisition_dates, manifest_schema
@@ -223,8 +223,8 @@ def too_many_skipped(skipped: dict[str, str], max_skipped: int) -> InputError:
     """The error that stops a run with too many unreadable patches; it names the first three files."""
     reasons = "; ".join(list(skipped.values())[:3])
     return InputError(
-        f"{len(skipped)} patches are unreadable but --max-bad allows {max_skipped}: {reasons}; repair the files, or "
-        "raise --max-bad"
+        f"{counted(len(skipped), 'unreadable patch')}, but --max-bad allows {max_skipped}: {reasons}; repair the "
+        "files, or raise --max-bad"
     )
 
 

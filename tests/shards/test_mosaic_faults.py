@@ -77,14 +77,14 @@ def test_values_that_the_description_does_not_name_skip_their_patches(tmp_path: 
     write(tmp_path / "ortho/a.tif", image, 0.2)
     write(tmp_path / "label/a.tif", label, 0.2)
     catalogue = open_catalogue(tmp_path, describe("ORTHO", label=True, ORTHO__dtype="float32"))
-    with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
+    with pytest.raises(InputError, match="2 unreadable patches, but --max-bad allows 1"):
         write_shards(catalogue, tmp_path / "strict")
     manifest = write_shards(catalogue, tmp_path / "out", max_bad=0.9)
     assert (
         "NaN values" in manifest.skipped["0000-0000"]
         and "a.tif (row 0, column 0 of the patches)" in manifest.skipped["0000-0000"]
     )
-    assert "values 3 are neither classes nor ignored" in manifest.skipped["0000-0002"]
+    assert "value 3 is neither a class nor ignored" in manifest.skipped["0000-0002"]
 
 
 @pytest.mark.parametrize("nodata", [None, 0])

@@ -400,7 +400,7 @@ def drop(name: str) -> Callable[[dict[str, Any]], None]:
         (replaced("site", 5, "s0"), "the field site changes within series p1: s1, then s0"),
         (replaced("crop", 5, 10), "CROP changes within series p1: 1, then 0"),
         (replaced("crop", 5, None), "CROP is null in some rows of series p1"),
-        (replaced("crop", 5, 77), "column 'crop': values 77 are neither classes nor ignored"),
+        (replaced("crop", 5, 77), "column 'crop': value 77 is neither a class nor ignored"),
         (replaced("height", 5, 7.5), "TERRAIN changes within series p1: 1.0, then 7.5"),
         (replaced("height", 5, math.inf), "column 'height': infinite values"),
     ],

@@ -49,7 +49,7 @@ def test_a_cluster_writes_the_same_bytes_and_reports_faults(
 
     raster_path(tmp_path / "tree", FLAIR_HUB["SPOT_RGBI"], KEYS[4]).write_bytes(b"")
     strict = DatasetWriter(catalogue, tmp_path / "strict", samples_per_shard=1, max_bad=0)
-    with pytest.raises(InputError, match=r"1 patches are unreadable but --max-bad allows 0: .*_1-1\.tif"):
+    with pytest.raises(InputError, match=r"1 unreadable patch, but --max-bad allows 0: .*_1-1\.tif"):
         strict.write(scheduler=address)
     (tmp_path / "tree").rename(tmp_path / "moved")
     lenient = DatasetWriter(catalogue, tmp_path / "strict", samples_per_shard=1, max_bad=1)

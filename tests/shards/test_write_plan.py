@@ -93,7 +93,7 @@ def test_unreadable_patches_of_all_slices_count_together(tmp_path: Path) -> None
     writer = DatasetWriter(catalogue, tmp_path / "out", samples_per_shard=1)
     for number in range(1, 7):
         writer.write_slice(number, 6)
-    with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
+    with pytest.raises(InputError, match="2 unreadable patches, but --max-bad allows 1"):
         writer.merge()
 
 

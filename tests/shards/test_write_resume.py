@@ -102,7 +102,7 @@ def test_one_unreadable_patch_is_skipped_and_recorded(tmp_path: Path) -> None:
     assert len(manifest) == 5
     assert list(manifest.skipped) == [KEYS[2]]
     assert str(broken[2]) in manifest.skipped[KEYS[2]]
-    with pytest.raises(InputError, match=r"1 patches are unreadable but --max-bad allows 0.*_0-2\.tif"):
+    with pytest.raises(InputError, match=r"1 unreadable patch, but --max-bad allows 0.*_0-2\.tif"):
         write_shards(catalogue, tmp_path / "strict", samples_per_shard=2, max_bad=0)
 
 
@@ -112,7 +112,7 @@ def test_too_many_unreadable_patches_end_the_run_which_resumes_after_repair(tmp_
     broken = {path: path.read_bytes() for path in (tmp_path / "tree").glob("*SPOT_RGBI/*/*.tif")}
     for path in list(broken)[:3]:
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
+    with pytest.raises(InputError, match="2 unreadable patches, but --max-bad allows 1"):
         write_shards(catalogue, tmp_path / "out", samples_per_shard=1)
     for path, data in broken.items():
         path.write_bytes(data)
@@ -147,7 +147,7 @@ def test_skipped_patches_count_across_shards_and_may_be_repaired(tmp_path: Path)
         broken[path] = path.read_bytes()
         path.write_bytes(b"")
     # The first shard finishes and skips one patch; the second exceeds the limit.
-    with pytest.raises(InputError, match="2 patches are unreadable but --max-bad allows 1"):
+    with pytest.raises(InputError, match="2 unreadable patches, but --max-bad allows 1"):
         write_shards(catalogue, tmp_path / "out", samples_per_shard=2, order="roi")
     for path, data in broken.items():
         path.write_bytes(data)

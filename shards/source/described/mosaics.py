@@ -41,7 +41,7 @@ _RESERVED = ("block", "row", "column", "crs")
 _ROUNDING = 1e-6  # pixels
 _BAND_PIXELS = 4096  # least height of the bands of patches that are counted together
 _BAND_PATCHES = 4_000_000  # most patches of a band, times the days of a series
-_NEARLY = 0.9  # fraction of valid pixels from which the report says that windows that are left out lack few
+_ALMOST_COMPLETE = 0.9  # fraction of valid pixels from which the report says that windows that are left out lack few
 _SLOW_BYTES = 8 << 20  # bytes decoded for one window from which the report calls a raster slow
 _SLOW_RATIO = 8  # decoded bytes per byte of the window from which it does
 _MAX_COMPARED = 2000  # rasters of a site whose dates are compared
@@ -327,8 +327,8 @@ def _available(
         counts = count_valid(chosen, layer.grid, rules, rows, columns, threads)
         available[day] = counts >= least
         partial = counts[(counts > 0) & (counts < least)]
-        nearly = int((partial >= _NEARLY * size * size).sum())
-        left_out.update({True: nearly, False: len(partial) - nearly})
+        almost_complete = int((partial >= _ALMOST_COMPLETE * size * size).sum())
+        left_out.update({True: almost_complete, False: len(partial) - almost_complete})
     return available
 
 
@@ -341,7 +341,8 @@ def _covered(site: Site, registry: Registry, available: Mapping[str, np.ndarray]
             covered |= available[name].any(axis=0)
             first = np.clip(layer.boxes[:, :2] // layer.grid.size, [rows.start, 0], [rows.stop, site.columns])
             last = np.clip(-(-layer.boxes[:, 2:] // layer.grid.size), [rows.start, 0], [rows.stop, site.columns])
-            for (top, left), (bottom, right) in zip(first[layer.is_own].tolist(), last[layer.is_own].tolist()):
+            single = layer.is_of_one_site
+            for (top, left), (bottom, right) in zip(first[single].tolist(), last[single].tolist()):
                 own[top - rows.start : bottom - rows.start, left:right] = True
     return covered & own
 
@@ -428,7 +429,7 @@ def _notes(
                 how = "name a nodata value and lower min_coverage"
             notes.append(
                 f"{total} windows of {name} lack pixels and are left out, {left_out[name][True]} of them at most "
-                f"{1 - _NEARLY:.0%}; to keep them, {how}"
+                f"{1 - _ALMOST_COMPLETE:.0%}; to keep them, {how}"
             )
         if found[name] and not cells.presence[name].any():
             notes.append(_explain_absent(name, sites, found[name], cells))

@@ -53,7 +53,7 @@ class Layer:
         days: days of the series, sorted; for an image or label, (0,).
         day_index: index into ``days`` of each raster, (rasters,) int64.
         dates: day of each raster of an image, (rasters,) int32.
-        is_own: whether each raster has all fields and the coordinate system of the site, (rasters,) bool.
+        is_of_one_site: whether each raster has all fields and the coordinate system of the site, (rasters,) bool.
     """
 
     grid: PixelGrid
@@ -62,7 +62,7 @@ class Layer:
     days: np.ndarray
     day_index: np.ndarray
     dates: np.ndarray
-    is_own: np.ndarray
+    is_of_one_site: np.ndarray
 
     def hits(self, row: int, column: int) -> np.ndarray:
         """Indices of the rasters whose boxes overlap a patch."""
@@ -189,7 +189,7 @@ def _place_site(draft: _Draft, rasters: Mapping[str, Sequence[FoundRaster]], reg
         for name in rasters
         if registry[name].is_input
         for item in rasters[name]
-        if _is_own(item, draft)
+        if _is_of_one_site(item, draft)
     ]
     lefts, bottoms, rights, tops = zip(*own)
     extent = (min(lefts), min(bottoms), max(rights), max(tops))
@@ -230,7 +230,7 @@ def _overlaps(file: RasterFile, crs: str, extent: Bounds) -> bool:
     return left < extent[2] and right > extent[0] and bottom < extent[3] and top > extent[1]
 
 
-def _is_own(item: FoundRaster, draft: _Draft) -> bool:
+def _is_of_one_site(item: FoundRaster, draft: _Draft) -> bool:
     """Whether a raster belongs to one site only, because it has all of its fields and its coordinate system."""
     return draft.fields.keys() <= item.fields.keys() and same_crs(item.file.crs, draft.crs)
 
@@ -331,5 +331,5 @@ def _make_layer(
         days=days,
         day_index=np.searchsorted(days, dates) if has_time_axis else np.zeros(len(dates), np.int64),
         dates=dates,
-        is_own=np.array([_is_own(item, draft) for _, item in placed], bool),
+        is_of_one_site=np.array([_is_of_one_site(item, draft) for _, item in placed], bool),
     )

@@ -254,7 +254,8 @@ def _class_numbers(where: object, values: np.ndarray, stored: Mapping[int, int])
     unknown = [int(value) for value in found if int(value) not in stored]
     if unknown:
         shown = ", ".join(map(str, unknown[:_MAX_SHOWN])) + (", ..." if len(unknown) > _MAX_SHOWN else "")
-        raise RasterError(f"{where}: values {shown} are neither classes nor ignored; add them to classes or ignore")
+        what = f"values {shown} are neither classes" if len(unknown) > 1 else f"value {shown} is neither a class"
+        raise RasterError(f"{where}: {what} nor ignored; add to classes or ignore")
     numbers = np.array([stored[int(value)] for value in found], np.uint8)
     return numbers[inverse].reshape(values.shape)
 

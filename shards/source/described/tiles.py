@@ -64,9 +64,9 @@ class TileCatalogue(DescribedCatalogue):
             raise InputError(explain_empty(root, description, report))
         for name in registry:
             if not registry[name].is_input:
-                lonely = sorted(set(tiles.files[name]) - set(keys))
-                if lonely:
-                    report.add_without_input(name, lonely)
+                without_sensor = sorted(set(tiles.files[name]) - set(keys))
+                if without_sensor:
+                    report.add_without_input(name, without_sensor)
         for mask in registry.by_role("mask"):
             _match_dates(tiles, mask.name, str(mask.mask_of), keys, report)
         rules = raster_rules(description)
