@@ -36,8 +36,8 @@ class MaskedConfig:
 
     Attributes:
         decoder: size of the fusion decoder.
-        targets: weight of each target of images (``targets``): ``pixels``, ``statistics``, ``gradients``. Targets that
-            are not listed are left out. The target of series is ``pixels``.
+        targets: weight of each target of images (``targets``): ``pixels``, ``statistics``, ``gradients``; 0 leaves one
+            out. The target of series is ``pixels``.
         normalize_pixels: whether pixels are normalised in each unit by groups of bands (MAESTRO, arXiv 2508.10894);
             otherwise they are the standardised values.
         dates_per_sample: masked dates of a series that are reconstructed per sample and step.
@@ -49,7 +49,7 @@ class MaskedConfig:
     """
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    targets: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0})
+    targets: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "statistics": 1.0})
     normalize_pixels: bool = True
     dates_per_sample: int = 8
     weights: dict[str, float] = field(default_factory=dict)
@@ -255,18 +255,27 @@ class MaskedReconstruction(nn.Module):
 
         Returns:
             The loss, a scalar; and by modality its mean loss over samples with a non-empty loss mask, ``NAME``, and
-            ``explained/NAME``: 1 - loss / loss of the best constant, as its numerator and denominator, (2,).
+            ``explained/NAME``: 1 - loss / loss of the best constant, as its numerator and denominator, (2,). With
+            several targets, also ``explained/NAME/TARGET``.
         """
         total, total_weight, metrics = torch.zeros((), device=encoded.seeds.device), 0.0, {}
         for name, items in self.reconstruct(encoded).items():
             weights = self.targets if encoded.masks[name].units is not None else {"pixels": 1.0}
             scale = 1 / sum(weights.values())
-            losses = torch.stack([scale * weights[target] * item.losses() for target, item in items.items()]).sum(dim=0)
-            constant = torch.stack([scale * weights[target] * item.constant_losses() for target, item in items.items()])
+            by_target = {target: scale * weights[target] * item.losses() for target, item in items.items()}
+            losses = torch.stack(list(by_target.values())).sum(dim=0)
+            constants = {
+                target: scale * weights[target] * item.constant_losses().sum() for target, item in items.items()
+            }
             weight = self._weight(name)
             total = total + weight * losses.mean()
             total_weight += weight
             has_target = torch.stack([item.loss_mask.flatten(1).any(dim=1) for item in items.values()]).any(dim=0)
             metrics[name] = losses.sum() / has_target.sum().clamp_min(1)
-            metrics[f"explained/{name}"] = torch.stack([constant.sum() - losses.detach().sum(), constant.sum()])
+            constant = torch.stack(list(constants.values())).sum()
+            metrics[f"explained/{name}"] = torch.stack([constant - losses.detach().sum(), constant])
+            if len(items) > 1:
+                for target, value in constants.items():
+                    explained = value - by_target[target].detach().sum()
+                    metrics[f"explained/{name}/{target}"] = torch.stack([explained, value])
         return total / total_weight, metrics

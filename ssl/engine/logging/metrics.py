@@ -31,9 +31,6 @@ _ENGINE_METRICS = {
     "mfu",
 }
 
-EXPLAINED = "explained/"
-"""Part of the names of ratios 1 - loss / loss of the best constant; the name of the modality follows."""
-
 _UNEXPLAINED_STEPS = 500  # steps of low records before a warning
 _COLLAPSE_RECORDS, _COLLAPSE_STEPS = 3, 100  # consecutive low records before a warning, and the steps they must span
 _MAX_DATA_WAIT = 0.2  # fraction of a step
@@ -294,8 +291,13 @@ class CollapseMonitor:
         return sorted(warnings)
 
 
+def explained_ratios(values: Mapping[str, object]) -> list[str]:
+    """Names of the ratios 1 - loss / loss of the best constant by modality, without those of single targets."""
+    return [name for name in values if name.split("/")[-2:-1] == ["explained"]]
+
+
 class ExplainedMonitor:
-    """Warn once per ratio ``.../explained/NAME`` that stays low: the loss hardly beats a constant prediction.
+    """Warn once per ratio ``.../explained/MODALITY`` that stays low: the loss hardly beats a constant prediction.
 
     Args:
         min_explained: smallest healthy ratio; 0: no warning.
@@ -309,7 +311,7 @@ class ExplainedMonitor:
     def warnings(self, values: Mapping[str, float], step: int) -> list[str]:
         """Warnings after the record of ``step``."""
         warnings = []
-        for name in {key for key in values if EXPLAINED in key} - self._reported:
+        for name in set(explained_ratios(values)) - self._reported:
             if values[name] >= self._minimum:
                 self._low_since.pop(name, None)
                 continue

@@ -19,7 +19,7 @@ from rich.table import Column
 
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
-from bocage.ssl.engine.logging.metrics import EXPLAINED, loss_terms
+from bocage.ssl.engine.logging.metrics import explained_ratios, loss_terms
 from bocage.ssl.engine.logging.trackers import TrackerName, finish_trackers, link, start_tracker
 
 _EVALUATIONS_SHOWN = 6
@@ -207,8 +207,8 @@ def _summary(values: Mapping[str, float | None]) -> str:
         shown[1:1] = [f"{name} {value:.4f}" for name in terms if (value := values[name]) is not None]
     shown += [
         f"{name.rpartition('/')[2]} {value:.1%} explained"
-        for name, value in values.items()
-        if EXPLAINED in name and value is not None
+        for name in explained_ratios(values)
+        if (value := values[name]) is not None
     ]
     evaluated = [
         (name, value)

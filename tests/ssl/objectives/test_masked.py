@@ -193,6 +193,17 @@ def test_explained_compares_the_loss_with_that_of_the_best_constant() -> None:
     torch.testing.assert_close(reconstruction(target).constant_losses(), best.constant_losses())
 
 
+def test_explained_of_a_modality_sums_those_of_its_targets() -> None:
+    _, logs = make_model()(make_batch(2))
+    for name in NAMES:
+        total = logs[f"masked/explained/{name}"]
+        if FLAIR_HUB[name].role == "series":
+            assert f"masked/explained/{name}/pixels" not in logs
+            continue
+        parts = [value for key, value in logs.items() if key.startswith(f"masked/explained/{name}/")]
+        torch.testing.assert_close(torch.stack(parts).sum(dim=0), total)
+
+
 def test_one_sample_of_one_date() -> None:
     loss, _ = make_model()(make_batch(1, dates=1))
     assert torch.isfinite(loss)
