@@ -14,7 +14,7 @@ import numpy as np
 
 from bocage.shards.simulate.noise import SmoothField, generator
 from bocage.shards.simulate.regions import Region
-from bocage.shards.simulate.surfaces import COVERS, Palette, Surface, crop_surface
+from bocage.shards.simulate.surfaces import COVERS, Palette, Surface, crop_surface, vary_colour
 
 MARGIN = 30.0
 """Width of the landscape around a ROI, in metres: objects there cast shadows into the ROI."""
@@ -50,19 +50,20 @@ class LandUsePlan:
     """Shapes of one ROI in one era (today or the 1950s), painted from first to last.
 
     Attributes:
-        surfaces: distinct surfaces of the shapes.
         shapes: shapes in painting order.
     """
 
-    surfaces: list[Surface] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
+    _indices: dict[Surface, int] = field(default_factory=dict)
+
+    @property
+    def surfaces(self) -> list[Surface]:
+        """Distinct surfaces of the shapes."""
+        return list(self._indices)
 
     def surface_index(self, surface: Surface) -> int:
         """Index of ``surface`` in ``surfaces``; a new surface is appended."""
-        if surface in self.surfaces:
-            return self.surfaces.index(surface)
-        self.surfaces.append(surface)
-        return len(self.surfaces) - 1
+        return self._indices.setdefault(surface, len(self._indices))
 
     def paint(self, points: np.ndarray, surface: Surface, **options: float) -> None:
         """Paint a shape over the earlier ones. ``points``: (n, 2) metres; ``options``: other fields of ``Shape``."""
@@ -184,7 +185,7 @@ def _building_plots(
 
 
 def _paint_tree(plan: LandUsePlan, random: np.random.Generator, point: np.ndarray) -> None:
-    cover = COVERS["hedge" if random.random() < 0.75 else "conifer"]
+    cover = vary_colour(COVERS["hedge" if random.random() < 0.75 else "conifer"], random)
     plan.paint(
         np.array([point, point]),
         replace(cover, height=float(round(random.uniform(4, 10)))),
@@ -197,7 +198,7 @@ def _paint_village(
     plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray, region: Region, built: float
 ) -> None:
     """Paint houses with gardens, drives, pools and trees; each plot has a house with probability ``built``."""
-    plan.paint(polygon, COVERS["lawn"], inset=2.0)
+    plan.paint(polygon, vary_colour(COVERS["lawn"], random), inset=2.0)
     for centre, angle in _building_plots(random, polygon, (19.0, 23.0)):
         along = np.array([math.cos(angle), math.sin(angle)])
         across = np.array([-along[1], along[0]])
@@ -206,20 +207,19 @@ def _paint_village(
             continue
         if random.random() < 0.75:
             drive = COVERS[_choose_weighted(random, {"court": 2, "yard": 1, "road": 1})]
+            drive = vary_colour(drive, random)
             plan.paint(np.array([centre, centre + across * 14]), drive, width=float(random.uniform(3, 6)))
         if random.random() < 0.4:
-            plan.paint(
-                _rectangle(centre + along * 7, 6, 8, angle), COVERS[_choose_weighted(random, {"court": 2, "yard": 1})]
-            )
+            terrace = COVERS[_choose_weighted(random, {"court": 2, "yard": 1})]
+            plan.paint(_rectangle(centre + along * 7, 6, 8, angle), vary_colour(terrace, random))
         if random.random() < region.pool_probability:
             pool = centre - across * 10 + along * random.uniform(-4, 4)
-            plan.paint(_rectangle(pool, 11, 7, angle), COVERS["yard"])
-            plan.paint(_rectangle(pool, 8.5, 4.2, angle), COVERS["pool"])
+            plan.paint(_rectangle(pool, 11, 7, angle), vary_colour(COVERS["yard"], random))
+            plan.paint(_rectangle(pool, 8.5, 4.2, angle), vary_colour(COVERS["pool"], random))
         name = _choose_weighted(random, region.roofs)
         turn = angle + (math.pi / 2 if random.random() < 0.3 else 0.0)
         roof = replace(
-            COVERS[name],
-            brightness=round(float(np.clip(random.normal(1, 0.2), 0.6, 1.5)), 1),
+            vary_colour(COVERS[name], random),
             angle=turn,
             height=round(float(random.uniform(3.0, 6.5)), 1),
         )
@@ -234,15 +234,11 @@ def _paint_village(
 
 def _paint_industry(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray) -> None:
     """Paint large buildings on paved or gravelled ground."""
-    plan.paint(polygon, COVERS[_choose_weighted(random, {"road": 2, "yard": 1, "track": 1})], inset=3.0)
+    ground = COVERS[_choose_weighted(random, {"road": 2, "yard": 1, "track": 1})]
+    plan.paint(polygon, vary_colour(ground, random), inset=3.0)
     for centre, angle in _building_plots(random, polygon, (48.0, 42.0)):
         kind = _choose_weighted(random, {"steel roof": 2, "flat roof": 1, "bitumen roof": 2})
-        roof = replace(
-            COVERS[kind],
-            height=round(float(random.uniform(5, 12))),
-            angle=angle,
-            brightness=round(float(random.uniform(0.7, 1.2)), 1),
-        )
+        roof = replace(vary_colour(COVERS[kind], random), height=round(float(random.uniform(5, 12))), angle=angle)
         plan.paint(_rectangle(centre, random.uniform(20, 38), random.uniform(14, 28), angle), roof)
     for centre, _ in _building_plots(random, polygon, (17.0, 21.0)):
         if random.random() < 0.12:
@@ -250,9 +246,10 @@ def _paint_industry(plan: LandUsePlan, random: np.random.Generator, polygon: np.
 
 
 def _paint_greenhouses(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray) -> None:
-    plan.paint(polygon, COVERS[_choose_weighted(random, {"court": 2, "bare": 1, "lawn": 2})], inset=2.0)
+    ground = COVERS[_choose_weighted(random, {"court": 2, "bare": 1, "lawn": 2})]
+    plan.paint(polygon, vary_colour(ground, random), inset=2.0)
     for centre, angle in _building_plots(random, polygon, (34.0, 13.0)):
-        house = replace(COVERS["greenhouse"], angle=angle + math.pi / 2)
+        house = replace(vary_colour(COVERS["greenhouse"], random), angle=angle + math.pi / 2)
         plan.paint(_rectangle(centre, random.uniform(20, 32), random.uniform(8, 11.5), angle), house, pitch=0.25)
 
 
@@ -267,10 +264,11 @@ def _fill_parcel(
     elif kind == "greenhouses":
         _paint_greenhouses(plan, random, polygon)
     elif kind == "pond":
-        plan.paint(polygon, COVERS["verge"], inset=1.0)
+        plan.paint(polygon, vary_colour(COVERS["verge"], random), inset=1.0)
         centre, radius = polygon.mean(0), 0.6 * math.sqrt(_polygon_area(polygon))
         offset = random.normal(0, 0.15, 2) * radius
-        plan.paint(np.array([centre - offset, centre + offset]), COVERS["pond"], width=radius, ragged=3.0)
+        pond = vary_colour(COVERS["pond"], random)
+        plan.paint(np.array([centre - offset, centre + offset]), pond, width=radius, ragged=3.0)
     elif kind == "crops":
         angle = _long_axis(polygon)
         crop = crop_surface(_choose_weighted(random, region.crops), random, region.soil, region.delay, angle)
@@ -280,7 +278,8 @@ def _fill_parcel(
         background = region.soil if cover.background == "brown soil" else cover.background
         if cover.canopy and kind != "scrub":
             cover = replace(cover, height=cover.height * random.uniform(0.6, 1.3), vigour=random.uniform(0.92, 1.05))
-        plan.paint(polygon, replace(cover, background=background, delay=region.delay), inset=0.5, ragged=1.5)
+        cover = vary_colour(replace(cover, background=background, delay=region.delay), random)
+        plan.paint(polygon, cover, inset=0.5, ragged=1.5)
     if random.random() < 0.02:
         plan.paint(np.array([polygon.mean(0)] * 2), COVERS["unknown"], width=12.0, ragged=2.0)
 
@@ -314,20 +313,25 @@ def _paint_line(plan: LandUsePlan, line: np.ndarray, surface: Surface, width: fl
 
 
 def _paint_lanes_and_hedges(
-    plan: LandUsePlan, random: np.random.Generator, borders: list[Border], hedges: float, paved: bool
+    plan: LandUsePlan,
+    random: np.random.Generator,
+    borders: list[Border],
+    verge: Surface,
+    *,
+    hedges: float,
+    paved: bool,
 ) -> None:
     """Paint lanes and hedges along parcel borders."""
     for border, depth in borders:
         if depth == 1 or random.random() < 0.12:
             road = depth == 1 and paved
-            plan.paint(border, plan.surfaces[0], width=7.5 if road else 5.0)
-            plan.paint(
-                border, COVERS["road" if road else "track"], width=5.0 if road else 3.0, ragged=0.0 if road else 0.3
-            )
+            plan.paint(border, verge, width=7.5 if road else 5.0)
+            lane = vary_colour(COVERS["road" if road else "track"], random)
+            plan.paint(border, lane, width=5.0 if road else 3.0, ragged=0.0 if road else 0.3)
         if random.random() < hedges:
             offset = np.array([border[0, 1] - border[1, 1], border[1, 0] - border[0, 0]])
             offset *= (4.0 if depth == 1 else 0.0) / (np.hypot(*offset) + 1e-9)
-            hedge = replace(COVERS["hedge"], height=float(random.integers(3, 11)))
+            hedge = replace(vary_colour(COVERS["hedge"], random), height=float(random.integers(3, 11)))
             plan.paint(border + offset, hedge, width=float(random.uniform(2.5, 6)), ragged=1.2)
 
 
@@ -335,7 +339,8 @@ def _draw_plan(region: Region, side: float, today: bool, *names: object) -> Land
     """Draw the plan of one era. Both eras share the random roads, rivers and parcels of today."""
     layout, random = generator(*names, "layout"), generator(*names, "now" if today else "then")
     plan = LandUsePlan()
-    plan.surface_index(replace(COVERS["verge"], delay=region.delay, background=region.soil))
+    verge = vary_colour(replace(COVERS["verge"], delay=region.delay, background=region.soil), random)
+    plan.surface_index(verge)
     low, high = -MARGIN, side + MARGIN
     ground = np.array([(low, low), (high, low), (high, high), (low, high)])
     turn = layout.uniform(0, math.pi)
@@ -359,12 +364,15 @@ def _draw_plan(region: Region, side: float, today: bool, *names: object) -> Land
         for strip in strips:
             _fill_parcel(plan, random, strip, region, kind)
     if river is not None:
-        _paint_line(plan, river, replace(COVERS["hedge"], height=11.0), river_width + 12, ragged=4.0)
-        _paint_line(plan, river, COVERS["river"], river_width, ragged=1.0)
+        trees = replace(vary_colour(COVERS["hedge"], random), height=11.0)
+        _paint_line(plan, river, trees, river_width + 12, ragged=4.0)
+        _paint_line(plan, river, vary_colour(COVERS["river"], random), river_width, ragged=1.0)
     hedges = region.hedge_probability if today else min(0.95, 1.6 * region.hedge_probability + 0.1)
-    _paint_lanes_and_hedges(plan, random, borders, hedges, paved=today and layout.random() < 0.6)
-    plan.paint(main_road, plan.surfaces[0], width=11.0)
-    plan.paint(main_road, COVERS["road" if today else "track"], width=6.5 if today else 4.5)
+    paved = today and layout.random() < 0.6
+    _paint_lanes_and_hedges(plan, random, borders, verge, hedges=hedges, paved=paved)
+    plan.paint(main_road, verge, width=11.0)
+    road = vary_colour(COVERS["road" if today else "track"], random)
+    plan.paint(main_road, road, width=6.5 if today else 4.5)
     for _ in range(random.integers(2, 9)):
         _paint_tree(plan, random, random.uniform(low, high, 2))
     return plan

@@ -24,6 +24,8 @@ class Region:
         delay: days by which the seasons are late.
         snow_probability: probability of snow on a winter day.
         cloudiness: mean cloud cover of a Sentinel-2 date, 0..1.
+        haze: light that the air scatters into images, relative to a clear day.
+        afternoon: mean hour angle of the sun in images, in radians after noon.
     """
 
     parcel_area: float
@@ -39,6 +41,8 @@ class Region:
     delay: float
     snow_probability: float
     cloudiness: float
+    haze: float = 1.0
+    afternoon: float = 0.0
 
 
 _CEREALS = {"winter-wheat": 4.0, "winter-barley": 3.0, "triticale": 2.0}

@@ -219,7 +219,7 @@ def render_image(modality: Modality, scene: Scene, day: float, sun: SunPosition,
     wavelengths = _wavelengths(optical)
     bright, gap = palette.reflectance(days, moisture, wavelengths)
     haze = generator(*scene.roi_seed_names[:2], modality.name, "haze")
-    path_radiance = 0.028 * haze.uniform(0.5, 1.5)
+    path_radiance = 0.028 * scene.landscape.region.haze * haze.uniform(0.5, 1.5)
     planes: list[np.ndarray] = []
     for band in modality.bands:
         if band.quantity == "reflectance":

@@ -18,6 +18,13 @@ from bocage.shards.simulate.spectra import MATERIALS, spectra
 _PLOUGHED_BELOW = 0.25
 """A tilled field with less plant cover than this fraction is labelled as ploughed."""
 
+_LEAVES = ("crop leaf", "grass leaf", "broad leaf", "shrub leaf", "needle")
+_MINERALS = (
+    *("clay tile", "slate", "concrete", "asphalt", "gravel", "rock", "steel roof"),
+    *("brown soil", "chalk soil", "red soil"),
+)
+_WATERS = ("clear water", "turbid water", "pool water")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
@@ -34,7 +41,7 @@ class Surface:
         calendar: key of ``CALENDARS``.
         delay: delay of the calendar, in days.
         vigour: factor on the green fraction.
-        brightness: factor on the reflectance of the background and dry materials.
+        brightness: factor on the reflectance of all materials.
         gap_cover: plant cover of the gap phase, relative to the bright phase.
         gap_light: light in the gap phase, relative to the bright phase.
         texture: name of the texture, one of ``TEXTURES``.
@@ -74,6 +81,23 @@ class Surface:
     canopy_backscatter: tuple[float, float] = (0.07, 0.012)
     double_bounce: float = 0.0
     tilled: bool = False
+
+
+def vary_colour(surface: Surface, random: np.random.Generator) -> Surface:
+    """Draw the materials and the brightness of one object, so that classes share colours.
+
+    Plants draw their leaf, hard surfaces their mineral, and waters their water, each from one set for all classes. What
+    tells the classes apart is texture, shape, neighbourhood, height and season. Snow keeps its colour.
+    """
+    brightness = surface.brightness * float(random.uniform(0.7, 1.35))
+    if surface.background in _WATERS:
+        return replace(surface, background=str(random.choice(_WATERS)), brightness=brightness)
+    if surface.calendar != "none":
+        leaf = str(random.choice(_LEAVES))
+        return replace(surface, leaf=leaf, brightness=brightness, vigour=surface.vigour * float(random.uniform(0.8, 1)))
+    if surface.background in (*_MINERALS, "greenhouse"):
+        return replace(surface, background=str(random.choice(_MINERALS)), brightness=brightness)
+    return surface
 
 
 def _hard_surface(
@@ -179,10 +203,10 @@ COVERS: dict[str, Surface] = {
     "river": _hard_surface("water", "turbid water", 0.9, contrast=0.4, ground_backscatter=(0.005, 0.0008)),
     "pond": _hard_surface("water", "clear water", 0.9, contrast=0.4, ground_backscatter=(0.004, 0.0007)),
     "pool": _hard_surface("swimming pool", "pool water", 0.85, contrast=0.6, ground_backscatter=(0.01, 0.002)),
-    "road": _hard_surface("impervious", "asphalt", 0.85, contrast=0.6),
-    "yard": _hard_surface("impervious", "concrete", 0.85, texture="patches"),
-    "track": _hard_surface("pervious", "gravel", 0.8, texture="patches"),
-    "court": _hard_surface("pervious", "gravel", 0.75),
+    "road": _hard_surface("impervious", "asphalt", 0.85, contrast=0.4),
+    "yard": _hard_surface("impervious", "concrete", 0.85, contrast=0.4),
+    "track": _hard_surface("pervious", "gravel", 0.6, texture="patches"),
+    "court": _hard_surface("pervious", "gravel", 0.6, texture="patches"),
     "tile roof": _roof_surface("clay tile", 0.8),
     "slate roof": _roof_surface("slate", 0.8),
     "flat roof": _roof_surface("concrete", 0.9, contrast=0.5),
@@ -200,7 +224,7 @@ COVERS: dict[str, Surface] = {
 
 
 def crop_surface(name: str, random: np.random.Generator, soil: str, delay: float, angle: float) -> Surface:
-    """Surface of one parcel of the crop ``name``, with random delay, vigour and brightness.
+    """Surface of one parcel of the crop ``name``, with random delay, vigour and colour.
 
     Args:
         name: key of ``CROPS``.
@@ -213,7 +237,7 @@ def crop_surface(name: str, random: np.random.Generator, soil: str, delay: float
     grass = crop.leaf == "grass leaf" or name == "alfalfa"
     orchard = crop.open_rows and crop.height > 2
     cosia = "herbaceous" if grass else "vineyard" if name == "vineyard" else "deciduous" if orchard else "agricultural"
-    return Surface(
+    surface = Surface(
         cosia=cosia,
         cosia_gap="herbaceous" if orchard else None,
         lpis=name,
@@ -224,12 +248,12 @@ def crop_surface(name: str, random: np.random.Generator, soil: str, delay: float
         calendar=crop.calendar,
         delay=delay + crop.delay_std * random.standard_normal(),
         vigour=float(np.clip(random.normal(0.97, 0.08), 0.7, 1.08)),
-        brightness=float(np.clip(random.normal(1.0, 0.14), 0.65, 1.4)),
         gap_cover=0.06 if crop.open_rows else 0.72,
         gap_light=0.8 if crop.open_rows else 0.78,
         texture="patches",
         contrast=1.0 if crop.open_rows else float(random.uniform(0.5, 1.0)),
-        row_spacing=crop.row_spacing if crop.row_spacing else 0.9,
+        # Meadows are not drilled: rows and wheel tracks tell crops from them.
+        row_spacing=crop.row_spacing or (0.0 if grass else 0.9),
         angle=angle,
         height=crop.height,
         canopy=crop.open_rows,
@@ -238,6 +262,7 @@ def crop_surface(name: str, random: np.random.Generator, soil: str, delay: float
         canopy_backscatter=crop.backscatter,
         tilled=not (grass or crop.open_rows),
     )
+    return vary_colour(surface, random)
 
 
 class Palette:
@@ -334,8 +359,7 @@ class Palette:
             materials[self._materials[component]] for component in ("leaf", "flower", "dry", "background")
         )
         green, dry, flowers = self.plant_fractions(days)
-        soil = background * self._brightness[:, None] * (1.1 - 0.3 * moisture)[:, None, None]
-        dry_matter = dry_matter * self._brightness[:, None]
+        soil = background * (1.1 - 0.3 * moisture)[:, None, None]
         phases = []
         for cover, light in ((1.0, 1.0), (self._gap_cover, self._gap_light)):
             green_cover = green * cover
@@ -343,7 +367,7 @@ class Palette:
             canopy = leaf + flowers[..., None] * (flower - leaf)
             bare = 1 - green_cover - dry_cover
             mixed = green_cover[..., None] * canopy + dry_cover[..., None] * dry_matter + bare[..., None] * soil
-            phases.append((mixed * np.reshape(light, (-1, 1))).astype(np.float32))
+            phases.append((mixed * np.reshape(light * self._brightness, (-1, 1))).astype(np.float32))
         return phases[0], phases[1]
 
     def backscatter(self, days: np.ndarray, moisture: np.ndarray, polarisation: int, orbit: int) -> np.ndarray:

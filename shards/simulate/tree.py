@@ -15,7 +15,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -47,7 +47,7 @@ SPLITS = ("split_1", "split_2", "split_3", "split_4", "split_5", "split_flaircha
 
 _GRID = 2  # a ROI has _GRID x _GRID patches
 _PIXEL_SIZE = {"now": 0.2, "then": 0.4}  # metres, by era; "then" is the 1950s
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,18 @@ class Domain:
         region: key of ``REGIONS``.
         x: Lambert-93 x of its centre, in metres.
         y: Lambert-93 y of its centre, in metres.
+        season: delay of its seasons against those of the region, in days.
+        haze: haze of its images; see ``Region``.
+        afternoon: mean hour angle of the sun in its images; see ``Region``.
     """
 
     name: str
     region: str
     x: float
     y: float
+    season: float = 0.0
+    haze: float = 1.0
+    afternoon: float = 0.0
 
     @property
     def year(self) -> int:
@@ -74,15 +80,16 @@ class Domain:
 
 DOMAINS = (
     Domain("D035-2020", "bocage", 352_000.0, 6_790_000.0),
-    Domain("D083-2020", "vineyards", 965_000.0, 6_260_000.0),
+    Domain("D083-2020", "vineyards", 965_000.0, 6_260_000.0, season=-8.0, haze=1.3, afternoon=0.4),
     Domain("D031-2019", "hills", 560_000.0, 6_255_000.0),
     Domain("D077-2021", "suburb", 690_000.0, 6_838_000.0),
     Domain("D004-2021", "mountain", 958_000.0, 6_340_000.0),
-    Domain("D061-2020", "bocage", 480_000.0, 6_835_000.0),
+    Domain("D061-2020", "bocage", 480_000.0, 6_835_000.0, season=8.0, haze=1.3, afternoon=0.4),
     Domain("D051-2019", "openfield", 790_000.0, 6_880_000.0),
     Domain("D034-2021", "vineyards", 735_000.0, 6_275_000.0),
 )
-"""Simulated domains; ROIs are assigned to them in turn. D061 and D083 are test domains of FLAIR-HUB."""
+"""Simulated domains; ROIs are assigned to them in turn. D061 and D083 are test domains of FLAIR-HUB: their seasons,
+their haze and their sun differ from those of the others."""
 
 _TEST_DOMAINS = ("D061-2020", "D083-2020")
 
@@ -208,7 +215,9 @@ def _label_day(patch: SimulatedPatch, registry: Registry) -> int:
 @lru_cache(maxsize=4)
 def _landscape_and_weather(patch: SimulatedPatch) -> tuple:
     """Landscape and weather of a ROI, given its first patch (cell 0) so that the cache holds one entry per ROI."""
-    region = REGIONS[patch.domain.region]
+    domain = patch.domain
+    region = REGIONS[domain.region]
+    region = replace(region, delay=region.delay + domain.season, haze=domain.haze, afternoon=domain.afternoon)
     return build_landscape(region, _GRID * PATCH_SIZE, *patch.roi_seed_names), Weather.draw(
         region.snow_probability, *patch.roi_seed_names
     )
@@ -254,6 +263,7 @@ def render_patch(
         elif modality.role == "image":
             image_day = _day_of_year(image_date(patch, modality)) if modality.dates_table is not None else day
             hour_angle = generator(*patch.roi_seed_names, modality.name, "hour").uniform(-0.7, 0.7)
+            hour_angle += scene.landscape.region.afternoon
             yield modality, render_image(modality, scene, image_day, sun_position(image_day, hour_angle), orbit)
         else:
             source = registry[modality.mask_of] if modality.mask_of is not None else modality
