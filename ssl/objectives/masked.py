@@ -27,6 +27,7 @@ from bocage.ssl.objectives.targets import (
 )
 from bocage.ssl.objectives.tokens import build_neck, decode_hidden
 
+_CONSTANT_SIDE = 8  # rows and columns of a unit, at least, from which the loss of the best constant is computed
 _MAX_MEDIAN_VALUES = 4096  # values of a channel from which the best constant is computed
 
 
@@ -102,21 +103,28 @@ class Reconstruction:
 
     def losses(self) -> torch.Tensor:
         """Mean absolute error of each sample over its loss mask, (B,); 0 where the mask is empty."""
-        return self._mean_error(self.prediction.float())
+        return _mean_error(self.prediction.float(), self.target, self.loss_mask)
 
     @torch.no_grad()
     def constant_losses(self) -> torch.Tensor:
-        """Losses of the best constant prediction, (B,): the median of each channel over the batch."""
-        target = torch.where(self.loss_mask, self.target, torch.nan).movedim(-3, 0).flatten(1)
-        if not target.shape[1]:  # series without any date
-            return target.new_zeros(len(self.target))
-        stride = max(1, target.shape[1] // _MAX_MEDIAN_VALUES)
-        median = target[:, ::stride].nanmedian(dim=1).values.nan_to_num(0.0)
-        return self._mean_error(median[:, None, None])
+        """Losses of the best constant prediction, (B,): the median of each channel over the batch.
 
-    def _mean_error(self, prediction: torch.Tensor) -> torch.Tensor:
-        error = ((prediction - self.target).abs() * self.loss_mask).flatten(1).sum(dim=1)
-        return error / self.loss_mask.flatten(1).sum(dim=1).clamp_min(1)
+        Of large units, every k-th row and column counts, because all values would take a tenth of a step.
+        """
+        step = max(1, self.target.shape[-1] // _CONSTANT_SIDE)
+        target, loss_mask = (values[..., ::step, ::step] for values in (self.target, self.loss_mask))
+        masked = torch.where(loss_mask, target, torch.nan).movedim(-3, 0).flatten(1)
+        if not masked.shape[1]:  # series without any date
+            return target.new_zeros(len(target))
+        stride = max(1, masked.shape[1] // _MAX_MEDIAN_VALUES)
+        median = masked[:, ::stride].nanmedian(dim=1).values.nan_to_num(0.0)
+        return _mean_error(median[:, None, None], target, loss_mask)
+
+
+def _mean_error(prediction: torch.Tensor, target: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of each sample over its loss mask, (B,); 0 where the mask is empty."""
+    error = ((prediction - target).abs() * loss_mask).flatten(1).sum(dim=1)
+    return error / loss_mask.flatten(1).sum(dim=1).clamp_min(1)
 
 
 class _DateHead(nn.Module):
