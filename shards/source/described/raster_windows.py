@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -296,7 +296,9 @@ def read_valid(raster: PlacedRaster, grid: PixelGrid, rules: RasterRules, box: B
         return None
     with _open_dataset(raster.file) as dataset:
         if raster.is_resampled:
-            return _valid(map(np.isnan, _resample_bands(dataset, raster.file, grid, rules, box)), None, rules)
+            # One band at a time, because boxes of counts are large.
+            bands = (_resample_bands(dataset, raster.file, grid, rules, box, [index])[0] for index in rules.bands)
+            return _valid(map(np.isnan, bands), None, rules)
         window = _window(raster, box)
         hidden = read_hidden(dataset, rules, raster.file.alpha, raster.file.has_mask, window)
         bands = (dataset.read(index + 1, window=window) for index in rules.bands)
@@ -336,7 +338,7 @@ def _read_resampled(
     dataset: rasterio.DatasetReader, file: RasterFile, grid: PixelGrid, rules: RasterRules, box: Box
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Resample a box of a raster; see ``read_window``."""
-    bands = np.stack(list(_resample_bands(dataset, file, grid, rules, box)))
+    bands = _resample_bands(dataset, file, grid, rules, box, rules.bands)
     missing = np.isnan(bands)
     valid = _valid(missing, None, rules)
     is_label = rules.stored_values is not None
@@ -346,9 +348,14 @@ def _read_resampled(
 
 
 def _resample_bands(
-    dataset: rasterio.DatasetReader, file: RasterFile, grid: PixelGrid, rules: RasterRules, box: Box
-) -> Iterator[np.ndarray]:
-    """Resample each used band to a box of the grid, (H, W) float; NaN marks missing pixels.
+    dataset: rasterio.DatasetReader,
+    file: RasterFile,
+    grid: PixelGrid,
+    rules: RasterRules,
+    box: Box,
+    indices: Sequence[int],
+) -> np.ndarray:
+    """Resample bands, by their positions from 0, to a box of the grid, (C, H, W) float; NaN marks missing pixels.
 
     Missing pixels become NaN before: GDAL leaves out a single nodata value, and would blend others into neighbours.
 
@@ -357,35 +364,36 @@ def _resample_bands(
     """
     is_label = rules.stored_values is not None
     kind = np.float64 if is_label else np.float32  # hold all values of labels, and of the dtypes of sensors, exactly
-    shape = box[2:]
+    target = np.full((len(indices), *box[2:]), np.nan, kind)
     window = _source_window(file, grid, box)
     if window is None:
-        yield from (np.full(shape, np.nan, kind) for _ in rules.bands)
-        return
-    is_same = same_crs(file.crs, grid.crs)
+        return target
+    values = dataset.read([index + 1 for index in indices], window=window)
+    valid = ~rules.nodata.is_missing(values, file.declared)
     hidden = read_hidden(dataset, rules, file.alpha, file.has_mask, window)
-    for index in rules.bands:
-        values = dataset.read(index + 1, window=window)
-        valid = ~rules.nodata.is_missing(values, file.declared)
-        if hidden is not None:
-            valid &= ~hidden
-        source = np.full(values.shape, np.nan, kind)
-        source[valid] = values[valid] if is_label else convert(file.path, values[valid], rules, None)
-        target = np.full(shape, np.nan, kind)
-        left, top = file.left + window.col_off * file.pixel_width, file.top - window.row_off * file.pixel_height
+    if hidden is not None:
+        valid &= ~hidden
+    source = np.full(values.shape, np.nan, kind)
+    source[valid] = values[valid] if is_label else convert(file.path, values[valid], rules, None)
+    is_same = same_crs(file.crs, grid.crs)
+    left, top = file.left + window.col_off * file.pixel_width, file.top - window.row_off * file.pixel_height
+    # A call takes a millisecond at least, so one resamples all bands, unless some pixels are missing: GDAL would take
+    # those of one band for missing in all.
+    parts = [slice(None)] if valid.all() else [slice(band, band + 1) for band in range(len(indices))]
+    for part in parts:
         reproject(
-            source,
-            target,
+            source[part],
+            target[part],
             src_transform=Affine(file.pixel_width, 0, left, 0, -file.pixel_height, top),
             src_crs=parse_crs(grid.crs or _ANY_CRS) if is_same else parse_crs(file.crs),
-            src_nodata=None if valid.all() else np.nan,  # GDAL takes twice the time to look for NaN
+            src_nodata=None if valid[part].all() else np.nan,  # GDAL takes twice the time to look for NaN
             dst_transform=grid.transform(*box[:2]),
             dst_crs=parse_crs(grid.crs or _ANY_CRS),
             init_dest_nodata=False,
             resampling=Resampling.nearest if is_label else Resampling.bilinear,
             tolerance=_WARP_TOLERANCE,
         )
-        yield target
+    return target
 
 
 def _source_window(file: RasterFile, grid: PixelGrid, box: Box) -> Window | None:
@@ -395,7 +403,7 @@ def _source_window(file: RasterFile, grid: PixelGrid, box: Box) -> Window | None
     right, bottom = left + width * grid.pixel, top - height * grid.pixel
     if not same_crs(file.crs, grid.crs):
         bounds = (left, bottom, right, top)
-        left, bottom, right, top = transform_bounds(parse_crs(grid.crs), parse_crs(file.crs), *bounds)
+        left, bottom, right, top = _project_bounds(grid.crs, file.crs, bounds)
     first_column, last_column = (left - file.left) / file.pixel_width, (right - file.left) / file.pixel_width
     first_row, last_row = (file.top - top) / file.pixel_height, (file.top - bottom) / file.pixel_height
     # The kernel of bilinear interpolation reaches a pixel, or as many as fall into one of the grid.
