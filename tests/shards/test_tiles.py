@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -627,6 +628,9 @@ def test_names_of_any_script_stay_different() -> None:
     names = ["北京", "上海", "Ørsted", "Orsted", "Москва", "दिल्ली", "दिल्ला", "a b"]
     assert plain_name("北京") == "u5317u4eac" and len(set(map(plain_name, names))) == len(names)
     assert all(re.fullmatch("[A-Za-z0-9_-]+", plain_name(name)) for name in names)
+    marked = ["ば", "は", "ぱ", "край", "краи", "ά", "α", "कि", "की", "क्", "क"]
+    assert len({plain_name(text) for text in marked}) == len(marked)
+    assert plain_name("Île m̄") == plain_name(unicodedata.normalize("NFD", "Île m̄")) == "Ile-m"
 
 
 def test_files_are_listed_in_a_fixed_order_without_hidden_ones(tmp_path: Path) -> None:

@@ -191,13 +191,22 @@ def plain_path(text: str) -> str:
 def plain_name(text: str) -> str:
     """Text of ASCII letters, digits, ``-`` and ``_``, for keys, which name members of tars.
 
-    Accents are dropped, and letters without an ASCII letter become their code, such as ``u5317``. Runs of other
+    Accents of ASCII letters are dropped, and other letters become their code, such as ``u5317``. Runs of other
     characters become one ``-``.
     """
     if not text.isascii():
-        decomposed = unicodedata.normalize("NFKD", text)
-        text = "".join(map(_spell, (item for item in decomposed if not unicodedata.combining(item))))
+        text = "".join(map(_spell, unicodedata.normalize("NFC", "".join(_without_accents(text)))))
     return _FORBIDDEN.sub("-", text)
+
+
+def _without_accents(text: str) -> Iterator[str]:
+    """Decomposed characters without marks of ASCII letters; those of other letters make other letters."""
+    base = ""
+    for character in unicodedata.normalize("NFKD", text):
+        is_mark = bool(unicodedata.combining(character))
+        base = base if is_mark else character
+        if not (is_mark and base.isascii()):
+            yield character
 
 
 def _spell(character: str) -> str:
