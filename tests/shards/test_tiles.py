@@ -592,6 +592,20 @@ def test_a_picture_that_is_cut_off_is_not_read(extension: str, driver: str, kind
     assert [key.startswith("2") and "cannot be read" in reason for key, reason in manifest.skipped.items()] == [True]
 
 
+def test_a_block_that_yaml_reads_as_a_number_is_named(tiles: Path, tmp_path: Path) -> None:
+    rgb = "{RGB: {files: '{site}/image/{tile}.tif', bands: {R: 650, G: 550, B: 460}, dtype: uint8, pixel: 0.5}}"
+    path = tmp_path / "dataset.yaml"
+    text = f"name: x\npatch: 16\nblocks: 32\nsensors: {rgb}\n"
+    splits = "splits: {{split_block: {{by: block, train: [{}], test: rest}}}}\n"
+    name = open_described(tiles, description(labels={}, domain="", blocks=32), tiles).names.regions[0].split("/")[1]
+    path.write_text(text + splits.format(name))
+    number = name.replace("_", "")
+    with pytest.raises(InputError, match=rf"'{number}' is not in the dataset, .*in quotes"):
+        open_described(tiles, load_dataset(str(path), []), tmp_path)
+    path.write_text(text + splits.format(f"'{name}'"))
+    assert "train" in open_described(tiles, load_dataset(str(path), []), tmp_path).splits["split_block"].to_pylist()
+
+
 def test_descriptions_are_read_from_yaml_with_overrides(tmp_path: Path) -> None:
     path = tmp_path / "dataset.yaml"
     path.write_text(

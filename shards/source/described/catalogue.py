@@ -230,11 +230,14 @@ def _values_of_units(name: str, split: SplitDescription, units: list[str]) -> li
         short.setdefault(unit.partition("/")[2], []).append(unit)
     value_of: dict[str, str] = {}
     for value, part in split.parts.items():
-        for listed in map(str, part if isinstance(part, list) else []):
+        for item in part if isinstance(part, list) else []:
+            listed = str(item)
             matches = [listed] if listed in counts else short.get(listed, [])
             if len(matches) != 1:
                 known = ", ".join(sorted(counts)[:_MAX_SHOWN]) + (", ..." if len(counts) > _MAX_SHOWN else "")
                 problem = "is not unique" if matches else "is not in the dataset"
+                if not matches and not isinstance(item, str):
+                    problem += f", and YAML read it as {type(item).__name__}: write it in quotes"
                 raise InputError(f"splits.{name}: {split.by} {listed!r} {problem}; it has {known}")
             if value_of.setdefault(matches[0], value) != value:
                 raise InputError(f"splits.{name}: {listed} is listed as {value_of[matches[0]]} and as {value}")
