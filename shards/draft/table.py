@@ -217,7 +217,7 @@ def _find_roles(root: Path, sample: _Sample) -> _Roles:
         next((name for name in constant if name.lower() in known and pa.types.is_floating(rows[name].type)), "")
         for known in (_LONGITUDE, _LATITUDE)
     )
-    distinct = {name: len(pc.unique(rows[name])) for name in (*constant, *labels)}
+    distinct = {name: len(pc.unique(rows[name].drop_null())) for name in (*constant, *labels)}
     labels = [name for name in labels if 2 <= distinct[name] <= _MAX_CLASSES]
     texts = [name for name in constant if _is_text(rows[name].type)]
     sites = [name for name in texts if 2 <= distinct[name] <= _MAX_SITES and _SITE_NAME.search(name)]

@@ -583,6 +583,12 @@ def test_a_label_that_some_tables_lack_is_kept_and_noted(tmp_path: Path) -> None
     assert (len(manifest), manifest.counts["present"]["CROP"]) == (20, 10)
 
 
+def test_a_constant_that_some_tables_lack_is_no_label(tmp_path: Path) -> None:
+    pq.write_table(series_table(label=False, label_version=pa.array([7] * 40)), tmp_path / "a.parquet")
+    pq.write_table(series_table(10, label=False), tmp_path / "b.parquet")
+    assert "labels" not in draft_folder(tmp_path).values
+
+
 def test_a_row_that_occurs_twice_is_named(tmp_path: Path) -> None:
     first, second = series_table(), series_table(10)
     pq.write_table(pa.concat_tables([first, first.slice(5, 1)]), tmp_path / "a.parquet")
