@@ -17,6 +17,7 @@ from bocage.shards.errors import InputError
 from bocage.shards.format.manifest import Manifest
 from bocage.shards.inspect.verify import verify
 from bocage.shards.read.dataset import evaluation_batches
+from bocage.shards.read.patches import TreePatches
 from bocage.shards.source.described.description import DatasetDescription, default_unit
 from bocage.shards.source.described.file_patterns import FilePattern, list_files, plain_name
 from bocage.shards.source.described.ground import metres_per_unit, utm_crs
@@ -242,6 +243,31 @@ def test_labels_without_a_position_take_that_of_their_image(tiles: Path, tmp_pat
         assert (row["left"], row["crs"]) == (500_000 + int(row["key"][-1]) * 16, "EPSG:32631")
 
 
+def test_patches_from_files_lie_where_their_shards_do(tmp_path: Path) -> None:
+    for column in range(3):
+        write_tile(tmp_path / f"tiles/rgb/{column}.png", image(column), crs=None, transform=None, driver="PNG")
+        place = column if column < 2 else 5
+        write_tile(tmp_path / f"tiles/nir/{column}.tif", image(column, bands=1), place)
+        write_tile(tmp_path / f"tiles/dem/{column}.tif", image(column, bands=1), column)
+    changes: dict[str, Any] = {
+        "labels": {},
+        "domain": "",
+        "sensors": {
+            "RGB": {**SENSOR, "files": "rgb/{key}.png"},
+            "NIR": {**SENSOR, "files": "nir/{key}.tif", "bands": {"N": 830}},
+            "DEM": {**SENSOR, "files": "dem/{key}.tif", "bands": {"H": "surface_height"}},
+        },
+    }
+    manifest = shard(tmp_path / "tiles", tmp_path / "out", max_bad=0.5, **changes)
+    patches = TreePatches(open_described(tmp_path / "tiles", description(**changes), tmp_path))
+    batches = patches.batches(np.arange(3), list(manifest.registry.values()), batch_size=2, workers=0)
+    found = {place.key: (place.crs, place.left, place.top, place.side) for _, places in batches for place in places}
+    rows = map(manifest.row, range(2))
+    assert found == {row["key"]: (row["crs"], row["left"], row["top"], row["side"]) for row in rows}
+    assert found["1"] == ("EPSG:32631", 500_016, 5_000_000, 16)
+    assert patches.skipped == manifest.skipped and list(patches.skipped) == ["2"]
+
+
 def test_dates_of_a_series_may_differ_by_rounding(tmp_path: Path) -> None:
     sensor = {"role": "series", "files": "{key}_{date}.tif"}
     for number, shift in enumerate((0.0, 1e-7)):
@@ -392,6 +418,17 @@ def test_a_wrong_tile_is_named_and_left_out(
     manifest = shard(tiles, tmp_path / "rest", max_bad=0.2)
     assert len(manifest) == 7 and list(manifest.skipped) == ["south_t3"]
     assert message in manifest.skipped["south_t3"]
+
+
+@pytest.mark.parametrize("kind", ["tiles", "rasters"])
+@pytest.mark.parametrize("dtype", ["complex64", "complex_int16"])
+def test_complex_labels_are_named(tiles: Path, tmp_path: Path, dtype: str, kind: str) -> None:
+    path = tiles / "south/label/t0.tif"
+    with rasterio.open(path) as file:
+        profile = {**file.profile, "dtype": dtype, "nodata": None}
+    rasterio.open(path, "w", **profile).close()
+    with pytest.raises(InputError, match=rf"t0\.tif: dtype {dtype}, but classes are integers"):
+        shard(tiles, tmp_path / "none", kind=kind)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
