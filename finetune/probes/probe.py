@@ -16,6 +16,7 @@ from bocage.finetune.finetune_config import FinetuneConfig
 from bocage.finetune.probes.feature_cache import DenseFeatureCache, PatchTensorStore
 from bocage.finetune.subsets.sampling import keys_digest
 from bocage.finetune.train import build_task, split_rows
+from bocage.shards.classes import ClassScheme
 from bocage.shards.errors import InputError
 from bocage.shards.files import atomic_write
 from bocage.shards.read.open import open_shards
@@ -24,11 +25,12 @@ from bocage.ssl.encoders.initialization import weights_digest
 from bocage.ssl.evaluation.confusion import ConfusionMatrix
 from bocage.ssl.evaluation.probe import (
     CONTROLS,
+    PENALTIES,
     LabelledCells,
     default_cell,
     knn_probe,
-    linear_probe,
     random_encoder,
+    tuned_linear_probe,
 )
 
 ProbeKind = Literal["knn", "linear"]
@@ -36,19 +38,24 @@ PROBE_KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 MAX_TRAIN_CELLS = 2**17
 """Maximum number of training cells of a probe; more take longer without a useful gain."""
 
-_NEIGHBOURS, _PENALTY = 20, 1e-3
+_NEIGHBOURS = 20
 _CHUNK_PATCHES = 256  # patches whose features are in memory at once
 
 
 def run_probe(
-    config: FinetuneConfig, kind: ProbeKind, cache: Path, progress: Callable[[str, int, int], None] | None = None
+    config: FinetuneConfig,
+    kind: ProbeKind,
+    cache: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+    controls: Sequence[str] = CONTROLS,
 ) -> dict[str, Any]:
     """Score the frozen initial encoders of a fine-tuning run with a probe.
 
     The probe uses the same training and evaluation patches as the run, and the same initial encoders: pretrained, or
     random with the run's seed. Features of several encoders are concatenated. The probe classifies ground cells, an
     eighth of a patch wide (``default_cell``), by their majority scored class. Its scores are comparable with those of
-    other probes, but not with pixel scores.
+    other probes, but not with pixel scores. The penalty of ``linear`` is the best of ``PENALTIES`` on the validation
+    patches, or, if these are scored because there are no test patches, on every fourth training patch.
 
     Writes ``metrics.json``, ``confusions.parquet``, ``scores.parquet`` and ``confusions/`` to ``config.output``, like
     ``finetune``.
@@ -58,14 +65,14 @@ def run_probe(
         kind: ``knn`` (20 nearest neighbours by cosine similarity) or ``linear`` (logistic regression).
         cache: folder of the feature cache (``DenseFeatureCache``).
         progress: callback that receives the encoder's name, its number of patches, and the number of finished patches.
-
-    Two controls are scored in the same way: encoders of the same architectures with random weights (seed 0), and raw
-    inputs (``raw_features``).
+        controls: what is scored in the same way beside the encoders: ``random``, encoders of the same architectures
+            with random weights (seed 0), and ``raw``, raw inputs (``raw_features``).
 
     Returns:
-        Contents of ``metrics.json``. ``controls`` has the strict mIoU of both controls, ``random`` and ``raw``, by part
-        and label. ``train_cells`` has the number of training cells (``used``, at most 131,072), that of labelled cells
-        in the training patches (``labelled``), and their side in metres (``side``).
+        Contents of ``metrics.json``. ``controls`` has the strict mIoU of the controls, by part and label.
+        ``penalties`` has the chosen penalty by label. ``train_cells`` has the number of training cells (``used``, at
+        most 131,072), that of labelled cells in the training patches (``labelled``), and their side in metres
+        (``side``).
 
     Raises:
         InputError: no training cell has a label, or an error of ``train.build_task`` or ``train.split_rows``.
@@ -86,9 +93,9 @@ def run_probe(
     regions = {part: manifest.column("roi").take(indices).to_pylist() for part, indices in rows.items()}
     labels = {name: cells.labels(target, all_rows, **loading) for name, target in task.targets.items()}
     parts: dict[str, Confusions] = {name: {} for name in rows if name != "train"}
-    controls: dict[str, dict[str, dict[str, float]]] = {}
-    train_cells = {}
-    for source in ("", *CONTROLS):
+    control_miou: dict[str, dict[str, dict[str, float]]] = {}
+    train_cells, penalties = {}, {}
+    for source in ("", *controls):
         features: list[PatchTensorStore] = []
         for name in task.modalities:
             report = None if progress is None else partial(progress, f"{name} {source}".rstrip(), len(all_rows))
@@ -102,9 +109,14 @@ def run_probe(
             )
         for label, target in task.targets.items():
             train, labelled = _labelled_cells(features, labels[label], keys["train"])
-            predict = _fit(kind, train, len(target.scheme), device)
+            validation = None
+            chooses_penalty = kind == "linear" and {"valid", "test"} <= rows.keys()
+            if chooses_penalty and (labels[label].read(keys["valid"]) >= 0).any():
+                validation, _ = _labelled_cells(features, labels[label], keys["valid"])
+            predict, penalty = _fit(kind, train, validation, target.scheme, device)
             if not source:
                 train_cells[label] = {"used": len(train.labels), "labelled": labelled, "side": cell}
+                penalties[label] = penalty
             for part, confusions in parts.items():
                 matrix = ConfusionMatrix(target.scheme)
                 for start in range(0, len(keys[part]), _CHUNK_PATCHES):
@@ -112,7 +124,7 @@ def run_probe(
                     _count(matrix, keys[part][chunk], regions[part][chunk], labels[label], features, predict)
                 if source:
                     miou = classification_report(matrix)["strict"]["miou"]
-                    controls.setdefault(source, {}).setdefault(part, {})[label] = miou
+                    control_miou.setdefault(source, {}).setdefault(part, {})[label] = miou
                 else:
                     confusions[label] = matrix
     metrics: dict[str, Any] = {
@@ -121,7 +133,8 @@ def run_probe(
         "shards": manifest.digest,
         "split": config.split,
         "train_cells": train_cells,
-        "controls": controls,
+        "penalties": penalties,
+        "controls": control_miou,
         "labels": {name: target.scheme_to_json() for name, target in task.targets.items()},
         "modalities": task.modalities,
         "pretrained": config.encoders,
@@ -165,14 +178,19 @@ def _labelled_cells(
 
 
 def _fit(
-    kind: ProbeKind, train: LabelledCells, classes: int, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Fit a probe on a device, and return its prediction function: features (N, C) to classes (N,) on the CPU."""
+    kind: ProbeKind, train: LabelledCells, validation: LabelledCells | None, scheme: ClassScheme, device: torch.device
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], float | None]:
+    """Fit a probe on a device.
+
+    Returns:
+        Function from features (N, C) to classes (N,) on the CPU; and the chosen penalty, None for ``knn``.
+    """
     train = train.to(device)
     if kind == "linear":
-        classify = linear_probe(train, classes, _PENALTY)
-        return lambda queries: classify(queries.to(device)).cpu()
-    return lambda queries: knn_probe(train, queries.to(device), classes, _NEIGHBOURS).cpu()
+        chosen_on = None if validation is None else validation.to(device)
+        classify, penalty = tuned_linear_probe(train, chosen_on, scheme, PENALTIES)
+        return lambda queries: classify(queries.to(device)).cpu(), penalty
+    return lambda queries: knn_probe(train, queries.to(device), len(scheme), _NEIGHBOURS).cpu(), None
 
 
 def _feature_vectors(features: Sequence[PatchTensorStore], keys: Sequence[str]) -> torch.Tensor:

@@ -63,7 +63,9 @@ def _finetune_or_probe(study: StudyConfig, run: StudyRun, folders: RunFolders) -
     if run.mode in PROBE_KINDS:
         if launcher_rank_and_world()[0] == 0:  # a probe does not use several ranks
             with FileLock(folders.path(run) / ".lock", range(1), folders.path(run)):
-                run_probe(config, run.mode, folders.features)
+                # Raw inputs are the same for every initialization; random encoders are the initialization scratch.
+                controls = ("raw",) if run.initialization == study.reference else ()
+                run_probe(config, run.mode, folders.features, controls=controls)
         return 0
     result = finetune(config)
     if not result["stopped"] and study.missing:

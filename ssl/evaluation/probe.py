@@ -428,12 +428,13 @@ def tuned_linear_probe(
     if validation is None or len(penalties) == 1:
         penalty = sorted(penalties)[len(penalties) // 2]
         return linear_probe(train, len(scheme), penalty), penalty
-    scores = {}
-    for penalty in penalties:
-        predicted = linear_probe(fitted, len(scheme), penalty)(validation.features)
-        scores[penalty] = strict_scores(_confusion(validation.labels, predicted, scheme).total, scheme).miou
+    fits = {penalty: linear_probe(fitted, len(scheme), penalty) for penalty in penalties}
+    scores = {
+        penalty: strict_scores(_confusion(validation.labels, predict(validation.features), scheme).total, scheme).miou
+        for penalty, predict in fits.items()
+    }
     best = max(scores, key=lambda penalty: scores[penalty])
-    return linear_probe(train, len(scheme), best), best
+    return (fits[best] if fitted is train else linear_probe(train, len(scheme), best)), best
 
 
 def _confusion(truth: torch.Tensor, predicted: torch.Tensor, scheme: ClassScheme) -> ConfusionMatrix:

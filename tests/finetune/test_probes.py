@@ -62,7 +62,8 @@ def test_scores_agree_with_the_probes_of_pretraining(shards: Path, tmp_path: Pat
     torch.manual_seed(0)
     initial = build_task(settings, manifest).model.encoder(SPOT)
     task.encoder(SPOT).load_state_dict(initial.state_dict(), strict=False)
-    figures = Probe(manifest, ProbeConfig(label=COSIA, patches=1000), "split_1").scores(task, 4, 0)
+    penalties = [found["linear"]["penalties"][COSIA]]
+    figures = Probe(manifest, ProbeConfig(label=COSIA, patches=1000, penalties=penalties), "split_1").scores(task, 4, 0)
     for kind, metrics in found.items():
         assert metrics["valid"][COSIA]["strict"]["miou"] == pytest.approx(figures[f"{kind}_miou/{SPOT}"], abs=0.7)
         stored = json.loads((tmp_path / kind / "metrics.json").read_text())
