@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from bocage.recipes.recipe_errors import (
-    explain_list_mismatch,
+    explain_container_mismatch,
     explain_merge_error,
     explain_parse_error,
     explain_value_error,
@@ -146,7 +146,7 @@ def _pop_bases(name: str, config: DictConfig) -> list[str]:
 
 
 def _merge(config: Any, layer: Any, source: str) -> Any:
-    if message := explain_list_mismatch(config, layer):
+    if message := explain_container_mismatch(config, layer):
         raise InputError(f"{source}: {message}")
     try:
         return OmegaConf.merge(config, layer)

@@ -13,13 +13,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
-def explain_list_mismatch(config: Any, layer: Any, prefix: str = "") -> str:
-    """Explain keys that ``layer`` sets inside a list of ``config``, which OmegaConf does not explain; empty if none."""
+def explain_container_mismatch(config: Any, layer: Any, prefix: str = "") -> str:
+    """Explain a mapping where ``config`` has a list, or the reverse, which OmegaConf does not explain; empty if none."""
     for name in layer if isinstance(layer, DictConfig) and isinstance(config, DictConfig) else ():
-        value, current = (node._get_node(name) if name in node else None for node in (layer, config))
+        value, current = layer._get_node(name), _expected_node(config, name)
         if isinstance(current, ListConfig) and isinstance(value, DictConfig):
             return f"{prefix}{name!s} is a list: set all its items at once, as {prefix}{name!s}=[...]"
-        if message := explain_list_mismatch(current, value, f"{prefix}{name!s}."):
+        if isinstance(current, DictConfig) and isinstance(value, ListConfig):
+            return f"{prefix}{name!s} is a mapping, not a list: write it as {{KEY: VALUE, ...}}"
+        if message := explain_container_mismatch(current, value, f"{prefix}{name!s}."):
             return message
     return ""
 
@@ -31,11 +33,9 @@ def explain_merge_error(config: Any, layer: Any, error: OmegaConfBaseException) 
     if isinstance(error, ConfigKeyError):
         return f"unknown key {full_key(error)!r}; {_suggest_keys(config, error)}"
     for key, value in _leaves(layer):
-        try:
-            current = OmegaConf.select(config, key)
-            parent = OmegaConf.select(config, key.rpartition(".")[0])
-        except OmegaConfBaseException:
-            continue
+        parent, current = None, config
+        for name in key.split("."):
+            parent, current = current, _expected_node(current, name)
         if isinstance(current, ListConfig) and not OmegaConf.is_list(value):
             return f"{key} is a list: write {key}=[{value}]"
         if isinstance(current, DictConfig) and not OmegaConf.is_dict(value):
@@ -70,6 +70,16 @@ def explain_value_error(config: Any, error: Exception) -> str:
         return message
     names_key = message.startswith(f"{name}.") or message.startswith(f"{name}:")
     return ".".join([*parents, message]) if names_key else f"{'.'.join([*parents, name])}: {message}"
+
+
+def _expected_node(config: Any, name: Any) -> Any:
+    """Value of a key, or for a new item of a mapping the structure that it must have; None if there is neither."""
+    if not isinstance(config, DictConfig):
+        return None
+    if name in config:
+        return config._get_node(name)
+    item = config._metadata.element_type
+    return OmegaConf.structured(item) if is_dataclass(item) else None
 
 
 def _invalid_key_path(config: Any) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 
 from bocage import recipes
 from bocage.finetune.finetune_config import FinetuneConfig
+from bocage.recipes.loader import parse_dataset
 from bocage.shards.errors import InputError
 
 
@@ -76,6 +77,35 @@ def test_wrong_arguments_raise_one_line_errors(tmp_path: Path, argument: str, me
         recipes.resolve(Outer, [recipe, argument])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sensors: {X: {bands: [R, G, B]}}", "sensors.X.bands is a mapping, not a list: write it as {KEY: VALUE, ...}"),
+        ("sensors: {X: {bands: RGB}}", "sensors.X.bands is a mapping, not a single value: set sensors.X.bands.NAME"),
+        ("sensors: {X: {nodata: 0}}", "sensors.X.nodata is a list: write sensors.X.nodata=[0]"),
+        ("sensors: {X: {files: x.tif, nodata: {a: 1}}}", "sensors.X.nodata is a list: set all its items at once"),
+        ("sensors: [X]", "sensors is a mapping, not a list"),
+        ("labels: {L: {classes: [a, b]}}", "labels.L.classes is a mapping, not a list"),
+        ("labels: {L: {classes: {0: a}, ignore: 4}}", "labels.L.ignore is a list: write labels.L.ignore=[4]"),
+        ("splits: [split_a]", "splits is a mapping, not a list"),
+    ],
+)
+def test_lists_and_mappings_in_place_of_each_other_are_named(text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_dataset(f"name: x\n{text}\n", [], "d.yaml")
+    assert f"dataset d.yaml: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("wavelength", "is_right"), [("650", True), ("0.65", False), ("12", False), ("10900", True)])
+def test_wavelengths_in_micrometres_are_refused(wavelength: str, is_right: bool) -> None:
+    text = f"name: x\nsensors: {{X: {{files: x.tif, bands: {{R: {wavelength}}}, dtype: uint8, pixel: 1}}}}\n"
+    if is_right:
+        assert parse_dataset(text, [], "d.yaml").sensors["X"].used_bands[0].wavelength == float(wavelength)
+    else:
+        with pytest.raises(InputError, match=rf"bands\.R={wavelength}: wavelengths are in nm"):
+            parse_dataset(text, [], "d.yaml")
 
 
 def test_entries_of_a_mapping_can_be_removed(tmp_path: Path) -> None:

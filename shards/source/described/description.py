@@ -54,6 +54,7 @@ TAKEN_NAMES = frozenset(
 _MASK_QUANTITIES = ("snow_probability", "cloud_probability")
 _SPLIT_VALUES = ("train", "valid", "test")
 _UNITS_PER_SIDE = 16  # of a default mask unit; the FLAIR-HUB images have as many or half
+_SHORTEST_WAVELENGTH = 100.0  # nm; optical and thermal wavelengths in micrometres are all below
 _CHANNEL_GROUPS = (700.0, 1000.0)  # nm; bounds between visible, near infrared and short-wave infrared
 
 
@@ -537,6 +538,8 @@ def _default_groups(bands: Sequence[Band], channels: tuple[str, ...]) -> tuple[t
 def _band(name: str, value: Any) -> Band:
     """Band from a wavelength or the name of a quantity; raises ``ValueError``."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        if value < _SHORTEST_WAVELENGTH:
+            raise ValueError(f"bands.{name}={value:g}: wavelengths are in nm, e.g. 650 for red")
         return Band(name=name, quantity="reflectance", wavelength=float(value))
     known = [quantity for quantity in get_args(Quantity) if quantity not in ("reflectance", "class")]
     if value == UNUSED:
