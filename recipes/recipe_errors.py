@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
 def explain_container_mismatch(config: Any, layer: Any, prefix: str = "") -> str:
-    """Explain a mapping where ``config`` has a list, or the reverse, which OmegaConf does not explain; empty if none."""
+    """Explain a mapping where ``config`` has a list, or the reverse, as OmegaConf does not; empty if there is none."""
     for name in layer if isinstance(layer, DictConfig) and isinstance(config, DictConfig) else ():
         value, current = layer._get_node(name), _expected_node(config, name)
         if isinstance(current, ListConfig) and isinstance(value, DictConfig):
