@@ -186,7 +186,7 @@ def test_wrong_root_gets_a_hint(tmp_path: Path) -> None:
         assert hint in str(error.value)
     zips = tmp_path / "zips"
     zips.mkdir()
-    with pytest.raises(InputError, match="expected folders like"):
+    with pytest.raises(InputError, match=f"expected folders like .*`bocage describe {zips} -o FILE`"):
         FlairHubCatalogue.open(zips)
     (zips / "D012-2019_AERIAL_RGBI.zip").touch()
     with pytest.raises(InputError, match=r"D012-2019_AERIAL_RGBI\.zip: has no directory at its end: truncated"):

@@ -303,4 +303,7 @@ def _explain_empty(root: Path, report: CatalogueReport) -> str:
             return f"{root}: no patch here, but {root / child} looks like a FLAIR-HUB tree; give that folder"
     if report.unparsable_examples:
         return f"{root}: no patch found; names such as {report.unparsable_examples[0]} are not understood; {expected}"
-    return f"{root}: no patch of the chosen modalities found; {expected}"
+    return (
+        f"{root}: no patch of the chosen modalities found; {expected}; for another dataset, draft a description with "
+        f"`bocage describe {root} -o FILE` and add dataset=FILE"
+    )
