@@ -199,7 +199,8 @@ def _read_image(draft: Draft, group: FileGroup, found: Survey, header: RasterHea
         return None
     if choices.bands and len(choices.bands) != header.bands:
         raise InputError(
-            f"--bands names {counted(len(choices.bands), 'band')}, but {found.root / group.example} has {header.bands}"
+            f"--bands names {counted(len(choices.bands), 'band')}, but {found.root / group.example} has "
+            f"{header.bands}; name all in order, and those to leave out as unused, e.g. A=unused for alpha"
         )
     values = read_images(found)
     return _Image(group, found, header, values=values, bands=guess_bands(header, values, group.words))

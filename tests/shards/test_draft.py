@@ -483,6 +483,7 @@ def test_wrong_folders_of_images_and_labels(tmp_path: Path) -> None:
         ((tmp_path, None, Choices()), "kinds of files"),
         ((images, masks, Choices()), "name all in order, e.g. --bands R,G,B,NIR"),
         ((images, masks, Choices(bands={"R": 650})), "--bands names 1 band, but"),
+        ((images, masks, Choices(bands=dict.fromkeys("RGB", "other"))), "has 4; name all in order, and those to leave"),
         (
             (images, masks, Choices(bands=dict.fromkeys("RGBA", "other"), classes={1: "roof"})),
             "a.tif: values that are neither in --classes nor in --ignore: 0",

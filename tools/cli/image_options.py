@@ -41,7 +41,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--ignore",
         metavar="VALUES",
         help="label values without a class, e.g. 255 or 0,255; --ignore=-1,255 if the first is negative (default: as "
-        "the files say)",
+        "the files say, or none with --classes)",
     )
 
 
