@@ -29,7 +29,7 @@ from rasterio.warp import transform as reprojected
 
 from bocage.finetune.models.segmentation import Segmentation
 from bocage.shards.batch import Batch
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.normalize import InputSpec
 from bocage.shards.read.dataset import days_since_may
@@ -77,6 +77,7 @@ class MapRaster:
 
     Attributes:
         scale: units of the coordinate system per metre on the ground.
+        is_georeferenced: whether the file has a coordinate system or a position.
 
     Raises:
         InputError: the file is not a raster, is rotated, is not projected, or has the wrong number of bands.
@@ -105,8 +106,14 @@ class MapRaster:
                 self._file = rasterio.open(path)
         except RasterioError as error:
             raise InputError(f"{name}={path}: cannot be opened as a raster: {gdal_reason(error)}") from error
-        if self._file.transform.is_identity and self._file.crs is None:
-            logger.warning("%s has no georeference: its pixels count as %g m, as those of the model", path, gsd)
+        self.is_georeferenced = not (self._file.transform.is_identity and self._file.crs is None)
+        if not self.is_georeferenced:
+            logger.warning(
+                "%s has no georeference: its pixels count as %g m, as those of the model, and the map has no "
+                "coordinate system",
+                path,
+                gsd,
+            )
             self._file = _as_vrt(self._file, transform=Affine(gsd, 0.0, 0.0, 0.0, -gsd, 0.0), keep_alpha=True)
         transform = self._file.transform
         if problem := explain_rotation(transform):
@@ -126,9 +133,11 @@ class MapRaster:
             self._file = _as_vrt(self._file, mask_as_alpha=masked)
         if self._file.count != expected and not (self._file.count == expected + 1 and alphas[-1]):
             series = "" if dates is None else f" ({len(dates)} dates with {bands} bands each)"
+            remedy = "choose bands, e.g. with gdal_translate -b 1 -b 2"
+            if self._file.count < expected:
+                remedy = "give a raster with all of them"
             raise InputError(
-                f"{path} has {self._file.count} bands; {name} needs {expected}{series}: choose bands, e.g. with "
-                "gdal_translate -b 1 -b 2"
+                f"{path} has {counted(self._file.count, 'band')}; {name} needs {expected}{series}: {remedy}"
             )
         self._pixel = gsd * self.scale  # of the model, in units of the coordinate system
         pixel = max(transform.a, -transform.e)
@@ -352,7 +361,7 @@ def open_rasters(
                 mask, files[mask], None, sensor.gsd, sensor.dates, scale=sensor.scale, is_quality_mask=True
             )
     reference = rasters[modalities[0]]
-    if reference.extent.crs is None:
+    if reference.extent.crs is None and reference.is_georeferenced:
         logger.warning(f"{reference.path} has no coordinate system, so the map will have none")
     for raster in rasters.values():
         raster.check_crs(reference)

@@ -95,6 +95,15 @@ def test_heights_that_no_ground_has_are_holes(tmp_path: Path) -> None:
     assert not (found[:, :256] == NODATA).any()
 
 
+def test_an_image_without_georeference_gives_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "photo.png"
+    with rasterio.open(path, "w", driver="PNG", width=48, height=64, count=4, dtype="uint8") as file:
+        file.write(np.full((4, 64, 48), 100, np.uint8))
+    open_rasters(model(AERIAL), {AERIAL: path}, {})
+    assert caplog.text.count(str(path)) == 1
+    assert "and the map has no coordinate system" in caplog.text
+
+
 def test_values_in_other_units_give_a_warning_or_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Reflectances instead of digital numbers give a warning, 16-bit instead of 8-bit integers an error."""
     configure_logging()

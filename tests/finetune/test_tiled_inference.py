@@ -246,7 +246,7 @@ def test_wrong_rasters_and_options_are_named_in_the_error(tmp_path: Path, capsys
     cases = [
         (run, [f"{AERIAL}={tmp_path / 'none.tif'}"], "none.tif: cannot be opened as a raster"),
         (run, [f"{AERIAL}={tmp_path / 'text.tif'}"], "text.tif: cannot be opened as a raster"),
-        (run, [f"{AERIAL}={three}"], "three.tif has 3 bands; AERIAL_RGBI needs 4"),
+        (run, [f"{AERIAL}={three}"], "three.tif has 3 bands; AERIAL_RGBI needs 4: give a raster with all of them"),
         (run, [series], f"--raster {S2}: not an input of the model; its inputs are AERIAL_RGBI"),
         (run, [AERIAL], "expected MODALITY=VALUE, each modality once"),
         (run, [f"{AERIAL}={degrees}"], "degrees.tif: coordinates in degrees (EPSG:4326): reproject"),
@@ -259,7 +259,7 @@ def test_wrong_rasters_and_options_are_named_in_the_error(tmp_path: Path, capsys
         ),
         (both, [good, f"{S2}={far}", "--dates", f"{S2}={dates_file(tmp_path, 1)}"], "utm.tif is in EPSG:32631 and"),
         (both, [good, f"{S2}={away}", *dated], "away.tif and"),
-        (run, [f"{AERIAL}={mixed}"], "mixed.tif has 5 bands; AERIAL_RGBI needs 4"),
+        (run, [f"{AERIAL}={mixed}"], "mixed.tif has 5 bands; AERIAL_RGBI needs 4: choose bands"),
         (run, [good, "--overlap", "60"], "--overlap 60 must be between 0 and 51.2 m"),
     ]
     for folder, words, sentence in cases:
