@@ -138,6 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _images(source: Path) -> list[Path]:
     """The image, or the images of a folder that is neither shards nor a FLAIR-HUB tree; empty for other sources."""
+    if not source.exists() and source.name.lower().endswith(RASTER_EXTENSIONS):
+        raise InputError(f"{source}: no such file")
     if source.is_file():
         if not source.name.lower().endswith(RASTER_EXTENSIONS):
             raise InputError(f"{source} is a file: give an image, or the folder of the shards or of the images")

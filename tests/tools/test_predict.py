@@ -44,7 +44,7 @@ def test_bad_images_of_a_folder_are_named_and_the_others_mapped(
     printed = capsys.readouterr()
     assert f"maps of 2 images in {tmp_path / 'out'}" in printed.out
     errors = printed.err.splitlines()
-    for text in (f"{images / 'cut.tif'}: cannot be read", "grey.tif has 1 bands", f"{images / 'picture.bmp'}: cannot"):
+    for text in (f"{images / 'cut.tif'}: cannot be read", "grey.tif has 1 band;", f"{images / 'picture.bmp'}: cannot"):
         assert any(line.startswith("skipped: ") and text in line for line in errors), text
     assert errors[-1].startswith(f"bocage: error: {images}: 3 of 5 images without a map")
     assert all((tmp_path / "out" / name / f"{COSIA}.tif").is_file() for name in "az")
@@ -103,6 +103,12 @@ def test_maps_do_not_go_into_the_folder_of_the_images(tmp_path: Path, capsys: py
         assert main(["predict", str(run), str(images), str(out)]) == 2
         assert "or inside it: give another folder for the maps" in capsys.readouterr().err
     assert not (images / "maps").exists()
+
+
+def test_a_missing_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, missing = saved(tmp_path / "run"), tmp_path / "none.PNG"
+    assert main(["predict", str(run), str(missing), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"bocage: error: {missing}: no such file\n"
 
 
 def test_an_image_with_a_name_like_flair_hub_is_an_image(tmp_path: Path) -> None:
