@@ -383,7 +383,7 @@ def _nodata(draft: Draft, image: _Image, choices: Choices) -> dict[str, list[flo
     alphas = [index for index, name in enumerate(image.bands.bands) if image.bands.remarks.get(name) == "alpha"]
     if not found and any(0.0 in (image.values.few[index] or ()) for index in alphas):
         found = [0.0]
-        remarks.append("transparent pixels get it")
+        remarks.append("transparent pixels get it, and opaque pixels of this value count as missing, too")
     found += [math.nan] if image.values.nan or any(map(math.isnan, declared)) else []
     if remarks:
         draft.comments[("sensors", image.name, "nodata")] = "; ".join(remarks)

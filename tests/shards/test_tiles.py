@@ -370,7 +370,9 @@ def test_transparent_pixels_of_tiles_are_missing(tmp_path: Path, kind: str) -> N
     assert (tmp_path / "tiles/a/image/t.tif.msk").exists() == (kind == "mask beside")
     if kind == "alpha":
         bands |= {"A": "unused"}
-    with pytest.raises(InputError, match=r"image/t\.tif: 160 pixels are transparent or masked; name a nodata value"):
+    with pytest.raises(
+        InputError, match=r"image/t\.tif: 160 pixels are transparent or masked; name a nodata value, e.g"
+    ):
         shard(tmp_path / "tiles", tmp_path / "no", sensor={"bands": bands})
     changes: dict[str, Any] = {"sensor": {"bands": bands, "nodata": [255]}}
     label = {"classes": {0: "a", 7: "b", 255: "c"}, "ignore": []}

@@ -323,7 +323,7 @@ def _read_tile(path: Path, rules: RasterRules, modality: Modality) -> Raster:
     if hidden is None:
         array = np.ascontiguousarray(convert(path, values, rules, declared))
     elif rules.nodata.fill is None:
-        how = "name a nodata value" if rules.stored_values is None else "add a value to ignore"
+        how = "name a nodata value, e.g. nodata: [0]" if rules.stored_values is None else "add a value to ignore"
         raise RasterError(f"{path}: {hidden.sum()} pixels are transparent or masked; {how} to store them as missing")
     else:
         array = np.full(values.shape, rules.nodata.fill, modality.dtype)
