@@ -367,7 +367,7 @@ def test_missing_modalities(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sample"
     assert main(["sample", str(out), "--patches", "1", "--seed", "2"]) == 0
-    assert "1 patches" in capsys.readouterr().out
+    assert "1 patch in" in capsys.readouterr().out
     assert len(list(out.rglob("*.tif"))) == len(FLAIR_HUB)
     assert main(["sample", str(out), "--patches", "1", "--seed", "3"]) == 2
     assert "other parameters" in capsys.readouterr().err
