@@ -64,3 +64,23 @@ def test_a_dropped_modality_changes_nothing() -> None:
         context = decoder.encode_context(tokens, dict.fromkeys("AB", centres[None]), dropped, 102.4)
         outputs.append(decoder.decode_queries({"A": centres}, context)["A"])
     torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_a_new_decoder_looks_at_near_tokens_first() -> None:
+    torch.manual_seed(0)
+    decoder = FusionDecoder(["A"], DecoderConfig(width=32, fusion_depth=0, query_depth=1, heads=4), 102.4)
+    centres = torch.tensor([[20.0, 20.0], [80.0, 80.0]])
+    dropped = {"A": torch.tensor([False])}
+
+    def decoded_at_first(tokens: torch.Tensor) -> torch.Tensor:
+        context = decoder.encode_context({"A": tokens}, {"A": centres[None]}, dropped, 102.4)
+        return decoder.decode_queries({"A": centres[:1]}, context)["A"]
+
+    tokens = torch.randn(1, 2, 32)
+    before = decoded_at_first(tokens)
+    changes = []
+    for changed in range(2):
+        other = tokens.clone()
+        other[0, changed] = torch.randn(32)
+        changes.append(float((decoded_at_first(other) - before).detach().norm()))
+    assert changes[0] > 1.5 * changes[1]
