@@ -163,9 +163,8 @@ def test_a_complete_study_from_shards_to_the_report(tmp_path: Path, capsys: pyte
     assert "without SPOT_RGBI" in text
     assert 'id="aerial-label-cosia"' in text
     assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
-    assert (
-        len(list((tmp_path / "out" / "features").glob("*/SPOT*"))) == 2
-    )  # one random encoder per draw, shared by both probes
+    # One random encoder per draw and the raw inputs, shared by both probes.
+    assert len(list((tmp_path / "out" / "features").glob("*/SPOT*"))) == 3
     capsys.readouterr()
     began = time.monotonic()
     assert main(["study", "run", word]) == 0
