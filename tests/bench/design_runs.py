@@ -98,6 +98,8 @@ VARIANTS = {
         against="mask_token",
     ),
     "joint": Variant("masked, one mask for all images", [*MASKED, "masking.joint=true"]),
+    "pixels": Variant("masked, pixels alone as targets", [*MASKED, "masked.targets.statistics=0"]),
+    "statistics": Variant("masked, statistics alone as targets", [*MASKED, "masked.targets.pixels=0"]),
     "plain targets": Variant("masked, targets not normalised", [*MASKED, "masked.normalize_pixels=false"]),
     "combined, 4 x": Variant(
         "combined, four times the steps", ["weights.contrastive=0.1", "engine.steps=1600"], against="combined"
