@@ -1,5 +1,6 @@
 """Folders of tiles become shards by a description; wrong tiles and descriptions are named."""
 
+import itertools
 import re
 import shutil
 import unicodedata
@@ -154,23 +155,24 @@ def test_pixels_of_web_map_tiles_are_measured_on_the_ground(tmp_path: Path) -> N
 
 
 def test_several_coordinate_systems_regions_by_block_and_splits(tiles: Path, tmp_path: Path) -> None:
-    for column in range(4):
-        write_tile(tiles / f"east/image/t{column}.tif", image(column), column, crs="EPSG:32632")
+    for site, column in itertools.product(("east", "west"), range(4)):  # so that all blocks have 4 tiles
+        write_tile(tiles / f"{site}/image/t{column}.tif", image(column), column, crs="EPSG:32632")
     splits = {
         "split_site": {"by": "domain", "train": ["north"], "valid": ["east"], "test": "rest"},
         "split_block": {"by": "block", "train": 0.5, "test": 0.5, "allow_mixed_regions": False},
         "split_tile": {"by": "tile", "train": ["t0"], "test": "rest", "allow_mixed_regions": True},
     }
     manifest = shard(tiles, tmp_path / "out", blocks=32, splits=splits)
-    rows = [manifest.row(row) for row in range(12)]
-    assert {row["domain"]: row["split_site"] for row in rows} == {"north": "train", "east": "valid", "south": "test"}
+    rows = [manifest.row(row) for row in range(16)]
+    sites = {"north": "train", "east": "valid", "south": "test", "west": "test"}
+    assert {row["domain"]: row["split_site"] for row in rows} == sites
     assert {row["crs"] for row in rows} == {"EPSG:32631", "EPSG:32632"}
     regions = {row["roi"] for row in rows}
     assert all(region.count("/") == 1 for region in regions) and len(regions) > 3
     values = [row["split_block"] for row in rows]
-    assert sorted((values.count("train"), values.count("test"))) in ([4, 8], [5, 7], [6, 6])  # blocks have 1 to 4 tiles
+    assert values.count("train") == 8 and values.count("test") == 8
     assert all(len({row["split_block"] for row in rows if row["roi"] == region}) == 1 for region in regions)
-    assert sum(row["split_tile"] == "train" for row in rows) == 3
+    assert sum(row["split_tile"] == "train" for row in rows) == 4
 
 
 def test_bad_tiles_are_left_out_of_blocks(tiles: Path, tmp_path: Path) -> None:
