@@ -14,7 +14,7 @@ import numpy as np
 
 from bocage.shards.simulate.noise import SmoothField, generator
 from bocage.shards.simulate.regions import Region
-from bocage.shards.simulate.surfaces import COVERS, Palette, Surface, crop_surface, vary_colour
+from bocage.shards.simulate.surfaces import COVERS, Palette, Surface, crop_surface, draw_cover, vary_colour
 
 MARGIN = 30.0
 """Width of the landscape around a ROI, in metres: objects there cast shadows into the ROI."""
@@ -185,7 +185,7 @@ def _building_plots(
 
 
 def _paint_tree(plan: LandUsePlan, random: np.random.Generator, point: np.ndarray) -> None:
-    cover = vary_colour(COVERS["hedge" if random.random() < 0.75 else "conifer"], random)
+    cover = draw_cover("hedge" if random.random() < 0.75 else "conifer", random)
     plan.paint(
         np.array([point, point]),
         replace(cover, height=float(round(random.uniform(4, 10)))),
@@ -198,7 +198,7 @@ def _paint_village(
     plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray, region: Region, built: float
 ) -> None:
     """Paint houses with gardens, drives, pools and trees; each plot has a house with probability ``built``."""
-    plan.paint(polygon, vary_colour(COVERS["lawn"], random), inset=2.0)
+    plan.paint(polygon, draw_cover("lawn", random), inset=2.0)
     for centre, angle in _building_plots(random, polygon, (19.0, 23.0)):
         along = np.array([math.cos(angle), math.sin(angle)])
         across = np.array([-along[1], along[0]])
@@ -206,20 +206,19 @@ def _paint_village(
             _paint_tree(plan, random, centre)
             continue
         if random.random() < 0.75:
-            drive = COVERS[_choose_weighted(random, {"court": 2, "yard": 1, "road": 1})]
-            drive = vary_colour(drive, random)
+            drive = draw_cover(_choose_weighted(random, {"court": 2, "yard": 1, "road": 1}), random)
             plan.paint(np.array([centre, centre + across * 14]), drive, width=float(random.uniform(3, 6)))
         if random.random() < 0.4:
-            terrace = COVERS[_choose_weighted(random, {"court": 2, "yard": 1})]
-            plan.paint(_rectangle(centre + along * 7, 6, 8, angle), vary_colour(terrace, random))
+            terrace = draw_cover(_choose_weighted(random, {"court": 2, "yard": 1}), random)
+            plan.paint(_rectangle(centre + along * 7, 6, 8, angle), terrace)
         if random.random() < region.pool_probability:
             pool = centre - across * 10 + along * random.uniform(-4, 4)
-            plan.paint(_rectangle(pool, 11, 7, angle), vary_colour(COVERS["yard"], random))
-            plan.paint(_rectangle(pool, 8.5, 4.2, angle), vary_colour(COVERS["pool"], random))
+            plan.paint(_rectangle(pool, 11, 7, angle), draw_cover("yard", random))
+            plan.paint(_rectangle(pool, 8.5, 4.2, angle), draw_cover("pool", random))
         name = _choose_weighted(random, region.roofs)
         turn = angle + (math.pi / 2 if random.random() < 0.3 else 0.0)
         roof = replace(
-            vary_colour(COVERS[name], random),
+            draw_cover(name, random),
             angle=turn,
             height=round(float(random.uniform(3.0, 6.5)), 1),
         )
@@ -234,11 +233,11 @@ def _paint_village(
 
 def _paint_industry(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray) -> None:
     """Paint large buildings on paved or gravelled ground."""
-    ground = COVERS[_choose_weighted(random, {"road": 2, "yard": 1, "track": 1})]
-    plan.paint(polygon, vary_colour(ground, random), inset=3.0)
+    ground = draw_cover(_choose_weighted(random, {"road": 2, "yard": 1, "track": 1}), random)
+    plan.paint(polygon, ground, inset=3.0)
     for centre, angle in _building_plots(random, polygon, (48.0, 42.0)):
         kind = _choose_weighted(random, {"steel roof": 2, "flat roof": 1, "bitumen roof": 2})
-        roof = replace(vary_colour(COVERS[kind], random), height=round(float(random.uniform(5, 12))), angle=angle)
+        roof = replace(draw_cover(kind, random), height=round(float(random.uniform(5, 12))), angle=angle)
         plan.paint(_rectangle(centre, random.uniform(20, 38), random.uniform(14, 28), angle), roof)
     for centre, _ in _building_plots(random, polygon, (17.0, 21.0)):
         if random.random() < 0.12:
@@ -246,10 +245,10 @@ def _paint_industry(plan: LandUsePlan, random: np.random.Generator, polygon: np.
 
 
 def _paint_greenhouses(plan: LandUsePlan, random: np.random.Generator, polygon: np.ndarray) -> None:
-    ground = COVERS[_choose_weighted(random, {"court": 2, "bare": 1, "lawn": 2})]
-    plan.paint(polygon, vary_colour(ground, random), inset=2.0)
+    ground = draw_cover(_choose_weighted(random, {"court": 2, "bare": 1, "lawn": 2}), random)
+    plan.paint(polygon, ground, inset=2.0)
     for centre, angle in _building_plots(random, polygon, (34.0, 13.0)):
-        house = replace(vary_colour(COVERS["greenhouse"], random), angle=angle + math.pi / 2)
+        house = replace(draw_cover("greenhouse", random), angle=angle + math.pi / 2)
         plan.paint(_rectangle(centre, random.uniform(20, 32), random.uniform(8, 11.5), angle), house, pitch=0.25)
 
 
@@ -264,10 +263,10 @@ def _fill_parcel(
     elif kind == "greenhouses":
         _paint_greenhouses(plan, random, polygon)
     elif kind == "pond":
-        plan.paint(polygon, vary_colour(COVERS["verge"], random), inset=1.0)
+        plan.paint(polygon, draw_cover("verge", random), inset=1.0)
         centre, radius = polygon.mean(0), 0.6 * math.sqrt(_polygon_area(polygon))
         offset = random.normal(0, 0.15, 2) * radius
-        pond = vary_colour(COVERS["pond"], random)
+        pond = draw_cover("pond", random)
         plan.paint(np.array([centre - offset, centre + offset]), pond, width=radius, ragged=3.0)
     elif kind == "crops":
         angle = _long_axis(polygon)
@@ -326,12 +325,12 @@ def _paint_lanes_and_hedges(
         if depth == 1 or random.random() < 0.12:
             road = depth == 1 and paved
             plan.paint(border, verge, width=7.5 if road else 5.0)
-            lane = vary_colour(COVERS["road" if road else "track"], random)
+            lane = draw_cover("road" if road else "track", random)
             plan.paint(border, lane, width=5.0 if road else 3.0, ragged=0.0 if road else 0.3)
         if random.random() < hedges:
             offset = np.array([border[0, 1] - border[1, 1], border[1, 0] - border[0, 0]])
             offset *= (4.0 if depth == 1 else 0.0) / (np.hypot(*offset) + 1e-9)
-            hedge = replace(vary_colour(COVERS["hedge"], random), height=float(random.integers(3, 11)))
+            hedge = replace(draw_cover("hedge", random), height=float(random.integers(3, 11)))
             plan.paint(border + offset, hedge, width=float(random.uniform(2.5, 6)), ragged=1.2)
 
 
@@ -364,14 +363,14 @@ def _draw_plan(region: Region, side: float, today: bool, *names: object) -> Land
         for strip in strips:
             _fill_parcel(plan, random, strip, region, kind)
     if river is not None:
-        trees = replace(vary_colour(COVERS["hedge"], random), height=11.0)
+        trees = replace(draw_cover("hedge", random), height=11.0)
         _paint_line(plan, river, trees, river_width + 12, ragged=4.0)
-        _paint_line(plan, river, vary_colour(COVERS["river"], random), river_width, ragged=1.0)
+        _paint_line(plan, river, draw_cover("river", random), river_width, ragged=1.0)
     hedges = region.hedge_probability if today else min(0.95, 1.6 * region.hedge_probability + 0.1)
     paved = today and layout.random() < 0.6
     _paint_lanes_and_hedges(plan, random, borders, verge, hedges=hedges, paved=paved)
     plan.paint(main_road, verge, width=11.0)
-    road = vary_colour(COVERS["road" if today else "track"], random)
+    road = draw_cover("road" if today else "track", random)
     plan.paint(main_road, road, width=6.5 if today else 4.5)
     for _ in range(random.integers(2, 9)):
         _paint_tree(plan, random, random.uniform(low, high, 2))

@@ -84,14 +84,17 @@ class Surface:
 
 
 def vary_colour(surface: Surface, random: np.random.Generator) -> Surface:
-    """Draw the materials and the brightness of one object, so that classes share colours.
+    """Draw the materials and the brightness of one object, so that land covers share colours.
 
-    Plants draw their leaf, hard surfaces their mineral, and waters their water, each from one set for all classes. What
-    tells the classes apart is texture, shape, neighbourhood, height and season. Snow keeps its colour.
+    Plants draw their leaf, hard surfaces their mineral, and waters their water, each from one set for all classes.
+    Texture, shape, neighbourhood, height and season distinguish the classes. Tilled crops keep their leaf, because
+    only their calendars distinguish them. Snow keeps its colour.
     """
     brightness = surface.brightness * float(random.uniform(0.7, 1.35))
     if surface.background in _WATERS:
         return replace(surface, background=str(random.choice(_WATERS)), brightness=brightness)
+    if surface.tilled:
+        return replace(surface, brightness=brightness)
     if surface.calendar != "none":
         leaf = str(random.choice(_LEAVES))
         return replace(surface, leaf=leaf, brightness=brightness, vigour=surface.vigour * float(random.uniform(0.8, 1)))
@@ -221,6 +224,11 @@ COVERS: dict[str, Surface] = {
     "unknown": _hard_surface("undefined", "gravel", 0.5, texture="patches", ground_backscatter=(0.1, 0.01)),
 }
 """Surfaces other than agricultural parcels, by name."""
+
+
+def draw_cover(name: str, random: np.random.Generator) -> Surface:
+    """Surface of one object of the cover ``name``, a key of ``COVERS``, with a random colour."""
+    return vary_colour(COVERS[name], random)
 
 
 def crop_surface(name: str, random: np.random.Generator, soil: str, delay: float, angle: float) -> Surface:
