@@ -47,7 +47,7 @@ def test_patches_with_missing_pixels_are_left_out(kind: str, tiled: bool, tmp_pa
     catalogue = open_catalogue(tmp_path, describe("ORTHO", **changes))
     assert catalogue.keys() == COMPLETE
     [note] = [note for note in catalogue.report().warnings() if "left out" in note]
-    assert "1 windows of ORTHO lack pixels and are left out, 1 of them at most 10%" in note
+    assert "1 window of ORTHO left out because pixels are missing, in 1 of them at most 10%" in note
     arrays = read_back(write_shards(catalogue, tmp_path / "out"))
     assert np.array_equal(arrays["0001-0001"]["ORTHO"], array[:3, 400:, 400:800])
 
@@ -164,7 +164,8 @@ def test_windows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     assert len(catalogue) == 4
     [note] = [note for note in catalogue.report().warnings() if "left out" in note]
     assert note == (
-        "8 windows of ORTHO lack pixels and are left out, 1 of them at most 10%; to keep them, lower min_coverage"
+        "8 windows of ORTHO left out because pixels are missing, in 1 of them at most 10%; to keep them, lower "
+        "min_coverage"
     )
 
 

@@ -186,7 +186,7 @@ def test_bad_tiles_are_left_out_of_blocks(tiles: Path, tmp_path: Path) -> None:
     [note] = [
         note for note in open_described(tiles, description(**changes), tiles).report().warnings() if "block" in note
     ]
-    assert note.startswith("3 patches have no block and cannot be read, e.g. ")
+    assert note.startswith("3 patches without a block cannot be read, e.g. ")
     manifest = shard(tiles, tmp_path / "out", max_bad=0.5, **changes)
     reasons = {"south_t1": "cannot be read", "south_t3": "in degrees", "north_t3": "has no position, so blocks of 32 m"}
     assert len(manifest) == 5 and set(manifest.skipped) == set(reasons)
@@ -313,8 +313,8 @@ def test_masks_belong_to_the_dates_of_their_series(tmp_path: Path) -> None:
     write_tile(root / "clouds/alone_20210105.tif", np.zeros((1, SIZE, SIZE), np.uint8))
     catalogue = open_described(root, description(sensors=sensors, labels={}, domain=""), root)
     warnings = "\n".join(catalogue.report().warnings())
-    assert "2 patches get no CLOUDS, for it lacks dates of S2, e.g. that of s2/fewer_20210105.tif" in warnings
-    assert "2 files of CLOUDS left out: S2 has no image of their date, e.g. clouds/more_20210105.tif" in warnings
+    assert "2 patches without CLOUDS, which lacks dates of S2, e.g. that of s2/fewer_20210105.tif" in warnings
+    assert "2 files of CLOUDS left out: S2 has no image of the date, e.g. clouds/more_20210105.tif" in warnings
     manifest = write_shards(catalogue, tmp_path / "out", max_bad=0.0)
     batch = next(evaluation_batches(manifest, np.arange(4), list(manifest.registry.values()), batch_size=4))
     months = {

@@ -14,7 +14,7 @@ from typing import overload
 
 import numpy as np
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.modality import Registry
 from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
@@ -428,8 +428,8 @@ def _notes(
             if name in description.sensors and rules[name].nodata.fill is None:
                 how = "name a nodata value and lower min_coverage"
             notes.append(
-                f"{total} windows of {name} lack pixels and are left out, {left_out[name][True]} of them at most "
-                f"{1 - _ALMOST_COMPLETE:.0%}; to keep them, {how}"
+                f"{counted(total, 'window')} of {name} left out because pixels are missing, in "
+                f"{left_out[name][True]} of them at most {1 - _ALMOST_COMPLETE:.0%}; to keep them, {how}"
             )
         if found[name] and not cells.presence[name].any():
             notes.append(_explain_absent(name, sites, found[name], cells))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bocage.shards.errors import InputError
+from bocage.shards.errors import InputError, counted
 from bocage.shards.modality import Registry
 from bocage.shards.source.catalogue import PatchSource
 from bocage.shards.source.described.catalogue import DescribedCatalogue, assign_splits, name_patches
@@ -82,7 +82,7 @@ class TileCatalogue(DescribedCatalogue):
                 raise InputError(next(iter(problems.values())))
             if problems:
                 first = next(iter(problems.values()))
-                report.notes.append(f"{len(problems)} patches have no block and cannot be read, e.g. {first}")
+                report.notes.append(f"{counted(len(problems), 'patch')} without a block cannot be read, e.g. {first}")
         names = name_patches(description, keys, [tiles.fields[key] for key in keys])
         ordered = [keys[row] for row in names.order]
         files, days, presence = {}, {}, {}
@@ -183,11 +183,11 @@ def _match_dates(tiles: _Tiles, mask: str, series: str, keys: Sequence[str], rep
                 lacking.append(next(path for day, path in tiles.files[series][key] if day not in masked))
     if lacking:
         report.notes.append(
-            f"{len(lacking)} patches get no {mask}, for it lacks dates of {series}, e.g. that of {lacking[0]}"
+            f"{counted(len(lacking), 'patch')} without {mask}, which lacks dates of {series}, e.g. that of {lacking[0]}"
         )
     if unused:
         report.notes.append(
-            f"{len(unused)} files of {mask} left out: {series} has no image of their date, e.g. {unused[0]}"
+            f"{counted(len(unused), 'file')} of {mask} left out: {series} has no image of the date, e.g. {unused[0]}"
         )
 
 
