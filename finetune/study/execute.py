@@ -63,7 +63,7 @@ def _finetune_or_probe(study: StudyConfig, run: StudyRun, folders: RunFolders) -
     if run.mode in PROBE_KINDS:
         if launcher_rank_and_world()[0] == 0:  # a probe does not use several ranks
             with FileLock(folders.path(run) / ".lock", range(1), folders.path(run)):
-                # Raw inputs are the same for every initialization; random encoders are the initialization scratch.
+                # All initializations have the same raw inputs, and scratch is the random encoder.
                 controls = ("raw",) if run.initialization == study.reference else ()
                 run_probe(config, run.mode, folders.features, controls=controls)
         return 0

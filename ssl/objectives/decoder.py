@@ -2,7 +2,7 @@
 
 The decoder is discarded after pretraining. Modalities interact only here, so each encoder can be published and used
 alone. Queries attend to the fused visible tokens but not to each other (CrossMAE, arXiv 2401.14391), so the cost is
-linear in the number of reconstructed positions. Attention knows the offset between two tokens in metres.
+linear in the number of reconstructed positions. Attention scores depend on the offset between tokens in metres.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_SHORTEST_WAVE, _LONGEST_WAVE = (
-    1 / 25,
-    4.0,
-)  # patch sides, position encoding: about the smallest mask unit, four patches
+# Wavelengths, in patch sides: the position encoding goes from about the smallest mask unit to four patches.
+_SHORTEST_WAVE, _LONGEST_WAVE = 1 / 25, 4.0
 _SHORTEST_ROTATION, _LONGEST_ROTATION = 1 / 12.8, 2.0  # patch sides, rotary embeddings
 _SHORTEST_PERIOD, _LONGEST_PERIOD = 8.0, 730.0  # days, date encoding
-_LOCALITY = 8.0  # initial score of a token at the place of the query, in the most local head
+_LOCALITY = 8.0  # initial score of a token at the position of the query, in the most local head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +99,7 @@ def ground_rotation(centres: torch.Tensor, channels: int, patch_size: float) -> 
 
     Args:
         centres: ground positions in metres, (B or 1, N, 2).
-        channels: channels of an attention head, a multiple of 4: the first half turns with x, the second with y.
+        channels: channels of an attention head, a multiple of 4; half of the pairs rotate with x, half with y.
         patch_size: side of a patch, in metres, with which the wavelengths scale.
     """
     count = channels // 4
@@ -179,9 +177,9 @@ class Neck(nn.Module):
 class _RotaryAttention(nn.Module):
     """Multi-head attention between tokens with rotary embeddings of their ground positions.
 
-    Initially, heads prefer near tokens, from not at all to strongly: queries and keys share a constant vector, whose
-    rotated product is a sum of cosines of the offset, with its maximum at 0. Without it, a query would first have to
-    learn where it is, and pixels of series would hardly be reconstructed within hundreds of steps.
+    Heads are initialised with a preference for near tokens, from none in the first head to strong in the last: the
+    biases of queries and keys are one constant vector, whose rotated product is a sum of cosines of the offset, with
+    its maximum at 0. Without it, series are reconstructed much later.
     """
 
     def __init__(self, width: int, heads: int) -> None:
