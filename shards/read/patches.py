@@ -19,8 +19,8 @@ from bocage.shards.read.dataset import days_since_may, evaluation_batches
 from bocage.shards.read.windows import whole_patch
 from bocage.shards.sample_seed import sample_seed
 from bocage.shards.source.catalogue import Catalogue, Patch, PatchSource
+from bocage.shards.source.patch_rasters import read_patch
 from bocage.shards.source.raster import RasterError, gdal_environment
-from bocage.shards.write.packing import read_patch
 from bocage.shards.write.tasks import check_source
 
 

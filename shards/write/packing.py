@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from bocage.shards.format.manifest import Shard, has_acquisition_dates, manifest
 from bocage.shards.format.running_stats import RunningStats, compute_stats
 from bocage.shards.format.shard_files import member_name, part_path, shard_path
 from bocage.shards.format.tar import TarWriter
-from bocage.shards.modality import Modality, Registry
+from bocage.shards.modality import Registry
 from bocage.shards.pool import ProgressCallback
 from bocage.shards.source.catalogue import Patch, PatchSource
-from bocage.shards.source.raster import Raster, RasterError, corner_distance, may_be_same_crs
+from bocage.shards.source.patch_rasters import read_patch
+from bocage.shards.source.raster import RasterError
 
 _METADATA_KEY = b"bocage"
 _EPOCH = datetime.date(1970, 1, 1)
-_MAX_DISTANCE = 0.5  # pixels between the corners of the rasters of a patch
 
 
 @dataclass(frozen=True)
@@ -94,39 +94,6 @@ class EncodedPatch:
     row: dict[str, Any]
     source_bytes: int
     stats: dict[str, RunningStats]
-
-
-def read_patch(
-    patch: Patch[PatchSource], registry: Registry, modalities: Iterable[Modality]
-) -> tuple[dict[str, Raster], Raster]:
-    """Read some rasters of one patch, at least one, and check them against each other.
-
-    Args:
-        patch: the patch.
-        registry: modalities of its dataset.
-        modalities: modalities to read, of those that the patch has.
-
-    Returns:
-        rasters: raster of each modality.
-        reference: the raster whose position is that of the patch.
-
-    Raises:
-        RasterError: a file cannot be read, or disagrees with its dates or with the position of the other files. The
-            message names the file.
-    """
-    loaded: dict[str, Raster] = {}
-    for modality in modalities:
-        source = patch.sources.get(modality.name)
-        if source is not None:
-            loaded[modality.name] = source.read_raster(modality)
-            _check_dates(source, modality, loaded[modality.name].array, patch.dates.get(modality.name))
-    # The reference is the first modality present, the aerial image where there is one: other sensors are resampled onto
-    # its grid. A picture without a world file takes the position of the first that has one.
-    names = [name for name in registry if name in loaded]
-    reference_name = next((name for name in names if loaded[name].has_position), names[0])
-    for name, raster in loaded.items():
-        _check_position(patch, registry[reference_name], loaded[reference_name], registry[name], raster)
-    return loaded, loaded[reference_name]
 
 
 def encode_patch(patch: Patch[PatchSource], registry: Registry) -> EncodedPatch:
@@ -255,30 +222,6 @@ def _class_histogram(values: np.ndarray, classes: int) -> np.ndarray:
     flat = values.reshape(-1)
     run_ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), flat.size - 1)
     return np.bincount(flat[run_ends], np.diff(run_ends, prepend=-1), minlength=classes).astype(np.int64)
-
-
-def _check_dates(source: PatchSource, modality: Modality, array: np.ndarray, days: np.ndarray | None) -> None:
-    if modality.has_time_axis and days is not None and len(days) != len(array):
-        raise RasterError(f"{source}: {len(array)} dates in the file, {len(days)} in the metadata")
-
-
-def _check_position(
-    patch: Patch[PatchSource], reference_modality: Modality, reference: Raster, modality: Modality, raster: Raster
-) -> None:
-    """Check that a raster has the corners of the reference, to within half a pixel of the coarser of the two."""
-    if not raster.has_position:
-        return
-    source, other = patch.sources[modality.name], patch.sources[reference_modality.name]
-    if not may_be_same_crs(raster.crs, reference.crs):
-        raise RasterError(f"{source}: coordinates in {raster.crs}, but {other} has {reference.crs}")
-    pixel = max(reference.side / reference_modality.size, raster.side / modality.size)
-    distance = corner_distance(raster, reference)
-    if not distance <= _MAX_DISTANCE * pixel:
-        raise RasterError(
-            f"{source}: corners lie up to {distance:.4g} from those of {other}, more than half a pixel of {pixel:.4g}: "
-            f"upper-left corner at ({raster.left:.2f}, {raster.top:.2f}) and side {raster.side:.2f}, instead of "
-            f"({reference.left:.2f}, {reference.top:.2f}) and {reference.side:.2f}"
-        )
 
 
 def _to_iso(days: np.ndarray) -> list[str]:
