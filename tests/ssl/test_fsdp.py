@@ -59,12 +59,12 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_similar(one: Path, other: Path) -> None:
-    """Losses of two runs agree, gradients less closely: AdamW takes full steps along gradients near zero, too."""
+    """Losses of two runs agree, gradients less closely."""
     first, second = records(one), records(other)
     assert len(first) == len(second) > 0
     for line, match in zip(first, second, strict=True):
         assert line["loss"] == pytest.approx(match["loss"], rel=1e-5)
-        assert line["gradient_norm"] == pytest.approx(match["gradient_norm"], rel=1e-2)
+        assert line["gradient_norm"] == pytest.approx(match["gradient_norm"], rel=1e-3)
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -92,7 +92,7 @@ def test_fsdp_trains_like_ddp(shards: Path, tmp_path: Path) -> None:
         one, other = (load_file(tmp_path / run / STEP / f"{name}.safetensors") for run in ("ddp", "fsdp"))
         assert one.keys() == other.keys()
         difference = max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
-        assert difference < 1e-3, name
+        assert difference < 1e-4, name
     for name in ("AERIAL_RGBI", "SENTINEL2_TS"):
         assert (tmp_path / "fsdp" / "encoders" / name / "model.safetensors").is_file()
 
