@@ -15,6 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 _PERIOD = 1000.0
+_FIRST_DAY, _YEAR = -134, 365  # 1 January in days since 15 May, days of a year
+# Initialisation of the heads: highest score of a head's own season, ridge of the fit, and size of the random keys.
+_SEASON_SCORE, _RIDGE, _RANDOM_KEYS = 4.0, 1e-3, 0.1
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -227,6 +230,29 @@ class TemporalEncoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, out_channels), BatchNorm1d(out_channels), nn.ReLU())
         self.dropout = nn.Dropout(self.DROPOUT)
         self.out_norm = nn.GroupNorm(n_head, out_channels)
+        if n_head > 1:
+            self._prefer_seasons()
+
+    def _prefer_seasons(self) -> None:
+        """Initialise each head with a preference for its own part of the year, a cosine fitted by the date encoding.
+
+        Random keys prefer single days, because the shortest wavelength of the encoding is 6 days. What a head then
+        pools depends on the days that a series happens to have, and features of two series cannot be compared.
+        """
+        heads = self.attention_heads
+        days = torch.arange(_FIRST_DAY, _FIRST_DAY + _YEAR, dtype=torch.float64)
+        terms = torch.cat([self.positional_encoder(days), torch.ones_like(days)[:, None]], dim=1)
+        middles = _FIRST_DAY + _YEAR * (torch.arange(self.n_head, dtype=torch.float64) + 0.5) / self.n_head
+        scores = _SEASON_SCORE * torch.cos(2 * math.pi * (days[:, None] - middles) / _YEAR)
+        ridge = _RIDGE * _YEAR * torch.eye(terms.shape[1], dtype=torch.float64)
+        fitted = torch.linalg.solve(terms.mT @ terms + ridge, terms.mT @ scores)[:-1].mT
+        with torch.no_grad():
+            query = heads.Q.double()
+            # The smallest keys whose product with the query gives these scores. All slices of a token contain the date
+            # encoding, so each contributes an equal part.
+            keys = query * math.sqrt(query.shape[1]) / query.square().sum(dim=1, keepdim=True) / self.n_head
+            keys = keys[:, :, None] * fitted.repeat(1, self.n_head)[:, None]
+            heads.fc1_k.weight.mul_(_RANDOM_KEYS).add_(keys.flatten(0, 1).to(heads.fc1_k.weight.dtype))
 
     def _normalization(self, sequence: torch.Tensor, series: PackedDates) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute ``in_norm`` as x * scale + shift: two (B P, 1, C) of (B, P, L, C) tokens, zero in empty slots."""

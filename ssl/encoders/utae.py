@@ -24,6 +24,7 @@ Normalization = Literal["group", "batch", "instance", "none"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _NORM_GROUPS = 4  # of the frame encoder's group normalisation, as in the official code
+_NEIGHBOUR_SCALE = 0.1  # of the weights around the centre of a kernel, at initialisation
 _MAX_VALUE = 1 << 20  # far above any argument of a network that works
 _CHOICES = {"agg_mode": Aggregation, "encoder_norm": Normalization, "padding_mode": PaddingMode}
 _MIN_COUNTS = {"input_dim": 1, "str_conv_k": 1, "str_conv_s": 1, "str_conv_p": 0, "n_head": 1, "d_model": 1, "d_k": 1}
@@ -48,6 +49,21 @@ class _InstanceNorm(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         return torch.group_norm(maps, maps.shape[1])
+
+
+def _emphasize_centre(convolution: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Scale the weights around the centre of an odd kernel down, and all of them up to the same sum of squares.
+
+    A pixel of a series is 10 m wide, and a network of nine layers whose kernels weigh all pixels alike begins with a
+    blur over the whole window. Delta-orthogonal initialisation (arXiv 1806.05393) leaves nothing but the centre.
+    """
+    side = convolution.kernel_size[0]
+    if side % 2 == 0 or side == 1 or convolution.stride[0] > 1:
+        return
+    factor = convolution.weight.new_full((side, side), _NEIGHBOUR_SCALE)
+    factor[side // 2, side // 2] = 1.0
+    with torch.no_grad():
+        convolution.weight.mul_(factor * side / factor.square().sum().sqrt())
 
 
 def _normalization(kind: Normalization, channels: int) -> list[nn.Module]:
@@ -165,6 +181,9 @@ class UTAEOutput(NamedTuple):
 class UTAE(Encoder):
     """U-TAE with packed dates: padded and masked dates cost no computation and have no influence.
 
+    Unlike in the official code, kernels are initialised with most of their weight at the centre, and attention heads
+    with a preference for one season each, so that an untrained encoder tells pixels and dates apart.
+
     Shared convolutions encode each date alone. Group normalisation shares no statistics between dates, so a masked
     date cannot leak. ``TemporalEncoder`` pools the deepest maps over dates, and its attention pools the skips.
 
@@ -230,6 +249,9 @@ class UTAE(Encoder):
         )
         self.out_conv = _ConvBlock((decoder_widths[0], *out_conv), "batch", padding_mode) if head else None
         self.head_classes = out_conv[-1] if head else None
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                _emphasize_centre(module)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters by depth, for timm's ``group_parameters``: down blocks, temporal encoder, up blocks."""

@@ -118,3 +118,25 @@ def test_full_size_official_model() -> None:
     assert logits is not None
     resized = functional.interpolate(logits, (128, 128), mode="bilinear", align_corners=False)[:, :, ::4, ::4]
     torch.testing.assert_close(resized, tensors["logits.ALL_LABEL-LPIS.every4th"], rtol=0, atol=1e-5)
+
+
+def test_untrained_heads_attend_to_different_seasons_and_pixels_to_themselves() -> None:
+    torch.manual_seed(0)
+    model = UTAE(4).eval()
+    days = torch.arange(-134.0, 231.0, 5.0)[None]
+    frames = torch.randn(1, days.shape[1], 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    attention = model(frames, days, attention=True).attention
+    assert attention is not None
+    # Mean direction on the circle of the year that a head attends to, against the middle of its sixteenth of the year.
+    circle = torch.polar(attention[:, 0, :, 4, 4], 2 * torch.pi * (days + 134) / 365).sum(dim=1)
+    middles = 2 * torch.pi * (torch.arange(16) + 0.5) / 16
+    distance = torch.polar(torch.ones(16), circle.angle() - middles).angle().abs() * 365 / (2 * torch.pi)
+    assert distance.mean() < 10, distance
+    assert circle.abs().min() > 0.5, circle
+
+    changed = frames.clone()
+    changed[..., 4, 4] += 1.0
+    with torch.no_grad():
+        for before, after in zip(model(frames, days).maps, model(changed, days).maps, strict=True):
+            change = (after - before).square().sum(dim=1)[0]
+            assert change[4, 4] > 10 * (change.sum() - change[4, 4]) / 80, change
