@@ -238,11 +238,13 @@ class Context:
         tokens: (B, N, width).
         rotation: rotary embeddings of their ground positions.
         attention_mask: (B, 1, 1, N) bool, False where attention ignores the token.
+        parts: which of the N tokens belong to a modality, by name.
     """
 
     tokens: torch.Tensor
     rotation: Rotation
     attention_mask: torch.Tensor
+    parts: Mapping[str, slice]
 
 
 class FusionDecoder(nn.Module):
@@ -291,33 +293,44 @@ class FusionDecoder(nn.Module):
         all_tokens = [self.register_token.expand(batch, 1, -1)]
         all_centres = [torch.full_like(first_centres[:, :1], side / 2).expand(batch, -1, -1)]
         masks = [next(iter(dropped.values())).new_zeros((batch, 1))]
+        parts, start = {}, 1
         for name, values in tokens.items():
+            parts[name] = slice(start, start + values.shape[1])
+            start += values.shape[1]
             position = ground_encoding(centres[name], self.width, self.patch_size).to(values.dtype)
             all_tokens.append(values + position + self.modality_embeddings[name])
             all_centres.append(centres[name].expand(batch, -1, -1))
             masks.append(dropped[name][:, None].expand(-1, values.shape[1]))
         rotation = ground_rotation(torch.cat(all_centres, dim=1), self.head_width, self.patch_size)
-        context = Context(torch.cat(all_tokens, dim=1), rotation, ~torch.cat(masks, dim=1)[:, None, None])
+        context = Context(torch.cat(all_tokens, dim=1), rotation, ~torch.cat(masks, dim=1)[:, None, None], parts)
         for block in self.fusion_blocks:
             context.tokens = block(context.tokens, rotation, context)
         return context
 
-    def decode_queries(self, centres: Mapping[str, torch.Tensor], context: Context) -> dict[str, torch.Tensor]:
+    def decode_queries(
+        self,
+        centres: Mapping[str, torch.Tensor],
+        context: Context,
+        own_tokens: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Decode features at query positions by cross-attention to the context.
 
         Args:
             centres: ground coordinates of the queries in metres, (N, 2), by modality.
             context: fused visible tokens.
+            own_tokens: fused tokens that are added to the queries, (B, N, width), by modality. Others begin with their
+                position and modality alone.
 
         Returns:
             Features (B, N, width), by modality.
         """
         batch = len(context.tokens)
-        queries = [
-            ground_encoding(positions, self.width, self.patch_size) + self.query_embeddings[name]
-            for name, positions in centres.items()
-        ]
-        outputs = torch.cat(queries).expand(batch, -1, -1).to(context.tokens.dtype)
+        queries = []
+        for name, positions in centres.items():
+            query = ground_encoding(positions, self.width, self.patch_size) + self.query_embeddings[name]
+            query = query.expand(batch, -1, -1).to(context.tokens.dtype)
+            queries.append(query + own_tokens[name] if own_tokens and name in own_tokens else query)
+        outputs = torch.cat(queries, dim=1)
         rotation = ground_rotation(torch.cat(list(centres.values()))[None], self.head_width, self.patch_size)
         for block in self.query_blocks:
             outputs = block(outputs, rotation, context)

@@ -81,7 +81,13 @@ def decode_hidden(encoded: EncodedBatch, necks: nn.ModuleDict, decoder: FusionDe
         name: grid_centres(encoded.grid_size(name), encoded.side, context.tokens.device).flatten(0, 1)
         for name in encoded.masks
     }
-    return decoder.decode_queries(queries, context)
+    # Each pixel of a series is visible at some dates. What is known of it then need not pass through attention.
+    own_tokens = {
+        name: context.tokens[:, context.parts[name]].masked_fill(dropped[name][:, None, None], 0.0)
+        for name, mask in encoded.masks.items()
+        if mask.units is None
+    }
+    return decoder.decode_queries(queries, context, own_tokens)
 
 
 def cell_means(tokens: GeoreferencedTokens, side: float, cells: int) -> tuple[torch.Tensor, torch.Tensor]:

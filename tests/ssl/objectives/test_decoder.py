@@ -84,3 +84,18 @@ def test_a_new_decoder_looks_at_near_tokens_first() -> None:
         other[0, changed] = torch.randn(32)
         changes.append(float((decoded_at_first(other) - before).detach().norm()))
     assert changes[0] > 1.5 * changes[1]
+
+
+def test_own_tokens_reach_their_query_alone() -> None:
+    torch.manual_seed(0)
+    decoder = FusionDecoder(["A", "B"], CONFIG, 102.4)
+    centres = dict.fromkeys("AB", grid_centres(3, 102.4, torch.device("cpu")).flatten(0, 1))
+    tokens = {name: torch.randn(2, 9, 32) for name in "AB"}
+    dropped = {name: torch.zeros(2, dtype=torch.bool) for name in "AB"}
+    context = decoder.encode_context(tokens, {name: values[None] for name, values in centres.items()}, dropped, 102.4)
+    assert context.parts == {"A": slice(1, 10), "B": slice(10, 19)}
+    own = torch.zeros(2, 9, 32)
+    own[1, 4] = 1.0
+    before, after = (decoder.decode_queries(centres, context, tokens) for tokens in (None, {"B": own}))
+    changed = {name: (after[name] != before[name]).any(dim=-1).nonzero().tolist() for name in "AB"}
+    assert changed == {"A": [], "B": [[1, 4]]}
