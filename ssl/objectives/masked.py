@@ -39,8 +39,8 @@ class MaskedConfig:
         decoder: size of the fusion decoder.
         targets: weight of each target of images (``targets``): ``pixels``, ``statistics``, ``gradients``; 0 leaves one
             out. The target of series is ``pixels``.
-        normalize_pixels: whether pixels are normalised in each unit by groups of bands (MAESTRO, arXiv 2508.10894);
-            otherwise they are the standardised values.
+        normalize_pixels: whether pixels are normalised in each unit by groups of bands (MAESTRO, arXiv 2508.10894),
+            those of a series over all dates together; otherwise they are the standardised values.
         dates_per_sample: masked dates of a series that are reconstructed per sample and step.
         weights: weight of a modality's loss, by name; 1 for modalities that are not listed.
 
@@ -194,15 +194,12 @@ class MaskedReconstruction(nn.Module):
     def _weight(self, name: str) -> float:
         return self.config.weights.get(name, 1.0)
 
-    def _normalize(
-        self, units: torch.Tensor, valid: torch.Tensor, name: str
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return target units with their mean and standard deviation."""
-        if not self.config.normalize_pixels:
-            zero = units.new_zeros(()).expand(*units.shape[:-2], 1, 1)
-            return units, zero, torch.ones_like(zero)
-        mean, std = group_statistics(units, valid, self.modalities[name])
-        return (units - mean) / std, mean, std
+    def _normalization(self, units: torch.Tensor, valid: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean and standard deviation by which units (..., C, height, width) are normalised."""
+        if self.config.normalize_pixels:
+            return group_statistics(units, valid, self.modalities[name])
+        zero = units.new_zeros(()).expand(*units.shape[:-2], 1, 1)
+        return zero, torch.ones_like(zero)
 
     def _reconstruct_image(
         self, name: str, outputs: torch.Tensor, image: EncoderInput, mask: Mask
@@ -216,8 +213,8 @@ class MaskedReconstruction(nn.Module):
         for target_name, head in heads.items():
             mean, std = units.new_zeros(()), units.new_ones(())
             if target_name == "pixels":
-                target, mean, std = self._normalize(units, valid, name)
-                is_valid = valid
+                mean, std = self._normalization(units, valid, name)
+                target, is_valid = (units - mean) / std, valid
             elif target_name == "statistics":
                 target, is_valid = cell_statistics(units, valid)
             else:
@@ -238,7 +235,13 @@ class MaskedReconstruction(nn.Module):
         chosen = scores.argsort(dim=1, descending=True, stable=True)[:, : self.config.dates_per_sample]
         index = (torch.arange(len(chosen), device=chosen.device)[:, None], chosen)
         units, valid = to_units(series.values[index], unit), to_units(series.valid[index], unit)
-        target, mean, std = self._normalize(units, valid, name)
+        # All dates of a unit in one column of its pixels: (B, U, U, C, T * unit, unit).
+        column, column_valid = (
+            to_units(part, unit).movedim(1, 4).flatten(4, 5) for part in (series.values, series.valid)
+        )
+        normalization = self._normalization(column, column_valid, name)
+        mean, std = (part[:, None].expand(*units.shape[:-2], 1, 1) for part in normalization)
+        target = (units - mean) / std
         values = self.heads[name](outputs, series.dates[index])
         values = values.view(*values.shape[:2], pixels, pixels, units.shape[-3]).movedim(-1, 2)
         loss_mask = to_units(masked[index][:, :, None], unit) & valid

@@ -2,8 +2,9 @@
 
 ``pixels`` are standardised values, normalised in each unit by groups of correlated bands (``normalize_pixels``).
 Patch-group-wise normalisation follows MAESTRO (arXiv 2508.10894). The bands of a group share one mean and one standard
-deviation per unit, which keeps the ratios between bands and removes the brightness of the unit. Small units, such as
-the single pixels of some series, are not normalised: one band of one pixel would always become 0.
+deviation per unit, which keeps the ratios between bands and removes the brightness of the unit. A unit of a series has
+one mean and standard deviation for all its dates. With a mean of each date, as in MAESTRO, nothing would ask for the
+course of the year. Small units are not normalised: one band of one pixel would always become 0.
 
 ``statistics`` are means and logarithms of standard deviations, and ``gradients`` are orientations and strengths of
 edges, of cells in each unit. They describe colour and texture without the exact position of every detail, which no
@@ -47,8 +48,8 @@ def group_statistics(units: torch.Tensor, valid: torch.Tensor, modality: Modalit
     """Compute mean and standard deviation of each unit and band group over valid pixels.
 
     Args:
-        units: (..., C, unit, unit) float.
-        valid: (..., C, unit, unit) bool, False in holes.
+        units: (..., C, height, width) float.
+        valid: (..., C, height, width) bool, False in holes.
         modality: registry entry, which defines the groups.
 
     Returns:
@@ -56,10 +57,10 @@ def group_statistics(units: torch.Tensor, valid: torch.Tensor, modality: Modalit
         16 values in a unit.
     """
     weights = valid.to(units.dtype)
-    mean = torch.zeros_like(units[..., :1, :1])
+    mean = units.new_zeros(*units.shape[:-2], 1, 1)
     std = torch.ones_like(mean)
     for group in modality.groups:
-        if len(group) * units.shape[-1] ** 2 < _MIN_VALUES:
+        if len(group) * units.shape[-2] * units.shape[-1] < _MIN_VALUES:
             continue
         index = [modality.channels.index(name) for name in group]
         weight = weights[..., index, :, :]

@@ -118,6 +118,24 @@ def test_the_loss_mask_of_a_series_covers_its_cubes() -> None:
     assert 0 < loss_mask.float().mean() < 1
 
 
+def test_targets_of_a_series_keep_the_course_of_the_year() -> None:
+    """Frames of one value each: with the mean of each date removed, nothing would be left to predict."""
+    name = "SENTINEL2_TS"
+    model = make_model(names=[name]).eval()
+    with torch.no_grad():
+        encoded = model.encode_batch(make_batch(6), augment=False)
+        series = encoded.inputs[name]
+        course = torch.arange(series.values.shape[1]).float()
+        series.values[:] = course[:, None, None, None]
+        item = masked_objective(model).reconstruct(encoded)[name]["pixels"]
+    assert item.date_indices is not None and series.padding is not None
+    for sample in range(6):
+        existing = course[~series.padding[sample]]
+        expected = (course[item.date_indices[sample]] - existing.mean()) / (existing.var(correction=0) + 1e-3).sqrt()
+        target = item.target[sample].flatten(1)
+        torch.testing.assert_close(target, expected[:, None].expand_as(target), atol=1e-4, rtol=1e-4)
+
+
 def test_the_loss_mask_covers_masked_values_only() -> None:
     model = make_model().eval()
     with torch.no_grad():
