@@ -20,7 +20,7 @@ from bocage.shards.read.open import open_shards
 from bocage.ssl.encoders.base import Encoder
 from bocage.ssl.encoders.build import build_encoder
 from bocage.ssl.encoders.export import save_encoder
-from bocage.ssl.encoders.initialization import initialize_encoder
+from bocage.ssl.encoders.initialization import initialize_encoder, load_teacher
 from bocage.ssl.engine.parallel.distributed import is_main, launcher_rank_and_world
 from bocage.ssl.engine.trainer import Outcome, Trainer
 from bocage.ssl.evaluation.probe import Probe
@@ -100,6 +100,7 @@ def build_pretraining_model(config: PretrainConfig, manifest: Manifest) -> Pretr
         "architectures": config.architectures,
         "encoders": config.encoders,
         "masking.units": config.masking.units,
+        "latent.teachers": config.latent.teachers,
     }
     for key, values in by_modality.items():
         if unknown := sorted(set(values) - set(names)):
@@ -130,7 +131,11 @@ def build_pretraining_model(config: PretrainConfig, manifest: Manifest) -> Pretr
     if "vicreg" in weights:
         objectives["vicreg"] = PooledVICReg(encoders, config.pooled)
     if "latent" in weights:
-        objectives["latent"] = LatentPrediction(encoders, modalities, config.latent)
+        teachers = {
+            name: load_teacher(f"latent.teachers.{name}", source, encoders[name].spec)
+            for name, source in config.latent.teachers.items()
+        }
+        objectives["latent"] = LatentPrediction(encoders, modalities, config.latent, teachers)
     masks = quality_masks(registry, names)
     return PretrainingModel(encoders, modalities, masks, config.masking, objectives, weights, config.augment)
 

@@ -77,6 +77,29 @@ def initialize_encoder(scratch: Encoder, source: str, *, keep_architecture: bool
     return scratch
 
 
+def load_teacher(key: str, source: str, spec: InputSpec) -> Encoder:
+    """Load a saved encoder that reads the standardised input of another one.
+
+    Args:
+        key: key of the configuration that names the source, for messages.
+        source: folder or ``hf:...``.
+        spec: input of the encoder that learns from the teacher.
+
+    Raises:
+        InputError: the source is missing or damaged, or its encoder reads another input; the message begins with the
+            key.
+    """
+    try:
+        saved = load_encoder(source)
+        _check_input(saved.spec, spec, ("modality", "bands", "channels", "representation", "gsd"))
+        if (saved.spec.mean, saved.spec.std) != (spec.mean, spec.std):
+            raise InputError("the encoder standardises its input otherwise: pretrain it on these shards")
+    except InputError as error:
+        raise InputError(f"{key}={source}: {error}") from error
+    _log_once(f"{key}={source}: loaded {len(saved.state_dict())} tensors")
+    return saved
+
+
 def weights_digest(source: str) -> str:
     """Return the SHA-256 of the weights in a folder; for other sources, the source itself."""
     path = Path(source) / WEIGHTS_FILE

@@ -1,4 +1,4 @@
-"""Latent prediction: predict an EMA teacher's features of the full input from the visible tokens."""
+"""Latent prediction: predict a teacher's features of the full input from the visible tokens."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class LatentConfig:
     Attributes:
         decoder: size of the fusion decoder.
         momentum: EMA momentum of the teachers: the fraction of their weights that stays in each step.
+        teachers: folder or ``hf:org/name`` of a pretrained encoder, by modality, which stays as it is and replaces the
+            moving average (SALT, arXiv 2509.24317).
 
     Raises:
         ValueError: ``momentum`` lies outside [0, 1).
@@ -33,6 +35,7 @@ class LatentConfig:
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     momentum: float = 0.996
+    teachers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -42,23 +45,33 @@ class LatentConfig:
 class LatentPrediction(nn.Module):
     """Joint-embedding prediction (I-JEPA, arXiv 2301.08243; across sensors as in AnySat, arXiv 2412.14123).
 
-    Teachers are exponential moving averages of the encoders and see all units, dates and sensors. The targets are the
-    teacher's deepest features, layer-normalised at each position. A fusion decoder, as in masked reconstruction,
-    predicts them from the visible tokens of all sensors. The loss covers masked units of images and series pixels with
-    a masked date. It is smooth L1, averaged over the positions of a sample; sensors and samples have equal weights.
+    Teachers are exponential moving averages of the encoders, or frozen encoders of an earlier run. They see all units,
+    dates and sensors. The targets are the teacher's deepest features, layer-normalised at each position. A fusion
+    decoder, as in masked reconstruction, predicts them from the visible tokens of all sensors. The loss covers masked
+    units of images and series pixels with a masked date. It is smooth L1, averaged over the positions of a sample;
+    sensors and samples have equal weights.
 
     Args:
         encoders: encoders, by modality.
         modalities: registry entries, by modality.
         config: latent prediction.
+        frozen_teachers: encoders of ``config.teachers``.
     """
 
     def __init__(
-        self, encoders: Mapping[str, Encoder], modalities: Mapping[str, Modality], config: LatentConfig
+        self,
+        encoders: Mapping[str, Encoder],
+        modalities: Mapping[str, Modality],
+        config: LatentConfig,
+        frozen_teachers: Mapping[str, Encoder] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.teachers = nn.ModuleDict({name: copy.deepcopy(encoder) for name, encoder in encoders.items()})
+        frozen_teachers = frozen_teachers or {}
+        self._frozen = frozenset(frozen_teachers)
+        self.teachers = nn.ModuleDict(
+            {name: frozen_teachers.get(name) or copy.deepcopy(encoder) for name, encoder in encoders.items()}
+        )
         self.teachers.requires_grad_(False).eval()
         # Stored outside the module registry, because the encoders are already submodules of the pretraining model.
         self.__dict__["_students"] = dict(encoders)
@@ -66,7 +79,9 @@ class LatentPrediction(nn.Module):
         self.necks, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name, encoder in encoders.items():
             self.necks[name] = build_neck(encoder, modalities[name], width)
-            self.heads[name] = nn.Linear(width, encoder.widths[-1])
+            teacher = self.teachers[name]
+            assert isinstance(teacher, Encoder)
+            self.heads[name] = nn.Linear(width, teacher.widths[-1])
         patch_size = next(iter(modalities.values())).patch_size
         self.decoder = FusionDecoder(list(encoders), config.decoder, patch_size)
 
@@ -78,9 +93,11 @@ class LatentPrediction(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Update the teachers; the trainer calls this hook after every optimizer step."""
+        """Update the moving averages; the trainer calls this hook after every optimizer step."""
         students: dict[str, Encoder] = self.__dict__["_students"]
         for name, teacher in self.teachers.items():
+            if name in self._frozen:
+                continue
             for weight, student_weight in zip(teacher.parameters(), students[name].parameters(), strict=True):
                 weight.lerp_(student_weight, 1 - self.config.momentum)
             for buffer, student_buffer in zip(teacher.buffers(), students[name].buffers(), strict=True):

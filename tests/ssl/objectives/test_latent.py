@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from tiny_run import TinySource, TinyTask, run
 from torch import nn
 
 from bocage import recipes
+from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.shards.preprocess.inputs import quality_masks
 from bocage.shards.simulate.tree import write_tree
 from bocage.shards.source.flair_hub.tree import FlairHubCatalogue
 from bocage.shards.write.writer import write_shards
+from bocage.ssl.encoders.export import save_encoder
+from bocage.ssl.encoders.initialization import load_teacher
 from bocage.ssl.objectives.decoder import DecoderConfig
 from bocage.ssl.objectives.latent import LatentConfig, LatentPrediction
 from bocage.ssl.objectives.masking import MaskingConfig
@@ -140,14 +144,19 @@ def test_the_trainer_calls_after_step_only_after_updates(tmp_path: Path) -> None
     assert task.counter.calls == 5
 
 
+def recipe_words(folder: Path) -> list[str]:
+    """Words of a run of latent prediction on simulated patches, without output and steps."""
+    write_tree(folder / "tree", patches=4, seed=3, dates=(3, 4))
+    shards = write_shards(FlairHubCatalogue.open(folder / "tree"), folder / "shards").path
+    words = [*PRETRAIN, f"shards={shards}", "modalities=[AERIAL_RGBI,SENTINEL2_TS]", "split=all", "reconstructions=0"]
+    words += ["weights.latent=1", "weights.masked=0", "latent.decoder.width=32", "window=51.2"]
+    return [*words, "engine.optimizer.min_lr_ratio=1.0"]
+
+
 # Some 8 s: patches are simulated and sharded, and two runs pretrain on them.
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_teachers(tmp_path: Path) -> None:
-    write_tree(tmp_path / "tree", patches=4, seed=3, dates=(3, 4))
-    shards = write_shards(FlairHubCatalogue.open(tmp_path / "tree"), tmp_path / "shards").path
-    words = [*PRETRAIN, f"shards={shards}", "modalities=[AERIAL_RGBI,SENTINEL2_TS]", "split=all", "reconstructions=0"]
-    words += ["weights.latent=1", "weights.masked=0", "latent.decoder.width=32", "window=51.2"]
-    words += ["engine.optimizer.min_lr_ratio=1.0"]
+    words = recipe_words(tmp_path)
 
     def weights(output: str, *steps: int) -> dict[str, torch.Tensor]:
         for last in steps:
@@ -158,6 +167,35 @@ def test_a_resumed_run_ends_with_the_same_teachers(tmp_path: Path) -> None:
     whole, parts = weights("whole", 6), weights("parts", 3, 6)
     assert any(name.startswith("objectives.latent.teachers.") for name in whole)
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+# Some 8 s: patches are simulated and sharded, and two runs pretrain on them.
+@pytest.mark.slow
+def test_frozen_teachers_stay_as_they_are(tmp_path: Path) -> None:
+    words = [*recipe_words(tmp_path), "engine.steps=2"]
+    first = pretrain(recipes.resolve(PretrainConfig, [*words, f"output={tmp_path / 'first'}"]))
+    folder = tmp_path / "first" / "encoders" / "AERIAL_RGBI"
+    given = [f"latent.teachers.AERIAL_RGBI={folder}", "engine.seed=1"]
+    second = pretrain(recipes.resolve(PretrainConfig, [*words, *given, f"output={tmp_path / 'second'}"]))
+    pretrained, weights = (load_file(run.last / "model.safetensors") for run in (first, second))
+    teacher = "objectives.latent.teachers.AERIAL_RGBI."
+    assert any(name.startswith(teacher) for name in weights)
+    for name, tensor in weights.items():
+        if name.startswith(teacher):
+            assert torch.equal(tensor, pretrained[name.replace(teacher, "encoders.AERIAL_RGBI.")]), name
+    average = "objectives.latent.teachers.SENTINEL2_TS.in_conv.conv.conv.0.weight"
+    assert not torch.equal(weights[average], pretrained["encoders.SENTINEL2_TS.in_conv.conv.conv.0.weight"])
+
+
+def test_a_teacher_must_read_the_input_of_its_encoder(tmp_path: Path) -> None:
+    spec = make_model(names=["AERIAL_RGBI"]).encoder("AERIAL_RGBI").spec
+    encoder = make_model(names=["SPOT_RGBI"]).encoder("SPOT_RGBI")
+    save_encoder(encoder, tmp_path / "spot")
+    with pytest.raises(InputError, match=r"latent\.teachers\.AERIAL_RGBI=.*spot: the encoder reads modality SPOT_RGBI"):
+        load_teacher("latent.teachers.AERIAL_RGBI", str(tmp_path / "spot"), spec)
+    other = replace(encoder.spec, mean=tuple(value + 1 for value in encoder.spec.mean))
+    with pytest.raises(InputError, match="standardises its input otherwise"):
+        load_teacher("latent.teachers.SPOT_RGBI", str(tmp_path / "spot"), other)
 
 
 def test_a_wrong_momentum_names_its_key() -> None:
