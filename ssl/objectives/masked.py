@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from bocage.shards.counter_rng import uniform
 from bocage.shards.errors import InputError
@@ -18,7 +19,9 @@ from bocage.ssl.objectives.masking import Mask
 from bocage.ssl.objectives.model import EncodedBatch
 from bocage.ssl.objectives.targets import (
     CHANNELS,
+    PROJECTION_WIDTH,
     TARGETS,
+    RandomProjection,
     cell_gradients,
     cell_statistics,
     cells_per_unit,
@@ -29,6 +32,7 @@ from bocage.ssl.objectives.tokens import build_neck, decode_hidden
 
 _CONSTANT_SIDE = 8  # rows and columns of a unit, at least, from which the loss of the best constant is computed
 _MAX_MEDIAN_VALUES = 4096  # values of a channel from which the best constant is computed
+_TEMPERATURE = 0.1  # of ``discrimination``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,8 @@ class MaskedConfig:
 
     Attributes:
         decoder: size of the fusion decoder.
-        targets: weight of each target of images (``targets``): ``pixels``, ``statistics``, ``gradients``; 0 leaves one
-            out. The target of series is ``pixels``.
+        targets: weight of each target of images (``targets``): ``pixels``, ``statistics``, ``gradients``,
+            ``discrimination``; 0 leaves one out. The target of series is ``pixels``.
         normalize_pixels: whether pixels are normalised in each unit by groups of bands (MAESTRO, arXiv 2508.10894),
             those of a series over all dates together; otherwise they are the standardised values.
         dates_per_sample: masked dates of a series that are reconstructed per sample and step.
@@ -121,6 +125,34 @@ class Reconstruction:
         return _mean_error(median[:, None, None], target, loss_mask)
 
 
+class Discrimination(Reconstruction):
+    """Prediction of the random projection of each unit, in 1 x 1 values.
+
+    Its loss is InfoNCE (arXiv 1807.03748) of cosine similarities: each masked unit of a sample against all of them.
+    """
+
+    def losses(self) -> torch.Tensor:
+        """Mean cross-entropy of each sample over its masked units, (B,)."""
+        prediction, target = (
+            functional.normalize(values.float().flatten(1, 2).flatten(2), dim=-1)
+            for values in (self.prediction, self.target)
+        )
+        counted = self._counted()
+        scores = prediction @ target.mT / _TEMPERATURE
+        scores = scores.masked_fill(~counted[:, None], torch.finfo(scores.dtype).min)
+        loss = scores.logsumexp(dim=-1) - scores.diagonal(dim1=-2, dim2=-1)
+        return (loss * counted).sum(dim=1) / counted.sum(dim=1).clamp_min(1)
+
+    @torch.no_grad()
+    def constant_losses(self) -> torch.Tensor:
+        """Losses of predictions that resemble all units equally, (B,)."""
+        return self._counted().sum(dim=1).clamp_min(1).log()
+
+    def _counted(self) -> torch.Tensor:
+        """Units that the loss counts, (B, U * U) bool."""
+        return self.loss_mask.flatten(1, 2).flatten(2).any(dim=-1)
+
+
 def _mean_error(prediction: torch.Tensor, target: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
     """Mean absolute error of each sample over its loss mask, (B,); 0 where the mask is empty."""
     error = ((prediction - target).abs() * loss_mask).flatten(1).sum(dim=1)
@@ -172,7 +204,7 @@ class MaskedReconstruction(nn.Module):
             raise InputError("masked.weights: at least one modality must have a weight above 0")
         width = config.decoder.width
         self.targets = {target: weight for target, weight in config.targets.items() if weight > 0}
-        self.necks, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        self.necks, self.heads, self.projections = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for name, encoder in encoders.items():
             modality = self.modalities[name]
             channels = len(modality.channels)
@@ -181,13 +213,14 @@ class MaskedReconstruction(nn.Module):
             if modality.role == "series":
                 self.heads[name] = _DateHead(width, channels)
             else:
-                shapes = {"pixels": modality.unit} | dict.fromkeys(TARGETS[1:], cells_per_unit(modality.unit))
-                self.heads[name] = nn.ModuleDict(
-                    {
-                        target: nn.Linear(width, CHANNELS[target] * channels * shapes[target] ** 2)
-                        for target in self.targets
-                    }
-                )
+                cells = cells_per_unit(modality.unit)
+                outputs = {
+                    target: factor * channels * (modality.unit if target == "pixels" else cells) ** 2
+                    for target, factor in CHANNELS.items()
+                } | {"discrimination": PROJECTION_WIDTH}
+                self.heads[name] = nn.ModuleDict({target: nn.Linear(width, outputs[target]) for target in self.targets})
+                if "discrimination" in self.targets:
+                    self.projections[name] = RandomProjection(channels, modality.unit)
         patch_size = next(iter(self.modalities.values())).patch_size
         self.decoder = FusionDecoder(list(encoders), config.decoder, patch_size)
 
@@ -217,10 +250,13 @@ class MaskedReconstruction(nn.Module):
                 target, is_valid = (units - mean) / std, valid
             elif target_name == "statistics":
                 target, is_valid = cell_statistics(units, valid)
-            else:
+            elif target_name == "gradients":
                 target, is_valid = cell_gradients(image.values, image.valid, unit)
+            else:
+                target, is_valid = self.projections[name](units, valid)
             prediction = head(outputs).view(target.shape)
-            reconstructions[target_name] = Reconstruction(prediction, target, masked & is_valid, mean, std)
+            kind = Discrimination if target_name == "discrimination" else Reconstruction
+            reconstructions[target_name] = kind(prediction, target, masked & is_valid, mean, std)
         return reconstructions
 
     def _reconstruct_series(

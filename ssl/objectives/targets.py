@@ -1,4 +1,4 @@
-"""Targets of masked reconstruction: pixels, statistics of cells, and gradients of cells of each mask unit.
+"""Targets of masked reconstruction: pixels, statistics, gradients and a random projection of each mask unit.
 
 ``pixels`` are standardised values, normalised in each unit by groups of correlated bands (``normalize_pixels``).
 Patch-group-wise normalisation follows MAESTRO (arXiv 2508.10894). The bands of a group share one mean and one standard
@@ -9,20 +9,27 @@ course of the year. Small units are not normalised: one band of one pixel would 
 ``statistics`` are means and logarithms of standard deviations, and ``gradients`` are orientations and strengths of
 edges, of cells in each unit. They describe colour and texture without the exact position of every detail, which no
 context predicts. MaskFeat (arXiv 2112.09133) found histograms of gradients to be better targets than pixels.
+
+``discrimination`` is a random linear projection of the standardised values. The prediction must resemble it more than
+those of the other masked units of the sample (OlmoEarth, arXiv 2511.13655).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from bocage.shards.modality import Modality
 
 CHANNELS = {"pixels": 1, "statistics": 2, "gradients": 3}
 """Channels of each target per channel of the modality."""
 
-TARGETS = tuple(CHANNELS)
+TARGETS = (*CHANNELS, "discrimination")
 """Names of the targets."""
+
+PROJECTION_WIDTH = 128
+"""Channels of ``discrimination``, whatever the channels of the modality."""
 
 _VARIANCE_FLOOR = 1e-3  # of standardised values: a constant unit becomes zeros instead of amplified rounding errors
 _MIN_VALUES = 16  # of a group in a unit; mean and standard deviation would take two of fewer degrees of freedom
@@ -135,3 +142,30 @@ def cell_gradients(values: torch.Tensor, valid: torch.Tensor, unit: int) -> tupl
     is_valid = 2 * count >= (unit // cells) ** 2
     target = torch.cat([cosine / scale, sine / scale, 0.5 * scale.log()], dim=-3)
     return target, torch.cat([is_valid] * 3, dim=-3)
+
+
+class RandomProjection(nn.Module):
+    """Random linear projection of units, never trained.
+
+    Args:
+        channels: channels of the modality.
+        unit: pixels along a side of a unit.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, channels: int, unit: int) -> None:
+        super().__init__()
+        values = channels * unit**2
+        self.register_buffer("weight", torch.randn(values, PROJECTION_WIDTH) / values**0.5)
+
+    def forward(self, units: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project units (..., C, unit, unit), holes counting as the mean.
+
+        Returns:
+            Target (..., PROJECTION_WIDTH, 1, 1), and bool of this shape, False for units of which less than half is
+            valid.
+        """
+        projected = (units * valid).flatten(-3).to(self.weight.dtype) @ self.weight
+        is_valid = valid.flatten(-3).to(projected.dtype).mean(dim=-1, keepdim=True) >= 0.5
+        return projected[..., None, None], is_valid.expand_as(projected)[..., None, None]

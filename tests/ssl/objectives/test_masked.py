@@ -12,7 +12,7 @@ from tiny_pretraining import NAMES, SIDE, fill_masked_with_noise, make_batch, ma
 from bocage.shards.errors import InputError
 from bocage.shards.modality import FLAIR_HUB
 from bocage.ssl.objectives.decoder import DecoderConfig, Neck
-from bocage.ssl.objectives.masked import MaskedConfig, MaskedReconstruction, Reconstruction
+from bocage.ssl.objectives.masked import Discrimination, MaskedConfig, MaskedReconstruction, Reconstruction
 from bocage.ssl.objectives.masking import MaskingConfig
 from bocage.ssl.objectives.targets import from_units
 from bocage.ssl.objectives.tokens import georeferenced_tokens
@@ -282,3 +282,26 @@ def test_weights_must_name_modalities_of_the_run(weights: dict[str, float]) -> N
     model = make_model(names=["SPOT_RGBI"])
     with pytest.raises(InputError, match=r"masked\.weights"):
         MaskedReconstruction({"SPOT_RGBI": model.encoder("SPOT_RGBI")}, FLAIR_HUB, MaskedConfig(weights=weights))
+
+
+def test_discrimination_tells_masked_units_of_a_sample_apart() -> None:
+    torch.manual_seed(0)
+    target = torch.randn(2, 4, 4, 16, 1, 1)
+    loss_mask = torch.zeros(2, 4, 4, 1, 1, 1, dtype=torch.bool)
+    loss_mask[0, :, :2] = True  # none in the second sample
+    loss_mask = loss_mask.expand_as(target)
+    mean, std = torch.zeros(()), torch.ones(())
+
+    def losses(prediction: torch.Tensor) -> torch.Tensor:
+        return Discrimination(prediction, target, loss_mask, mean, std).losses()
+
+    right, turned, same = losses(target), losses(target.flip(1)), losses(torch.ones_like(target))
+    assert right[0] < 0.1 and turned[0] > 3
+    constant = Discrimination(target, target, loss_mask, mean, std).constant_losses()
+    torch.testing.assert_close(constant, torch.tensor([8.0, 1.0]).log())
+    assert same[0] > 0.7 * constant[0]
+    assert [float(values[1]) for values in (right, turned, same)] == [0, 0, 0]
+    # Units that are not masked are no negatives.
+    changed = torch.where(loss_mask, target, torch.randn(target.shape))
+    other = Discrimination(target, changed, loss_mask, mean, std).losses()
+    torch.testing.assert_close(other, right)
