@@ -96,13 +96,12 @@ def test_simulated_scenes_are_fitted(tmp_path: Path) -> None:
         "split=all",
         "workers=0",
         "predictions=0",
-        "engine.steps=1200",
+        "engine.steps=1600",
         "engine.optimizer.learning_rate=5e-3",
     ]
     result = finetune(recipes.resolve(FinetuneConfig, settings))
-    # Small objects whose colours say nothing are learned last: 70 after these steps.
     for label in (COSIA, LPIS):
-        assert result["valid"][label]["strict"]["miou"] > 65, label
+        assert result["valid"][label]["strict"]["miou"] > 75, label
 
 
 # About 15 s: U-TAE on 146, 115 and 235 real dates.

@@ -15,7 +15,7 @@ from rich.table import Table
 from bocage.shards.format.manifest import Manifest
 from bocage.tools.cli.steps import DemoSteps, TrainingProcess, interruptible
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 INITIALIZATIONS = ("pretrained", "scratch")
 PATCHES = 120
 SAMPLE_SEED = 7
@@ -98,6 +98,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     demo.announce("Done")
     scores = {key: json.loads((job.output / "metrics.json").read_text()) for key, job in runs.items()}
     console.print(_comparison(scores))
+    console.print(
+        "error: standard error of the mean over seeds. Both runs of a seed have the same decoder and batches."
+    )
     paths = {
         "shards": shards,
         "encoders": pretrained / "encoders",
@@ -110,7 +113,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:
-    """Table of mIoU by initialization on validation and test patches: each seed, mean, standard deviation."""
+    """Table of mIoU by initialization and of their difference, on validation and test patches."""
     one = scores[INITIALIZATIONS[0], SEEDS[0]]
     (label,) = one["labels"]
     table = Table(title=f"{label}: strict mIoU (%) after {one['patches']['train']} labelled patches")
@@ -119,16 +122,15 @@ def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:
     for seed in SEEDS:
         table.add_column(f"seed {seed}", justify="right")
     table.add_column("mean", justify="right", style="bold")
-    table.add_column("std", justify="right")
+    table.add_column("error", justify="right")
     for part in ("valid", "test"):
-        for initialization in INITIALIZATIONS:
-            values = [float(scores[initialization, seed][part][label]["strict"]["miou"]) for seed in SEEDS]
-            figures = [*values, statistics.mean(values), statistics.stdev(values)]
-            where = f"{one['patches'][part]} {part}" if initialization == INITIALIZATIONS[0] else ""
-            table.add_row(
-                where,
-                initialization,
-                *(f"{figure:.1f}" for figure in figures),
-                end_section=initialization == INITIALIZATIONS[-1],
-            )
+        rows = {
+            initialization: [float(scores[initialization, seed][part][label]["strict"]["miou"]) for seed in SEEDS]
+            for initialization in INITIALIZATIONS
+        }
+        rows["difference"] = [first - second for first, second in zip(*rows.values(), strict=True)]
+        for name, values in rows.items():
+            figures = [*values, statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5]
+            where = f"{one['patches'][part]} {part}" if name == INITIALIZATIONS[0] else ""
+            table.add_row(where, name, *(f"{figure:.1f}" for figure in figures), end_section=name == "difference")
     return table
