@@ -142,13 +142,13 @@ def test_the_tracker_links_the_checkpoint_and_the_published_encoders(world: Path
 def test_scores_with_enough_regions_have_intervals(world: Path, tmp_path: Path) -> None:
     probe = tmp_path / "probe"
     shutil.copytree(next((world / "probes" / SPOT).glob("linear-*")), probe)
-    # Copy the cells to more regions, which leaves the scores unchanged.
+    # Copy the cells to more regions, i times as many to the i-th: the score does not change, and the regions differ.
     table = pq.read_table(probe / "confusions.parquet")
     copies = [
         table.set_column(
             table.schema.get_field_index("roi"), "roi", pc.binary_join_element_wise(table["roi"], str(i), "")
-        )
-        for i in range(4)
+        ).set_column(table.schema.get_field_index("pixels"), "pixels", pc.multiply(table["pixels"], i))
+        for i in range(1, 5)
     ]
     pq.write_table(pa.concat_tables(copies), probe / "confusions.parquet")
     words = publish_command(world)
