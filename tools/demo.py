@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -116,9 +117,10 @@ def _comparison(scores: dict[tuple[str, int], dict[str, Any]]) -> Table:
     """Table of mIoU by initialization and of their difference, on validation and test patches."""
     one = scores[INITIALIZATIONS[0], SEEDS[0]]
     (label,) = one["labels"]
-    table = Table(title=f"{label}: strict mIoU (%) after {one['patches']['train']} labelled patches")
-    table.add_column("patches")
-    table.add_column("encoders")
+    # Without vertical lines, ten columns fit into a terminal of 80 characters.
+    table = Table(title=f"{label}: strict mIoU (%) after {one['patches']['train']} labelled patches", box=SIMPLE_HEAD)
+    table.add_column("patches", no_wrap=True)
+    table.add_column("encoders", no_wrap=True)
     for seed in SEEDS:
         table.add_column(f"seed {seed}", justify="right")
     table.add_column("mean", justify="right", style="bold")
