@@ -54,8 +54,8 @@ class _InstanceNorm(nn.Module):
 def _emphasize_centre(convolution: nn.Conv2d | nn.ConvTranspose2d) -> None:
     """Scale the weights around the centre of an odd kernel down, and all of them up to the same sum of squares.
 
-    A pixel of a series is 10 m wide, and a network of nine layers whose kernels weigh all pixels alike begins with a
-    blur over the whole window. Delta-orthogonal initialisation (arXiv 1806.05393) leaves nothing but the centre.
+    With equal weights, the many 3 x 3 layers of an untrained network average pixels over the whole window.
+    Delta-orthogonal initialisation (arXiv 1806.05393) keeps nothing but the centre.
     """
     side = convolution.kernel_size[0]
     if side % 2 == 0 or side == 1 or convolution.stride[0] > 1:
@@ -182,7 +182,7 @@ class UTAE(Encoder):
     """U-TAE with packed dates: padded and masked dates cost no computation and have no influence.
 
     Unlike in the official code, kernels are initialised with most of their weight at the centre, and attention heads
-    with a preference for one season each, so that an untrained encoder tells pixels and dates apart.
+    with a preference for one season each, so that an untrained encoder distinguishes pixels and dates.
 
     Shared convolutions encode each date alone. Group normalisation shares no statistics between dates, so a masked
     date cannot leak. ``TemporalEncoder`` pools the deepest maps over dates, and its attention pools the skips.

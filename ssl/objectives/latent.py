@@ -26,8 +26,8 @@ class LatentConfig:
     Attributes:
         decoder: size of the fusion decoder.
         momentum: EMA momentum of the teachers: the fraction of their weights that stays in each step.
-        teachers: folder or ``hf:org/name`` of a pretrained encoder, by modality, which stays as it is and replaces the
-            moving average (SALT, arXiv 2509.24317).
+        teachers: folder or ``hf:org/name`` of a pretrained encoder, by modality. It is frozen and replaces the moving
+            average (SALT, arXiv 2509.24317).
 
     Raises:
         ValueError: ``momentum`` lies outside [0, 1).

@@ -3,8 +3,8 @@
 ``pixels`` are standardised values, normalised in each unit by groups of correlated bands (``normalize_pixels``).
 Patch-group-wise normalisation follows MAESTRO (arXiv 2508.10894). The bands of a group share one mean and one standard
 deviation per unit, which keeps the ratios between bands and removes the brightness of the unit. A unit of a series has
-one mean and standard deviation for all its dates. With a mean of each date, as in MAESTRO, nothing would ask for the
-course of the year. Small units are not normalised: one band of one pixel would always become 0.
+one mean and standard deviation for all its dates. With one per date, as in MAESTRO, the
+seasonal curve would not be in the target. Small units are not normalised: one band of one pixel would always become 0.
 
 ``statistics`` are means and logarithms of standard deviations, and ``gradients`` are orientations and strengths of
 edges, of cells in each unit. They describe colour and texture without the exact position of every detail, which no
