@@ -171,7 +171,7 @@ def test_a_resumed_run_ends_with_the_same_teachers(tmp_path: Path) -> None:
 
 # Some 8 s: patches are simulated and sharded, and two runs pretrain on them.
 @pytest.mark.slow
-def test_frozen_teachers_stay_as_they_are(tmp_path: Path) -> None:
+def test_frozen_teachers_do_not_change(tmp_path: Path) -> None:
     words = [*recipe_words(tmp_path), "engine.steps=2"]
     first = pretrain(recipes.resolve(PretrainConfig, [*words, f"output={tmp_path / 'first'}"]))
     folder = tmp_path / "first" / "encoders" / "AERIAL_RGBI"

@@ -118,8 +118,8 @@ def test_the_loss_mask_of_a_series_covers_its_cubes() -> None:
     assert 0 < loss_mask.float().mean() < 1
 
 
-def test_targets_of_a_series_keep_the_course_of_the_year() -> None:
-    """Frames of one value each: with the mean of each date removed, nothing would be left to predict."""
+def test_targets_of_a_series_keep_the_seasonal_curve() -> None:
+    """Frames have one value each: with the mean of each date removed, all targets would be 0."""
     name = "SENTINEL2_TS"
     model = make_model(names=[name]).eval()
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_weights_must_name_modalities_of_the_run(weights: dict[str, float]) -> N
         MaskedReconstruction({"SPOT_RGBI": model.encoder("SPOT_RGBI")}, FLAIR_HUB, MaskedConfig(weights=weights))
 
 
-def test_discrimination_tells_masked_units_of_a_sample_apart() -> None:
+def test_discrimination_compares_masked_units_of_a_sample() -> None:
     torch.manual_seed(0)
     target = torch.randn(2, 4, 4, 16, 1, 1)
     loss_mask = torch.zeros(2, 4, 4, 1, 1, 1, dtype=torch.bool)
